@@ -1,0 +1,152 @@
+"""The decoder: the Llama family in one file, as it is run and as the arithmetic counts it.
+
+Letters as everywhere: B batch, S context, T new tokens, D width, F feed-forward width, N query heads, K KV heads, H head
+dimension, L layers, V vocabulary. One step is
+
+    tokens [B, T] -> embed -> L x (attention, MLP) -> norm -> head -> logits [B, T, V]
+
+Touvron et al. 2023 (Llama); Jiang et al. 2023 (Mistral's sliding window); Qwen2 adds a bias to Q, K and V, Qwen3 a norm to
+the heads of Q and K. What one family has and another has not is a field of the config, never a subclass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.kv_cache import KVCache
+from clawdemy_infer.model.attention import attend, causal_mask, visible_keys
+from clawdemy_infer.model.config import ModelConfig
+from clawdemy_infer.model.rope import angular_frequencies, rope_tables, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, over the last dimension (Zhang and Sennrich 2019, equation 4), in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class Layer(nn.Module):
+    """One transformer layer: attention and a gated MLP, each behind a norm and added to the residual stream.
+
+    Q, K and V are one matrix, and so are gate and up: the same bytes in fewer operations, each of which costs a few
+    microseconds on a CPU whatever its size.
+    """
+
+    def __init__(self, shape: ModelShape, eps: float) -> None:
+        super().__init__()
+        D, N, K, H = shape.D, shape.N, shape.K, shape.H
+        self.N, self.K, self.H, self.window = N, K, H, shape.window
+        self.attention_norm = RMSNorm(D, eps)
+        self.qkv = nn.Linear(D, (N + 2 * K) * H, bias=shape.qkv_bias)
+        self.q_norm = RMSNorm(H, eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(H, eps) if shape.qk_norm else None
+        self.out = nn.Linear(N * H, D, bias=False)
+        self.mlp_norm = RMSNorm(D, eps)
+        self.gate_up = nn.Linear(D, 2 * shape.F, bias=False)
+        self.down = nn.Linear(shape.F, D, bias=False)
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None,
+                cache: KVCache | None, index: int) -> torch.Tensor:
+        """x [B, T, D] -> [B, T, D]. `rope` and `mask` are the same for every layer of a step."""
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, index)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def attention(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None,
+                  cache: KVCache | None, index: int) -> torch.Tensor:
+        B, T, _ = x.shape
+        N, K, H = self.N, self.K, self.H
+        heads = self.qkv(x).view(B, T, N + 2 * K, H)
+        qk, v = heads.split((N + K, K), dim=2)
+        if self.q_norm is not None:
+            q, k = qk.split((N, K), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        q, k = rotate(qk, *rope).split((N, K), dim=2)                   # queries and keys turn alike, so in one go
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                                         # [B, K, T, H]
+        if cache is not None:
+            k, v = cache.append(index, k, v)                                                # [B, K, S, H]
+        if self.window:
+            seen = visible_keys(T, k.shape[2], self.window)
+            k, v = k[:, :, -seen:], v[:, :, -seen:]
+        return self.out(attend(q, k, v, mask))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                                         # [B, T, F] each
+        return self.down(F.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """A Llama-family language model. `load_model` makes one with a checkpoint's weights, and with its `tokenizer`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        shape = config.shape
+        self.config = config
+        self.tokenizer = None
+        # Uniform, not nn.Embedding's normal: on the meta device, where `load_model` builds, that one costs an import of 2 s.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(shape.V, shape.D).uniform_(-1, 1))
+        self.layers = nn.ModuleList(Layer(shape, config.norm_eps) for _ in range(shape.L))
+        self.norm = RMSNorm(shape.D, config.norm_eps)
+        self.head = None if shape.tied else nn.Linear(shape.D, shape.V, bias=False)
+        self.frequencies = angular_frequencies(shape.H, config.rope_theta, config.rope_scaling)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @torch.inference_mode()
+    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None, last_only: bool = False) -> torch.Tensor:
+        """Logits [B, T, V] of tokens [B, T], which follow on whatever `cache` holds; [B, 1, V] of the last if `last_only`.
+
+        With `last_only` the head, a D x V product for each position, is spared for all positions but one: that is how a
+        prefill is run. The cache counts the tokens only when the whole step is done, so an interrupted step can simply
+        be run again. Raises ValueError, before any work, for a wrong shape or dtype, an unknown token, or too many tokens.
+        """
+        self._check(tokens, cache)
+        T = tokens.shape[1]
+        past = cache.length if cache is not None else 0
+        window = self.config.shape.window
+        self.frequencies = self.frequencies.to(self.device)
+        rope = rope_tables(self.frequencies, past, T, self.dtype)
+        mask = causal_mask(T, visible_keys(T, past + T, window), window, self.device)
+
+        x = self.embed(tokens)                                                              # [B, T, D]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache, index)
+        x = self.norm(x[:, -1:] if last_only else x)
+        logits = self.head(x) if self.head is not None else F.linear(x, self.embed.weight)
+
+        if cache is not None:
+            cache.advance(T)
+        return logits
+
+    def _check(self, tokens: torch.Tensor, cache: KVCache | None) -> None:
+        shape = self.config.shape
+        if tokens.dim() != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens {list(tokens.shape)} of {tokens.dtype}: whole numbers [B, T] are accepted, T at least 1")
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or high >= shape.V:
+            raise ValueError(f"tokens hold {low if low < 0 else high}: ids from 0 to V-1 = {shape.V - 1} are accepted")
+        past, (B, T) = cache.length if cache is not None else 0, tokens.shape
+        if shape.max_context and past + T > shape.max_context:
+            raise ValueError(f"tokens: {past} in the cache and {T} new make {past + T}; "
+                             f"the model's context is {shape.max_context}")
+        if cache is not None and past + T > cache.capacity:
+            raise ValueError(f"cache: it holds {past} tokens of at most {cache.capacity}, and {T} more do not fit")
+        if cache is not None and B != cache.batch:
+            raise ValueError(f"tokens: {B} sequences, but the cache was made for {cache.batch}")

@@ -1,0 +1,60 @@
+"""How the course draws: one style, and the same colour for the same thing in every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from clawdemy_infer.roofline import Machine
+from clawdemy_infer.tables import si
+
+NAPKIN, ROOFLINE, MEASURED = "#9a9a9a", "#2f6db5", "#d9541e"
+"""Grey for what one does by hand, blue for the calibrated roofline, orange for what was measured."""
+
+COLOURS = ["#2f6db5", "#d9541e", "#3a8f4d", "#8a4fa3", "#b8860b", "#5b6770"]
+"""For machines, models and kinds of work, in order."""
+
+
+def use_style() -> None:
+    """Set the course's look for every figure that follows. Text is at least 9 pt at the size it is shown."""
+    plt.rcParams.update({
+        "figure.figsize": (7.2, 4.0), "figure.dpi": 110, "figure.constrained_layout.use": True, "savefig.dpi": 110,
+        "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.fontsize": 9,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+        "lines.linewidth": 2.0, "lines.markersize": 6, "legend.frameon": False, "axes.prop_cycle": plt.cycler(color=COLOURS),
+    })
+
+
+def units(axis, unit: str) -> None:
+    """Label the ticks of `axis` (`ax.xaxis` or `ax.yaxis`) with prefixes: 10 ms, 1 GB/s."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: si(value, unit).replace(".00 ", " ").replace(".0 ", " ")))
+
+
+def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None, label: str | None = None,
+             intensities: Sequence[float] = (0.1, 10_000)) -> None:
+    """Draw min(peak, intensity * bandwidth) and mark the ridge point; FLOPs per byte against FLOP/s, both logarithmic."""
+    low, high = intensities
+    x = np.geomspace(low, high, 200)
+    [line] = ax.loglog(x, np.minimum(machine.peak(dtype), x * machine.bandwidth_at()), color=colour, label=label or machine.name)
+    ridge = machine.ridge(dtype)
+    ax.plot([ridge], [machine.peak(dtype)], "o", color=line.get_color(), markersize=5)
+    ax.set_xlabel("arithmetic intensity, FLOPs per byte")
+    ax.set_ylabel("attainable rate")
+    units(ax.yaxis, "FLOP/s")
+
+
+def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float] | None, predicted: Sequence[float] | None, measured: Sequence[float],
+           unit: str = "s") -> None:
+    """Napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots) over the same x, on a y axis that starts at zero."""
+    if napkin is not None:
+        ax.plot(x, napkin, "--", color=NAPKIN, label="napkin")
+    if predicted is not None:
+        ax.plot(x, predicted, color=ROOFLINE, label="calibrated roofline")
+    ax.plot(x, measured, "o", color=MEASURED, label="measured")
+    ax.set_ylim(bottom=0)
+    units(ax.yaxis, unit)
+    ax.legend()

@@ -1,0 +1,112 @@
+"""One stopwatch for everything: warm up, synchronise, repeat, take the median and show the spread.
+
+A lesson, a benchmark and the calibration all read the clock through this file, so their numbers can stand side by side.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def now() -> float:
+    """Seconds on a monotonic clock, once every queued GPU kernel has finished.
+
+    A GPU call returns before its kernel runs; without the wait we would time the launch and not the work.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated times of one piece of work, in seconds. `median` is what we quote; `spread` says how far to trust it."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the gap between the lower and upper quartile, as a fraction of the median. Above 0.1 the machine was busy."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def stopwatch(work: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Timing:
+    """Time `work()`: `warmup` calls are thrown away, then `repeats` calls are timed one by one."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least one timed call is needed")
+    for _ in range(warmup):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        start = now()
+        work()
+        seconds.append(now() - start)
+    return Timing(tuple(seconds))
+
+
+def alternate(works: dict[str, Callable[[], object]], repeats: int = 5, warmup: int = 1) -> dict[str, Timing]:
+    """Time several pieces of work in turn, A B C A B C …, so that a drift of the machine falls on all of them alike."""
+    for work in works.values():
+        for _ in range(warmup):
+            work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            seconds[name] += stopwatch(work, repeats=1, warmup=0).seconds
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, rounds: int = 7) -> dict[str, float]:
+    """Units of work per second, for several kinds of work.
+
+    `steps[name](i)` does the i-th piece of that work and returns how many units it was (bytes, FLOPs). Pieces are done until
+    `sample_s` seconds are over; that is one sample. All kinds are sampled in turn, `rounds` times, and the median is returned:
+    a neighbour's burst on a shared machine then spoils one sample of each and not all samples of one.
+    """
+    done = dict.fromkeys(steps, 0)
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        step(0)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            units, start, elapsed = 0.0, now(), 0.0
+            while elapsed < sample_s:
+                units += step(done[name])
+                done[name] += 1
+                elapsed = now() - start
+            samples[name].append(units / elapsed)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+class _OpCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_ops(work: Callable[[], object]) -> int:
+    """How many ATen operations one call of `work()` dispatches: each costs its fixed share, whatever its size."""
+    with _OpCounter() as counter:
+        work()
+    return counter.count

@@ -1,0 +1,87 @@
+"""Make the notebooks: each `src/NN_name.py` (jupytext's percent format) becomes `NN_name.ipynb`, executed, with its outputs.
+
+    python notebooks/build.py                  all of them
+    python notebooks/build.py 01 02            those whose names begin so
+
+A rebuilt notebook differs from the committed one only where its cells or their outputs do: cell ids come from the cells' text, and what
+only says when and where it ran is left out. Sliders do not survive in a file: a line stands in their place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+from tqdm import tqdm
+
+from clawdemy_infer.course import execute, write_atomically
+
+HERE = Path(__file__).resolve().parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+STAND_IN = "*Sliders appear here when you run this cell; the figure below shows the same without them.*"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python", "pygments_lexer": "ipython3"},
+}
+
+
+def read_source(script: Path) -> NotebookNode:
+    """The notebook of a percent script, not yet executed. Ids stay the same for as long as a cell's text does, wherever it moves."""
+    notebook = jupytext.read(script, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    seen = Counter()
+    for cell in notebook.cells:
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
+        seen[digest] += 1
+        cell.metadata = nbformat.from_dict({"tags": cell.metadata.tags} if "tags" in cell.metadata else {})
+        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+    return notebook
+
+
+def settle(notebook: NotebookNode) -> None:
+    """Leave in an executed notebook what reads the same everywhere. Raises `ValueError` for a widget in a cell not tagged `widget`."""
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        widgets = [output for output in cell.outputs if WIDGET in output.get("data", {})]
+        if widgets and not {"widget", "nbval-ignore-output"} <= set(cell.metadata.get("tags", [])):
+            raise ValueError(f"a cell that shows a widget needs the tags `widget` and `nbval-ignore-output`: {cell.source[:60]!r}")
+        if widgets:
+            cell.outputs = [new_output("display_data", {"text/markdown": STAND_IN, "text/plain": STAND_IN.strip("*")})]
+
+
+def build(script: Path, progress: bool = True) -> Path:
+    """Execute one script and write its notebook beside `src/`. Raises `RuntimeError` naming a cell that fails; then nothing is written."""
+    notebook = read_source(script)
+    target = script.parents[1] / f"{script.stem}.ipynb"
+    ledger_file = script.parents[2] / "build" / f"{script.stem}.jsonl"
+    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+    with tqdm(total=cells, desc=script.stem, unit="cell", disable=not progress) as bar:
+        run = execute(notebook, script.stem, target.parent, {"CLAWDEMY_LEDGER": str(ledger_file)}, bar.update)
+    if not run.ok:
+        raise RuntimeError(f"{script.name}: {run.error}")
+    settle(notebook)
+    write_atomically(target, nbformat.writes(notebook) + "\n")
+    return target
+
+
+def main(prefixes: list[str]) -> int:
+    scripts = [script for script in sorted((HERE / "src").glob("*.py")) if not prefixes or script.name.startswith(tuple(prefixes))]
+    if not scripts:
+        print(f"no script in {HERE / 'src'} begins with {' or '.join(prefixes) or 'anything'}", file=sys.stderr)
+        return 1
+    for script in scripts:
+        build(script)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""The ledger: nothing measured is lost, nothing is counted twice, and a wrong line is found."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from clawdemy_infer import ledger
+from clawdemy_infer.ledger import Row, append, latest, ratio_error, read, scoreboard
+
+
+def row(quantity="time per token", measured=0.031, **changes) -> Row:
+    return replace(Row("01 counting", quantity, "s", napkin=0.025, predicted=0.030, measured=measured, why="fixed cost, 3 µs"), **changes)
+
+
+def test_what_is_appended_is_read_back_in_order(tmp_path):
+    path = tmp_path / "new" / "folder" / "ledger.jsonl"
+    rows = [row(), row("TTFT", guess=1.0), row("only a napkin", predicted=None)]
+    for one in rows:
+        append(one, path)
+    assert read(path) == rows
+
+
+def test_an_absent_ledger_has_no_rows(tmp_path):
+    assert read(tmp_path / "none.jsonl") == []
+
+
+def test_a_ledger_cut_at_any_byte_reads_and_goes_on(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    append(row("first"), path)
+    whole = path.read_bytes()
+    append(row("second"), path)
+    both = path.read_bytes()
+    for cut in range(len(whole), len(both) + 1):
+        path.write_bytes(both[:cut])
+        survivors = ["first", "second"] if cut >= len(both) - 1 else ["first"]  # a row lost at most its newline
+        assert [one.quantity for one in read(path)] == survivors
+        append(row("third"), path)
+        append(row("fourth"), path)
+        assert [one.quantity for one in read(path)] == [*survivors, "third", "fourth"], f"cut at byte {cut}"
+
+
+@pytest.mark.parametrize("line", ['{"lesson": "01 cou', "[1, 2]", '{"lesson": "01"}', "not json", ""])
+def test_a_wrong_line_that_is_not_the_torn_last_one_is_named(tmp_path, line):
+    path = tmp_path / "ledger.jsonl"
+    append(row(), path)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    append(row(), path)
+    with pytest.raises(ValueError, match=r"line 2 of .*ledger\.jsonl"):
+        read(path)
+
+
+def test_several_kernels_append_at_once_and_every_row_arrives(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    append(row("before"), path)
+    with path.open("a") as file:
+        file.write('{"lesson": "torn')
+    script = (
+        "import sys; from pathlib import Path; from clawdemy_infer.ledger import Row, append\n"
+        "for i in range(50): append(Row('01', f'{sys.argv[1]} {i}', 's', napkin=1.0, measured=2.0, why='x' * 500), Path(sys.argv[2]))"
+    )
+    kernels = [subprocess.Popen([sys.executable, "-c", script, name, str(path)]) for name in "abc"]
+    assert [kernel.wait() for kernel in kernels] == [0, 0, 0]
+    assert {one.quantity for one in read(path)} == {"before"} | {f"{name} {i}" for name in "abc" for i in range(50)}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["napkin", "predicted", "measured", "guess"])
+def test_a_number_that_cannot_have_a_ratio_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        row(**{name: value})
+
+
+def test_an_unmeasured_row_is_refused_and_no_file_is_made(tmp_path):
+    with pytest.raises(ValueError, match="time per token"):
+        append(row(measured=None), tmp_path / "ledger.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ledger_lies_in_the_cache_unless_the_environment_says_where(tmp_path, monkeypatch):
+    monkeypatch.delenv("CLAWDEMY_LEDGER", raising=False)
+    monkeypatch.setenv("CLAWDEMY_CACHE", str(tmp_path))
+    assert ledger.ledger_path() == tmp_path / "ledger.jsonl"
+    monkeypatch.setenv("CLAWDEMY_LEDGER", str(tmp_path / "mine.jsonl"))
+    append(row())
+    assert len(read(tmp_path / "mine.jsonl")) == 1
+
+
+def test_twice_too_much_is_as_wrong_as_half():
+    assert ratio_error(1.0) == 0.0
+    assert ratio_error(2.0) == ratio_error(0.5) == 1.0
+    assert ratio_error(0.8) == pytest.approx(0.25)
+
+
+def test_a_quantity_measured_again_counts_once_with_its_last_value():
+    rows = [row("a", 1.0), row("b", 2.0), row("a", 3.0), row("a", 4.0, lesson="02 other")]
+    assert [(one.lesson, one.quantity, one.measured) for one in latest(rows)] == [
+        ("01 counting", "a", 3.0),
+        ("01 counting", "b", 2.0),
+        ("02 other", "a", 4.0),
+    ]
+
+
+def test_the_scoreboard_agrees_with_a_count_by_hand():
+    # measured / roofline: 5/4, 1/2, 1, and one row that has a napkin alone; measured / napkin: 5, 2, 4, 3
+    rows = [
+        row("a", 5.0, napkin=1.0, predicted=4.0),
+        row("b", 2.0, napkin=1.0, predicted=4.0),
+        row("c", 4.0, napkin=1.0, predicted=4.0),
+        row("d", 3.0, napkin=1.0, predicted=None),
+    ]
+    board = scoreboard(rows)
+    assert board.predicted_error == 0.25  # of 0.25, 1, 0
+    assert board.napkin_error == 2.5  # of 4, 1, 3, 2
+    assert board.worst.quantity == "b"
+    as_json = board.to_json()
+    assert (as_json["median_ratio_error"], as_json["median_ratio_error_napkin"]) == (0.25, 2.5)
+    assert [one["ratio"] for one in as_json["rows"]] == [1.25, 0.5, 1.0, None]
+    assert as_json["worst"]["ratio_napkin"] == 2.0
+
+
+def test_an_empty_scoreboard_judges_nothing():
+    assert scoreboard([]).to_json() == {"rows": [], "median_ratio_error": None, "median_ratio_error_napkin": None, "worst": None}

@@ -1,0 +1,132 @@
+"""The real SmolLM2-135M-Instruct against transformers, both from the same GGUF file."""
+
+import copy
+
+import pytest
+import torch
+from reference import transformers_model
+from tolerances import LOGITS
+
+from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.model import generate, load_model
+from clawdemy_infer.model.load import PACKAGED, packaged_file
+
+CHAT = [{"role": "user", "content": "Name three rivers of Europe."}]
+PROMPTS = {
+    "one token": "The",
+    "short": "The capital of France is",
+    "question": "Q: How many legs does a spider have?\nA:",
+    "code": "def fibonacci(n):\n    if n < 2:\n        return n\n",
+    "digits": "3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5,",
+    "unicode": "Straße, café, naïve — 日本語 и кириллица 🙂🏽:",
+    "list": "Shopping list:\n\n1. bread\n2. milk\n\n3.",
+    "white space": "a\t\tb\n\n\n   c  d",
+    "long": "Once upon a time there was a lighthouse keeper who counted the waves. " * 24 + "One night",
+    "chat": CHAT,
+}
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """transformers' reading of the same file: some 20 s."""
+    return transformers_model(packaged_file(*PACKAGED["smollm2-135m"][:2]))
+
+
+def token_ids(model, prompt):
+    return model.tokenizer.encode(prompt) if isinstance(prompt, str) else model.tokenizer.chat(prompt)
+
+
+def assert_logits_close(ours, theirs):
+    scale = theirs.std()
+    torch.testing.assert_close(ours / scale, theirs / scale, **LOGITS[ours.dtype])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_greedy_tokens_are_those_of_transformers(smollm, reference, prompt):
+    ids = token_ids(smollm, prompt)
+    with torch.no_grad():
+        expected = reference.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
+    ours = generate(smollm, prompt if isinstance(prompt, str) else ids, max_tokens=NEW)
+    assert ours.prompt_tokens == ids
+    assert ours.tokens == expected
+    assert ours.text == smollm.tokenizer.decode(expected)
+
+
+def test_every_weight_is_the_one_transformers_reads(smollm, reference):
+    from clawdemy_infer.model.weights import destinations
+
+    theirs = dict(reference.named_parameters())
+    ours = destinations(smollm)
+    assert ours.keys() == theirs.keys() - {"lm_head.weight"}
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name].detach(), rtol=0, atol=0)
+
+
+def test_logits_equal_transformers_in_prefill_in_chunks_and_step_by_step(smollm, reference):
+    ids = torch.tensor([token_ids(smollm, PROMPTS["long"])[:150], token_ids(smollm, PROMPTS["long"])[33:183]])
+    with torch.no_grad():
+        expected = reference(ids).logits
+    assert_logits_close(smollm(ids), expected)
+    cache = ContiguousCache.for_model(smollm, batch=2, capacity=150)
+    chunks = ids.split([101, 38, *[1] * 11], dim=1)
+    assert_logits_close(torch.cat([smollm(chunk, cache) for chunk in chunks], dim=1), expected)
+
+
+def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_transformers(smollm, reference):
+    ids = torch.tensor([token_ids(smollm, PROMPTS["chat"])])
+    ours = load_model("smollm2-135m", dtype=torch.bfloat16)(ids)
+    with torch.no_grad():
+        theirs, exact = copy.deepcopy(reference).bfloat16()(ids).logits, reference(ids).logits
+    assert_logits_close(ours, theirs)
+    our_error, their_error = ((logits.float() - exact).square().mean().sqrt() for logits in (ours, theirs))
+    assert our_error < 1.3 * their_error
+
+
+def test_an_interrupt_in_layer_17_changes_nothing(smollm):
+    """Ctrl-C in the middle of the fourth decode step: the cache still has the length of the third, and the step can be run again."""
+    ids = token_ids(smollm, PROMPTS["code"])
+    expected = generate(smollm, ids, max_tokens=9).tokens
+    cache = ContiguousCache.for_model(smollm, batch=1, capacity=len(ids) + 9)
+    tokens, step = [], torch.tensor([ids])
+    while len(tokens) < 9:
+        if len(tokens) == 4:
+            length = cache.length
+            with interrupt(smollm.layers[17]), pytest.raises(KeyboardInterrupt):
+                smollm(step, cache, last_only=True)
+            assert cache.length == length
+        tokens.append(int(smollm(step, cache, last_only=True).argmax()))
+        step = torch.tensor([tokens[-1:]])
+    assert tokens == expected
+
+
+def test_an_interrupted_generation_returns_what_it_has_and_the_model_goes_on(smollm):
+    whole = generate(smollm, PROMPTS["short"], max_tokens=8)
+    pieces = []
+    with interrupt(smollm.layers[17], at=5):
+        partial = generate(smollm, PROMPTS["short"], max_tokens=8, on_token=pieces.append)
+    assert partial.finish_reason == "interrupted"
+    assert partial.tokens == whole.tokens[:5]
+    assert whole.text.startswith(partial.text) and partial.text == "".join(pieces) != ""
+    with interrupt(smollm.layers[17]):
+        nothing = generate(smollm, PROMPTS["short"], max_tokens=8)
+    assert (nothing.tokens, nothing.text, nothing.ttft_s, nothing.tpot_s) == ([], "", None, None)
+    assert generate(smollm, PROMPTS["short"], max_tokens=8).tokens == whole.tokens
+
+
+class interrupt:  # noqa: N801
+    """Within the block, the step after `at` whole ones stops in `layer` as Ctrl-C would stop it."""
+
+    def __init__(self, layer, at=0):
+        self.layer, self.left = layer, at
+
+    def __enter__(self):
+        self.hook = self.layer.register_forward_pre_hook(self.stop)
+
+    def stop(self, *_):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_):
+        self.hook.remove()
