@@ -26,11 +26,25 @@ def element_bytes(name: str, dtype: str) -> float:
     return BYTES[dtype]
 
 
+def at_least_1(**sizes: int) -> None:
+    """ValueError naming the first of `sizes` that is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: at least 1")
+
+
+def check_step(batch: int, new: int, context: int) -> None:
+    """ValueError for sizes that no forward pass has."""
+    at_least_1(batch=batch, new=new, context=context)
+    if context < new:
+        raise ValueError(f"context={context}: it counts the {new} new tokens too, so it is at least {new}")
+
+
 @dataclass(frozen=True)
 class Work:
     """What a piece of work asks of a machine: `flops` to compute and `bytes` to move.
 
-    `kernel` says what does it ("gemm", "attention", or "" for element-wise work) and `rows` is M, the number of rows that
+    `kernel` says what does it ("gemm", "attention" or "elementwise") and `rows` is M, the number of rows that
     share one read of the weights or of the cache: a machine computes far faster at M = 1,024 than at M = 1.
     `parts` are the operations that a sum was made of.
     """
@@ -69,6 +83,7 @@ def matmul(m: int, k: int, n: int, name: str = "matmul", weights: str = "fp32", 
 
     Intensity 2mkn / (bytes), which tends to m FLOPs per 2-byte weight as k and n grow.
     """
+    at_least_1(m=m, k=k, n=n)
     x, w, y = m * k, k * n, m * n
     bytes = w * element_bytes("weights", weights) + (x + y) * element_bytes("activations", activations)
     return Work(2 * m * k * n, bytes, name, activations, "gemm", rows=m)
@@ -150,11 +165,15 @@ class ModelShape:
         """One layer on T new tokens of each of B sequences that hold S tokens in the end."""
         e = element_bytes("activations", activations)
         matmuls = [matmul(B * T, k, n, name, weights, activations) for name, (k, n) in self.matrices().items()]
-        norms = Work(0, 2 * 2 * B * T * self.D * e, "norms", activations)                    # read and write D, twice
-        rope = Work(0, 2 * B * T * (self.N + self.K) * self.H * e, "rope", activations)      # read and write Q and K
-        gate = Work(0, 3 * B * T * self.F * e, "silu(gate)*up", activations)                 # read two, write one
-        residual = Work(0, 2 * 3 * B * T * self.D * e, "residual", activations)              # read two, write one, twice
-        return [*matmuls, self.attention(B, T, S, kv, activations, shared), norms, rope, gate, residual]
+        # Element-wise work as plain PyTorch runs it, one operation after another, each reading its inputs and writing its output.
+        arrays = {
+            "norms": 2 * 7 * B * T * self.D,                    # square 2, mean 1, times 1/rms 2, times weight 2; twice
+            "rope": 7 * B * T * (self.N + self.K) * self.H,     # swap halves 2, times cos 2, plus swapped times sin 3
+            "silu(gate)*up": 5 * B * T * self.F,                # silu 2, product 3
+            "residual": 2 * 3 * B * T * self.D,                 # sum 3; twice
+        }
+        glue = [Work(0, elements * e, name, activations, "elementwise") for name, elements in arrays.items()]
+        return [*matmuls, self.attention(B, T, S, kv, activations, shared), *glue]
 
     def attention(self, batch: int, new: int, context: int, kv: str = "bf16", activations: str = "bf16", shared: bool = True) -> Work:
         """Scores and weighted sum of one layer: T new queries see the tokens up to themselves, S in the end.
@@ -162,9 +181,11 @@ class ModelShape:
         FLOPs: 2 (scores) + 2 (values) per query head, head dimension and visible pair. Bytes: Q and output once, and K and
         V once per KV head if the kernel shares the read within a group (`shared`), else once per query head.
         """
+        check_step(batch, new, context)
         B, T, S = batch, new, context
-        # Query i of T sees S-T+i+1 tokens, at most the window: whole rows first, then the causal corner.
-        pairs = sum(self.kept_tokens(S - T + i + 1) for i in range(T)) if self.window else T * (S - T) + T * (T + 1) // 2
+        # Query i of T sees S-T+i+1 tokens, at most the window: `early` of them see all that came before, the others a window full.
+        early = min(T, max(0, self.window - (S - T))) if self.window else T
+        pairs = early * (S - T) + early * (early + 1) // 2 + (T - early) * (self.window or 0)
         flops = 4 * B * self.N * self.H * pairs
         readers = self.K if shared else self.N
         seen = min(S, self.window + T - 1) if self.window else S
@@ -179,16 +200,13 @@ class ModelShape:
     def step(self, batch: int, new: int, context: int, weights: str = "bf16", kv: str = "bf16", activations: str = "bf16",
              shared: bool = True) -> Work:
         """One forward pass over `new` tokens of each sequence, of which only the last needs logits."""
-        for argument, value in (("batch", batch), ("new", new), ("context", context)):
-            if value < 1:
-                raise ValueError(f"{argument}={value}: at least 1")
-        if context < new:
-            raise ValueError(f"context={context}: it counts the {new} new tokens too, so it is at least {new}")
+        check_step(batch, new, context)
         layer = total("layer", self._layer(batch, new, context, weights, kv, activations, shared))
         return total("step", [layer * self.L, self.head(batch, weights, activations)])
 
     def prefill(self, batch: int, prompt: int, **dtypes) -> Work:
         """Read the prompt, give the first token."""
+        at_least_1(prompt=prompt)
         return self.step(batch, prompt, prompt, **dtypes)
 
     def decode(self, batch: int, context: int, **dtypes) -> Work:
@@ -199,6 +217,7 @@ class ModelShape:
 
     def fits(self, memory: float, batch: int, context: int, weights: str = "bf16", kv: str = "bf16") -> Capacity:
         """Do weights and KV cache fit into `memory` bytes?"""
+        at_least_1(batch=batch, context=context)
         return Capacity(memory, self.stored_bytes(weights), self.kv_bytes(batch, context, kv), batch)
 
 

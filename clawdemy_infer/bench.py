@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape, Work
+from clawdemy_infer.calibrate import Pulse
 from clawdemy_infer.kv_cache.contiguous import ContiguousCache
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.roofline import Machine
-from clawdemy_infer.timing import Timing, count_ops, now, stopwatch
+from clawdemy_infer.timing import Timing, count_ops, stopwatch
+
+Watch = Callable[[Callable[[], object], int], Timing]
+"""What times a piece of work so many times: `timing.stopwatch`, or the one of a `Pulse`."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +56,35 @@ def random_tokens(model: Decoder, batch: int, length: int) -> torch.Tensor:
     return torch.randint(model.config.shape.V, (batch, length), generator=generator).to(model.device)
 
 
-def time_prefill(model: Decoder, batch: int, prompt: int, repeats: int = 3) -> Timing:
-    """Seconds from a prompt of `prompt` tokens to its first logits."""
+def time_prefill(model: Decoder, batch: int, prompt: int, repeats: int = 3, watch: Watch = stopwatch) -> Timing:
+    """Seconds from a prompt of `prompt` tokens to its first logits, by `stopwatch` or by a `Pulse`'s."""
     tokens = random_tokens(model, batch, prompt)
     cache = ContiguousCache.for_model(model, batch, prompt)
 
     def prefill() -> None:
         cache.truncate(0)
         model(tokens, cache, last_only=True)
-    return stopwatch(prefill, repeats)
+    return watch(prefill, repeats)
 
 
-def time_decode(model: Decoder, cache: ContiguousCache, context: int, repeats: int = 15) -> Timing:
-    """Seconds for one more token of each sequence, the `context`-th. `cache` holds at least context - 1 tokens, and keeps as many."""
+def time_decode(model: Decoder, cache: ContiguousCache, context: int, repeats: int = 15, watch: Watch = stopwatch) -> Timing:
+    """Seconds for one more token of each sequence, the `context`-th.
+
+    `cache` holds at least context - 1 tokens, and is cut to `context`: measure several contexts from the longest down.
+    """
     tokens = random_tokens(model, cache.batch, 1)
 
     def one_token() -> None:
         cache.truncate(context - 1)
         model(tokens, cache, last_only=True)
-    return stopwatch(one_token, repeats, warmup=2)
+    return watch(one_token, repeats)
 
 
 def filled_cache(model: Decoder, batch: int, tokens: int) -> ContiguousCache:
     """A cache that really holds `tokens` tokens of each sequence, with room for one more."""
     cache = ContiguousCache.for_model(model, batch, tokens + 1)
-    for chunk in random_tokens(model, batch, tokens).split(512, dim=1):
-        model(chunk, cache, last_only=True)
+    for start in range(0, tokens, 512):
+        model(random_tokens(model, batch, min(512, tokens - start)), cache, last_only=True)
     return cache
 
 
@@ -84,3 +92,47 @@ def step_ops(model: Decoder, new: int = 1) -> int:
     """How many operations one forward pass dispatches: counted, not timed. It depends neither on the batch nor on the context."""
     cache = ContiguousCache.for_model(model, 1, new)
     return count_ops(lambda: model(random_tokens(model, 1, new), cache, last_only=True))
+
+
+# ---- the bench command: what the roofline allows, then what the clock says ----
+
+
+def work_of(shape: ModelShape, phase: str, weights: str, batch: int, context: int) -> Work:
+    """The work of one row, with weights, cache and activations all in the dtype `weights`."""
+    step = {"prefill": shape.prefill, "decode": shape.decode}[phase]
+    return step(batch, context, weights=weights, kv=weights, activations=weights)
+
+
+def card(shape: ModelShape, machine: Machine, memory: float, wanted: Iterable[tuple[str, str, int, int]]) -> list[dict]:
+    """What is known of each wanted (phase, weights, batch, context) before anything runs. Capacity, `memory` bytes, comes first:
+    what does not fit has no time. Raises ValueError for a dtype that the machine has no figure for.
+    """
+    rows = []
+    for phase, weights, batch, context in wanted:
+        work, capacity = work_of(shape, phase, weights, batch, context), shape.fits(memory, batch, context, weights, weights)
+        rows.append({
+            "phase": phase, "weights": weights, "batch": batch, "context": context, "fits": bool(capacity),
+            "memory_bytes": capacity.weight_bytes + capacity.kv_bytes, "flops": work.flops, "bytes": work.bytes,
+            "intensity": work.intensity, "bound": "compute" if work.intensity > machine.ridge(weights) else "memory",
+            "napkin_s": machine.napkin(work) if capacity else None,
+        })
+    return rows
+
+
+def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[BenchRow]:
+    """Time the rows of a card, all of the dtype that `model` has its weights in. `predicted_s` is the calibrated roofline at the
+    speed that the machine has at that moment, by a `Pulse` that is taken between the runs and knows nothing of them.
+    """
+    ops = {"prefill": step_ops(model, new=2), "decode": step_ops(model)}
+    pulse, pulse_rows = None, None
+    for row in rows:
+        phase, weights, batch, context = (row[key] for key in ("phase", "weights", "batch", "context"))
+        m = batch * (context if phase == "prefill" else 1)              # rows of activations that share a read of the weights
+        if m != pulse_rows:
+            pulse, pulse_rows = Pulse(machine, weights, m, model.device.type), m
+        calibrated = machine.time(work_of(model.config.shape, phase, weights, batch, context), ops[phase]).seconds
+        if phase == "prefill":
+            timing = time_prefill(model, batch, context, watch=pulse.stopwatch)
+        else:
+            timing = time_decode(model, filled_cache(model, batch, context - 1), context, watch=pulse.stopwatch)
+        yield BenchRow(phase, weights, batch, context, row["napkin_s"], calibrated / pulse.speed, timing.median, timing.spread)

@@ -39,6 +39,8 @@ class Row:
 
     `napkin` is worked out by hand from two or three numbers. `predicted` is the calibrated roofline, None where a lesson has only a napkin.
     `measured` is None until it is measured. All four are in `unit`: plain seconds and bytes, never milliseconds.
+    `speed` is how fast the machine ran meanwhile, as a fraction of its calibration, by a probe that is not the run: `predicted` is
+    for that speed, so what was said of the calibrated machine is `predicted * speed`. 1 where no probe was taken.
     Raises `ValueError` for a number that is not positive and finite.
     """
 
@@ -49,13 +51,14 @@ class Row:
     predicted: float | None = None
     measured: float | None = None
     guess: float | None = None
+    speed: float = 1.0
     why: str = ""
     machine: str = ""
     versions: dict[str, str] = field(default_factory=versions)
     date: str = field(default_factory=today)
 
     def __post_init__(self) -> None:
-        for name in ("napkin", "predicted", "measured", "guess"):
+        for name in ("napkin", "predicted", "measured", "guess", "speed"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value!r} for {self.quantity!r}: a positive, finite number is needed, or its ratio means nothing")

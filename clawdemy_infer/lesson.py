@@ -39,6 +39,7 @@ class Lesson:
         self.machine = str(getattr(machine, "name", machine))
         self.rows: dict[str, Row] = {}
         self.guesses: dict[str, float | None] = {}
+        self.said: dict[str, float | None] = {}  # the calibrated predictions as they were made
         self.exercises: dict[str, str] = {}  # name: "open", "wrong" or "right"
 
     # -- predict, measure, explain ------------------------------------------------------------------------------------------------
@@ -55,22 +56,29 @@ class Lesson:
         Units are plain: s, B, B/s, FLOP/s, never ms or GB. Predicting again starts the quantity afresh.
         Raises `ValueError` for a number that is not positive and finite.
         """
+        self.said[quantity] = None if predicted is None else float(predicted)
         self.rows[quantity] = Row(
             self.name,
             quantity,
             unit,
             napkin=float(napkin),
-            predicted=None if predicted is None else float(predicted),
+            predicted=self.said[quantity],
             guess=self.guesses.get(quantity),
             machine=self.machine,
         )
 
-    def measure(self, quantity: str, value: float, why: str = "") -> None:
+    def measure(self, quantity: str, value: float, why: str = "", speed: float = 1.0) -> None:
         """Set the measured `value` beside its prediction, in the prediction's unit, and write the row to the ledger.
 
-        `why` says what the difference is made of. Raises `ValueError` for a quantity that was never predicted: that is the whole game.
+        `why` says what the difference is made of. `speed` is a `Pulse`'s: how fast the machine ran during the measurement, against its
+        calibration; the calibrated prediction of a time is divided by it.
+        Raises `ValueError` for a quantity that was never predicted: that is the whole game; and for a speed of what is not in seconds.
         """
-        self._write(replace(self._predicted(quantity), measured=float(value), why=why, date=ledger.today()))
+        row = self._predicted(quantity)
+        if speed != 1.0 and row.unit != "s":
+            raise ValueError(f"speed={speed} for {quantity!r} in {row.unit!r}: only a time is predicted for a speed of the machine")
+        predicted = self.said[quantity] and self.said[quantity] / speed
+        self._write(replace(row, measured=float(value), predicted=predicted, speed=speed, why=why, date=ledger.today()))
 
     def explain(self, quantity: str, why: str) -> None:
         """Give the reason after the fact, once the measurement has been looked at. Raises `ValueError` if there is none yet."""

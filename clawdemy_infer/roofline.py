@@ -51,6 +51,7 @@ class Machine:
     peak_flops      dense FLOP/s by dtype, with fp32 accumulation
     memory          bytes that weights and cache may occupy
     rates           FLOP/s by kernel ("gemm", "attention") and dtype, as (rows M, FLOP/s); empty for a data sheet
+    elementwise     bytes/s at which element-wise operations go through arrays, by dtype; empty for a data sheet
     fixed_s_per_op  seconds that an operation costs whatever its size
     """
 
@@ -59,6 +60,7 @@ class Machine:
     peak_flops: dict[str, float]
     memory: float
     rates: dict[str, dict[str, Curve]] = field(default_factory=dict)
+    elementwise: dict[str, float] = field(default_factory=dict)
     fixed_s_per_op: float = 0.0
     source: str = ""
 
@@ -77,6 +79,11 @@ class Machine:
         curve = self.rates.get(op.kernel, {}).get(op.dtype)
         return interpolate(curve, op.rows) if curve else self.peak(op.dtype)
 
+    def bytes_at(self, op: Work, working_set: float) -> float:
+        """Bytes/s at which `op` moves its bytes: those of memory, or less where it has to do something to every element."""
+        bandwidth = self.bandwidth_at(working_set)
+        return min(bandwidth, self.elementwise.get(op.dtype, bandwidth)) if op.kernel == "elementwise" else bandwidth
+
     def ridge(self, dtype: str) -> float:
         """The ridge point, FLOPs per byte: below it memory is the limit, above it compute."""
         return self.peak(dtype) / self.bandwidth_at()
@@ -90,8 +97,7 @@ class Machine:
 
         The working set is the whole of the work: before a step comes back to the same bytes it has read all the others.
         """
-        bandwidth = self.bandwidth_at(work.bytes)
-        terms = [(op.flops / self.flops_at(op), op.bytes / bandwidth) for op in work.operations()]
+        terms = [(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, work.bytes)) for op in work.operations()]
         fixed = ops * self.fixed_s_per_op
         return Prediction(sum(max(term) for term in terms) + fixed, sum(c for c, _ in terms), sum(m for _, m in terms), fixed)
 

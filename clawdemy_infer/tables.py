@@ -93,11 +93,12 @@ def ledger_table(rows: Iterable[Row], lessons: bool = False) -> Table:
         "napkin": [si(row.napkin, row.unit) for row in rows],
         "roofline": [si(row.predicted, row.unit) for row in rows],
         "measured": [si(row.measured, row.unit) for row in rows],
+        "speed": ["" if row.speed == 1 else ratio(row.speed) for row in rows],
         "÷ napkin": [ratio(row.ratio_napkin) for row in rows],
         "÷ roofline": [ratio(row.ratio) for row in rows],
         "why": [row.why for row in rows],
     }
-    optional = {"guess": MISSING, "roofline": MISSING, "÷ napkin": MISSING, "÷ roofline": MISSING, "why": ""}
+    optional = {"guess": MISSING, "roofline": MISSING, "÷ napkin": MISSING, "÷ roofline": MISSING, "speed": "", "why": ""}
     columns = {name: cells for name, cells in columns.items() if not (name in optional and set(cells) <= {optional[name]})}
     numeric = [name for name in columns if name not in ("lesson", "quantity", "why")]
     return Table(list(columns), list(zip(*columns.values(), strict=True)), numeric)

@@ -73,7 +73,7 @@ def alternate(works: dict[str, Callable[[], object]], repeats: int = 5, warmup: 
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
-def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, rounds: int = 7) -> dict[str, float]:
+def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, rounds: int = 5) -> dict[str, float]:
     """Units of work per second, for several kinds of work.
 
     `steps[name](i)` does the i-th piece of that work and returns how many units it was (bytes, FLOPs). Pieces are done until
@@ -82,7 +82,7 @@ def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, roun
     """
     done = dict.fromkeys(steps, 0)
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    for name, step in steps.items():
+    for step in steps.values():
         step(0)
     for _ in range(rounds):
         for name, step in steps.items():

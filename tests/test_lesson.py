@@ -157,3 +157,18 @@ def test_an_exercise_without_anything_to_compare_is_the_authors_mistake(lesson):
     for wrong in ({}, {"cases": CASES, "expected": 1}):
         with pytest.raises(ValueError, match="exercise 'product'"):
             lesson.exercise("product", ..., **wrong)
+
+
+def test_a_prediction_is_judged_at_the_speed_of_the_machine_during_the_run(lesson, ledger_file):
+    lesson.predict("TTFT", napkin=0.25, predicted=0.5, unit="s")
+    lesson.measure("TTFT", 1.1, speed=0.5)
+    lesson.measure("TTFT", 0.9, speed=0.6)  # measured again: the first speed is forgotten
+    rows = read(ledger_file)
+    assert [(row.predicted, row.speed) for row in rows] == [(1.0, 0.5), (pytest.approx(0.8333, abs=1e-4), 0.6)]
+    assert rows[0].ratio == pytest.approx(1.1)
+
+
+def test_only_a_time_is_predicted_for_a_speed(lesson):
+    lesson.predict("cache", napkin=10, unit="B")
+    with pytest.raises(ValueError, match="speed=0.5.*'B'"):
+        lesson.measure("cache", 10, speed=0.5)

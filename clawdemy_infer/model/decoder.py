@@ -115,7 +115,8 @@ class Decoder(nn.Module):
 
         With `last_only` the head, a D x V product for each position, is spared for all positions but one: that is how a
         prefill is run. The cache counts the tokens only when the whole step is done, so an interrupted step can simply
-        be run again. Raises ValueError, before any work, for a wrong shape or dtype, an unknown token, or too many tokens.
+        be run again. Logits come out of inference mode: `clone()` them to write into them. Raises ValueError, before any
+        work, for a wrong shape or dtype, an unknown token, or too many tokens.
         """
         self._check(tokens, cache)
         T = tokens.shape[1]

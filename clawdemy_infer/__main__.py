@@ -1,0 +1,7 @@
+"""`python -m clawdemy_infer` is `clawdemy-infer`."""
+
+import sys
+
+from clawdemy_infer.cli import main
+
+sys.exit(main())

@@ -1,0 +1,115 @@
+"""What a terminal sees: `clawdemy-infer`, also `python -m clawdemy_infer`.
+
+Readable by default; `--json` prints exactly one object on stdout. Words about what is going on are for stderr.
+Exit code 0: done. 1: what was asked about failed, or does not fit. 2: wrong usage, one line on stderr that names the argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from clawdemy_infer import __version__, catalog, commands
+from clawdemy_infer.arithmetic import BYTES
+
+RUNS_IN = ("fp32", "bf16", "fp16")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number, 1 or more, is accepted")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    return [count(item) for item in text.split(",")]
+
+
+def some_of(*accepted: str):
+    """The type of an argument that takes several of `accepted`, with commas between."""
+    def parse(text: str) -> list[str]:
+        for item in text.split(","):
+            if item not in accepted:
+                raise argparse.ArgumentTypeError(f"{item!r}: accepted are {', '.join(accepted)}")
+        return text.split(",")
+    return parse
+
+
+def parser() -> Parser:
+    names = f"Models: {', '.join(catalog.model_names())}. Machines: {', '.join(catalog.machine_names())}, this."
+    top = Parser("clawdemy-infer", description="Predict the cost of LLM inference, measure it, explain the difference.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"clawdemy-infer {__version__}")
+    chosen = top.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(run: Callable[[argparse.Namespace], int], description: str, epilog: str | None = None) -> Parser:
+        made = chosen.add_parser(run.__name__, help=description, description=description, epilog=epilog, allow_abbrev=False)
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+        return made
+
+    command(commands.doctor, "Say what this machine has and lacks.")
+    command(commands.calibrate, "Measure this machine: bandwidth, FLOP/s, fixed cost. Keeps the result.")
+
+    c = command(commands.napkin, "Work out, before anything runs, what a model costs on a machine.", names)
+    c.add_argument("--model", required=True, metavar="M", help="a model of the catalog")
+    c.add_argument("--machine", required=True, metavar="X", help="a machine of the catalog, or `this`: yours, once calibrated")
+    c.add_argument("--batch", type=count, default=1, metavar="B", help="sequences (default: 1)")
+    c.add_argument("--context", type=count, default=1024, metavar="S", help="tokens a sequence holds at the decode step (default: 1024)")
+    c.add_argument("--prompt", type=count, metavar="T", help="tokens of the prompt (default: the context)")
+    c.add_argument("--weights", choices=BYTES, default="bf16", help="format of the weights (default: bf16)")
+    c.add_argument("--kv", choices=BYTES, default="bf16", help="format of the KV cache (default: bf16)")
+
+    c = command(commands.generate, "Let the model continue a prompt, and say how long it took.")
+    c.add_argument("--prompt", required=True, metavar="TEXT")
+    c.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    c.add_argument("--max-tokens", type=count, default=64, metavar="N", help="stop after so many (default: 64)")
+    c.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times")
+    c.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    c.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
+    c.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that hold P of the probability")
+    c.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest")
+    c.add_argument("--seed", type=int, help="the same seed draws the same tokens")
+    c.add_argument("--weights", choices=RUNS_IN, default="fp32", help="format of the weights (default: fp32)")
+    c.add_argument("--cache", choices=("contiguous", "none"), default="contiguous", help="none runs the whole text anew for each token")
+
+    b = command(commands.bench, "Time prefill and decode of the real model beside what was predicted.")
+    b.add_argument("--phase", type=some_of(*commands.PHASES), default=[*commands.PHASES], metavar="LIST", help="(default: prefill,decode)")
+    b.add_argument("--weights", type=some_of(*RUNS_IN), default=["fp32", "bf16"], metavar="LIST", help="(default: fp32,bf16)")
+    b.add_argument("--batch", type=counts, default=[1], metavar="LIST", help="sequences (default: 1)")
+    b.add_argument("--context", type=counts, metavar="LIST", help="tokens (default: prefill 64,256,1024, decode 64,512,1024)")
+
+    for which in (b, c):
+        which.add_argument("--model", default="smollm2-135m", metavar="M",
+                           help="smollm2-135m (default), a GGUF file, a Hugging Face directory, or a name on the hub")
+    command(commands.course, "Run every lesson and print the scoreboard.")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    args = parser().parse_args(arguments)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:             # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        commands.say(f"clawdemy-infer {args.command}: {' '.join(str(error).split()) or type(error).__name__}")
+        # The library names the argument that is wrong first. If it is one of this command's, it is the user's to mend.
+        named = re.match(r"(\w+)[=: ]", str(error))
+        return 2 if isinstance(error, ValueError) and named and named[1] in vars(args) else 1

@@ -1,0 +1,179 @@
+"""What each command does: it prints, and returns its exit code. `cli` reads the arguments.
+
+torch takes seconds to import, so what measures or runs the model is imported by the commands that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import product
+
+from rich.console import Console
+
+from clawdemy_infer import catalog
+from clawdemy_infer.napkin import card
+from clawdemy_infer.paper import bounds_table, calibration_on_paper, card_on_paper, rows_table
+from clawdemy_infer.tables import Table, si
+
+PHASES = {"prefill": [64, 256, 1024], "decode": [64, 512, 1024]}
+"""What `bench` times, and the contexts it takes unless told."""
+
+BUSY = 0.15
+"""A spread above this says that something else ran on the machine."""
+
+
+def say(sentence: str) -> None:
+    """A word to whoever waits, on stderr: stdout is for results."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def show(*blocks: Table | str, stderr: bool = False) -> None:
+    """Tables and sentences, an empty line between."""
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160                 # a file has no edge to wrap at
+    for block in blocks:
+        if block is not blocks[0]:
+            console.print()
+        console.print(block)
+
+
+def emit(result: dict) -> None:
+    """One JSON object on one line, the last of stdout."""
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+# ---- what there is ----
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from clawdemy_infer.calibrate import kept_record
+    from clawdemy_infer.doctor import checks, versions
+
+    found = checks()
+    ready = all(check.ok for check in found)
+    if args.json:
+        emit({"ready": ready, "machine": kept_record(), "versions": versions(), "checks": [vars(check) for check in found]})
+    else:
+        show(Table(("", "found", "what it means"), [(c.what, c.found, ("" if c.ok else "LACKING: ") + c.means) for c in found]),
+             ", ".join(f"{name} {version or 'none'}" for name, version in versions().items()),
+             "Ready: `make course` runs every lesson." if ready else "Not ready: see LACKING above.")
+    return 0 if ready else 1
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    from clawdemy_infer import ledger
+    from clawdemy_infer.calibrate import calibrate, kept_record
+
+    say("Measuring this machine, up to half a minute: bandwidth by working set, FLOP/s by dtype and rows, the fixed cost of an operation …")
+    calibrate()
+    record = kept_record()
+    if args.json:
+        emit({"machine": record, "versions": ledger.versions()})
+        return 0
+    show(*calibration_on_paper(record))
+    return 0
+
+
+# ---- the napkin ----
+
+
+def napkin(args: argparse.Namespace) -> int:
+    shape = catalog.model(args.model)
+    if args.machine == "this":
+        from clawdemy_infer.calibrate import from_record, kept_record
+
+        if not (record := kept_record()):
+            say("clawdemy-infer napkin: machine=this has no kept calibration; run `clawdemy-infer calibrate` first")
+            return 1
+        machine = from_record(record)
+    else:
+        machine = catalog.machine(args.machine)
+    result = card(shape, machine, args.batch, args.context, args.prompt, args.weights, args.kv)
+    emit(result) if args.json else show(*card_on_paper(result, shape))
+    return 0 if result["fits"] else 1
+
+
+# ---- what runs the model ----
+
+
+def generate(args: argparse.Namespace) -> int:
+    from clawdemy_infer import model
+    from clawdemy_infer.calibrate import default_device
+    from clawdemy_infer.probes import DTYPES
+
+    sampling = model.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)  # refused before the model is loaded
+    decoder = model.load_model(args.model, DTYPES[args.weights], default_device())
+    prompt = args.prompt
+    if args.chat:
+        if decoder.tokenizer is None:
+            raise ValueError("chat: this model has no tokenizer, and so no chat template")
+        prompt = decoder.tokenizer.chat([{"role": "user", "content": prompt}])
+    result = model.generate(decoder, prompt, args.max_tokens, sampling, stop=args.stop, cached=args.cache != "none",
+                            on_token=None if args.json else lambda piece: print(piece, end="", flush=True))
+    if args.json:
+        emit(vars(result) | {"prompt_tokens": len(result.prompt_tokens)})
+    else:
+        print(flush=True)
+        say(f"{len(result.prompt_tokens)} prompt tokens, {len(result.tokens)} generated (ended by: {result.finish_reason}); "
+            f"TTFT {si(result.ttft_s, 's')}, TPOT {si(result.tpot_s, 's')}")
+    return 130 if result.finish_reason == "interrupted" else 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    import psutil
+
+    load = psutil.getloadavg()[0]           # before we add to it ourselves
+    from clawdemy_infer.bench import card, measure
+    from clawdemy_infer.calibrate import default_device, this_machine
+    from clawdemy_infer.model import load_model
+    from clawdemy_infer.probes import DTYPES
+
+    device = default_device()
+    say("Looking at this machine; up to half a minute if it must be calibrated …")
+    machine = this_machine(device)
+    for weights in args.weights:
+        if weights not in machine.peak_flops:
+            raise ValueError(f"weights={weights!r}: {machine.name} is calibrated for {', '.join(machine.peak_flops)}")
+    model = load_model(args.model, DTYPES[args.weights[0]], device)
+    shape = model.config.shape
+    wanted = [(phase, weights, batch, context) for weights, phase in product(args.weights, args.phase)
+              for batch, context in product(args.batch, args.context or PHASES[phase])]
+    longest = max(context for *_, context in wanted)
+    if shape.max_context and longest > shape.max_context:
+        raise ValueError(f"context={longest}: the model's context is {shape.max_context}")
+
+    memory = machine.memory if device == "cuda" else min(machine.memory, psutil.virtual_memory().available)
+    allowed = card(shape, machine, memory, wanted)
+    show(bounds_table(allowed, shape, machine), stderr=args.json)
+    rows = []
+    for weights in args.weights:
+        feasible = [row for row in allowed if row["weights"] == weights and row["fits"]]
+        if feasible and model.dtype != DTYPES[weights]:
+            del model                       # before the next one takes its place
+            model = load_model(args.model, DTYPES[weights], device)
+        for row in measure(model, machine, feasible):
+            say(f"{row.phase} {row.weights} B={row.batch} S={row.context}: {si(row.measured_s, 's')}")
+            rows.append(row)
+
+    notes = [f"{row['phase']} in {row['weights']} of batch {row['batch']:,} and context {row['context']:,} was not timed: it needs "
+             f"{si(row['memory_bytes'], 'B')}, and there are {si(memory, 'B')}." for row in allowed if not row["fits"]]
+    if load > 0.5 or any(row.spread > BUSY for row in rows):
+        notes.append(f"The machine is busy (load average {load:.1f} at the start, spread of a row up to "
+                     f"{max((row.spread for row in rows), default=0):.0%}): trust these figures less.")
+    if any(row.fraction_of_bound > 1 for row in rows):
+        notes.append("A row is faster than its bound, which cannot be: the machine was slower while it was calibrated. Calibrate again.")
+    if not args.json:
+        show(rows_table(rows), *notes)
+    emit({"card": {"model": shape.name, "machine": machine.name, "memory_bytes": memory, "bandwidth": machine.bandwidth_at(),
+                   "peak_flops": machine.peak_flops, "fixed_s_per_op": machine.fixed_s_per_op, "rows": allowed},
+          "rows": [row.as_dict() for row in rows], "notes": notes})
+    return 0 if rows else 1
+
+
+def course(args: argparse.Namespace) -> int:
+    from clawdemy_infer.course import main
+
+    return main(args.json)

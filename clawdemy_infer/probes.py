@@ -1,0 +1,171 @@
+"""What can be measured of a machine without a model: the probes that a calibration is made of.
+
+Each is a kind of work of known size that no cache can help, and none is a piece of the model that it will predict:
+
+    read bandwidth      the sum of an array, over working sets: caches show as steps
+    peak FLOP/s         a large square matrix product
+    GEMM rate by M      X[M, k] @ W[k, n] with W fresh from memory each time: at small M the rate is the reading of W
+    attention rate by M the fused attention kernel with M query rows to each KV head
+    element-wise rate   a gate, a scaling, a sum: bound by memory on a GPU, by arithmetic and conversion on many CPUs
+    fixed cost          a decoder layer without its matrix products: what PyTorch and Python charge to start an operation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clawdemy_infer.timing import alternate, count_ops, rates, stopwatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+ATTENTION_ROWS = [1, 4, 16, 32, 128, 512, 2048]
+SHAPES = [(640, 640), (640, 2560), (1280, 640)]
+"""(inputs, outputs) of the weights in the GEMM probe: square, wide and tall, of a small model's size but of no model's."""
+
+
+def read_bandwidth(sizes: list[int], device: str, rounds: int = 7) -> list[tuple[float, float]]:
+    """(bytes, bytes/s) for reading `sizes` bytes again and again. A lower bound on the hardware: it is what a torch sum reaches."""
+    data = torch.ones(max(sizes) // 4, device=device)
+
+    def rate(size: int) -> float:
+        view = data[: size // 4]
+
+        def read(_: int) -> int:
+            view.sum()
+            return size
+        return rates({"read": read}, rounds=rounds)["read"]
+    return [(size, rate(size)) for size in sizes]
+
+
+def gemm_weights(dtype: str, device: str, bytes: int = 2**29) -> list[torch.Tensor]:
+    """Weights of all `SHAPES`, `bytes` in all: more than any cache keeps, so that each comes from memory when its turn comes."""
+    copies = max(1, bytes // (sum(k * n for k, n in SHAPES) * DTYPES[dtype].itemsize))
+    return [torch.ones(n, k, device=device, dtype=DTYPES[dtype]) for _ in range(copies) for k, n in SHAPES]
+
+
+def gemm_step(weights: list[torch.Tensor], m: int) -> Callable[[int], int]:
+    """The i-th piece of the GEMM probe: M rows through the next weight of each shape. Returns its FLOPs."""
+    inputs = {k: torch.randn(m, k, device=weights[0].device).to(weights[0].dtype) for k, _ in SHAPES}
+
+    def step(i: int) -> int:
+        some = [weights[(i * len(SHAPES) + j) % len(weights)] for j in range(len(SHAPES))]
+        for w in some:
+            F.linear(inputs[w.shape[1]], w)
+        return 2 * m * sum(w.numel() for w in some)
+    return step
+
+
+def gemm_rates(dtype: str, device: str) -> list[tuple[float, float]]:
+    """(M, FLOP/s) of X[M, k] @ W[k, n]."""
+    weights = gemm_weights(dtype, device)
+    measured = rates({str(m): gemm_step(weights, m) for m in GEMM_ROWS})
+    return [(m, measured[str(m)]) for m in GEMM_ROWS]
+
+
+def attention_rates(dtype: str, device: str, kv_heads: int = 4, head_dim: int = 64) -> list[tuple[float, float]]:
+    """(M, FLOP/s) of scaled dot-product attention, M query rows to each KV head.
+
+    Few rows are a decode step: the query heads of a group, over 1,024 keys. Many are a prefill: two heads to a group, and
+    M/2 positions that see each other causally.
+    """
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, head_dim, device=device).to(DTYPES[dtype])
+
+    def at(m: int):
+        T = 1 if m <= 16 else m // 2
+        queries, context, pairs = (m, 1024, m * 1024) if T == 1 else (T, T, T * (T + 1))
+        q = tensor(kv_heads if T == 1 else 2 * kv_heads, queries)
+        caches = [(tensor(kv_heads, context), tensor(kv_heads, context)) for _ in range(32)]
+
+        def one(i: int) -> int:
+            F.scaled_dot_product_attention(q, *caches[i % 32], is_causal=T > 1, enable_gqa=T > 1)
+            return 4 * kv_heads * head_dim * pairs
+        return one
+
+    measured = rates({str(m): at(m) for m in ATTENTION_ROWS})
+    return [(m, measured[str(m)]) for m in ATTENTION_ROWS]
+
+
+def elementwise_rate(dtype: str, device: str) -> float:
+    """Bytes/s of the element-wise work of a prefill: a gate, a scaling and a sum over 256 rows of 1,024. Reads and writes both count."""
+    a, b, c = (torch.randn(256, 1024, device=device).to(DTYPES[dtype]) for _ in range(3))
+
+    def step(_: int) -> int:
+        F.silu(a) * b                                   # silu reads one array and writes one; the product reads two and writes one
+        (a * b) + c                                     # twice two read and one written
+        return (2 + 3 + 3 + 3) * a.nbytes
+    return rates({"step": step})["step"]
+
+
+class Norm(nn.Module):
+    """RMS norm of a row: six operations, of which none has anything to compute."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(512, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * self.weight
+
+
+class Glue(nn.Module):
+    """What stands between the matrix products of any decoder layer, here of width 512: norms, a rotation, a cache of 16 tokens, a gate.
+
+    The arrays are so small that their bytes and FLOPs are nothing: its time is the price of starting its operations.
+    Four `products`, whose results it does not use, run where a layer has its own.
+    """
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.norm, self.mlp_norm = Norm(device), Norm(device)
+        self.cos, self.sin = torch.randn(2, 64, device=device)
+        self.cache = torch.zeros(1, 2, 16, 64, device=device)
+
+    def forward(self, x: torch.Tensor, products: list[Callable[[], object]]) -> torch.Tensor:
+        qkv, out, gate_up, down = products
+        qkv()
+        q, k = self.norm(x).view(1, 1, 8, 64).split((6, 2), dim=2)
+        left, right = q.chunk(2, dim=-1)
+        q = q * self.cos + torch.cat((-right, left), dim=-1) * self.sin
+        self.cache[:, :, 5:6] = k.transpose(1, 2)
+        F.scaled_dot_product_attention(q.reshape(1, 2, 3, 64), self.cache, self.cache)
+        out()
+        y = self.mlp_norm(x + x)
+        gate_up()
+        gate, up = y.chunk(2, dim=-1)
+        F.silu(gate) * up
+        down()
+        return x + y
+
+
+@torch.inference_mode()
+def fixed_cost(device: str) -> float:
+    """Seconds to start one operation in the mix of a decode step, Python included: the mean over `Glue`.
+
+    The time of the products alone is taken off. What is left is more than the glue would cost in a loop of its own:
+    after a weight has gone through them, the caches hold nothing that the glue needs, and the other threads have gone to sleep.
+    """
+    layers, x, row = [Glue(device) for _ in range(16)], torch.randn(1, 1, 512, device=device), torch.randn(1, 1024, device=device)
+    weights = [torch.randn(1024, 1024, device=device) for _ in range(64)]
+    products = [[partial(F.linear, row, w) for w in weights[i: i + 4]] for i in range(0, 64, 4)]
+
+    def with_glue() -> None:
+        for layer, four in zip(layers, products, strict=True):
+            layer(x, four)
+
+    times = alternate({"products": lambda: [product() for four in products for product in four], "both": with_glue}, repeats=21)
+    ops = count_ops(with_glue) - count_ops(lambda: [product() for four in products for product in four])
+    return max(0.0, times["both"].median - times["products"].median) / ops
+
+
+def peak_flops(dtype: str, device: str) -> float:
+    """FLOP/s of a square matrix product, the largest rate we know how to ask for."""
+    n = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
+    return 2 * n**3 / stopwatch(lambda: a @ b, repeats=3).best

@@ -1,0 +1,803 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 00 · How fast could anything run here?
+#
+# > Based on the structure of Stanford CS336, 'Language Modeling from Scratch,' by Tatsunori Hashimoto and Percy Liang (cs336.stanford.edu). This is an independent structural mirror in original prose; it reproduces no course materials, and Stanford does not endorse it.
+#
+# **For further study.** CS336, lecture 10 (inference) · Williams et al. 2009, *Roofline* (this lesson) · Ainslie et al. 2023, *GQA* ·
+# Yu et al. 2022, *Orca* (continuous batching) · Kwon et al. 2023, *PagedAttention* · Frantar et al. 2022, *GPTQ* · Lin et al. 2023, *AWQ* ·
+# Leviathan et al. 2023, *speculative decoding*.
+
+# %% [markdown]
+# ### How to take this course
+#
+# Every lesson plays one game: **predict** a cost on the back of an envelope, **run** it, **compare**, and explain what is left over.
+# The explaining is where the learning is. A prediction that is out by a factor of three is not a failure; it is a question.
+#
+# - **Guess before you run.** Where you see `lesson.guess("…", ...)`, write your number over the dots. Nobody grades it. The table at the end
+#   sets it beside the envelope and the stopwatch.
+# - **Move the sliders.** Under each there is a picture of the same thing, for when no kernel runs: on GitHub, on paper, on a telephone.
+# - **Do the exercises.** They check themselves. An open one stops nothing, and hint and solution lie folded below it.
+# - **No GPU is needed.** With an NVIDIA GPU the same cells run on it, and everything is faster; without one they run on your processor.
+#   The arithmetic is the same, and so are the surprises.
+# - **Run lessons on a quiet machine.** Plug the laptop in, close the video call. A busy neighbour shows up in every number here.
+
+# %% [markdown]
+# ## Question
+#
+# Before any language model: how fast could *anything* run on the machine in front of you?
+#
+# Here are three small jobs. Which takes longest, and by what factor?
+#
+# 1. add up a long vector of numbers,
+# 2. multiply a large matrix with one vector,
+# 3. multiply the same matrix with 64 vectors at once.
+#
+# The third does 64 times the arithmetic of the second. Does it take 64 times as long? Write your answer down. By the end of this lesson you
+# will be able to work it out for any machine, from three numbers.
+
+# %%
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown
+from torch.nn import functional as F
+
+from clawdemy_infer import catalog, plots, widgets
+from clawdemy_infer.arithmetic import Work, matmul, total
+from clawdemy_infer.calibrate import calibrate, default_device, fingerprint
+from clawdemy_infer.lesson import Lesson
+from clawdemy_infer.probes import read_bandwidth
+from clawdemy_infer.roofline import Machine
+from clawdemy_infer.tables import Table, number, si
+from clawdemy_infer.timing import alternate, count_ops, stopwatch
+
+plots.use_style()
+device = default_device()
+lesson = Lesson("00 your_machine", machine=fingerprint(device)["device"])
+
+# %% [markdown]
+# ## Envelope: three numbers
+#
+# To run something, a processor does three things, and each has its price:
+#
+# | number | unit | what it says |
+# |---|---|---|
+# | **bandwidth** | bytes/s | how fast numbers come from memory to where the arithmetic is done |
+# | **peak** | FLOP/s | how fast the arithmetic is, once the numbers are there; it depends on the dtype |
+# | **fixed cost** | s | what it takes to *start* an operation, however small it is |
+#
+# FLOPs (small s) are a count: one multiplication or one addition each. FLOP/s is a rate.
+#
+# First a trap. Memory is sold in GB and addressed in GiB, and people write one and mean the other. In this course **GB is 10⁹ bytes,
+# GiB is 2³⁰**, and inside the code there are only bytes.
+
+# %%
+GB, GiB, MiB = 10**9, 2**30, 2**20
+Table(
+    ["written", "bytes", "in GB"],
+    [[f"{count} {name}", f"{count * unit:,}", f"{count * unit / GB:.3f}"] for count, name, unit in [(256, "MiB", MiB), (1, "GiB", GiB), (80, "GB", GB), (80, "GiB", GiB)]],
+    numeric=["bytes", "in GB"],
+)
+
+# %% [markdown]
+# The last line is an H100: what the box calls 80 GB is 80 GiB. Seven per cent is not much, until it is the seven per cent that your model does
+# not fit into.
+#
+# ### Count the sum of a vector
+# We count what *must* happen: every input read from memory once, every output written once. Beside each step stands its cost.
+
+# %%
+n, fp32 = 2**26, 4            # how many numbers; bytes in each
+
+flops, bytes = 0, 0
+bytes += n * fp32             # read x, each number once
+flops += n - 1                # one addition for each number but the first
+bytes += fp32                 # write the result: one number
+
+vector_sum = Work(flops, bytes, "sum")
+assert math.isclose(vector_sum.intensity, 1 / 4, rel_tol=1e-6)
+Markdown(f"Reading {si(bytes, 'B')} for {si(flops, 'FLOP')}: **{vector_sum.intensity:.3f} FLOPs per byte**, whatever n is.")
+
+# %% [markdown]
+# FLOPs per byte: that ratio has a name, **arithmetic intensity**, and it is the most useful number in this course. It belongs to the *work*,
+# not to the machine. A sum does little with each number that it went to all the trouble of fetching.
+#
+# ### Count the addition of two vectors
+
+# %%
+flops, bytes = 0, 0
+bytes += 2 * n * fp32         # read x and y
+flops += n                    # one addition each
+bytes += n * fp32             # write z
+
+vector_add = Work(flops, bytes, "add")
+assert math.isclose(vector_add.intensity, 1 / 12)
+Markdown(f"**{number(vector_add.intensity)} FLOPs per byte**: as many additions as the sum, and three times the bytes.")
+
+# %% [markdown]
+# ### Count a square matrix product
+# `X[D, D] @ W[D, D]`. Each of the D·D results is D multiplications and D additions (the first is added to zero).
+
+# %%
+D = 4096
+
+flops, bytes = 0, 0
+bytes += D * D * fp32         # read X
+bytes += D * D * fp32         # read W
+flops += D * D * 2 * D        # D·D results, D multiply-adds each
+bytes += D * D * fp32         # write Y
+
+square = Work(flops, bytes, "square matmul")
+assert math.isclose(square.intensity, D / 6)              # 2 D³ / (3 D² · 4 bytes)
+Markdown(f"**{number(square.intensity)} FLOPs per byte**, and it grows with D: that is what is special about a matrix product.")
+
+# %% [markdown]
+# Here is the difference in one table. The sum and the addition do the same to every byte at any size. The matrix product uses each number D
+# times, so its intensity is 2D³ / 3D²·(bytes per number): **D/6 in fp32, D/3 in bf16**. Half the bytes, twice the intensity.
+
+# %%
+rows = []
+for size in (64, 512, 4096):
+    small, half = matmul(size, size, size), matmul(size, size, size, weights="bf16", activations="bf16")
+    assert math.isclose(small.intensity, size / 6) and math.isclose(half.intensity, size / 3)
+    rows.append([f"{size:,}", "1/4", "1/12", number(small.intensity), number(half.intensity)])
+Table(["D", "sum of D·D", "add of D·D", "matmul, fp32", "matmul, bf16"], rows, numeric=["D", "sum of D·D", "add of D·D", "matmul, fp32", "matmul, bf16"], title="FLOPs per byte")
+
+# %% [markdown]
+# ### The roofline
+# Now the machine. Fetching and computing go on at the same time, so the slower of the two decides:
+#
+# > time = max( FLOPs / peak , bytes / bandwidth ) + fixed cost
+#
+# Which one it is depends on the intensity alone. Both terms are equal where FLOPs / bytes = **peak / bandwidth**: the machine's **ridge point**.
+# Below it, work is *memory-bound*: the arithmetic waits. Above it, *compute-bound*: the memory waits.
+#
+# We take the H100, as the lecture does, from its data sheet:
+
+# %%
+h100 = catalog.machine("h100-sxm")
+ridge = h100.peak("bf16") / h100.bandwidth_at()
+assert round(ridge) == 295
+Markdown(f"{si(h100.peak('bf16'), 'FLOP/s')} in bf16 over {si(h100.bandwidth_at(), 'B/s')}: a ridge point of **{ridge:.0f} FLOPs per byte**. "
+         f"An H100 has to do {ridge:.0f} FLOPs with every byte that it reads, or its arithmetic is idle some of the time.")
+
+# %% [markdown]
+# How do our jobs fare? The same three counts in bf16, and with them the product of the large matrix with a single vector, which is what
+# a language model does most of the time, as lesson 01 will show.
+
+# %%
+def in_bf16():
+    """The four jobs with two bytes to a number."""
+    return [
+        Work(n - 1, 2 * n + 2, "sum", "bf16"),
+        Work(n, 3 * 2 * n, "add", "bf16"),
+        matmul(1, D, D, "matrix × vector", weights="bf16", activations="bf16"),
+        matmul(D, D, D, "matrix × matrix", weights="bf16", activations="bf16"),
+    ]
+
+
+rows = []
+for work in in_bf16():
+    compute, memory = work.flops / h100.peak("bf16"), work.bytes / h100.bandwidth_at()
+    assert max(compute, memory) == h100.napkin(work)                                          # the library does no more than this
+    assert (memory > compute) == (work.intensity < ridge)                                     # two ways to say the same
+    rows.append([work.name, si(work.flops, "FLOP"), si(work.bytes, "B"), number(work.intensity), si(compute, "s"), si(memory, "s"),
+                 "memory" if memory > compute else "compute"])
+Table(["on an H100, bf16", "FLOPs", "bytes", "FLOPs/byte", "compute", "memory", "bound by"], rows, numeric=["FLOPs", "bytes", "FLOPs/byte", "compute", "memory"])
+
+# %% [markdown]
+# Draw the best rate that a machine can reach against intensity, and you see why it is called a roof: up the slope with the bandwidth, then flat
+# at the peak.
+
+# %%
+fig, ax = plt.subplots()
+ax.axvspan(0.05, ridge, color=plots.COLOURS[0], alpha=0.06, linewidth=0)
+ax.axvspan(ridge, 20_000, color=plots.COLOURS[1], alpha=0.06, linewidth=0)
+plots.roofline(ax, h100, "bf16", intensities=(0.05, 20_000))
+for work in in_bf16():
+    plots.mark(ax, h100, work, label=work.name)
+ax.set_xlim(0.05, 20_000)
+ax.set_ylim(1e11, 4e15)
+ax.text(0.07, 2e15, "memory-bound", color=plots.COLOURS[0], fontweight="bold")
+ax.text(ridge * 1.25, 2e15, "compute-bound", color=plots.COLOURS[1], fontweight="bold")
+ax.annotate(f"ridge point: {ridge:.0f} FLOPs per byte", (ridge, h100.peak("bf16")), xytext=(3, 1.4e15), fontsize=9, va="center", arrowprops={"arrowstyle": "-", "color": "grey"})
+ax.set_title("The roof of an H100, and four jobs under it")
+plt.show()
+
+# %% [markdown]
+# ## Prediction: your own machine
+#
+# Now yours. What are its three numbers? Write your guess over the dots, in plain bytes and seconds: `50e9` is 50 GB/s. You do not know? Then
+# guess the more: that is when a guess teaches most.
+
+# %%
+lesson.guess("main memory, reading", ...)      # B/s
+lesson.guess("peak in fp32", ...)              # FLOP/s
+lesson.guess("start of an operation", ...)     # s
+
+# %% [markdown]
+# And here is ours, from what one can read on a box. For a processor: ordinary memory comes in two channels of 8 bytes, with 3.2 billion transfers
+# a second (DDR4-3200). A core runs at about 3 GHz and has two units that do a fused multiply-add on 8 fp32 numbers in every
+# cycle. For a GPU we take an L4's data sheet; if you know yours, take that. And to start an operation: some hundred Python
+# bytecodes and a dispatcher, say 10 µs.
+
+# %% tags=["nbval-ignore-output"]
+if device == "cuda":
+    bandwidth, peak = catalog.machine("l4").bandwidth_at(), catalog.machine("l4").peak("fp32")
+else:
+    bandwidth = 2 * 8 * 3.2e9                              # channels · bytes · transfers/s
+    peak = torch.get_num_threads() * 3e9 * (2 * 8 * 2)     # cores · cycles/s · (units · lanes · multiply and add)
+box = Machine("as on the box", ((1.0, bandwidth),), {"fp32": peak}, memory=8 * GiB, fixed_s_per_op=10e-6)
+
+lesson.predict("main memory, reading", napkin=box.bandwidth_at(), unit="B/s")
+lesson.predict("peak in fp32", napkin=box.peak("fp32"), unit="FLOP/s")
+lesson.predict("start of an operation", napkin=box.fixed_s_per_op, unit="s")
+lesson.table()
+
+# %% [markdown]
+# ### The jobs
+# Five kernels and a mixture. M is the number of rows that go through the same matrix together (M, K and N are how the world names the sides of one
+# matrix product; from lesson 01 on, K and N are heads).
+#
+# The last job is a caricature of what a language model does for one token: a stack of matrices, each with a few tiny operations after it.
+
+# %%
+K = N = 4096
+x = torch.randn(n, device=device)
+left, right = x.chunk(2)                                  # the addition works on two halves
+z = torch.empty_like(left)
+W = torch.randn(N, K, device=device)
+batches = {M: torch.randn(M, K, device=device) for M in (1, 64, 1024)}
+stack = [torch.randn(640, 640, device=device) for _ in range(48)]
+TINY = 8                                                  # operations after each matrix of the stack
+
+
+def toy_step():
+    """48 matrices, one after the other, on one row of 640 numbers; after each, eight operations on the row."""
+    row = batches[1][:, :640]
+    for weight in stack:
+        row = F.linear(row, weight)
+        for _ in range(TINY):
+            row = row * 0.5
+    return row
+
+
+kernels = {                                               # what runs
+    "sum of 67 M numbers": lambda: x.sum(),
+    "add of 34 M numbers": lambda: torch.add(left, right, out=z),
+    "matmul, M = 1": lambda: F.linear(batches[1], W),
+    "matmul, M = 64": lambda: F.linear(batches[64], W),
+    "matmul, M = 1,024": lambda: F.linear(batches[1024], W),
+    "toy step": toy_step,
+}
+works = {                                                 # what it costs
+    "sum of 67 M numbers": vector_sum,
+    "add of 34 M numbers": Work(n / 2, 3 * n / 2 * fp32, kernel="elementwise"),
+    "matmul, M = 1": matmul(1, K, N),
+    "matmul, M = 64": matmul(64, K, N),
+    "matmul, M = 1,024": matmul(1024, K, N),
+    "toy step": total("toy step", [matmul(1, 640, 640) * len(stack), Work(640, 2 * 640 * fp32, kernel="elementwise") * (TINY * len(stack))]),
+}
+ops = {name: count_ops(kernel) for name, kernel in kernels.items()}      # counted, not timed
+Table(
+    ["job", "FLOPs", "bytes", "FLOPs/byte", "operations"],
+    [[name, si(work.flops, "FLOP"), si(work.bytes, "B"), number(work.intensity), f"{ops[name]:,}"] for name, work in works.items()],
+    numeric=["FLOPs", "bytes", "FLOPs/byte", "operations"],
+)
+
+# %% [markdown]
+# PyTorch counts two operations for a matrix product here: it turns the weight first, which moves nothing and still has to be started.
+#
+# Your guesses, in seconds. You have seen all that is needed: bytes over bandwidth, FLOPs over peak, the larger of the two.
+
+# %%
+for job in kernels:
+    lesson.guess(job, ...)                     # or one by one: lesson.guess("matmul, M = 1", 2e-3)
+
+# %% tags=["nbval-ignore-output"]
+Table(
+    ["job", "as on the box", "bound by", "on an H100"],
+    [[name, si(box.time(work, ops[name]).seconds, "s"), box.time(work, ops[name]).bound, si(h100.napkin(work), "s")] for name, work in works.items()],
+    numeric=["as on the box", "on an H100"],
+    title="Seconds, before anything has run",
+)
+
+# %% [markdown]
+# ## Measurement: first the machine, then the jobs
+#
+# `calibrate()` measures the three numbers in some twenty seconds, and a little more: the bandwidth for working sets of several sizes, the rate of
+# a matrix product for several numbers of rows M. It does so with other shapes than those of our jobs. The result is kept, and the
+# later lessons take it from there.
+
+# %% tags=["nbval-ignore-output"]
+machine = calibrate(device)
+
+lesson.measure("main memory, reading", machine.bandwidth_at(), why="what one torch sum reaches; a box counts every transfer of every channel")
+lesson.measure("peak in fp32", machine.peak("fp32"), why="clock, cores and vector width are not quite those of the box")
+if machine.fixed_s_per_op > 0:     # on a very busy machine it drowns in noise
+    lesson.measure("start of an operation", machine.fixed_s_per_op, why="mean over the small operations of a decoder layer, caches cold")
+lesson.table()
+
+# %% [markdown]
+# ### Bandwidth is not one number
+# "Memory" is a ladder: small caches near the arithmetic, larger and slower ones behind them, main memory last. What we read again and again stays
+# on the highest rung that holds all of it. So let us sum arrays of growing size. The large dots are what the calibration keeps.
+
+# %% tags=["nbval-ignore-output"]
+from pathlib import Path
+
+sizes = [2**p for p in range(15, 31) if 2**p <= machine.memory / 8]
+curve = read_bandwidth(sizes, device, rounds=5)
+
+fig, ax = plt.subplots()
+ax.semilogx(*zip(*curve, strict=True), color=plots.MEASURED, base=2)
+ax.plot(*zip(*machine.bandwidth, strict=True), "o", color=plots.ROOFLINE, markersize=8, label="kept by the calibration")
+ax.axhline(machine.bandwidth_at(), color=plots.NAPKIN, linestyle="--", linewidth=1, label=f"the napkin's number: {si(machine.bandwidth_at(), 'B/s')}")
+for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")) if device == "cpu" else []:       # Linux says how large the caches are
+    level, kilobytes = (cache / "level").read_text().strip(), (cache / "size").read_text().strip()
+    if level in "23" and kilobytes.endswith("K"):
+        size = int(kilobytes[:-1]) * 1024 * (torch.get_num_threads() if level == "2" else 1)        # each core has its own L2
+        ax.axvline(size, color="black", linewidth=0.8, linestyle=":")
+        ax.text(size, 0.02, f" L{level}", transform=ax.get_xaxis_transform(), va="bottom", fontsize=9)
+ax.set_ylim(bottom=0)
+plots.units(ax.yaxis, "B/s")
+ax.set_xticks([2**p for p in range(15, 31, 3)], ["32 KiB", "256 KiB", "2 MiB", "16 MiB", "128 MiB", "1 GiB"])
+ax.set_xlabel("working set")
+ax.set_ylabel("read bandwidth")
+ax.set_title("The same sum, from nearer and farther memory")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# Read it from the right. The flat end is main memory, and this is the number that matters for a language model: its weights are larger than any cache.
+# Further left the array fits into a cache, and the same instructions run faster. At the far left the curve falls again. That is not slow
+# memory: the arrays are so small that *starting* the sum takes longer than the sum.
+#
+# If your curve jumps about, or its left end is lower than its right, somebody else is using your cores. Close what you can and run again.
+#
+# ### Where is the ridge, in rows?
+# For a matrix product the intensity is set by M, the rows that share one reading of the matrix. While M is small beside K and N, the weight makes up
+# nearly all of the bytes, and
+#
+# > intensity ≈ 2·M·K·N / (K·N·bytes per weight) = 2M / (bytes per weight)
+#
+# So each row is worth one FLOP per byte in bf16, and half a FLOP per byte in fp32. The ridge is then at a certain number of rows. The dashed lines are the
+# napkin, with its two numbers; the dots are what the calibration measured.
+
+# %% tags=["nbval-ignore-output"]
+fig, ax = plt.subplots()
+for (dtype, points), colour in zip(machine.rates["gemm"].items(), plots.COLOURS, strict=False):
+    M, rate = zip(*points, strict=True)
+    width = {"fp32": 4}.get(dtype, 2)
+    roof = [min(machine.peak(dtype), 2 * m / width * machine.bandwidth_at()) for m in M]
+    ax.loglog(M, roof, "--", color=colour, linewidth=1.2)
+    ax.loglog(M, rate, "o-", color=colour, markersize=5, label=f"{dtype}: ridge at M = {machine.ridge(dtype) * width / 2:.0f}")
+    ax.axvline(machine.ridge(dtype) * width / 2, color=colour, linewidth=0.8, linestyle=":")
+ax.set_xscale("log", base=2)
+ax.set_xticks(M, [f"{m:,}" for m in M])
+ax.set_xlabel("rows M that share one reading of the matrix")
+ax.set_ylabel("rate")
+plots.units(ax.yaxis, "FLOP/s")
+ax.set_title("A matrix product, from one row to a thousand")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# The roof has a sharp edge, the machine a round shoulder. Well before the ridge the rate falls behind the dashed line, because near the ridge both
+# memory and arithmetic are busy, and no kernel overlaps them perfectly. And at M = 1 the dots may lie far below the slope: there are processors
+# whose matrix-vector kernel does not read as fast as a plain sum. The napkin cannot know that. The calibration does: it has measured it.
+
+# %% tags=["nbval-ignore-output"]
+rows = []
+for dtype in machine.peak_flops:
+    half = next((m for m, rate in machine.rates["gemm"][dtype] if rate >= machine.peak(dtype) / 2), None)
+    rows.append([dtype, si(machine.peak(dtype), "FLOP/s"), f"{machine.ridge(dtype):.1f}", f"{machine.ridge(dtype) * {'fp32': 4}.get(dtype, 2) / 2:.0f}",
+                 "–" if half is None else f"{half:,}", si(machine.fixed_s_per_op * machine.peak(dtype), "FLOP")])
+Table(["dtype", "peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed while starting one operation"], rows,
+      numeric=["peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed while starting one operation"])
+
+# %% [markdown]
+# ### Now the jobs
+# Two predictions, made before the clock starts, and never mixed up in this course:
+#
+# - the **napkin**: two numbers, main-memory bandwidth and peak, as you would do it by hand;
+# - the **calibrated roofline**: the bandwidth for a working set of that size, the rate at that M, and the fixed cost of every operation.
+#
+# The jobs run in turn, over and over, so that each finds the caches full of something else. We quote the median.
+
+# %% tags=["nbval-ignore-output"]
+for name, work in works.items():
+    lesson.predict(name, napkin=machine.napkin(work), predicted=machine.time(work, ops[name]).seconds, unit="s")
+
+times = alternate(kernels, repeats=9, warmup=2)
+
+why = {
+    "sum of 67 M numbers": "the work that the bandwidth was measured with: what is left is how steady the machine is",
+    "add of 34 M numbers": "to write z, most processors read its old bytes first: up to four trips where we counted three",
+    "matmul, M = 1": "reading a matrix row by row is not as fast as a sum; the napkin cannot know",
+    "matmul, M = 64": "near the ridge, memory and arithmetic get in each other's way",
+    "matmul, M = 1,024": "well past the ridge: what is left is how steady the machine is",
+    "toy step": "hundreds of operations, each with its fixed cost",
+}
+for name, timing in times.items():
+    lesson.measure(name, timing.median, why=why[name])
+lesson.table()
+
+# %% tags=["nbval-ignore-output"]
+spread = max(times, key=lambda name: times[name].spread)
+ratio = times["matmul, M = 64"].median / times["matmul, M = 1"].median
+Markdown(f"So, the opening question: 64 times the arithmetic took **{ratio:.1f} times** as long here. "
+         f"(The unsteadiest job was “{spread}”, with a spread of {times[spread].spread:.0%}; above 10 % the machine was busy with something else.)")
+
+# %% [markdown]
+# ## Reconciliation: what is left over
+#
+# Measured over predicted, job by job. On the line: predicted exactly. To the right: slower than predicted. The band is a quarter either way.
+
+# %% tags=["nbval-ignore-output"]
+fig, ax = plt.subplots(figsize=(7.2, 3.2))
+plots.ratios(ax, [row for name, row in lesson.rows.items() if name in kernels])
+ax.set_title("How far the stopwatch was from each prediction")
+plt.show()
+
+# %% [markdown]
+# And the same jobs under the roof of this machine. The roof is the napkin's: two numbers. A dot on the roof did all that two numbers promise; how far it
+# hangs below is the part that two numbers do not know.
+
+# %% tags=["nbval-ignore-output"]
+fig, ax = plt.subplots()
+plots.roofline(ax, machine, "fp32", colour=plots.ROOFLINE, intensities=(0.03, 3_000))
+for name, work in works.items():
+    plots.mark(ax, machine, work, seconds=times[name].median, label=name)
+ax.set_title(f"This machine, fp32: ridge at {machine.ridge('fp32'):.1f} FLOPs per byte")
+plt.show()
+
+# %% [markdown]
+# What the distances are made of:
+#
+# - **Which memory.** One bandwidth is right for data that comes from main memory. What fits into a cache is faster, and the napkin is too slow for it.
+# - **Traffic that we did not count.** A processor's cache works in lines of 64 bytes or so, and to write into a line it first fetches it. The addition
+#   asked for three trips over the bus and made up to four. (The same happens wherever a step's working set drops out of a cache between
+#   two uses: bytes that we counted once are read twice.)
+# - **Kernels that do not reach the bandwidth.** With M = 1 there is one multiply-add for each weight. To keep the memory busy, a kernel must have many
+#   loads in flight; a sum does that more easily than a matrix-vector product.
+# - **The shoulder.** Near the ridge the maximum of two times is too kind; nothing overlaps perfectly.
+# - **Starting.** The toy step moves few bytes and computes next to nothing, and still takes time: hundreds of operations at several microseconds.
+#
+# ### When the roofline loses
+# For tiny operations bytes and FLOPs are beside the point. Here is the addition again, from one number up, in a tight loop.
+
+# %% tags=["nbval-ignore-output"]
+def tiny_add(size):
+    """Seconds of one addition of `size` numbers, out of a loop of some."""
+    a, b, out = left[:size], right[:size], z[:size]
+    loop = max(1, min(200, 2**21 // size))
+    return stopwatch(lambda: [torch.add(a, b, out=out) for _ in range(loop)], repeats=5).median / loop
+
+
+counts = [4**p for p in range(13)]
+seconds = [tiny_add(count) for count in counts]
+adds = [Work(count, 12 * count, kernel="elementwise") for count in counts]
+threshold = machine.fixed_s_per_op * machine.bandwidth_at() / 12
+
+fig, ax = plt.subplots()
+ax.loglog(counts, [machine.napkin(add) for add in adds], "--", color=plots.NAPKIN, label="napkin: bytes over bandwidth")
+ax.loglog(counts, [machine.time(add, 1).seconds for add in adds], color=plots.ROOFLINE, label="calibrated roofline, with its fixed cost")
+ax.loglog(counts, seconds, "o", color=plots.MEASURED, label="measured, in a tight loop")
+plots.units(ax.yaxis, "s")
+ax.set_xlabel("numbers added")
+ax.set_ylabel("time of one addition")
+ax.set_title("Below a certain size, an operation costs what it costs to start")
+ax.legend()
+plt.show()
+
+# %% tags=["nbval-ignore-output"]
+Markdown(f"One number or a thousand: the same {si(seconds[0], 's')}, where the napkin says {si(machine.napkin(adds[0]), 's')} for the one. And one thing looks "
+         f"odd: the calibrated fixed cost is {si(machine.fixed_s_per_op, 's')}. In a loop, all that PyTorch needs to start an addition lies ready in the nearest "
+         f"cache. Between two weights of a model it does not: they have just swept the caches clean. The calibration measures *that* price, because a model "
+         f"pays it. At that price, starting costs more than adding below some **{number(threshold)} numbers**.")
+
+# %% [markdown]
+# One more loss, and it has surprised many a benchmark. So far we added into an array that was there. This is the same addition, into a new array each
+# time, as everybody writes it:
+
+# %% tags=["nbval-ignore-output"]
+fresh = alternate({"torch.add(x, y, out=z)": lambda: torch.add(left, right, out=z), "z = x + y": lambda: left + right}, repeats=5)
+Table(["", "measured", "÷ napkin"], [[name, si(timing.median, "s"), f"{timing.median / machine.napkin(works['add of 34 M numbers']):.2f}"] for name, timing in fresh.items()],
+      numeric=["measured", "÷ napkin"])
+
+# %% [markdown]
+# On most processors the second line is several times the first: the operating system hands out the new array page by page, each of them
+# wiped, and takes it back afterwards. On a GPU both are alike, because PyTorch keeps freed memory for the next array. No roofline sees this.
+# It is why an inference engine takes all of its memory at the start, and why our KV cache in lesson 02 does too.
+
+# %% [markdown]
+# ### Your machine among others
+# The shape is the same everywhere; only the numbers move. What changes the *character* of a machine is the ridge: how much it wants to compute for each byte
+# it is given.
+
+# %% tags=["nbval-ignore-output"]
+others = {"H100": h100, "L4": catalog.machine("l4"), "MacBook Air M2": catalog.machine("macbook-air-m2"), "this machine": machine}
+
+fig, ax = plt.subplots(figsize=(7.2, 4.6))
+for (name, sheet), colour in zip(others.items(), plots.COLOURS, strict=False):
+    plots.roofline(ax, sheet, "bf16", colour=colour, label=name, intensities=(0.1, 10_000))
+    ax.annotate(f"{sheet.ridge('bf16'):.0f}" if sheet.ridge("bf16") >= 10 else f"{sheet.ridge('bf16'):.1f}", (sheet.ridge("bf16"), sheet.peak("bf16")), xytext=(0, 7),
+                textcoords="offset points", ha="center", color=colour, fontweight="bold", fontsize=9)
+ax.set_title("Four roofs in bf16, each with its ridge point in FLOPs per byte")
+ax.legend(loc="lower right")
+plt.show()
+
+# %% tags=["nbval-ignore-output"]
+def line(name, sheet):
+    return [name, si(sheet.bandwidth_at(), "B/s"), si(sheet.peak("bf16"), "FLOP/s"), number(sheet.ridge("bf16")),
+            si(sheet.napkin(matmul(1, D, D, weights="bf16", activations="bf16")), "s"), si(sheet.napkin(matmul(D, D, D, weights="bf16", activations="bf16")), "s")]
+
+
+Table(["bf16", "bandwidth", "peak", "ridge", f"matrix × vector, D = {D:,}", f"matrix × matrix, D = {D:,}"], [line(*item) for item in others.items()],
+      numeric=["bandwidth", "peak", "ridge", f"matrix × vector, D = {D:,}", f"matrix × matrix, D = {D:,}"])
+
+# %% [markdown]
+# Compare the H100 with the L4. The H100 wins both columns, and each by its own number: the vector by bandwidth, the matrix by peak. An L4 has a *higher*
+# ridge than an H100: it is a chip with a good deal of arithmetic behind a narrow door. Which of two machines is "faster" is a question about the work.
+
+# %% [markdown]
+# ## Play and exercises
+#
+# Move a matrix product `X[M, K] @ W[K, N]` along the roof. Some things to try:
+#
+# - Start at M = 1 and double it. How does the *time* change while the dot climbs the slope? And on the flat?
+# - Set K and N to 256. Can you still reach the ridge of an H100, with any M?
+# - Choose your own machine. How many rows does it need?
+
+# %%
+machines = {sheet.name: sheet for sheet in map(catalog.machine, catalog.machine_names())}
+
+
+def draw(ax, sheet, dtype, M, K, N):
+    """A dot for `X[M, K] @ W[K, N]` under the roof of a machine, and what it would take at best."""
+    work = matmul(M, K, N, weights=dtype, activations=dtype)
+    plots.roofline(ax, sheet, dtype, colour=plots.ROOFLINE, intensities=(0.1, 10_000))
+    plots.mark(ax, sheet, work)
+    ax.axvline(sheet.ridge(dtype), color=plots.ROOFLINE, linewidth=0.8, linestyle=":")
+    bound = "memory" if work.intensity < sheet.ridge(dtype) else "compute"
+    ax.set_title(f"M = {M:,}: {si(sheet.napkin(work), 's')}, {bound}-bound")
+    return work
+
+
+# %% tags=["widget", "nbval-ignore-output"]
+def explore(name, dtype, M, K, N):
+    sheet = machines.get(name, machine)
+    if dtype not in sheet.peak_flops:
+        print(f"{sheet.name} has figures for {', '.join(sheet.peak_flops)}: choose one of them.")
+        return
+    fig, ax = plt.subplots()
+    work = draw(ax, sheet, dtype, M, K, N)
+    ax.set_ylim(sheet.peak(dtype) / 5_000, sheet.peak(dtype) * 3)
+    ax.set_xlabel(f"{si(work.flops, 'FLOP')} / {si(work.bytes, 'B')} = {number(work.intensity)} FLOPs per byte; the ridge is at {number(sheet.ridge(dtype))}")
+    plt.show()
+
+
+widgets.play(
+    explore,
+    name=widgets.choose("machine", [*machines, "this machine"]),
+    dtype=widgets.choose("dtype", ["bf16", "fp32", "int8"]),
+    M=widgets.powers_of_two("M", 1, 8192, 1),
+    K=widgets.powers_of_two("K", 64, 16384, 4096),
+    N=widgets.powers_of_two("N", 64, 16384, 4096),
+)
+
+# %%
+fig, axes = plt.subplots(2, 2, figsize=(7.2, 5.4), sharex=True, sharey=True)
+for ax, M in zip(axes.flat, (1, 32, 256, 4096), strict=True):
+    draw(ax, h100, "bf16", M, 4096, 4096)
+    ax.label_outer()
+    ax.set_xlabel("")
+    ax.set_ylabel("")
+fig.suptitle("M rows through a 4,096 × 4,096 matrix on an H100, bf16", fontweight="bold", fontsize=11)
+fig.supxlabel("arithmetic intensity, FLOPs per byte", fontsize=10)
+fig.supylabel("attainable rate", fontsize=10)
+plt.show()
+
+# %% [markdown]
+# From M = 1 to M = 32 the time hardly moves: the matrix has to be read in any case, and the other rows come along for next to nothing. That free ride is the
+# reason for batching (lesson 04). Past the ridge it is over: from then on, each row costs its full price.
+
+# %% [markdown]
+# ### Exercise 1: a ridge point
+# Give the ridge point, in FLOPs per byte, of a machine with a peak of `peak` FLOP/s and a bandwidth of `bandwidth` bytes/s.
+
+# %% tags=["exercise", "exercise:ridge_point"]
+def ridge_point(peak, bandwidth):
+    return ...
+
+
+lesson.exercise(
+    "ridge_point",
+    ridge_point,
+    cases={(121e12, 300e9): 403.33, (3.6e12, 100e9): 36.0, (165.2e12, 1.008e12): 163.89},
+    nudge="At the ridge both take the same time: FLOPs / peak = bytes / bandwidth.",
+    means="an L4, a MacBook Air M2 and an RTX 4090. The lower it is, the sooner the arithmetic has enough to do.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# FLOPs / peak = bytes / bandwidth. Solve for FLOPs / bytes.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def ridge_point(peak, bandwidth):
+#     return peak / bandwidth
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 2: a copy
+# How many seconds does it take, at the least, to copy `gibibytes` GiB from one place of a machine's memory to another, if that memory moves
+# `bandwidth` bytes a second?
+
+# %% tags=["exercise", "exercise:copy_seconds"]
+def copy_seconds(gibibytes, bandwidth):
+    return ...
+
+
+lesson.exercise(
+    "copy_seconds",
+    copy_seconds,
+    cases={(1, 100e9): 0.021475, (16, 3.35e12): 0.010257, (0.5, 819e9): 0.0013111},
+    nudge="Two things to watch: what is a GiB, and how often does each byte cross the bus?",
+    means="a copy crosses the bus twice, and a GiB is 7 % more than a GB.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# A copy does no arithmetic at all. Each byte is read once and written once.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def copy_seconds(gibibytes, bandwidth):
+#     return 2 * gibibytes * 2**30 / bandwidth
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 3: a matrix and one vector
+# What is the intensity, in FLOPs per byte, of `x[1, k] @ W[k, n]` if everything is in bf16? Count it exactly: read x, read W, write y.
+
+# %% tags=["exercise", "exercise:matvec_intensity"]
+def matvec_intensity(k, n):
+    return ...
+
+
+lesson.exercise(
+    "matvec_intensity",
+    matvec_intensity,
+    cases={(4096, 4096): 0.99951, (1, 1): 0.33333, (576, 1536): 0.99762, (8, 2): 0.61538},
+    nudge="2 bytes to a number: k of them in x, k·n in W, n in y. A multiply-add is 2 FLOPs.",
+    means="one FLOP per byte, however large the matrix. On an H100 that is 1/295 of what the arithmetic could do.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Every number of W is used for one multiplication and one addition: 2 FLOPs for 2 bytes. What else is read and written?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def matvec_intensity(k, n):
+#     flops = 2 * k * n
+#     bytes = 2 * (k + k * n + n)
+#     return flops / bytes
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 4: too small to matter
+# An operation reads and writes `n` numbers of 2 bytes each, in all, and does next to no arithmetic. Starting it costs `fixed` seconds. Up to which n
+# does starting take longer than moving the numbers?
+
+# %% tags=["exercise", "exercise:too_small"]
+def too_small(fixed, bandwidth):
+    return ...
+
+
+lesson.exercise(
+    "too_small",
+    too_small,
+    cases={(10e-6, 50e9): 250_000, (4e-6, 3.35e12): 6_700_000, (5e-6, 300e9): 750_000},
+    nudge="How many bytes could have been moved while the operation was started?",
+    means="the faster the memory, the larger an operation must be. On an H100 nearly everything in a small model's decode step is too small.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Moving takes 2n / bandwidth seconds. Where is that equal to `fixed`?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def too_small(fixed, bandwidth):
+#     return fixed * bandwidth / 2
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 5, harder: how many rows?
+# From which M on is `X[M, D] @ W[D, D]` in bf16 compute-bound, on a machine whose ridge point is `ridge` FLOPs per byte? This time without the
+# shortcut: the bytes of X and Y count too. Give M as a number with its fraction, and `math.inf` if no M is enough.
+
+# %% tags=["exercise", "exercise:rows_needed"]
+def rows_needed(D, ridge):
+    return ...
+
+
+lesson.exercise(
+    "rows_needed",
+    rows_needed,
+    cases={(4096, 295): 344.64, (8192, 403): 446.97, (1024, 36): 38.723, (576, 295): math.inf, (64, 36): math.inf, (590, 295): math.inf},
+    nudge="Write the intensity as a function of M and D. What does it tend to as M grows?",
+    means="and a matrix that is too narrow stays memory-bound with any number of rows: X and Y grow along with the work.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# The intensity is 2·M·D² / 2·(2·M·D + D²) = M·D / (2·M + D). As M grows, that tends to D/2 and never gets there. Set it equal to the ridge and solve
+# for M.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# M·D = ridge·(2·M + D), so M·(D − 2·ridge) = ridge·D. If D is no more than twice the ridge, no M will do.
+#
+# ```python
+# def rows_needed(D, ridge):
+#     if D <= 2 * ridge:
+#         return math.inf
+#     return ridge * D / (D - 2 * ridge)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### What to keep
+#
+# - A machine is three numbers: bandwidth, peak, fixed cost. A job is two: FLOPs and bytes.
+# - Intensity (FLOPs per byte) against ridge (peak over bandwidth) says which of the two limits matters.
+# - Two numbers and a napkin get the order of magnitude. Caches, kernels and the cost of starting are the rest, and one can measure them beforehand.
+#
+# Your calibration is kept, and the next lesson begins with it: it puts a real language model under this roof.

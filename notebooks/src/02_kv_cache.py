@@ -1,0 +1,778 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 02 · What does remembering cost, and save?
+# ## Question
+# A language model writes one token at a time, and each new token looks back at all the others. Does it have to *read* them all
+# again, every time?
+#
+# The plainest program does: after each token it runs the whole text through the model anew. Every engine you have ever used
+# keeps something instead, the **KV cache**, and computes only what is new.
+#
+# So two questions. How much time does remembering save, and from which length on? And how much memory does it cost, until
+# the memory itself is the problem?
+#
+# Before you go on, write three numbers on a piece of paper: at 256 tokens, how many times faster is a token with a cache? At
+# how few tokens does the cache stop being worth it? And how many bytes does it keep for one token of a 70B model?
+
+# %% tags=["nbval-ignore-output"]
+import matplotlib.pyplot as plt
+import numpy as np
+import sympy
+import torch
+from IPython.display import Markdown
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from clawdemy_infer import catalog, plots, widgets
+from clawdemy_infer.bench import filled_cache, random_tokens, step_ops
+from clawdemy_infer.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.lesson import Lesson
+from clawdemy_infer.model import generate, load_model
+from clawdemy_infer.tables import Table, si
+from clawdemy_infer.timing import alternate, count_ops, now
+
+plots.use_style()
+machine = this_machine()
+lesson = Lesson("02 kv_cache", machine=machine)
+decoder = load_model("smollm2-135m", device=default_device())
+Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, computes at most "
+         f"{si(machine.peak('fp32'), 'FLOP/s')} in fp32, and asks {si(machine.fixed_s_per_op, 's')} to start one operation.")
+
+# %% [markdown]
+# ## Envelope: what the past leaves behind
+# In a layer, the new token's *query* is compared with the *keys* of all tokens so far, and the answer is a weighted sum of
+# their *values*. So of an old token we need its key and its value, in every layer. Its query we never need again: nobody asks
+# an old token what it is looking for.
+#
+# And an old token's key cannot change. Attention is causal: token 5 sees tokens 1 to 5, whatever is written after them. Let us
+# not take that on trust. We run a sentence whole, and its first five tokens alone, and compare what the two caches hold.
+
+# %%
+tokens = torch.tensor([decoder.tokenizer.encode("The past does not change. It only becomes longer.")], device=decoder.device)
+whole, first_five = (ContiguousCache.for_model(decoder, batch=1, capacity=tokens.shape[1]) for _ in range(2))
+decoder(tokens, whole)
+decoder(tokens[:, :5], first_five)
+
+for ours, theirs in ((whole.keys, first_five.keys), (whole.values, first_five.values)):            # [L, B, K, S, H] each
+    torch.testing.assert_close(ours[:, :, :, :5], theirs[:, :, :, :5], rtol=1e-3, atol=1e-3)
+f"the first 5 of {tokens.shape[1]} tokens left the same keys and values in all {decoder.config.shape.L} layers"
+
+# %% [markdown]
+# That is the whole idea: **keep the keys and values, compute only the new token**. The code that keeps them is short enough to
+# read now: `clawdemy_infer/kv_cache/contiguous.py`.
+#
+# ### The work without a cache
+# We generate `n` tokens after a prompt of `P`. Without a cache each step is a whole prefill of everything so far. We count
+# FLOPs for SmolLM2-135M, step by step, in the letters of lesson 01: L layers, D width, N query heads, K KV heads, H head
+# dimension, F feed-forward width, V vocabulary.
+
+# %%
+shape = catalog.model("smollm2-135m")
+L, D, N, K, H, F, V = (getattr(shape, letter) for letter in "LDNKHFV")
+P, n = 26, 24
+W = D * (N + 2 * K) * H + N * H * D + 3 * D * F     # numbers in the matrices of one layer: Q K V, output, gate up down
+
+rows = pairs = flops = 0
+for i in range(n):
+    S = P + i                                       # tokens so far, all of which go through the model again
+    rows += S                                       # each is a row in every matrix product
+    pairs += S * (S + 1) // 2                       # token 1 sees 1 token, token 2 sees 2, … token S sees S
+    flops += L * 2 * S * W                          # a multiply and an add per row and weight
+    flops += L * 4 * N * H * S * (S + 1) // 2       # scores, then the sum of values: 2 + 2 per pair, head and dimension
+    flops += 2 * D * V                              # the head: only the last position has to name a word
+without_cache = flops
+
+S = P + n - 1                                       # the length of the last step
+assert rows == n * (2 * P + n - 1) // 2
+assert pairs == (S * (S + 1) * (S + 2) - (P - 1) * P * (P + 1)) // 6
+assert flops == L * 2 * W * rows + L * 4 * N * H * pairs + n * 2 * D * V
+assert flops == sum(shape.prefill(1, P + i).flops for i in range(n))
+f"{n} tokens after {P}, without a cache: {si(without_cache, 'FLOP')}"
+
+# %% [markdown]
+# ### The work with a cache
+# The first step still reads the prompt. After it, each step sends *one* row through the matrices, and that row looks back at
+# everything kept.
+
+# %%
+rows, pairs = P, P * (P + 1) // 2                   # prefill: all of the prompt, once
+flops = L * 2 * P * W + L * 4 * N * H * P * (P + 1) // 2 + 2 * D * V
+for i in range(1, n):
+    S = P + i                                       # the cache holds S - 1 tokens, and the new one sees itself too
+    rows += 1
+    pairs += S
+    flops += L * 2 * W + L * 4 * N * H * S + 2 * D * V
+with_cache = flops
+
+assert rows == P + n - 1
+assert pairs == S * (S + 1) // 2
+assert flops == L * 2 * W * rows + L * 4 * N * H * pairs + n * 2 * D * V
+assert flops == shape.prefill(1, P).flops + sum(shape.decode(1, P + i).flops for i in range(1, n))
+
+# Every row and every pair is computed once: just what the *last* step without a cache does on its own.
+assert flops - n * 2 * D * V == shape.prefill(1, S).flops - 2 * D * V
+f"{n} tokens after {P}, with a cache: {si(with_cache, 'FLOP')}, {without_cache / with_cache:.1f} times less"
+
+# %% [markdown]
+# The last assertion is the one to remember. **A whole generation with a cache does no more work than one step without it, the
+# last** (the head aside, which each step needs).
+#
+# Let us see the powers. From one token on, P = 1, how do the sums grow with n?
+
+# %%
+i, m = sympy.symbols("i n", integer=True, positive=True)
+sums = {
+    "matrix rows, without": sympy.summation(i, (i, 1, m)),
+    "matrix rows, with": sympy.summation(1, (i, 1, m)),
+    "attention pairs, without": sympy.summation(i * (i + 1) / 2, (i, 1, m)),
+    "attention pairs, with": sympy.summation(i, (i, 1, m)),
+}
+assert sympy.limit(sums["matrix rows, without"] / m**2, m, sympy.oo) == sympy.Rational(1, 2)
+assert sympy.limit(sums["attention pairs, without"] / m**3, m, sympy.oo) == sympy.Rational(1, 6)
+Markdown("| | after n tokens | grows as |\n|:--|:--|:--|\n" + "\n".join(
+    f"| {name} | ${sympy.latex(sympy.factor(value))}$ | ${sympy.latex(m ** sympy.degree(value, m))}$ |" for name, value in sums.items()))
+
+# %% [markdown]
+# Without a cache the matrix products are **quadratic** and attention is **cubic**. With it they are linear and quadratic: the
+# cache takes one power off each.
+
+# %%
+lengths = np.geomspace(1, 8192, 100)
+matrices, attention = L * 2 * W, L * 4 * N * H
+
+fig, ax = plt.subplots(figsize=(6.8, 3.8))
+for label, powers, style in (("without", (lengths * (lengths + 1) / 2, lengths * (lengths + 1) * (lengths + 2) / 6), "-"),
+                             ("with", (lengths, lengths * (lengths + 1) / 2), "--")):
+    ax.loglog(lengths, matrices * powers[0], style, color=plots.COLOURS[0], label=f"matrix products, {label}")
+    ax.loglog(lengths, attention * powers[1], style, color=plots.COLOURS[1], label=f"attention, {label}")
+for power, x, y, shift, side in (("n²", 200, matrices * 200**2 / 2, (-7, 7), "right"), ("n³", 400, attention * 400**3 / 6, (-7, 5), "right"),
+                                 ("n", 40, matrices * 40, (-5, 9), "right"), ("n²", 600, attention * 600**2 / 2, (9, -9), "left")):
+    ax.annotate(f"∝ {power}", (x, y), xytext=shift, textcoords="offset points", ha=side, va="center")
+ax.set(xlabel="tokens generated, n", ylabel="work in all", xlim=(1, 8192), ylim=(1e5, 1e17), title="A cache takes one power of n off the work (SmolLM2-135M)")
+ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+plots.units(ax.yaxis, "FLOP")
+ax.legend(loc="upper left")
+plt.show()
+
+# %% [markdown]
+# ### FLOPs are half of the story
+# FLOPs fell, but what about bytes? Both kinds of step have to stream *all the weights*: one row needs every matrix just as
+# much as a thousand rows do. Here is one token at a length of 256, in fp32 as we shall run it. (The bytes count the activations too: without
+# a cache 256 rows of them, which every operation between the matrices reads and writes again.)
+
+# %%
+FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
+again, once = shape.prefill(1, 256, **FP32), shape.decode(1, 256, **FP32)
+Table(["the 256th token", "FLOPs", "bytes", "FLOPs per byte"],
+      [[name, si(work.flops, "FLOP"), si(work.bytes, "B"), f"{work.intensity:.2f}"]
+       for name, work in (("without a cache", again), ("with a cache", once))],
+      numeric=["FLOPs", "bytes", "FLOPs per byte"])
+
+# %%
+assert once.flops < again.flops / 100 and once.bytes > again.bytes / 3
+Markdown(f"The cache divides the FLOPs by {again.flops / once.flops:.0f} and the bytes by only {again.bytes / once.bytes:.1f}. It does not "
+         "make a compute-bound step a little cheaper: it turns it into a *memory-bound* one. So it saves what the compute cost "
+         "*above* the reading of the weights, and where there was nothing above it, at a few tokens, it saves nothing.")
+
+# %% [markdown]
+# ### What one token leaves in memory
+# A key and a value, for each KV head, each H numbers wide, in each layer. Per token and layer that is **2·K·H·bytes**, and
+#
+# $$\text{KV bytes per token} = 2 \cdot L \cdot K \cdot H \cdot \text{bytes per number}$$
+#
+# It looks too simple to get wrong. At least nine public projects got it wrong, calculators and engines among them, in two ways:
+#
+# - **N instead of K.** In grouped-query attention (Ainslie et al. 2023) several query heads share one KV head. Only KV heads are kept.
+# - **D/N instead of H.** In many models the head dimension happens to be the width over the heads. Where it is not, `config.json`
+#   says so in `head_dim`.
+
+# %%
+models = {name: catalog.model(name) for name in ("llama-2-7b", "llama-3-8b", "llama-2-70b", "qwen3-0.6b", "qwen3-4b")}
+
+
+def beside_right(wrong: float, right: float) -> str:
+    return f"{wrong:,.0f}  (× {wrong / right:g})" if wrong != right else "the same"
+
+
+rows = []
+for s in models.values():
+    right = 2 * s.L * s.K * s.H * 2
+    assert right == s.kv_bytes_per_token("bf16")
+    heads, width = 2 * s.L * s.N * s.H * 2, 2 * s.L * s.K * (s.D / s.N) * 2
+    rows.append([s.name, str(s.L), str(s.N), str(s.K), str(s.H), f"{s.D / s.N:g}", f"{right:,}", beside_right(heads, right), beside_right(width, right)])
+columns = ["model", "L", "N", "K", "H", "D/N", "bytes per token, bf16", "with N for K", "with D/N for H"]
+Table(columns, rows, numeric=columns[1:])
+
+# %% [markdown]
+# On Llama-2-7B both mistakes give the right answer, which is how they survive a test. And look down the right column of bytes:
+# a 70B model keeps *less* per token than a 7B one. Memory per token is a matter of KV heads, not of size.
+#
+# ### When the cache outweighs the weights
+# Weights are paid once. KV is paid for every token of every sequence in flight, B·S tokens in all. The two are equal at
+#
+# $$B \cdot S = \frac{\text{weight bytes}}{2 \cdot L \cdot K \cdot H \cdot \text{bytes}}$$
+
+# %%
+names = ["qwen3-0.6b", "smollm2-135m", "llama-2-7b", "qwen3-4b", "llama-3.2-1b", "llama-3-8b", "llama-2-70b"]
+even = sorted((catalog.model(name).stored_bytes("bf16") / catalog.model(name).kv_bytes_per_token("bf16"), catalog.model(name).name)
+              for name in names)
+
+fig, ax = plt.subplots(figsize=(6.8, 3.8))
+bars = ax.barh([name for _, name in even], [tokens for tokens, _ in even], color=plots.COLOURS[0], height=0.6)
+ax.bar_label(bars, [f"{tokens:,.0f}" for tokens, _ in even], padding=4, bbox={"color": "white", "pad": 1})
+for batch, context in ((1, 8192), (16, 4096), (64, 8192)):
+    ax.axvline(batch * context, color=plots.COLOURS[1], linestyle=":", zorder=0)
+    ax.text(batch * context, 0.99, f" {batch} × {context:,}", color=plots.COLOURS[1], transform=ax.get_xaxis_transform(), va="top")
+ax.set(xscale="log", xlim=(3e3, 1.6e6), ylim=(-0.6, len(even) + 0.1), xlabel="tokens in flight, batch × context",
+       title="The KV cache weighs as much as the weights at … (both bf16)")
+ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+ax.grid(axis="y", visible=False)
+plt.show()
+
+# %% [markdown]
+# Small models are outweighed first: their weights are few, their KV is not. One user with one long chat is enough for Qwen3-0.6B. And every
+# KV head counts: Llama-2-7B keeps one for each query head, and is outweighed long before Llama-3-8B, which keeps one for four.
+#
+# ## Prediction
+# Now SmolLM2 on this machine, in fp32. Two predictions of the time for one token at length S, and neither has seen the runs below.
+#
+# **The napkin**, with three numbers: peak FLOP/s, bandwidth, and the size of the model.
+# - *without*: 2·L·W·S FLOPs at peak or the weights once from memory, whichever is longer;
+# - *with*: the weights once from memory. (At S = 256 the cache is a fraction of them, and the napkin drops it.)
+#
+# **The calibrated roofline** knows more about the machine: how fast a product of M rows really runs, attention's own rate,
+# and what it costs to start each of the thousand-odd operations of a step.
+
+# %% tags=["nbval-ignore-output"]
+ops_with = step_ops(decoder)
+ops_without = count_ops(lambda: decoder(random_tokens(decoder, 1, 8), None, last_only=True))
+
+
+def napkin_without(S: int) -> float:
+    return max(L * 2 * W * S / machine.peak("fp32"), napkin_with(S))
+
+
+def napkin_with(S: int) -> float:
+    return shape.streamed_bytes("fp32") / machine.bandwidth_at()
+
+
+def roofline_without(S: int) -> float:
+    return machine.time(shape.prefill(1, S, **FP32), ops_without).seconds
+
+
+def roofline_with(S: int) -> float:
+    return machine.time(shape.decode(1, S, **FP32), ops_with).seconds
+
+
+Table(["length", "napkin without", "napkin with", "roofline without", "roofline with", "speed-up (napkin)", "speed-up (roofline)"],
+      [[str(S), *(si(f(S), "s") for f in (napkin_without, napkin_with, roofline_without, roofline_with)),
+        f"{napkin_without(S) / napkin_with(S):.1f} ×", f"{roofline_without(S) / roofline_with(S):.1f} ×"] for S in (1, 8, 32, 64, 128, 256)],
+      numeric=["length", "napkin without", "napkin with", "roofline without", "roofline with", "speed-up (napkin)", "speed-up (roofline)"])
+
+# %% [markdown]
+# Where is the **crossover**, the length below which the cache does not pay? Honestly: nowhere. At length 1 the two steps are the same
+# step, and from there on the one without a cache can only do more. But "more" starts out as nearly nothing, because a few
+# rows ride along while the weights are read. A better question has a definite answer: **at which length is the cache twice as
+# fast?** We scan the predictions for it.
+#
+# Write your own guesses over the dots, if you like: seconds, times, tokens.
+
+# %% tags=["nbval-ignore-output"]
+lesson.guess("a token without a cache, at 256", ...)
+lesson.guess("speed-up at 256", ...)
+lesson.guess("length where the cache doubles the speed", ...)
+lesson.guess("attention to 2,048 tokens adds, over 64", ...)
+
+
+def doubling(without, with_) -> int:
+    """The first length, at most the model's context, at which a step without a cache takes twice as long."""
+    return next((S for S in range(1, shape.max_context) if without(S) >= 2 * with_(S)), shape.max_context)
+
+
+for S in (64, 256):
+    lesson.predict(f"a token without a cache, at {S}", napkin_without(S), roofline_without(S), unit="s")
+    lesson.predict(f"a token with a cache, at {S}", napkin_with(S), roofline_with(S), unit="s")
+for S in (32, 64, 128, 256):
+    lesson.predict(f"speed-up at {S}", napkin_without(S) / napkin_with(S), roofline_without(S) / roofline_with(S), unit="×")
+lesson.predict("length where the cache doubles the speed", doubling(napkin_without, napkin_with), doubling(roofline_without, roofline_with), unit="tokens")
+lesson.predict(f"all of {n} tokens after {P}, without", sum(napkin_without(P + i) for i in range(n)),
+               sum(roofline_without(P + i) for i in range(n)), unit="s")
+lesson.predict(f"all of {n} tokens after {P}, with", napkin_without(P) + sum(napkin_with(P + i) for i in range(1, n)),
+               roofline_without(P) + sum(roofline_with(P + i) for i in range(1, n)), unit="s")
+lesson.predict("attention to 2,048 tokens adds, over 64", (2048 - 64) * shape.kv_bytes_per_token("fp32") / machine.bandwidth_at(),
+               roofline_with(2048) - roofline_with(64), unit="s")
+lesson.table()
+
+# %% [markdown]
+# The last row looks further: a step that looks back at 2,048 tokens instead of 64 has more keys and values to read. On the
+# napkin that is their bytes over the bandwidth.
+#
+# ## Measurement: with and without
+# First the same story twice. Greedy, so that both must write the *same tokens*: a cache may change the time and nothing else.
+
+# %%
+prompt = decoder.tokenizer.encode("Once upon a time, in a small town by the sea, there lived an old clockmaker who never forgot anything. One day")
+assert len(prompt) == P
+pulses = {"without": Pulse(machine, "fp32", rows=64), "with": Pulse(machine, "fp32", rows=1)}
+outputs, seconds = {}, {}
+for kind, pulse in pulses.items():
+    pulse.sample(0.2)
+    start = now()
+    outputs[kind] = generate(decoder, prompt, max_tokens=n, cached=kind == "with")
+    seconds[kind] = now() - start
+    pulse.sample(0.2)
+
+assert outputs["without"].tokens == outputs["with"].tokens and len(outputs["with"].tokens) == n
+print(outputs["with"].text)
+
+# %% tags=["nbval-ignore-output"]
+for kind in outputs:
+    lesson.measure(f"all of {n} tokens after {P}, {kind}", seconds[kind], speed=pulses[kind].speed)
+Table(["", "first token", "each later token", "all", "speed of the machine"],
+      [[f"{kind} a cache", si(outputs[kind].ttft_s, "s"), si(outputs[kind].tpot_s, "s"), si(seconds[kind], "s"), f"{pulses[kind].speed:.2f}"]
+       for kind in outputs],
+      numeric=["first token", "each later token", "all", "speed of the machine"])
+
+# %% [markdown]
+# The *speed* is that of the machine, not of the model. A shared or warm machine is not always as fast as when it was calibrated, so we take its
+# pulse before and after, with a matrix product that has nothing to do with the model. The roofline's seconds are divided by it in the ledger.
+#
+# Now single steps, at one length after another. We take them in turn, so that a busy moment of the machine falls on all of them alike.
+# One cache of 2,048 tokens serves every length: to be shorter, only its counter moves.
+
+# %% tags=["nbval-ignore-output"]
+LENGTHS = [1, 8, 16, 32, 64, 128, 256]
+cache, part = ContiguousCache.for_model(decoder, batch=1, capacity=2048), filled_cache(decoder, batch=1, tokens=256)
+for block, real in ((cache.keys, part.keys), (cache.values, part.values)):              # [L, B, K, S, H] each
+    block[:] = real[:, :, :, :256].repeat(1, 1, 1, 8, 1)    # 256 tokens, eight times: a step costs the same whatever its keys say
+token = random_tokens(decoder, 1, 1)
+
+
+def step_without(S: int) -> None:
+    decoder(random_tokens(decoder, 1, S), None, last_only=True)
+
+
+def step_with(S: int) -> None:
+    cache.length = S - 1                            # the bytes beyond stay where they are
+    decoder(token, cache, last_only=True)
+
+
+works = {(kind, S): lambda step=step, S=S: step(S) for S in LENGTHS for kind, step in (("without", step_without), ("with", step_with))}
+for kind, pulse in pulses.items():
+    pulse.samples = []
+    works[kind, "pulse"] = lambda pulse=pulse: pulse.sample(0.1)
+times = alternate(works, repeats=4)
+steps = {kind: {S: times[kind, S].median for S in LENGTHS} for kind in ("without", "with")}
+speedup = {S: steps["without"][S] / steps["with"][S] for S in LENGTHS}
+
+for S in (64, 256):
+    lesson.measure(f"a token without a cache, at {S}", steps["without"][S], speed=pulses["without"].speed)
+    lesson.measure(f"a token with a cache, at {S}", steps["with"][S], speed=pulses["with"].speed)
+for S in (32, 64, 128, 256):
+    lesson.measure(f"speed-up at {S}", speedup[S])
+Table(["length", "without", "with", "speed-up", "roofline said", "napkin said"],
+      [[str(S), si(steps["without"][S], "s"), si(steps["with"][S], "s"), f"{speedup[S]:.1f} ×",
+        f"{roofline_without(S) / roofline_with(S):.1f} ×", f"{napkin_without(S) / napkin_with(S):.1f} ×"] for S in LENGTHS],
+      numeric=["length", "without", "with", "speed-up", "roofline said", "napkin said"])
+
+# %% [markdown]
+# The length of the doubling lies between two of these; we draw a straight line between them on log-log axes.
+
+# %% tags=["nbval-ignore-output"]
+above = next((k for k, S in enumerate(LENGTHS) if speedup[S] >= 2), None)
+if above is None:
+    print(f"On this machine the cache does not double the speed within {LENGTHS[-1]} tokens.")
+else:
+    pair = LENGTHS[above - 1: above + 1]
+    measured_doubling = float(np.exp(np.interp(np.log(2), np.log([speedup[S] for S in pair]), np.log(pair))))
+    lesson.measure("length where the cache doubles the speed", measured_doubling)
+    print(f"With a cache, a token is twice as fast from {measured_doubling:.0f} tokens on.")
+
+# %% tags=["nbval-ignore-output"]
+fig, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.8))
+for kind, napkin, predicted in (("without", napkin_without, roofline_without), ("with", napkin_with, roofline_with)):
+    first = kind == "without"
+    left.plot(LENGTHS, [napkin(S) for S in LENGTHS], "--", color=plots.NAPKIN, label="napkin" if first else None)
+    left.plot(LENGTHS, [predicted(S) for S in LENGTHS], color=plots.ROOFLINE, label="calibrated roofline" if first else None)
+    left.plot(LENGTHS, list(steps[kind].values()), "o", color=plots.MEASURED, label="measured" if first else None)
+    left.annotate(f"{kind} a cache", (192, (predicted(128) + predicted(256)) / 2), xytext=(-8, 12) if first else (0, 9), textcoords="offset points",
+                  ha="right" if first else "center")
+left.set(xlabel="length, tokens", ylabel="time for one token", ylim=(0, None), title="With a cache the time stays flat …")
+plots.units(left.yaxis, "s")
+left.legend(loc="upper left")
+right.plot(LENGTHS, [napkin_without(S) / napkin_with(S) for S in LENGTHS], "--", color=plots.NAPKIN)
+right.plot(LENGTHS, [roofline_without(S) / roofline_with(S) for S in LENGTHS], color=plots.ROOFLINE)
+right.plot(LENGTHS, list(speedup.values()), "o", color=plots.MEASURED)
+right.axhline(1, color="black", linewidth=0.8)
+right.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel="times faster with a cache", title="… and at a few tokens it saves little")
+for axis, ticks in ((right.xaxis, LENGTHS), (right.yaxis, [1, 2, 4, 8, 16, 32])):
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+plt.show()
+
+# %% [markdown]
+# ### Where the time goes as the context grows
+# "Flat" was too strong. The new token looks at every key and value kept, so attention's part of a step must grow. We measure it as the
+# *difference* to a step at 64 tokens, round by round; all else in the step is the same.
+
+# %% tags=["nbval-ignore-output"]
+CONTEXTS = [64, 512, 1024, 1536, 2048]
+long = alternate({S: lambda S=S: step_with(S) for S in CONTEXTS}, repeats=11)
+added = {S: float(np.median(np.subtract(long[S].seconds, long[64].seconds))) for S in CONTEXTS}
+lesson.measure("attention to 2,048 tokens adds, over 64", max(added[2048], 1e-9))
+
+
+def napkin_added(S: int) -> float:
+    return (S - 64) * shape.kv_bytes_per_token("fp32") / machine.bandwidth_at()
+
+
+fig, ax = plt.subplots(figsize=(6.8, 3.6))
+plots.beside(ax, CONTEXTS, [napkin_added(S) for S in CONTEXTS], [roofline_with(S) - roofline_with(64) for S in CONTEXTS], list(added.values()))
+ax.set(xlabel="context, tokens", ylabel="added to one step, over 64 tokens", title="Looking back has a price for each token kept")
+ax.xaxis.set_major_locator(FixedLocator([64, 512, 1024, 1536, 2048]))
+ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+plt.show()
+Table(["context", "whole step", "added by attention", "its share", "roofline said", "napkin said"],
+      [[f"{S:,}", si(long[S].median, "s"), si(added[S], "s"), f"{added[S] / long[S].median:.1%}",
+        f"{1 - roofline_with(64) / roofline_with(S):.1%}", f"{napkin_added(S) / (napkin_with(S) + napkin_added(S)):.1%}"] for S in CONTEXTS[1:]],
+      numeric=["context", "whole step", "added by attention", "its share", "roofline said", "napkin said"])
+
+# %% [markdown]
+# ### And the bytes?
+# Those need no stopwatch. Three sequences, room for 777 tokens each:
+
+# %%
+kept = ContiguousCache.for_model(decoder, batch=3, capacity=777)
+assert kept.allocated_bytes == 3 * 777 * 2 * L * K * H * 4 == shape.kv_bytes(3, 777, "fp32")
+Markdown(f"Predicted and allocated, to the byte: **{kept.allocated_bytes:,}**. That is {si(kept.allocated_bytes / 3 / 777, 'B')} a token in fp32, "
+         f"beside {si(shape.stored_bytes('fp32'), 'B')} of weights.")
+
+# %% [markdown]
+# ## Reconciliation: who was wrong, and why
+# Say what the difference is made of, row by row. The calibrated roofline can be taken apart: which operations did it expect to
+# take how long? We set that beside the orange dot of the clock.
+
+# %% tags=["nbval-ignore-output"]
+def causes(work, ops: int) -> dict[str, float]:
+    """Seconds of the calibrated prediction by cause."""
+    names = {"gemm": "matrix products", "attention": "attention", "elementwise": "element by element"}
+    parts = dict.fromkeys(names.values(), 0.0)
+    for op in work.operations():
+        parts[names[op.kernel]] += max(op.flops / machine.flops_at(op), op.bytes / machine.bytes_at(op, work.bytes))
+    return parts | {"starting operations": ops * machine.fixed_s_per_op}
+
+
+cases = {"with a cache, 64 tokens": (shape.decode(1, 64, **FP32), ops_with, steps["with"][64]),
+         "with a cache, 2,048": (shape.decode(1, 2048, **FP32), ops_with, long[2048].median),
+         "without, 16": (shape.prefill(1, 16, **FP32), ops_without, steps["without"][16]),
+         "without, 64": (shape.prefill(1, 64, **FP32), ops_without, steps["without"][64])}
+
+fig, ax = plt.subplots(figsize=(8.0, 3.4))
+left = np.zeros(len(cases))
+expected = [causes(work, ops) for work, ops, _ in cases.values()]
+for cause, colour in zip(expected[0], plots.COLOURS, strict=False):
+    widths = [parts[cause] for parts in expected]
+    ax.barh(list(cases), widths, left=left, color=colour, height=0.6, alpha=0.85, label=cause)
+    left += widths
+ax.plot([measured for *_, measured in cases.values()], list(cases), "D", color="black", markersize=7, label="measured")
+ax.set(xlabel="time for one token", title="Where the roofline expects each token's time to go")
+ax.invert_yaxis()
+ax.grid(axis="y", visible=False)
+plots.units(ax.xaxis, "s")
+fig.legend(loc="outside lower center", ncols=5)
+plt.show()
+
+# %% tags=["nbval-ignore-output"]
+one_row = machine.rates["gemm"]["fp32"][0][1] * 4 / 2        # two FLOPs for each weight of 4 bytes: bytes/s at M = 1
+because = {
+    "a token with a": f"one row reads weights at {si(one_row, 'B/s')}; {ops_with:,} operations to start",
+    "a token without": "products of few rows stay below the peak",
+    "speed-up": "what both steps pay alike",
+    "length where": "what both steps pay alike",
+    "all of": "the sum of its steps",
+    "attention": "the kernel's own rate, below the bandwidth",
+}
+for quantity, row in lesson.rows.items():
+    if row.measured:
+        lesson.explain(quantity, next(reason for start, reason in because.items() if quantity.startswith(start)))
+lesson.table()
+
+# %% [markdown]
+# Three residuals, then.
+#
+# - **The cached step is slower than its bytes.** The napkin lets the weights stream past at the bandwidth that a plain sum reaches. A
+#   product of one row is another program, and on many CPUs it reads much more slowly; and a thousand operations must be
+#   started, whether they carry one row or thirty. The calibration knows both from measurements of its own. A fixed
+#   cost is not a defect of the cache. It is what remains when the work is gone.
+# - **So the speed-up is smaller than the napkin's.** Anything that both steps pay alike pulls their ratio towards 1. The length of the doubling is
+#   a touchy number besides: the speed-up rises so slowly there that a tenth more or less of it moves the crossing by a third.
+# - **Attention costs more than reading the keys and values.** With one query there are few rows to share a key, and the kernel is busy with
+#   exponentials and small products. Lesson 10 is about kernels that come closer to the bandwidth.
+#
+# What the calibrated roofline still misses is mostly *when*: it was taken before, on a machine that may have been faster or slower then.
+# The speed-ups do not mind, both their halves ran side by side; the plain seconds do.
+#
+# ### When remembering loses
+# - **One token of output.** To classify a text, or to embed it, there is one prefill and nothing after it. The cache is written and never read.
+# - **Memory.** Without a cache nothing grows. With one, each user needs room for all of their tokens, and that room, more than speed,
+#   is what limits how many users share a machine (lesson 04).
+# - **Long contexts.** A cached step reads the weights *and* all of the cache. From some length on the cache is the larger read, and
+#   a token costs twice what it did. It is still far better than computing everything anew; but the cache itself has become the thing to shrink (lesson 03).
+
+# %%
+even_at = shape.streamed_bytes("fp32") / shape.kv_bytes_per_token("fp32")
+Markdown(f"For SmolLM2-135M, one sequence: the reading of the cache overtakes that of the weights at **{even_at:,.0f} tokens**, "
+         f"{'beyond' if even_at > shape.max_context else 'within'} the {shape.max_context:,} it was trained for. With a batch of 8 it is at "
+         f"{even_at / 8:,.0f}: the weights are read once for all, each cache for its own sequence.")
+
+# %% [markdown]
+# ## Play and exercises
+# Does it fit? Choose a model with 16-bit weights, a machine, how many sequences, how long, and the format of the cache.
+# Try to find: a setting in which the cache is ten times the weights; one that only fits with an 8-bit cache; a small model that needs more memory than
+# a large one.
+
+# %%
+def draw_memory(model: str, on: str, batch: int, context: int, kv: str) -> None:
+    """Weights and cache, in bytes, against the memory of a machine."""
+    s, memory = catalog.model(model), catalog.machine(on).memory
+    capacity = s.fits(memory, batch, context, "bf16", kv)
+    weights, cache, both = capacity.weight_bytes, capacity.kv_bytes, capacity.weight_bytes + capacity.kv_bytes
+    fig, ax = plt.subplots(figsize=(7.2, 2.7))
+    labels = ["weights", "KV cache", "together"]
+    ax.barh(labels, [weights, cache, weights], color=[plots.COLOURS[0], plots.COLOURS[1], plots.COLOURS[0]], height=0.62)
+    ax.barh(["together"], [cache], left=[weights], color=plots.COLOURS[1], height=0.62)
+    ax.axvline(memory, color="black", linestyle="--", linewidth=1.4)
+    for y, value in enumerate((weights, cache, both)):
+        ax.annotate(si(value, "B"), (value, y), xytext=(5, 0), textcoords="offset points", va="center", bbox={"color": "white", "pad": 1})
+    side, shift = ("left", 6) if memory < 0.75 * both else ("right", -6)
+    ax.annotate(f"memory {si(memory, 'B')}", (memory, -0.72), xytext=(shift, 0), textcoords="offset points", ha=side, va="center")
+    verdict = "fits" if capacity else "does not fit"
+    ax.set(xlim=(0, 1.16 * max(both, memory)), ylim=(2.5, -0.95),
+           title=f"{s.name} on {catalog.machine(on).name}: {verdict}; the most is batch {capacity.max_batch:,}")
+    ax.title.set_color("black" if capacity else plots.COLOURS[1])
+    plots.units(ax.xaxis, "B")
+    ax.grid(axis="y", visible=False)
+    if s.max_context < context:
+        ax.set_xlabel(f"(the model was trained for contexts up to {s.max_context:,})")
+    plt.show()
+
+
+# %% tags=["widget", "nbval-ignore-output"]
+widgets.play(draw_memory,
+             model=widgets.choose("model", catalog.model_names(), "llama-3-8b"), on=widgets.choose("machine", catalog.machine_names(), "h100-sxm"),
+             batch=widgets.powers_of_two("batch", 1, 256, 64), context=widgets.powers_of_two("context", 256, 131072, 8192),
+             kv=widgets.choose("KV format", ["bf16", "fp16", "int8", "int4"], "bf16"))
+
+# %%
+draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
+
+# %% [markdown]
+# ### 1 · Bytes of one token
+# Write the formula. It is checked on eight published models, the two traps among them.
+
+# %% tags=["exercise", "exercise:kv_bytes_per_token"]
+def kv_bytes_per_token(L, K, H, bytes):
+    return ...
+
+
+lesson.exercise(
+    "kv_bytes_per_token", kv_bytes_per_token,
+    cases={
+        (40, 40, 128, 2): 819_200,      # OPT-13B: the "800 KB" of the PagedAttention paper are KiB
+        (32, 32, 128, 2): 524_288,      # Llama-2-7B
+        (80, 8, 128, 2): 327_680,       # Llama-2-70B
+        (32, 8, 128, 2): 131_072,       # Llama-3-8B, and Mixtral 8x7B: experts keep no keys
+        (28, 8, 128, 2): 114_688,       # Qwen3-0.6B, of width 1,024 and 16 heads
+        (36, 8, 128, 2): 147_456,       # Qwen3-4B, of width 2,560 and 32 heads
+        (28, 16, 256, 2): 458_752,      # GPT-J-6B
+        (80, 8, 64, 1): 81_920,         # Falcon-180B with an 8-bit cache
+    },
+    nudge="Count what one token leaves in one layer, then the layers.",
+    means="the one formula of this lesson to know by heart.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# A key *and* a value; for each KV head; of H numbers each; in each layer.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def kv_bytes_per_token(L, K, H, bytes):
+#     return 2 * L * K * H * bytes
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### 2 · How many users?
+# `memory` bytes, of which the weights take `weights`; each user needs room for `context` tokens at `per_token` bytes. How many whole users fit?
+
+# %% tags=["exercise", "exercise:largest_batch"]
+def largest_batch(memory, weights, per_token, context):
+    return ...
+
+
+lesson.exercise(
+    "largest_batch", largest_batch,
+    cases={
+        (80 * 2**30, 16_060_522_496, 131_072, 8_192): 65,       # Llama-3-8B on an 80 GiB card
+        (80 * 2**30, 26_031_728_640, 819_200, 4_096): 17,       # Llama-2-13B on the same: half the context, a quarter of the users
+        (24 * 2**30, 26_031_728_640, 819_200, 4_096): 0,        # and on 24 GiB not even the weights fit
+        (24 * 2**30, 1_192_099_840, 114_688, 40_960): 5,        # Qwen3-0.6B: 1.2 GB of weights, and yet five users
+    },
+    nudge="Users come whole, and never less than none.",
+    means="note how little the size of the model has to do with it.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# What the weights leave, divided by what one user needs, rounded down (`//`). And if the weights alone are too much?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def largest_batch(memory, weights, per_token, context):
+#     return max(0, (memory - weights) // (per_token * context))
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### 3 · What a long prompt leaves to save
+# After a prompt of P tokens, generate n. Counting rows through the matrices only: how many times more go through without a cache than with one?
+
+# %% tags=["exercise", "exercise:rows_saved"]
+def rows_saved(P, n):
+    return ...
+
+
+lesson.exercise(
+    "rows_saved", rows_saved,
+    cases={
+        (1, 1): 1.0,            # one row either way
+        (1, 4): 2.5,            # 1 + 2 + 3 + 4 rows, or 4
+        (1_000, 1): 1.0,        # one token of output: nothing to save, however long the prompt
+        (6, 3): 2.625,          # 6 + 7 + 8 rows, or 6 + 1 + 1
+        (512, 512): 392_960 / 1_023,
+    },
+    nudge="With a cache each of the P + n - 1 tokens goes through once: the last one written is never read.",
+    means="for a prompt much longer than the answer it is just n.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Without: step i sends P + i rows, for i from 0 to n - 1. The mean of the first and the last, times n.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def rows_saved(P, n):
+#     return (n * (2 * P + n - 1) / 2) / (P + n - 1)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### 4 · When the cache is the larger read
+# A decode step of `batch` sequences streams `weights` bytes once, and `per_token` bytes for each token of each sequence. At which context do the two weigh the same?
+
+# %% tags=["exercise", "exercise:even_context"]
+def even_context(weights, per_token, batch):
+    return ...
+
+
+lesson.exercise(
+    "even_context", even_context,
+    cases={
+        (16_000_000_000, 128_000, 1): 125_000,
+        (16_000_000_000, 128_000, 25): 5_000,       # a batch brings the day forward
+        (4_000_000_000, 128_000, 25): 1_250,        # 4-bit weights, 16-bit cache: four times sooner still
+    },
+    nudge="One weight read serves the whole batch; a cache serves its own sequence only.",
+    means="quantize the weights, and the cache is next. Lesson 03 shrinks it.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Solve weights = batch · context · per_token.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def even_context(weights, per_token, batch):
+#     return weights / (batch * per_token)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### 5 · Harder: fetch it or compute it again?
+# A user comes back to yesterday's chat. Its cache was moved out of the card's memory, to a disk or to another machine. You can fetch it, `per_token` bytes for
+# each token; or drop it, and run the prefill again at `flops_per_token` FLOPs a token and `peak` FLOP/s. (Take the prefill as compute-bound, and
+# leave attention's pairs aside.) From which bandwidth on, in bytes per second, is fetching the faster?
+
+# %% tags=["exercise", "exercise:worth_fetching"]
+def worth_fetching(per_token, flops_per_token, peak):
+    return ...
+
+
+lesson.exercise(
+    "worth_fetching", worth_fetching,
+    cases={
+        (100_000, 10e9, 100e12): 1e9,                   # 100 µs of computing for 100 kB
+        (131_072, 15e9, 400e12): 3_495_253_333,         # Llama-3-8B on a card that reaches 400 TFLOP/s: a fast SSD is about even
+        (524_288, 13.2e9, 400e12): 15_887_515_152,      # Llama-2-7B: four times the bytes, so it takes four SSDs
+        (327_680, 138e9, 400e12): 949_797_101,          # Llama-2-70B: costly to compute, small to keep
+    },
+    nudge="Compare seconds per token with seconds per token.",
+    means="the larger the model and the fewer its KV heads, the more a kept cache is worth.",
+)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Computing one token takes flops_per_token / peak seconds. In that time, how many bytes must arrive?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def worth_fetching(per_token, flops_per_token, peak):
+#     return per_token * peak / flops_per_token
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **To take away.** The cache takes one power of n off the work: a whole generation with it does the work of one last step without it. It turns compute into memory,
+# so it saves nothing at a few tokens and nearly everything at a few hundred. It costs 2·L·K·H·bytes a token, KV heads and the stated head dimension, and at many users
+# or long contexts that, not the weights, is what fills the machine. Which leaves a question: can one remember with fewer bytes? That is lesson 03.
+#
+# Further reading: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (grouped queries); Kwon et al. 2023, section 3 (the memory a cache takes in a server).
