@@ -166,6 +166,7 @@ def bench(args: argparse.Namespace) -> int:
     if any(row.fraction_of_bound > 1 for row in rows):
         notes.append("A row is faster than its bound, which cannot be: the machine was slower while it was calibrated. Calibrate again.")
     if not args.json:
+        print()
         show(rows_table(rows), *notes)
     emit({"card": {"model": shape.name, "machine": machine.name, "memory_bytes": memory, "bandwidth": machine.bandwidth_at(),
                    "peak_flops": machine.peak_flops, "fixed_s_per_op": machine.fixed_s_per_op, "rows": allowed},

@@ -46,21 +46,26 @@ def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None, 
     ax.plot([ridge], [machine.peak(dtype)], "o", color=line.get_color(), markersize=5)
     ax.set_xlabel("arithmetic intensity, FLOPs per byte")
     ax.set_ylabel("attainable rate")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     units(ax.yaxis, "FLOP/s")
 
 
-def mark(ax: Axes, machine: Machine, work: Work, seconds: float | None = None, label: str = "", colour: str = MEASURED) -> None:
+def mark(ax: Axes, machine: Machine, work: Work, seconds: float | None = None, label: str = "", left: bool = False,
+         colour: str = MEASURED) -> None:
     """A dot where `work` stands in the roofline of `machine`: under the roof at the rate it ran at, or on it where `seconds` is not given.
 
+    `label` stands at the lower right of the dot; with `left`, at its upper left, where the slope leaves room.
     Raises ValueError if the machine has no figure for the dtype of `work`.
     """
     rate = work.flops / (machine.napkin(work) if seconds is None else seconds)
     ax.plot([work.intensity], [rate], "o", color=colour, markersize=8, markeredgecolor="white", zorder=5)
-    ax.annotate(label, (work.intensity, rate), xytext=(8, -4), textcoords="offset points", va="top", fontsize=9)
+    place = {"xytext": (-7, 3), "ha": "right", "va": "bottom"} if left else {"xytext": (8, -3), "ha": "left", "va": "top"}
+    ax.annotate(label, (work.intensity, rate), textcoords="offset points", fontsize=9, **place)
 
 
 def ratios(ax: Axes, rows: Sequence[Row]) -> None:
-    """Measured over predicted, a line for each row of the ledger: grey over the napkin, blue over the roofline, 1 is what was predicted.
+    """Measured over predicted, a line for each row of the ledger: grey over the napkin, blue over the roofline, 1 is a
+    perfect prediction.
 
     The band is a quarter either way. Rows that were not measured are left out.
     """
@@ -68,14 +73,14 @@ def ratios(ax: Axes, rows: Sequence[Row]) -> None:
     places = range(len(rows), 0, -1)
     ax.axvspan(1 / 1.25, 1.25, color=ROOFLINE, alpha=0.10, linewidth=0)
     ax.axvline(1, color="black", linewidth=0.8)
-    for values, colour, label in (([row.ratio_napkin for row in rows], NAPKIN, "÷ napkin"), ([row.ratio for row in rows], ROOFLINE, "÷ roofline")):
-        drawn = [(value, place) for value, place in zip(values, places, strict=True) if value]
-        ax.plot(*zip(*drawn, strict=True) if drawn else ([], []), "o", color=colour, markersize=8, label=label)
+    for attribute, colour, label in (("ratio_napkin", NAPKIN, "over the napkin"), ("ratio", ROOFLINE, "over the calibrated roofline")):
+        drawn = [(getattr(row, attribute), place) for row, place in zip(rows, places, strict=True) if getattr(row, attribute)]
+        ax.plot([value for value, _ in drawn], [place for _, place in drawn], "o", color=colour, markersize=8, label=label)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     ax.set_yticks(list(places), [row.quantity for row in rows])
     ax.set_ylim(0.4, len(rows) + 0.6)
-    ax.set_xlabel("measured over predicted")
+    ax.set_xlabel("measured, as a multiple of predicted")
     ax.legend()
 
 

@@ -37,24 +37,25 @@
 # Here are three small jobs. Which takes longest, and by what factor?
 #
 # 1. add up a long vector of numbers,
-# 2. multiply a large matrix with one vector,
-# 3. multiply the same matrix with 64 vectors at once.
+# 2. multiply a stack of matrices with one vector,
+# 3. multiply the same matrices with 64 vectors at once.
 #
 # The third does 64 times the arithmetic of the second. Does it take 64 times as long? Write your answer down. By the end of this lesson you
 # will be able to work it out for any machine, from three numbers.
 
 # %%
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from IPython.display import Markdown
+from matplotlib.ticker import LogLocator
 from torch.nn import functional as F
 
 from clawdemy_infer import catalog, plots, widgets
 from clawdemy_infer.arithmetic import Work, matmul, total
-from clawdemy_infer.calibrate import calibrate, default_device, fingerprint
+from clawdemy_infer.calibrate import Pulse, calibrate, default_device, fingerprint
 from clawdemy_infer.lesson import Lesson
 from clawdemy_infer.probes import read_bandwidth
 from clawdemy_infer.roofline import Machine
@@ -83,9 +84,10 @@ lesson = Lesson("00 your_machine", machine=fingerprint(device)["device"])
 
 # %%
 GB, GiB, MiB = 10**9, 2**30, 2**20
+written = {"256 MiB": 256 * MiB, "1 GiB": GiB, "80 GB": 80 * GB, "80 GiB": 80 * GiB}
 Table(
     ["written", "bytes", "in GB"],
-    [[f"{count} {name}", f"{count * unit:,}", f"{count * unit / GB:.3f}"] for count, name, unit in [(256, "MiB", MiB), (1, "GiB", GiB), (80, "GB", GB), (80, "GiB", GiB)]],
+    [[name, f"{size:,}", f"{size / GB:.3f}"] for name, size in written.items()],
     numeric=["bytes", "in GB"],
 )
 
@@ -106,7 +108,8 @@ bytes += fp32                 # write the result: one number
 
 vector_sum = Work(flops, bytes, "sum")
 assert math.isclose(vector_sum.intensity, 1 / 4, rel_tol=1e-6)
-Markdown(f"Reading {si(bytes, 'B')} for {si(flops, 'FLOP')}: **{vector_sum.intensity:.3f} FLOPs per byte**, whatever n is.")
+Markdown(f"Reading {si(bytes, 'B')} for {si(flops, 'FLOP')}: "
+         f"**{vector_sum.intensity:.3f} FLOPs per byte**, whatever n is.")
 
 # %% [markdown]
 # FLOPs per byte: that ratio has a name, **arithmetic intensity**, and it is the most useful number in this course. It belongs to the *work*,
@@ -122,7 +125,8 @@ bytes += n * fp32             # write z
 
 vector_add = Work(flops, bytes, "add")
 assert math.isclose(vector_add.intensity, 1 / 12)
-Markdown(f"**{number(vector_add.intensity)} FLOPs per byte**: as many additions as the sum, and three times the bytes.")
+Markdown(f"**{number(vector_add.intensity)} FLOPs per byte**: "
+         "as many additions as the sum, and three times the bytes.")
 
 # %% [markdown]
 # ### Count a square matrix product
@@ -139,19 +143,20 @@ bytes += D * D * fp32         # write Y
 
 square = Work(flops, bytes, "square matmul")
 assert math.isclose(square.intensity, D / 6)              # 2 D³ / (3 D² · 4 bytes)
-Markdown(f"**{number(square.intensity)} FLOPs per byte**, and it grows with D: that is what is special about a matrix product.")
+Markdown(f"**{number(square.intensity)} FLOPs per byte**, and it grows with D: "
+         "that is what is special about a matrix product.")
 
 # %% [markdown]
 # Here is the difference in one table. The sum and the addition do the same to every byte at any size. The matrix product uses each number D
 # times, so its intensity is 2D³ / 3D²·(bytes per number): **D/6 in fp32, D/3 in bf16**. Half the bytes, twice the intensity.
 
 # %%
-rows = []
+header, rows = ["D", "sum of D·D", "add of D·D", "matmul, fp32", "matmul, bf16"], []
 for size in (64, 512, 4096):
     small, half = matmul(size, size, size), matmul(size, size, size, weights="bf16", activations="bf16")
     assert math.isclose(small.intensity, size / 6) and math.isclose(half.intensity, size / 3)
     rows.append([f"{size:,}", "1/4", "1/12", number(small.intensity), number(half.intensity)])
-Table(["D", "sum of D·D", "add of D·D", "matmul, fp32", "matmul, bf16"], rows, numeric=["D", "sum of D·D", "add of D·D", "matmul, fp32", "matmul, bf16"], title="FLOPs per byte")
+Table(header, rows, numeric=header, title="FLOPs per byte")
 
 # %% [markdown]
 # ### The roofline
@@ -168,8 +173,9 @@ Table(["D", "sum of D·D", "add of D·D", "matmul, fp32", "matmul, bf16"], rows,
 h100 = catalog.machine("h100-sxm")
 ridge = h100.peak("bf16") / h100.bandwidth_at()
 assert round(ridge) == 295
-Markdown(f"{si(h100.peak('bf16'), 'FLOP/s')} in bf16 over {si(h100.bandwidth_at(), 'B/s')}: a ridge point of **{ridge:.0f} FLOPs per byte**. "
-         f"An H100 has to do {ridge:.0f} FLOPs with every byte that it reads, or its arithmetic is idle some of the time.")
+Markdown(f"{si(h100.peak('bf16'), 'FLOP/s')} in bf16 over {si(h100.bandwidth_at(), 'B/s')}: "
+         f"a ridge point of **{ridge:.0f} FLOPs per byte**. An H100 has to do {ridge:.0f} FLOPs with every byte "
+         "that it reads, or its arithmetic is idle some of the time.")
 
 # %% [markdown]
 # How do our jobs fare? The same three counts in bf16, and with them the product of the large matrix with a single vector, which is what
@@ -186,14 +192,14 @@ def in_bf16():
     ]
 
 
-rows = []
+header, rows = ["on an H100, bf16", "FLOPs", "bytes", "FLOPs/byte", "compute", "memory", "bound by"], []
 for work in in_bf16():
     compute, memory = work.flops / h100.peak("bf16"), work.bytes / h100.bandwidth_at()
-    assert max(compute, memory) == h100.napkin(work)                                          # the library does no more than this
-    assert (memory > compute) == (work.intensity < ridge)                                     # two ways to say the same
-    rows.append([work.name, si(work.flops, "FLOP"), si(work.bytes, "B"), number(work.intensity), si(compute, "s"), si(memory, "s"),
-                 "memory" if memory > compute else "compute"])
-Table(["on an H100, bf16", "FLOPs", "bytes", "FLOPs/byte", "compute", "memory", "bound by"], rows, numeric=["FLOPs", "bytes", "FLOPs/byte", "compute", "memory"])
+    assert max(compute, memory) == h100.napkin(work)             # the library does no more than this
+    assert (memory > compute) == (work.intensity < ridge)        # two ways to say the same
+    rows.append([work.name, si(work.flops, "FLOP"), si(work.bytes, "B"), number(work.intensity),
+                 si(compute, "s"), si(memory, "s"), "memory" if memory > compute else "compute"])
+Table(header, rows, numeric=header[1:-1])
 
 # %% [markdown]
 # Draw the best rate that a machine can reach against intensity, and you see why it is called a roof: up the slope with the bandwidth, then flat
@@ -210,7 +216,8 @@ ax.set_xlim(0.05, 20_000)
 ax.set_ylim(1e11, 4e15)
 ax.text(0.07, 2e15, "memory-bound", color=plots.COLOURS[0], fontweight="bold")
 ax.text(ridge * 1.25, 2e15, "compute-bound", color=plots.COLOURS[1], fontweight="bold")
-ax.annotate(f"ridge point: {ridge:.0f} FLOPs per byte", (ridge, h100.peak("bf16")), xytext=(3, 1.4e15), fontsize=9, va="center", arrowprops={"arrowstyle": "-", "color": "grey"})
+ax.annotate(f"ridge point: {ridge:.0f} FLOPs per byte", (ridge, h100.peak("bf16")),
+            xytext=(-8, 4), textcoords="offset points", ha="right", fontsize=9)
 ax.set_title("The roof of an H100, and four jobs under it")
 plt.show()
 
@@ -246,71 +253,78 @@ lesson.table()
 
 # %% [markdown]
 # ### The jobs
-# Five kernels and a mixture. M is the number of rows that go through the same matrix together (M, K and N are how the world names the sides of one
-# matrix product; from lesson 01 on, K and N are heads).
+# Five kernels and a mixture. The matrix products go through a stack of 16 matrices, 1,024 × 1,024 each, as a model goes through its layers; M is
+# the number of rows that go through together. (M, K and N are how the world names the sides of one matrix product. From lesson 01 on, K and N
+# are heads.)
 #
-# The last job is a caricature of what a language model does for one token: a stack of matrices, each with a few tiny operations after it.
+# The last job is a caricature of what a language model does for one token: a matrix, a few tiny operations, the next matrix.
 
 # %%
-K = N = 4096
 x = torch.randn(n, device=device)
 left, right = x.chunk(2)                                  # the addition works on two halves
 z = torch.empty_like(left)
-W = torch.randn(N, K, device=device)
-batches = {M: torch.randn(M, K, device=device) for M in (1, 64, 1024)}
-stack = [torch.randn(640, 640, device=device) for _ in range(48)]
-TINY = 8                                                  # operations after each matrix of the stack
+stack = [torch.randn(1024, 1024, device=device) for _ in range(16)]
+small_stack = [torch.randn(640, 640, device=device) for _ in range(48)]
+inputs = {M: torch.randn(M, 1024, device=device) for M in (1, 64, 1024)}
+
+
+def products(M):
+    for weight in stack:
+        F.linear(inputs[M], weight)
 
 
 def toy_step():
-    """48 matrices, one after the other, on one row of 640 numbers; after each, eight operations on the row."""
-    row = batches[1][:, :640]
-    for weight in stack:
+    row = first = inputs[1][:, :640]
+    for weight in small_stack:
         row = F.linear(row, weight)
-        for _ in range(TINY):
-            row = row * 0.5
+        row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + 1e-5)     # a norm: five tiny operations
+        row = F.silu(row) * first + row                                         # a gate and a residual: three more
     return row
 
 
-kernels = {                                               # what runs
+jobs = {                                                  # what runs
     "sum of 67 M numbers": lambda: x.sum(),
     "add of 34 M numbers": lambda: torch.add(left, right, out=z),
-    "matmul, M = 1": lambda: F.linear(batches[1], W),
-    "matmul, M = 64": lambda: F.linear(batches[64], W),
-    "matmul, M = 1,024": lambda: F.linear(batches[1024], W),
+    "16 products, M = 1": lambda: products(1),
+    "16 products, M = 64": lambda: products(64),
+    "16 products, M = 1,024": lambda: products(1024),
     "toy step": toy_step,
 }
 works = {                                                 # what it costs
     "sum of 67 M numbers": vector_sum,
     "add of 34 M numbers": Work(n / 2, 3 * n / 2 * fp32, kernel="elementwise"),
-    "matmul, M = 1": matmul(1, K, N),
-    "matmul, M = 64": matmul(64, K, N),
-    "matmul, M = 1,024": matmul(1024, K, N),
-    "toy step": total("toy step", [matmul(1, 640, 640) * len(stack), Work(640, 2 * 640 * fp32, kernel="elementwise") * (TINY * len(stack))]),
+    "16 products, M = 1": total("M = 1", [matmul(1, 1024, 1024) * 16]),
+    "16 products, M = 64": total("M = 64", [matmul(64, 1024, 1024) * 16]),
+    "16 products, M = 1,024": total("M = 1,024", [matmul(1024, 1024, 1024) * 16]),
+    "toy step": total("toy step", [
+        matmul(1, 640, 640) * 48,
+        Work(640, 2 * 640 * fp32, kernel="elementwise") * (48 * 8),
+    ]),
 }
-ops = {name: count_ops(kernel) for name, kernel in kernels.items()}      # counted, not timed
 Table(
-    ["job", "FLOPs", "bytes", "FLOPs/byte", "operations"],
-    [[name, si(work.flops, "FLOP"), si(work.bytes, "B"), number(work.intensity), f"{ops[name]:,}"] for name, work in works.items()],
-    numeric=["FLOPs", "bytes", "FLOPs/byte", "operations"],
+    ["job", "FLOPs", "bytes", "FLOPs/byte"],
+    [[name, si(work.flops, "FLOP"), si(work.bytes, "B"), number(work.intensity)] for name, work in works.items()],
+    numeric=["FLOPs", "bytes", "FLOPs/byte"],
 )
 
 # %% [markdown]
-# PyTorch counts two operations for a matrix product here: it turns the weight first, which moves nothing and still has to be started.
+# Look at the three products: the bytes hardly move while the FLOPs grow a thousandfold. And the toy step asks for as little as the products with
+# M = 1. It looks harmless on paper.
 #
 # Your guesses, in seconds. You have seen all that is needed: bytes over bandwidth, FLOPs over peak, the larger of the two.
 
 # %%
-for job in kernels:
-    lesson.guess(job, ...)                     # or one by one: lesson.guess("matmul, M = 1", 2e-3)
+for job in jobs:
+    lesson.guess(job, ...)                     # or one by one: lesson.guess("16 products, M = 1", 2e-3)
 
 # %% tags=["nbval-ignore-output"]
-Table(
-    ["job", "as on the box", "bound by", "on an H100"],
-    [[name, si(box.time(work, ops[name]).seconds, "s"), box.time(work, ops[name]).bound, si(h100.napkin(work), "s")] for name, work in works.items()],
-    numeric=["as on the box", "on an H100"],
-    title="Seconds, before anything has run",
-)
+ops = {name: count_ops(job) for name, job in jobs.items()}      # how many PyTorch has to start: counted, not timed
+
+header, rows = ["job", "operations", "as on the box", "bound by", "on an H100"], []
+for name, work in works.items():
+    paper = box.time(work, ops[name])
+    rows.append([name, f"{ops[name]:,}", si(paper.seconds, "s"), paper.bound, si(h100.napkin(work), "s")])
+Table(header, rows, numeric=["operations", "as on the box", "on an H100"], title="Seconds, before anything has run")
 
 # %% [markdown]
 # ## Measurement: first the machine, then the jobs
@@ -322,10 +336,13 @@ Table(
 # %% tags=["nbval-ignore-output"]
 machine = calibrate(device)
 
-lesson.measure("main memory, reading", machine.bandwidth_at(), why="what one torch sum reaches; a box counts every transfer of every channel")
-lesson.measure("peak in fp32", machine.peak("fp32"), why="clock, cores and vector width are not quite those of the box")
+lesson.measure("main memory, reading", machine.bandwidth_at(),
+               why="what one sum reaches; a box counts every transfer")
+lesson.measure("peak in fp32", machine.peak("fp32"),
+               why="other clock, other vector units than on the box")
 if machine.fixed_s_per_op > 0:     # on a very busy machine it drowns in noise
-    lesson.measure("start of an operation", machine.fixed_s_per_op, why="mean over the small operations of a decoder layer, caches cold")
+    lesson.measure("start of an operation", machine.fixed_s_per_op,
+                   why="mean over a decoder layer's small operations, caches cold")
 lesson.table()
 
 # %% [markdown]
@@ -334,21 +351,28 @@ lesson.table()
 # on the highest rung that holds all of it. So let us sum arrays of growing size. The large dots are what the calibration keeps.
 
 # %% tags=["nbval-ignore-output"]
-from pathlib import Path
+def caches():
+    """Bytes of the second and third cache, where Linux says it. Each core has an L2 of its own, and all cores work on a sum."""
+    found = {}
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*") if device == "cpu" else []:
+        level, size = (cache / "level").read_text().strip(), (cache / "size").read_text().strip()
+        if level in "23" and size.endswith("K"):
+            found[f"L{level}"] = int(size[:-1]) * 1024 * (torch.get_num_threads() if level == "2" else 1)
+    return found
+
 
 sizes = [2**p for p in range(15, 31) if 2**p <= machine.memory / 8]
 curve = read_bandwidth(sizes, device, rounds=5)
 
 fig, ax = plt.subplots()
 ax.semilogx(*zip(*curve, strict=True), color=plots.MEASURED, base=2)
-ax.plot(*zip(*machine.bandwidth, strict=True), "o", color=plots.ROOFLINE, markersize=8, label="kept by the calibration")
-ax.axhline(machine.bandwidth_at(), color=plots.NAPKIN, linestyle="--", linewidth=1, label=f"the napkin's number: {si(machine.bandwidth_at(), 'B/s')}")
-for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")) if device == "cpu" else []:       # Linux says how large the caches are
-    level, kilobytes = (cache / "level").read_text().strip(), (cache / "size").read_text().strip()
-    if level in "23" and kilobytes.endswith("K"):
-        size = int(kilobytes[:-1]) * 1024 * (torch.get_num_threads() if level == "2" else 1)        # each core has its own L2
-        ax.axvline(size, color="black", linewidth=0.8, linestyle=":")
-        ax.text(size, 0.02, f" L{level}", transform=ax.get_xaxis_transform(), va="bottom", fontsize=9)
+ax.plot(*zip(*machine.bandwidth, strict=True), "o", color=plots.ROOFLINE, markersize=8,
+        label="kept by the calibration")
+ax.axhline(machine.bandwidth_at(), color=plots.NAPKIN, linestyle="--", linewidth=1,
+           label=f"the napkin's number: {si(machine.bandwidth_at(), 'B/s')}")
+for level, size in caches().items():
+    ax.axvline(size, color="black", linewidth=0.8, linestyle=":")
+    ax.text(size, 0.02, f" {level}", transform=ax.get_xaxis_transform(), va="bottom", fontsize=9)
 ax.set_ylim(bottom=0)
 plots.units(ax.yaxis, "B/s")
 ax.set_xticks([2**p for p in range(15, 31, 3)], ["32 KiB", "256 KiB", "2 MiB", "16 MiB", "128 MiB", "1 GiB"])
@@ -375,21 +399,24 @@ plt.show()
 # napkin, with its two numbers; the dots are what the calibration measured.
 
 # %% tags=["nbval-ignore-output"]
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}               # bytes to a weight
+
 fig, ax = plt.subplots()
 for (dtype, points), colour in zip(machine.rates["gemm"].items(), plots.COLOURS, strict=False):
-    M, rate = zip(*points, strict=True)
-    width = {"fp32": 4}.get(dtype, 2)
-    roof = [min(machine.peak(dtype), 2 * m / width * machine.bandwidth_at()) for m in M]
-    ax.loglog(M, roof, "--", color=colour, linewidth=1.2)
-    ax.loglog(M, rate, "o-", color=colour, markersize=5, label=f"{dtype}: ridge at M = {machine.ridge(dtype) * width / 2:.0f}")
-    ax.axvline(machine.ridge(dtype) * width / 2, color=colour, linewidth=0.8, linestyle=":")
+    rows_at_ridge = machine.ridge(dtype) * WIDTH[dtype] / 2
+    edge = sorted([1, min(max(rows_at_ridge, 1), 1024), 1024])
+    roof = [min(machine.peak(dtype), 2 * m / WIDTH[dtype] * machine.bandwidth_at()) for m in edge]
+    ax.loglog(edge, roof, "--", color=colour, linewidth=1.2)
+    ax.loglog(*zip(*points, strict=True), "o-", color=colour, markersize=5,
+              label=f"{dtype}: ridge at {rows_at_ridge:.0f} rows")
 ax.set_xscale("log", base=2)
-ax.set_xticks(M, [f"{m:,}" for m in M])
+ax.set_xticks([m for m, _ in points], [f"{m:,}" for m, _ in points])
+ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+plots.units(ax.yaxis, "FLOP/s")
 ax.set_xlabel("rows M that share one reading of the matrix")
 ax.set_ylabel("rate")
-plots.units(ax.yaxis, "FLOP/s")
 ax.set_title("A matrix product, from one row to a thousand")
-ax.legend()
+ax.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
@@ -398,13 +425,13 @@ plt.show()
 # whose matrix-vector kernel does not read as fast as a plain sum. The napkin cannot know that. The calibration does: it has measured it.
 
 # %% tags=["nbval-ignore-output"]
-rows = []
-for dtype in machine.peak_flops:
-    half = next((m for m, rate in machine.rates["gemm"][dtype] if rate >= machine.peak(dtype) / 2), None)
-    rows.append([dtype, si(machine.peak(dtype), "FLOP/s"), f"{machine.ridge(dtype):.1f}", f"{machine.ridge(dtype) * {'fp32': 4}.get(dtype, 2) / 2:.0f}",
-                 "–" if half is None else f"{half:,}", si(machine.fixed_s_per_op * machine.peak(dtype), "FLOP")])
-Table(["dtype", "peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed while starting one operation"], rows,
-      numeric=["peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed while starting one operation"])
+header, rows = ["dtype", "peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed in one start"], []
+for dtype in machine.rates["gemm"]:
+    half = [m for m, rate in machine.rates["gemm"][dtype] if rate >= machine.peak(dtype) / 2]
+    rows.append([dtype, si(machine.peak(dtype), "FLOP/s"), f"{machine.ridge(dtype):.1f}",
+                 f"{machine.ridge(dtype) * WIDTH[dtype] / 2:.0f}", f"{half[0]:,}" if half else "–",
+                 si(machine.fixed_s_per_op * machine.peak(dtype), "FLOP")])
+Table(header, rows, numeric=header[1:])
 
 # %% [markdown]
 # ### Now the jobs
@@ -413,31 +440,41 @@ Table(["dtype", "peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M
 # - the **napkin**: two numbers, main-memory bandwidth and peak, as you would do it by hand;
 # - the **calibrated roofline**: the bandwidth for a working set of that size, the rate at that M, and the fixed cost of every operation.
 #
-# The jobs run in turn, over and over, so that each finds the caches full of something else. We quote the median.
+# We quote the median of several runs. And one thing more: a machine is not the same from one minute to the next. A laptop grows warm, a
+# rented core has neighbours. So between the runs of a product we take the machine's **pulse**: a few hundredths of a second of the calibration's own
+# probe, which uses other matrices. `speed` in the table is what it found, as a fraction of the calibration, and the calibrated prediction is for
+# that speed. The pulse never sees the job.
 
 # %% tags=["nbval-ignore-output"]
 for name, work in works.items():
     lesson.predict(name, napkin=machine.napkin(work), predicted=machine.time(work, ops[name]).seconds, unit="s")
 
-times = alternate(kernels, repeats=9, warmup=2)
-
 why = {
-    "sum of 67 M numbers": "the work that the bandwidth was measured with: what is left is how steady the machine is",
-    "add of 34 M numbers": "to write z, most processors read its old bytes first: up to four trips where we counted three",
-    "matmul, M = 1": "reading a matrix row by row is not as fast as a sum; the napkin cannot know",
-    "matmul, M = 64": "near the ridge, memory and arithmetic get in each other's way",
-    "matmul, M = 1,024": "well past the ridge: what is left is how steady the machine is",
-    "toy step": "hundreds of operations, each with its fixed cost",
+    "sum of 67 M numbers": "the bandwidth's own kernel: only unsteadiness is left",
+    "add of 34 M numbers": "many processors read z before they write it",
+    "16 products, M = 1": "a product with one row seldom reads as fast as a sum",
+    "16 products, M = 64": "near the ridge, memory and arithmetic overlap badly",
+    "16 products, M = 1,024": "far past the ridge: arithmetic, and little else",
+    "toy step": "hundreds of starts, of fewer kinds than in a real model",
 }
+times = alternate({name: jobs[name] for name in ("sum of 67 M numbers", "add of 34 M numbers")}, repeats=9)
 for name, timing in times.items():
     lesson.measure(name, timing.median, why=why[name])
+
+rows_together = {"16 products, M = 1": 1, "toy step": 1, "16 products, M = 64": 64, "16 products, M = 1,024": 1024}
+for name, M in rows_together.items():
+    pulse = Pulse(machine, "fp32", M, device)
+    times[name] = pulse.stopwatch(jobs[name], repeats=5)
+    lesson.measure(name, times[name].median, why=why[name], speed=pulse.speed)
 lesson.table()
 
 # %% tags=["nbval-ignore-output"]
 spread = max(times, key=lambda name: times[name].spread)
-ratio = times["matmul, M = 64"].median / times["matmul, M = 1"].median
-Markdown(f"So, the opening question: 64 times the arithmetic took **{ratio:.1f} times** as long here. "
-         f"(The unsteadiest job was “{spread}”, with a spread of {times[spread].spread:.0%}; above 10 % the machine was busy with something else.)")
+one, many = "16 products, M = 1", "16 products, M = 64"
+Markdown(f"So, the opening question: 64 times the arithmetic took **{times[many].median / times[one].median:.1f} times** as "
+         f"long here. On an H100 it would be {h100.napkin(works[many]) / h100.napkin(works[one]):.1f} times, says the napkin. "
+         f"(The unsteadiest job was “{spread}”, with a spread of {times[spread].spread:.0%}. "
+         "Above 10% the machine was busy with something else.)")
 
 # %% [markdown]
 # ## Reconciliation: what is left over
@@ -446,7 +483,7 @@ Markdown(f"So, the opening question: 64 times the arithmetic took **{ratio:.1f} 
 
 # %% tags=["nbval-ignore-output"]
 fig, ax = plt.subplots(figsize=(7.2, 3.2))
-plots.ratios(ax, [row for name, row in lesson.rows.items() if name in kernels])
+plots.ratios(ax, [row for name, row in lesson.rows.items() if name in jobs])
 ax.set_title("How far the stopwatch was from each prediction")
 plt.show()
 
@@ -456,9 +493,10 @@ plt.show()
 
 # %% tags=["nbval-ignore-output"]
 fig, ax = plt.subplots()
-plots.roofline(ax, machine, "fp32", colour=plots.ROOFLINE, intensities=(0.03, 3_000))
+plots.roofline(ax, machine, "fp32", colour=plots.ROOFLINE, intensities=(0.02, 3_000))
 for name, work in works.items():
-    plots.mark(ax, machine, work, seconds=times[name].median, label=name)
+    short = name.removeprefix("16 products, ").split(" of ")[0]
+    plots.mark(ax, machine, work, seconds=times[name].median, label=short, left=short in ("sum", "add"))
 ax.set_title(f"This machine, fp32: ridge at {machine.ridge('fp32'):.1f} FLOPs per byte")
 plt.show()
 
@@ -469,10 +507,11 @@ plt.show()
 # - **Traffic that we did not count.** A processor's cache works in lines of 64 bytes or so, and to write into a line it first fetches it. The addition
 #   asked for three trips over the bus and made up to four. (The same happens wherever a step's working set drops out of a cache between
 #   two uses: bytes that we counted once are read twice.)
-# - **Kernels that do not reach the bandwidth.** With M = 1 there is one multiply-add for each weight. To keep the memory busy, a kernel must have many
-#   loads in flight; a sum does that more easily than a matrix-vector product.
+# - **Kernels that do not reach the bandwidth.** To keep the memory busy, a kernel must have many loads in flight at every moment. A sum does that
+#   more easily than a matrix-vector product.
 # - **The shoulder.** Near the ridge the maximum of two times is too kind; nothing overlaps perfectly.
-# - **Starting.** The toy step moves few bytes and computes next to nothing, and still takes time: hundreds of operations at several microseconds.
+# - **Starting.** The toy step reads no more than the products with M = 1 and takes longer: hundreds of starts at some microseconds each.
+#   If it is quicker than the calibration says, that is because it repeats the same few operations, and a real model's layer has dozens of kinds.
 #
 # ### When the roofline loses
 # For tiny operations bytes and FLOPs are beside the point. Here is the addition again, from one number up, in a tight loop.
@@ -491,8 +530,10 @@ adds = [Work(count, 12 * count, kernel="elementwise") for count in counts]
 threshold = machine.fixed_s_per_op * machine.bandwidth_at() / 12
 
 fig, ax = plt.subplots()
-ax.loglog(counts, [machine.napkin(add) for add in adds], "--", color=plots.NAPKIN, label="napkin: bytes over bandwidth")
-ax.loglog(counts, [machine.time(add, 1).seconds for add in adds], color=plots.ROOFLINE, label="calibrated roofline, with its fixed cost")
+ax.loglog(counts, [machine.napkin(add) for add in adds], "--", color=plots.NAPKIN,
+          label="napkin: bytes over bandwidth")
+ax.loglog(counts, [machine.time(add, 1).seconds for add in adds], color=plots.ROOFLINE,
+          label="calibrated roofline, with its fixed cost")
 ax.loglog(counts, seconds, "o", color=plots.MEASURED, label="measured, in a tight loop")
 plots.units(ax.yaxis, "s")
 ax.set_xlabel("numbers added")
@@ -502,19 +543,26 @@ ax.legend()
 plt.show()
 
 # %% tags=["nbval-ignore-output"]
-Markdown(f"One number or a thousand: the same {si(seconds[0], 's')}, where the napkin says {si(machine.napkin(adds[0]), 's')} for the one. And one thing looks "
-         f"odd: the calibrated fixed cost is {si(machine.fixed_s_per_op, 's')}. In a loop, all that PyTorch needs to start an addition lies ready in the nearest "
-         f"cache. Between two weights of a model it does not: they have just swept the caches clean. The calibration measures *that* price, because a model "
-         f"pays it. At that price, starting costs more than adding below some **{number(threshold)} numbers**.")
+Markdown(f"One number or a thousand: the same {si(seconds[0], 's')}, where the napkin says "
+         f"{si(machine.napkin(adds[0]), 's')} for the one. And one thing looks odd: the calibrated fixed cost is "
+         f"{si(machine.fixed_s_per_op, 's')}. In a loop, all that PyTorch needs to start an addition lies ready in the nearest "
+         "cache. Between two weights of a model it does not: they have just swept the caches clean. The calibration measures "
+         "*that* price, because a model pays it. At that price, starting costs more than adding below some "
+         f"**{float(f'{threshold:.2g}'):,.0f} numbers**.")
 
 # %% [markdown]
 # One more loss, and it has surprised many a benchmark. So far we added into an array that was there. This is the same addition, into a new array each
 # time, as everybody writes it:
 
 # %% tags=["nbval-ignore-output"]
-fresh = alternate({"torch.add(x, y, out=z)": lambda: torch.add(left, right, out=z), "z = x + y": lambda: left + right}, repeats=5)
-Table(["", "measured", "÷ napkin"], [[name, si(timing.median, "s"), f"{timing.median / machine.napkin(works['add of 34 M numbers']):.2f}"] for name, timing in fresh.items()],
-      numeric=["measured", "÷ napkin"])
+into_z, into_new = "torch.add(x, y, out=z)", "z = x + y"
+fresh = alternate({into_z: lambda: torch.add(left, right, out=z), into_new: lambda: left + right}, repeats=5)
+napkin = machine.napkin(works["add of 34 M numbers"])
+Table(
+    ["", "measured", "÷ napkin"],
+    [[name, si(timing.median, "s"), f"{timing.median / napkin:.2f}"] for name, timing in fresh.items()],
+    numeric=["measured", "÷ napkin"],
+)
 
 # %% [markdown]
 # On most processors the second line is several times the first: the operating system hands out the new array page by page, each of them
@@ -527,25 +575,26 @@ Table(["", "measured", "÷ napkin"], [[name, si(timing.median, "s"), f"{timing.m
 # it is given.
 
 # %% tags=["nbval-ignore-output"]
-others = {"H100": h100, "L4": catalog.machine("l4"), "MacBook Air M2": catalog.machine("macbook-air-m2"), "this machine": machine}
+l4, laptop = catalog.machine("l4"), catalog.machine("macbook-air-m2")
+others = {"H100": h100, "L4": l4, "MacBook Air M2": laptop, "this machine": machine}
 
 fig, ax = plt.subplots(figsize=(7.2, 4.6))
 for (name, sheet), colour in zip(others.items(), plots.COLOURS, strict=False):
     plots.roofline(ax, sheet, "bf16", colour=colour, label=name, intensities=(0.1, 10_000))
-    ax.annotate(f"{sheet.ridge('bf16'):.0f}" if sheet.ridge("bf16") >= 10 else f"{sheet.ridge('bf16'):.1f}", (sheet.ridge("bf16"), sheet.peak("bf16")), xytext=(0, 7),
-                textcoords="offset points", ha="center", color=colour, fontweight="bold", fontsize=9)
+    above = {"xytext": (0, 6), "textcoords": "offset points", "color": colour}
+    ax.annotate(f"{sheet.ridge('bf16'):.0f}", (sheet.ridge("bf16"), sheet.peak("bf16")), ha="center", fontweight="bold", **above)
+    ax.annotate(name, (10_000, sheet.peak("bf16")), ha="right", fontsize=9, **above)
+ax.margins(y=0.1)
 ax.set_title("Four roofs in bf16, each with its ridge point in FLOPs per byte")
-ax.legend(loc="lower right")
 plt.show()
 
 # %% tags=["nbval-ignore-output"]
-def line(name, sheet):
-    return [name, si(sheet.bandwidth_at(), "B/s"), si(sheet.peak("bf16"), "FLOP/s"), number(sheet.ridge("bf16")),
-            si(sheet.napkin(matmul(1, D, D, weights="bf16", activations="bf16")), "s"), si(sheet.napkin(matmul(D, D, D, weights="bf16", activations="bf16")), "s")]
-
-
-Table(["bf16", "bandwidth", "peak", "ridge", f"matrix × vector, D = {D:,}", f"matrix × matrix, D = {D:,}"], [line(*item) for item in others.items()],
-      numeric=["bandwidth", "peak", "ridge", f"matrix × vector, D = {D:,}", f"matrix × matrix, D = {D:,}"])
+header, rows = ["bf16", "bandwidth", "peak", "ridge", f"matrix × vector, D = {D:,}", f"matrix × matrix, D = {D:,}"], []
+vector, matrix = in_bf16()[2:]
+for name, sheet in others.items():
+    rows.append([name, si(sheet.bandwidth_at(), "B/s"), si(sheet.peak("bf16"), "FLOP/s"), number(sheet.ridge("bf16")),
+                 si(sheet.napkin(vector), "s"), si(sheet.napkin(matrix), "s")])
+Table(header, rows, numeric=header[1:])
 
 # %% [markdown]
 # Compare the H100 with the L4. The H100 wins both columns, and each by its own number: the vector by bandwidth, the matrix by peak. An L4 has a *higher*
@@ -561,7 +610,7 @@ Table(["bf16", "bandwidth", "peak", "ridge", f"matrix × vector, D = {D:,}", f"m
 # - Choose your own machine. How many rows does it need?
 
 # %%
-machines = {sheet.name: sheet for sheet in map(catalog.machine, catalog.machine_names())}
+machines = {sheet.name: sheet for sheet in map(catalog.machine, catalog.machine_names())} | {"this machine": machine}
 
 
 def draw(ax, sheet, dtype, M, K, N):
@@ -571,26 +620,27 @@ def draw(ax, sheet, dtype, M, K, N):
     plots.mark(ax, sheet, work)
     ax.axvline(sheet.ridge(dtype), color=plots.ROOFLINE, linewidth=0.8, linestyle=":")
     bound = "memory" if work.intensity < sheet.ridge(dtype) else "compute"
-    ax.set_title(f"M = {M:,}: {si(sheet.napkin(work), 's')}, {bound}-bound")
+    ax.set_title(f"M = {M:,}: {si(sheet.napkin(work), 's')}, {bound}-bound", fontsize=10)
     return work
 
 
 # %% tags=["widget", "nbval-ignore-output"]
 def explore(name, dtype, M, K, N):
-    sheet = machines.get(name, machine)
+    sheet = machines[name]
     if dtype not in sheet.peak_flops:
         print(f"{sheet.name} has figures for {', '.join(sheet.peak_flops)}: choose one of them.")
         return
     fig, ax = plt.subplots()
     work = draw(ax, sheet, dtype, M, K, N)
-    ax.set_ylim(sheet.peak(dtype) / 5_000, sheet.peak(dtype) * 3)
-    ax.set_xlabel(f"{si(work.flops, 'FLOP')} / {si(work.bytes, 'B')} = {number(work.intensity)} FLOPs per byte; the ridge is at {number(sheet.ridge(dtype))}")
+    ax.set_ylim(3e8, 5e15)                               # the same for all: another machine is another roof
+    ax.set_xlabel(f"{si(work.flops, 'FLOP')} / {si(work.bytes, 'B')} = {number(work.intensity)} FLOPs per byte; "
+                  f"the ridge is at {number(sheet.ridge(dtype))}")
     plt.show()
 
 
 widgets.play(
     explore,
-    name=widgets.choose("machine", [*machines, "this machine"]),
+    name=widgets.choose("machine", list(machines)),
     dtype=widgets.choose("dtype", ["bf16", "fp32", "int8"]),
     M=widgets.powers_of_two("M", 1, 8192, 1),
     K=widgets.powers_of_two("K", 64, 16384, 4096),
@@ -604,6 +654,7 @@ for ax, M in zip(axes.flat, (1, 32, 256, 4096), strict=True):
     ax.label_outer()
     ax.set_xlabel("")
     ax.set_ylabel("")
+axes[0, 0].set_xticks([0.1, 1, 10, 100, 1_000])
 fig.suptitle("M rows through a 4,096 × 4,096 matrix on an H100, bf16", fontweight="bold", fontsize=11)
 fig.supxlabel("arithmetic intensity, FLOPs per byte", fontsize=10)
 fig.supylabel("attainable rate", fontsize=10)
@@ -733,7 +784,7 @@ lesson.exercise(
     too_small,
     cases={(10e-6, 50e9): 250_000, (4e-6, 3.35e12): 6_700_000, (5e-6, 300e9): 750_000},
     nudge="How many bytes could have been moved while the operation was started?",
-    means="the faster the memory, the larger an operation must be. On an H100 nearly everything in a small model's decode step is too small.",
+    means="the faster the memory, the larger an operation must be. On an H100 most of a small model's decode step is too small.",
 )
 
 # %% [markdown] tags=["hint"]
@@ -766,9 +817,10 @@ def rows_needed(D, ridge):
 lesson.exercise(
     "rows_needed",
     rows_needed,
-    cases={(4096, 295): 344.64, (8192, 403): 446.97, (1024, 36): 38.723, (576, 295): math.inf, (64, 36): math.inf, (590, 295): math.inf},
+    cases={(4096, 295): 344.64, (8192, 403): 446.97, (1024, 36): 38.723,
+           (576, 295): math.inf, (64, 36): math.inf, (590, 295): math.inf},
     nudge="Write the intensity as a function of M and D. What does it tend to as M grows?",
-    means="and a matrix that is too narrow stays memory-bound with any number of rows: X and Y grow along with the work.",
+    means="and too narrow a matrix stays memory-bound with any number of rows: X and Y grow along with the work.",
 )
 
 # %% [markdown] tags=["hint"]

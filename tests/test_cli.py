@@ -1,0 +1,484 @@
+"""The command line as a script sees it: exit codes, one JSON object on stdout, one line on stderr for wrong usage."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clawdemy_infer import bench as bench_room
+from clawdemy_infer import calibrate, cli, course, doctor, model
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.model import Decoder, ModelConfig
+from clawdemy_infer.roofline import Machine
+from clawdemy_infer.timing import Timing
+
+REPOSITORY = Path(__file__).parents[1]
+COMMANDS = ["doctor", "calibrate", "napkin", "generate", "bench", "course"]
+NAPKIN = ["napkin", "--model", "llama-2-13b", "--machine", "h100-sxm", "--context", "1024"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's calibration."""
+    monkeypatch.setenv("CLAWDEMY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run(capsys):
+    """main() as a shell would see it."""
+    def run(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+    return run
+
+
+def python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=REPOSITORY, timeout=120, **options)
+
+
+# ---- usage ----
+
+
+def test_help_and_version_say_what_there_is(run):
+    top = run("--help")
+    assert top.code == 0 and top.err == ""
+    assert all(command in top.out for command in COMMANDS)
+    assert run("--version").out.strip() == f"clawdemy-infer {cli.__version__}"
+    for command in COMMANDS:
+        assert "--json" in run(command, "--help").out
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ([], "command"),
+    (["napkn"], "napkn"),
+    (["napkin", "--model", "llama-2-13b"], "--machine"),
+    ([*NAPKIN, "--batch", "0"], "--batch: '0'"),
+    ([*NAPKIN, "--batch", "2.5"], "--batch: '2.5'"),
+    ([*NAPKIN, "--prompt", "-3"], "--prompt"),
+    ([*NAPKIN, "--weights", "fp8"], "--weights: invalid choice: 'fp8'"),
+    ([*NAPKIN, "--frobnicate"], "--frobnicate"),
+    ([*NAPKIN, "--cont", "9"], "--cont"),                               # no guessing at half a name
+    (["generate"], "--prompt"),
+    (["generate", "--prompt", "a", "--max-tokens", "0"], "--max-tokens: '0'"),
+    (["generate", "--prompt", "a", "--temperature", "hot"], "--temperature"),
+    (["generate", "--prompt", "a", "--cache", "paged"], "--cache"),
+    (["bench", "--weights", "fp32,fp8"], "--weights: 'fp8': accepted are fp32, bf16, fp16"),
+    (["bench", "--phase", "decode,train"], "--phase: 'train'"),
+    (["bench", "--context", "64,,128"], "--context: ''"),
+    (["doctor", "now"], "now"),
+    # These the library refuses, before it loads or computes anything.
+    (["napkin", "--model", "lama-2-13b", "--machine", "h100-sxm"], "model='lama-2-13b' is not in models.toml; near matches: llama-2-13b"),
+    (["napkin", "--model", "llama-2-13b", "--machine", "h10"], "machine='h10' is not in machines.toml; near matches: h100-sxm"),
+    (["napkin", "--model", "llama-2-13b", "--machine", "tpu-v5e", "--weights", "fp32"], "weights='fp32'"),
+    (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0: 0 (greedy) or above is accepted"),
+    (["generate", "--prompt", "a", "--top-p", "1.5"], "top_p=1.5"),
+    (["generate", "--prompt", "a", "--model", "smollm2-136m"], "near matches: smollm2-135m"),
+])
+def test_wrong_usage_is_exit_2_and_one_line_that_names_the_argument(run, arguments, named):
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.count("\n") == 1 and result.err.startswith("clawdemy-infer")
+    assert named in result.err
+
+
+def test_what_fails_without_the_users_fault_is_exit_1_and_one_line(run, monkeypatch):
+    def fail(*_):
+        raise ValueError("/models/x.gguf: damaged, or another file than expected\n(its sha256 is 00)")
+
+    monkeypatch.setattr(model, "load_model", fail)
+    result = run("generate", "--prompt", "a")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "clawdemy-infer generate: /models/x.gguf: damaged, or another file than expected (its sha256 is 00)\n"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("the model x.gguf is not installed"), ModuleNotFoundError("No module named 'gguf'"),
+                                   MemoryError()], ids=lambda error: type(error).__name__)
+def test_a_missing_part_is_a_sentence_and_no_traceback(run, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(model, "load_model", fail)
+    result = run("generate", "--prompt", "a")
+    assert result.code == 1 and result.err.count("\n") == 1 and (str(error) or "MemoryError") in result.err
+
+
+def test_ctrl_c_is_quiet(run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "load_model", interrupt)
+    result = run("generate", "--prompt", "a")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], NAPKIN, [*NAPKIN, "--json"], ["napkin", "--model", "x", "--machine", "y"]])
+def test_what_needs_no_torch_does_not_wait_for_it(arguments):
+    script = ("import sys\nfrom clawdemy_infer.cli import main\n"
+              f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+              "print([name for name in ('torch', 'transformers', 'numpy', 'matplotlib') if name in sys.modules], file=sys.stderr)")
+    assert python("-c", script).stderr.splitlines()[-1] == "[]"
+
+
+def test_python_m_is_the_same_command():
+    result = python("-m", "clawdemy_infer", *NAPKIN, "--json")
+    assert result.returncode == 0 and json.loads(result.stdout)["model"] == "Llama-2-13B"
+    assert python("-m", "clawdemy_infer", "napkin").returncode == 2
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    """`clawdemy-infer napkin … | head -1`."""
+    script = f"{shlex.quote(sys.executable)} -m clawdemy_infer {' '.join(NAPKIN)} | true; exit 0"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+
+
+# ---- napkin ----
+
+
+def test_the_napkin_of_the_worked_example(run):
+    """Llama-2-13B, B = 64, S = 1,024 on an H100: 26.03 GB of weights, 53.69 GB of cache, and so some 24 ms a step."""
+    result = run(*NAPKIN, "--batch", 64, "--json")
+    assert result.code == 0 and result.out.count("\n") == 1
+    card = json.loads(result.out)
+    assert {"fits", "weight_bytes", "kv_bytes", "prefill", "decode", "tokens_per_s"} <= set(card)
+    assert {"flops", "bytes", "seconds", "bound"} <= set(card["prefill"])
+    assert {"flops", "bytes", "seconds", "intensity", "bound"} <= set(card["decode"])
+    assert card["fits"] is True
+    assert (card["weight_bytes"], card["kv_bytes"]) == (26_031_728_640, 64 * 838_860_800)
+    assert card["decode"]["seconds"] == pytest.approx(23.8e-3, rel=0.03) and card["decode"]["bound"] == "memory"
+    assert card["tokens_per_s"] == pytest.approx(64 / card["decode"]["seconds"])
+    assert card["prefill"]["bound"] == "compute"
+
+
+def test_the_card_can_be_followed_by_hand(run):
+    out = run(*NAPKIN, "--batch", 64).out
+    for term in ("P = 13,015,864,320", "13,015,864,320 × 2 B", "26.0 GB", "2·40·40·128 × 2 B × 1,024 × 64", "53.7 GB", "79.7 GB",
+                 "the largest batch that fits is 71", "FLOPs / 989 TFLOP/s", "bytes / 3.35 TB/s", "ridge", "295", "memory", "tokens/s"):
+        assert term in out, term
+
+
+def test_what_does_not_fit_is_exit_1_with_the_numbers_and_no_times(run):
+    result = run(*NAPKIN, "--batch", 256)
+    assert result.code == 1 and result.err == ""
+    assert "DOES NOT FIT; the largest batch that fits is 71" in result.out and "241 GB" in result.out and "tokens/s" not in result.out
+    result = run(*NAPKIN, "--batch", 256, "--json")
+    card = json.loads(result.out)
+    assert result.code == 1 and card["fits"] is False
+    assert card["decode"]["seconds"] is card["prefill"]["seconds"] is card["tokens_per_s"] is None
+    assert "not even one sequence fits" in run("napkin", "--model", "llama-2-70b", "--machine", "l4").out
+
+
+@pytest.mark.parametrize("name", cli.catalog.model_names())
+@pytest.mark.parametrize("machine", cli.catalog.machine_names())
+def test_every_model_has_a_card_on_every_machine(run, name, machine):
+    for weights in ("bf16", "int4"):
+        result = run("napkin", "--model", name, "--machine", machine, "--weights", weights, "--kv", "int8")
+        assert result.code in (0, 1) and result.err == "" and len(result.out) > 500
+
+
+def test_a_window_keeps_no_more_than_itself(run):
+    out = run("napkin", "--model", "mistral-7b", "--machine", "h100-sxm", "--context", 10000).out
+    assert "× 4,096 × 1" in out
+
+
+def test_a_context_beyond_the_models_own_is_noted(run):
+    assert "made for contexts of up to 4,096" in run(*NAPKIN[:-1], 5000).out
+    assert "made for contexts" not in run(*NAPKIN).out
+
+
+def test_this_machine_must_have_been_calibrated(run):
+    result = run("napkin", "--model", "smollm2-135m", "--machine", "this")
+    assert result.code == 1 and result.err.count("\n") == 1 and "clawdemy-infer calibrate" in result.err
+
+
+# ---- what is measured of the machine ----
+
+RECORD = {
+    "name": "a test machine", "bandwidth": [{"bytes": 2**20, "bytes_per_s": 5e10}, {"bytes": 2**30, "bytes_per_s": 1e10}],
+    "peak_flops": {"fp32": 2e11, "bf16": 4e11}, "fixed_s_per_op": 4e-6, "memory": 8 * 2**30, "date": "2026-01-02T03:04:05+00:00",
+    "gemm": [{"dtype": dtype, "m": m, "flops_per_s": m * 1e9} for dtype in ("fp32", "bf16") for m in (1, 128)],
+    "attention": [{"dtype": dtype, "m": 16, "flops_per_s": 5e9} for dtype in ("fp32", "bf16")],
+    "elementwise": [{"dtype": dtype, "bytes_per_s": 9e9} for dtype in ("fp32", "bf16")],
+    "versions": {"torch": "2.13.0"},
+}
+
+
+@pytest.fixture
+def calibrated(monkeypatch):
+    measured = []
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_: measured.append(1))
+    monkeypatch.setattr(calibrate, "kept_record", lambda *_: RECORD)
+    return measured
+
+
+def test_the_napkin_of_this_machine_uses_its_calibration(run, calibrated):
+    card = json.loads(run("napkin", "--model", "smollm2-135m", "--machine", "this", "--json").out)
+    assert (card["machine"], card["bandwidth"], card["peak_flops"], card["memory_bytes"]) == ("a test machine", 1e10, 4e11, 8 * 2**30)
+    assert card["decode"]["seconds"] == pytest.approx(card["decode"]["bytes"] / 1e10)
+    assert not calibrated                                               # it is read and not made
+
+
+def test_calibrate_measures_and_shows_the_curves(run, calibrated):
+    result = run("calibrate")
+    assert result.code == 0 and calibrated == [1]
+    for part in ("a test machine", "8.59 GB", "1.05 MB", "50.0 GB/s", "10.0 GB/s", "128 GFLOP/s", "peak: fp32 200 GFLOP/s", "4.00 µs"):
+        assert part in result.out, part
+    result = run("calibrate", "--json")
+    assert result.code == 0 and result.out.count("\n") == 1 and "Measuring" in result.err
+    assert json.loads(result.out)["machine"] == RECORD and "torch" in json.loads(result.out)["versions"]
+
+
+def test_doctor_says_what_there_is(run, calibrated):
+    result = run("doctor")
+    assert result.code == 0 and "Ready" in result.out and "LACKING" not in result.out
+    for part in ("CPU", "memory", "GPU", "Triton", "C++ compiler", "intact", "2026-01-02", "cache", f"torch {torch.__version__}"):
+        assert part in result.out, part
+    report = json.loads(run("doctor", "--json").out)
+    assert report["ready"] is True and report["machine"] == RECORD and report["versions"]["torch"] == torch.__version__
+    asked = ["CPU", "memory", "GPU", "Triton", "C++ compiler", "model", "calibration", "cache"]
+    assert [check["what"] for check in report["checks"]] == asked
+
+
+def test_doctor_without_a_calibration_is_well_and_says_how_to_make_one(run):
+    assert json.loads(run("doctor", "--json").out)["machine"] is None
+    result = run("doctor")
+    assert result.code == 0 and "clawdemy-infer calibrate" in result.out
+
+
+def test_doctor_finds_a_damaged_model(run, monkeypatch, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF and then nothing")
+    monkeypatch.setattr(doctor, "packaged_file", lambda *_: file)
+    result = run("doctor")
+    assert result.code == 1 and "damaged" in result.out and "LACKING" in result.out and "--force-reinstall" in result.out
+    assert json.loads(run("doctor", "--json").out)["ready"] is False
+
+
+def test_doctor_finds_what_is_missing(run, monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError("the model is not installed: run `pip install …`")
+
+    nothing_free = SimpleNamespace(total=2**33, available=2**30)
+    monkeypatch.setattr(doctor, "packaged_file", missing)
+    monkeypatch.setattr(doctor, "installed", lambda package: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: nothing_free)
+    found = {check.what: check for check in doctor.checks()}
+    assert {what for what, check in found.items() if not check.ok} == {"memory", "model", "cache"}
+    assert "pip install" in found["model"].means and "close other programs" in found["memory"].means
+    assert "CLAWDEMY_CACHE" in found["cache"].means and "apt install g++" in found["C++ compiler"].means
+    assert run("doctor").code == 1
+
+
+# ---- generate ----
+
+
+@pytest.fixture
+def loaded(smollm, monkeypatch):
+    monkeypatch.setattr(model, "load_model", lambda *_: smollm)
+    return smollm
+
+
+def test_generate_streams_the_text_and_says_the_times_beside_it(run, loaded):
+    expected = model.generate(loaded, "The capital of France is", 6).text
+    result = run("generate", "--prompt", "The capital of France is", "--max-tokens", 6)
+    assert result.code == 0 and result.out == expected + "\n"
+    assert re.fullmatch(r"5 prompt tokens, 6 generated \(ended by: length\); TTFT [\d.]+ m?s, TPOT [\d.]+ m?s\n", result.err)
+
+
+def test_generate_in_json(run, loaded):
+    result = run("generate", "--prompt", "The capital of France is", "--max-tokens", 6, "--json")
+    assert result.out.count("\n") == 1 and result.err == ""
+    out, expected = json.loads(result.out), model.generate(loaded, "The capital of France is", 6)
+    assert out["prompt_tokens"] == 5 and out["tokens"] == expected.tokens and out["text"] == expected.text
+    assert out["ttft_s"] > 0 and out["tpot_s"] > 0 and out["finish_reason"] == "length"
+
+
+def test_generate_in_json_of_a_single_token_has_no_time_per_token(run, loaded):
+    assert json.loads(run("generate", "--prompt", "Hello", "--max-tokens", 1, "--json").out)["tpot_s"] is None
+
+
+def test_the_chat_template_a_stop_text_and_no_cache(run, loaded):
+    chat = loaded.tokenizer.chat([{"role": "user", "content": "Count to five."}])
+    expected = model.generate(loaded, chat, 8, stop=[" 3"])
+    result = run("generate", "--prompt", "Count to five.", "--chat", "--max-tokens", 8, "--stop", " 3", "--cache", "none", "--json")
+    out = json.loads(result.out)
+    assert (out["text"], out["prompt_tokens"], out["finish_reason"]) == (expected.text, len(chat), expected.finish_reason)
+
+
+def test_the_same_seed_draws_the_same_text(run, loaded):
+    line = ["generate", "--json", "--prompt", "Once", "--max-tokens", 9, "--temperature", 1.5]
+    line += ["--top-k", 50, "--top-p", 0.95, "--min-p", 0.01]
+    first, second, other = (json.loads(run(*line, "--seed", seed).out)["tokens"] for seed in (1, 1, 2))
+    assert first == second != other
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--prompt", ""], "prompt is empty"), (["--prompt", "a", "--max-tokens", "9999"], "prompt has 1"),
+    (["--prompt", "a", "--stop", ""], "stop=("),
+])
+def test_what_the_model_cannot_take_is_wrong_usage(run, loaded, arguments, named):
+    result = run("generate", *arguments)
+    assert result.code == 2 and result.err.count("\n") == 1 and named in result.err
+
+
+def test_an_interrupted_generation_keeps_what_is_there(run, loaded, monkeypatch):
+    calls = []
+    real = loaded.forward
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loaded, "forward", interrupted)
+    result = run("generate", "--prompt", "The capital of France is", "--max-tokens", 30)
+    assert result.code == 130 and len(result.out) > 3 and "interrupted" in result.err
+
+
+# ---- bench ----
+
+TINY = ModelShape("tiny", L=2, D=24, N=3, K=1, H=8, F=40, V=67, max_context=2048)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """bench on a model of a few thousand parameters, on a machine that is known, with a pulse that measures nothing."""
+    machine = Machine("a test machine", ((1.0, 1e9),), {"fp32": 1e12, "bf16": 3e12}, memory=60e6)
+
+    class Pulse:
+        speed = 1.0
+
+        def __init__(self, *_):
+            pass
+
+        def stopwatch(self, work, repeats):
+            work()
+            return Timing((0.5, 0.5, 0.5))
+
+    loaded = []
+
+    def load(name, dtype, device):
+        torch.manual_seed(1)
+        loaded.append(dtype)
+        return Decoder(ModelConfig(TINY)).eval().to(dtype)
+
+    monkeypatch.setattr(calibrate, "this_machine", lambda *_: machine)
+    monkeypatch.setattr(bench_room, "Pulse", Pulse)
+    monkeypatch.setattr(model, "load_model", load)
+    monkeypatch.setattr("psutil.getloadavg", lambda: (0.1, 0.1, 0.1))
+    return loaded
+
+
+def test_bench_shows_the_card_then_the_rows_and_json_last(run, tiny):
+    result = run("bench", "--context", "7,30", "--batch", "1,2")
+    assert result.code == 0
+    *tables, last = result.out.splitlines()
+    report = json.loads(last)
+    assert [(row["weights"], row["phase"], row["batch"], row["context"]) for row in report["rows"]] == [
+        (weights, phase, batch, context)
+        for weights in ("fp32", "bf16") for phase in ("prefill", "decode") for batch in (1, 2) for context in (7, 30)]
+    needed = {"phase", "weights", "batch", "context", "napkin_s", "predicted_s", "measured_s", "ratio", "fraction_of_bound"}
+    assert all(needed <= set(row) for row in report["rows"])
+    assert [row["napkin_s"] for row in report["card"]["rows"]] == [row["napkin_s"] for row in report["rows"]]
+    text = "\n".join(tables)
+    assert text.index("FLOPs/byte") < text.index("÷ calibrated")        # what the roofline allows comes first
+    assert tiny == [torch.float32, torch.bfloat16]                      # each is loaded once
+    assert report["notes"] == []
+
+
+def test_bench_in_json_prints_the_card_elsewhere(run, tiny):
+    result = run("bench", "--phase", "decode", "--weights", "bf16", "--context", "9", "--json")
+    assert result.out.count("\n") == 1 and len(json.loads(result.out)["rows"]) == 1
+    assert "FLOPs/byte" in result.err and "a test machine" in result.err
+
+
+def test_bench_times_each_phase_at_its_own_contexts(run, tiny):
+    rows = json.loads(run("bench", "--json", "--weights", "fp32").out)["rows"]
+    assert [(row["phase"], row["context"]) for row in rows] == [
+        ("prefill", 64), ("prefill", 256), ("prefill", 1024), ("decode", 64), ("decode", 512), ("decode", 1024)]
+
+
+def test_bench_does_not_time_what_does_not_fit_and_says_so(run, tiny):
+    """60 MB of memory. A token's cache is 2·2·1·8·4 B = 128 B in fp32, so a batch of 1,000 with 1,000 tokens needs 128 MB."""
+    result = run("bench", "--phase", "decode", "--weights", "fp32", "--batch", "1,1000", "--context", "1000")
+    report = json.loads(result.out.splitlines()[-1])
+    assert result.code == 0 and [row["batch"] for row in report["rows"]] == [1]
+    assert [row["fits"] for row in report["card"]["rows"]] == [True, False]
+    assert "DOES NOT FIT" in result.out and "of batch 1,000 and context 1,000 was not timed: it needs 128 MB" in result.out
+    assert run("bench", "--phase", "decode", "--weights", "fp32", "--batch", "1000", "--context", "1000").code == 1
+
+
+def test_bench_says_when_the_machine_is_busy(run, tiny, monkeypatch):
+    monkeypatch.setattr("psutil.getloadavg", lambda: (1.7, 1.0, 1.0))
+    assert "The machine is busy (load average 1.7" in run("bench", "--context", "5", "--weights", "fp32").out
+
+
+def test_bench_says_when_a_row_is_faster_than_can_be(run, tiny, monkeypatch):
+    """Bytes that moved faster than memory delivers them: never a success."""
+    monkeypatch.setattr(bench_room.Pulse, "stopwatch", lambda self, work, repeats: Timing((1e-9, 1e-9, 1e-9)))
+    assert "faster than its bound" in run("bench", "--context", "5", "--weights", "fp32").out
+
+
+@pytest.mark.parametrize("arguments, named", [(["--context", "4096"], "context=4096: the model's context is 2048"),
+                                              (["--weights", "fp32,fp16"], "weights='fp16'")])
+def test_bench_refuses_before_it_times(run, tiny, arguments, named):
+    result = run("bench", *arguments)
+    assert result.code == 2 and named in result.err and result.out == ""
+
+
+# ---- course ----
+
+
+@pytest.mark.parametrize("arguments, as_json", [([], False), (["--json"], True)])
+def test_course_is_handed_on(run, monkeypatch, arguments, as_json):
+    asked = []
+    monkeypatch.setattr(course, "main", lambda json: asked.append(json) or 1)
+    assert run("course", *arguments).code == 1 and asked == [as_json]
+
+
+# ---- the README ----
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
+EXAMPLES = [line.removeprefix("$ ").replace(".venv/bin/", "") for block in BLOCKS for line in block.splitlines()
+            if re.match(r"(\$ )?(\.venv/bin/)?clawdemy-infer ", line)]
+
+
+def test_the_readme_shows_every_command():
+    assert {shlex.split(line)[1] for line in EXAMPLES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_every_command_in_the_readme_is_one(line):
+    cli.parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_the_napkin_in_the_readme_is_what_is_printed(run):
+    [block] = [block for block in BLOCKS if block.startswith("$ clawdemy-infer napkin")]
+    line, _, shown = block.partition("\n")
+    printed = [row.rstrip() for row in run(*shlex.split(line)[2:]).out.splitlines()]
+    assert [row.rstrip() for row in shown.splitlines()] == printed
+
+
+def test_the_map_in_the_readme_names_every_file():
+    rooms = [path for path in (REPOSITORY / "clawdemy_infer").iterdir() if not path.name.startswith("__")]
+    missing = [path.name for path in rooms if f"`{path.name}{'/' if path.is_dir() else ''}`" not in README]
+    assert missing == []
+
+
+def test_every_path_in_the_readme_exists():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
