@@ -36,8 +36,6 @@ MAY_IMPORT = {
     "course": EVERYTHING,
     "doctor": EVERYTHING,
     "commands": EVERYTHING,
-    "doctor": EVERYTHING,
-    "commands": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
 }

@@ -20,6 +20,7 @@
 #
 # Every lesson plays one game: **predict** a cost on the back of an envelope, **run** it, **compare**, and explain what is left over.
 # The explaining is where the learning is. A prediction that is out by a factor of three is not a failure; it is a question.
+# Shift+Enter runs a cell and goes to the next.
 #
 # - **Guess before you run.** Where you see `lesson.guess("…", ...)`, write your number over the dots. Nobody grades it. The table at the end
 #   sets it beside the envelope and the stopwatch.
@@ -581,7 +582,8 @@ others = {"H100": h100, "L4": l4, "MacBook Air M2": laptop, "this machine": mach
 fig, ax = plt.subplots(figsize=(7.2, 4.6))
 for (name, sheet), colour in zip(others.items(), plots.COLOURS, strict=False):
     plots.roofline(ax, sheet, "bf16", colour=colour, label=name, intensities=(0.1, 10_000))
-    above = {"xytext": (0, 6), "textcoords": "offset points", "color": colour}
+    above = {"xytext": (0, 6), "textcoords": "offset points", "color": colour,
+             "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}}
     ax.annotate(f"{sheet.ridge('bf16'):.0f}", (sheet.ridge("bf16"), sheet.peak("bf16")), ha="center", fontweight="bold", **above)
     ax.annotate(name, (10_000, sheet.peak("bf16")), ha="right", fontsize=9, **above)
 ax.margins(y=0.1)

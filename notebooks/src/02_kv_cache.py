@@ -31,7 +31,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from clawdemy_infer import catalog, plots, widgets
 from clawdemy_infer.bench import filled_cache, random_tokens, step_ops
-from clawdemy_infer.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.calibrate import default_device, this_machine
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson
 from clawdemy_infer.model import generate, load_model
@@ -43,8 +43,9 @@ plt.rcParams["figure.dpi"] = 90                     # six figures, and the file 
 machine = this_machine()
 lesson = Lesson("02 kv_cache", machine=machine)
 decoder = load_model("smollm2-135m", device=default_device())
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, computes at most "
-         f"{si(machine.peak('fp32'), 'FLOP/s')} in fp32, and asks {si(machine.fixed_s_per_op, 's')} to start one operation.")
+Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
+         f"computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32, "
+         f"and asks {si(machine.fixed_s_per_op, 's')} to start one operation.")
 
 # %% [markdown]
 # ## Envelope: what the past leaves behind
@@ -56,12 +57,13 @@ Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at()
 # not take that on trust. We run a sentence whole, and its first five tokens alone, and compare what the two caches hold.
 
 # %%
-tokens = torch.tensor([decoder.tokenizer.encode("The past does not change. It only becomes longer.")], device=decoder.device)
+sentence = "The past does not change. It only becomes longer."
+tokens = torch.tensor([decoder.tokenizer.encode(sentence)], device=decoder.device)
 whole, first_five = (ContiguousCache.for_model(decoder, batch=1, capacity=tokens.shape[1]) for _ in range(2))
 decoder(tokens, whole)
 decoder(tokens[:, :5], first_five)
 
-for ours, theirs in ((whole.keys, first_five.keys), (whole.values, first_five.values)):            # [L, B, K, S, H] each
+for ours, theirs in ((whole.keys, first_five.keys), (whole.values, first_five.values)):     # [L, B, K, S, H]
     torch.testing.assert_close(ours[:, :, :, :5], theirs[:, :, :, :5], rtol=1e-3, atol=1e-3)
 f"the first 5 of {tokens.shape[1]} tokens left the same keys and values in all {decoder.config.shape.L} layers"
 
@@ -78,7 +80,7 @@ f"the first 5 of {tokens.shape[1]} tokens left the same keys and values in all {
 shape = catalog.model("smollm2-135m")
 L, D, N, K, H, F, V = (getattr(shape, letter) for letter in "LDNKHFV")
 P, n = 26, 24
-W = D * (N + 2 * K) * H + N * H * D + 3 * D * F     # numbers in the matrices of one layer: Q K V, output, gate up down
+W = D * (N + 2 * K) * H + N * H * D + 3 * D * F     # the matrices of one layer: Q K V, output, gate up down
 
 rows = pairs = flops = 0
 for i in range(n):
@@ -86,7 +88,7 @@ for i in range(n):
     rows += S                                       # each is a row in every matrix product
     pairs += S * (S + 1) // 2                       # token 1 sees 1 token, token 2 sees 2, … token S sees S
     flops += L * 2 * S * W                          # a multiply and an add per row and weight
-    flops += L * 4 * N * H * S * (S + 1) // 2       # scores, then the sum of values: 2 + 2 per pair, head and dimension
+    flops += L * 4 * N * H * S * (S + 1) // 2       # scores, then sum of values: 2 + 2 per pair and dimension
     flops += 2 * D * V                              # the head: only the last position has to name a word
 without_cache = flops
 
@@ -137,8 +139,9 @@ sums = {
 }
 assert sympy.limit(sums["matrix rows, without"] / m**2, m, sympy.oo) == sympy.Rational(1, 2)
 assert sympy.limit(sums["attention pairs, without"] / m**3, m, sympy.oo) == sympy.Rational(1, 6)
-Markdown("| | after n tokens | grows as |\n|:--|:--|:--|\n" + "\n".join(
-    f"| {name} | ${sympy.latex(sympy.factor(value))}$ | ${sympy.latex(m ** sympy.degree(value, m))}$ |" for name, value in sums.items()))
+rows = [f"| {name} | ${sympy.latex(sympy.factor(value))}$ | ${sympy.latex(m ** sympy.degree(value, m))}$ |"
+        for name, value in sums.items()]
+Markdown("| | after n tokens | grows as |\n|:--|:--|:--|\n" + "\n".join(rows))
 
 # %% [markdown]
 # Without a cache the matrix products are **quadratic** and attention is **cubic**. With it they are linear and quadratic: the
@@ -148,15 +151,19 @@ Markdown("| | after n tokens | grows as |\n|:--|:--|:--|\n" + "\n".join(
 lengths = np.geomspace(1, 8192, 100)
 matrices, attention = L * 2 * W, L * 4 * N * H
 
+square, cube = lengths * (lengths + 1) / 2, lengths * (lengths + 1) * (lengths + 2) / 6
+
 fig, ax = plt.subplots(figsize=(6.2, 3.3))
-for label, powers, style in (("without", (lengths * (lengths + 1) / 2, lengths * (lengths + 1) * (lengths + 2) / 6), "-"),
-                             ("with", (lengths, lengths * (lengths + 1) / 2), "--")):
+for label, powers, style in (("without", (square, cube), "-"), ("with", (lengths, square), "--")):
     ax.loglog(lengths, matrices * powers[0], style, color=plots.COLOURS[0], label=f"matrix products, {label}")
     ax.loglog(lengths, attention * powers[1], style, color=plots.COLOURS[1], label=f"attention, {label}")
-for power, x, y, shift, side in (("n²", 200, matrices * 200**2 / 2, (-7, 7), "right"), ("n³", 400, attention * 400**3 / 6, (-7, 5), "right"),
-                                 ("n", 40, matrices * 40, (-5, 9), "right"), ("n²", 600, attention * 600**2 / 2, (9, -9), "left")):
+for power, x, y, shift, side in (("n²", 200, matrices * 200**2 / 2, (-7, 7), "right"),
+                                 ("n³", 400, attention * 400**3 / 6, (-7, 5), "right"),
+                                 ("n", 40, matrices * 40, (-5, 9), "right"),
+                                 ("n²", 600, attention * 600**2 / 2, (9, -9), "left")):
     ax.annotate(f"∝ {power}", (x, y), xytext=shift, textcoords="offset points", ha=side, va="center")
-ax.set(xlabel="tokens generated, n", ylabel="work in all", xlim=(1, 8192), ylim=(1e5, 1e17), title="A cache takes one power of n off the work (SmolLM2-135M)")
+ax.set(xlabel="tokens generated, n", ylabel="work in all", xlim=(1, 8192), ylim=(1e5, 1e17),
+       title="A cache takes one power of n off the work (SmolLM2-135M)")
 ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 plots.units(ax.yaxis, "FLOP")
 ax.legend(loc="upper left")
@@ -178,9 +185,11 @@ Table(["the 256th token", "FLOPs", "bytes", "FLOPs per byte"],
 
 # %%
 assert once.flops < again.flops / 100 and once.bytes > again.bytes / 3
-Markdown(f"The cache divides the FLOPs by {again.flops / once.flops:.0f} and the bytes by only {again.bytes / once.bytes:.1f}. It does not "
-         "make a compute-bound step a little cheaper: it turns it into a *memory-bound* one. So it saves what the compute cost "
-         "*above* the reading of the weights, and where there was nothing above it, at a few tokens, it saves nothing.")
+Markdown(f"The cache divides the FLOPs by {again.flops / once.flops:.0f}, "
+         f"and the bytes by only {again.bytes / once.bytes:.1f}. "
+         "It does not make a compute-bound step a little cheaper: it turns it into a *memory-bound* one. "
+         "So it saves what the computing cost *above* the reading of the weights. "
+         "Where there was nothing above it, at a few tokens, it saves nothing.")
 
 # %% [markdown]
 # ### What one token leaves in memory
@@ -207,7 +216,8 @@ for s in models.values():
     right = 2 * s.L * s.K * s.H * 2
     assert right == s.kv_bytes_per_token("bf16")
     heads, width = 2 * s.L * s.N * s.H * 2, 2 * s.L * s.K * (s.D / s.N) * 2
-    rows.append([s.name, str(s.L), str(s.N), str(s.K), str(s.H), f"{s.D / s.N:g}", f"{right:,}", beside_right(heads, right), beside_right(width, right)])
+    rows.append([s.name, *map(str, (s.L, s.N, s.K, s.H)), f"{s.D / s.N:g}", f"{right:,}",
+                 beside_right(heads, right), beside_right(width, right)])
 columns = ["model", "L", "N", "K", "H", "D/N", "bytes per token, bf16", "with N for K", "with D/N for H"]
 Table(columns, rows, numeric=columns[1:])
 
@@ -222,15 +232,16 @@ Table(columns, rows, numeric=columns[1:])
 
 # %%
 names = ["qwen3-0.6b", "smollm2-135m", "llama-2-7b", "qwen3-4b", "llama-3.2-1b", "llama-3-8b", "llama-2-70b"]
-even = sorted((catalog.model(name).stored_bytes("bf16") / catalog.model(name).kv_bytes_per_token("bf16"), catalog.model(name).name)
-              for name in names)
+shapes = [catalog.model(name) for name in names]
+even = sorted((s.stored_bytes("bf16") / s.kv_bytes_per_token("bf16"), s.name) for s in shapes)
 
 fig, ax = plt.subplots(figsize=(6.2, 3.3))
 bars = ax.barh([name for _, name in even], [tokens for tokens, _ in even], color=plots.COLOURS[0], height=0.6)
 ax.bar_label(bars, [f"{tokens:,.0f}" for tokens, _ in even], padding=4, bbox={"color": "white", "pad": 1})
 for batch, context in ((1, 8192), (16, 4096), (64, 8192)):
     ax.axvline(batch * context, color=plots.COLOURS[1], linestyle=":", zorder=0)
-    ax.text(batch * context, 0.99, f" {batch} × {context:,}", color=plots.COLOURS[1], transform=ax.get_xaxis_transform(), va="top")
+    ax.text(batch * context, 0.99, f" {batch} × {context:,}", color=plots.COLOURS[1],
+            transform=ax.get_xaxis_transform(), va="top")
 ax.set(xscale="log", xlim=(3e3, 1.6e6), ylim=(-0.6, len(even) + 0.1), xlabel="tokens in flight, batch × context",
        title="The KV cache weighs as much as the weights at … (both bf16)")
 ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -282,8 +293,16 @@ def roofline_with(S: int) -> float:
 # %% tags=["nbval-ignore-output"]
 lesson.guess("a token without a cache, at 256", ...)
 lesson.guess("speed-up at 256", ...)
-lesson.guess("length where the cache doubles the speed", ...)
+lesson.guess("length where it is twice as fast", ...)
 lesson.guess("attention to 2,048 tokens adds, over 64", ...)
+
+
+def napkin_added(S: int) -> float:
+    return (S - 64) * shape.kv_bytes_per_token("fp32") / machine.bandwidth_at()
+
+
+def roofline_added(S: int) -> float:
+    return roofline_with(S) - roofline_with(64)
 
 
 def doubling(without, with_) -> int:
@@ -294,14 +313,15 @@ def doubling(without, with_) -> int:
 lesson.predict("a token without a cache, at 256", napkin_without(256), roofline_without(256), unit="s")
 lesson.predict("a token with a cache, at 256", napkin_with(256), roofline_with(256), unit="s")
 for S in (32, 64, 128, 256):
-    lesson.predict(f"speed-up at {S}", napkin_without(S) / napkin_with(S), roofline_without(S) / roofline_with(S), unit="×")
-lesson.predict("length where the cache doubles the speed", doubling(napkin_without, napkin_with), doubling(roofline_without, roofline_with), unit="tokens")
+    lesson.predict(f"speed-up at {S}", napkin_without(S) / napkin_with(S),
+                   roofline_without(S) / roofline_with(S), unit="×")
+lesson.predict("length where it is twice as fast", doubling(napkin_without, napkin_with),
+               doubling(roofline_without, roofline_with), unit="tokens")
 lesson.predict(f"all of {n} tokens after {P}, without", sum(napkin_without(P + i) for i in range(n)),
                sum(roofline_without(P + i) for i in range(n)), unit="s")
 lesson.predict(f"all of {n} tokens after {P}, with", napkin_without(P) + sum(napkin_with(P + i) for i in range(1, n)),
                roofline_without(P) + sum(roofline_with(P + i) for i in range(1, n)), unit="s")
-lesson.predict("attention to 2,048 tokens adds, over 64", (2048 - 64) * shape.kv_bytes_per_token("fp32") / machine.bandwidth_at(),
-               roofline_with(2048) - roofline_with(64), unit="s")
+lesson.predict("attention to 2,048 tokens adds, over 64", napkin_added(2048), roofline_added(2048), unit="s")
 lesson.table()
 
 # %% [markdown]
@@ -312,42 +332,37 @@ lesson.table()
 # First the same story twice. Greedy, so that both must write the *same tokens*: a cache may change the time and nothing else.
 
 # %%
-prompt = decoder.tokenizer.encode("Once upon a time, in a small town by the sea, there lived an old clockmaker who never forgot anything. One day")
+story = ("Once upon a time, in a small town by the sea, there lived an old clockmaker who never forgot anything. "
+         "One day")
+prompt = decoder.tokenizer.encode(story)
 assert len(prompt) == P
-outputs, seconds, pulses = {}, {}, {}
-for kind, rows in (("without", P + n // 2), ("with", 1)):       # the rows of a typical step
-    pulse = pulses[kind] = Pulse(machine, "fp32", rows)
-    for _ in range(5):
-        pulse.sample(0.05)
+outputs, seconds = {}, {}
+for kind in ("without", "with"):
     start = now()
     outputs[kind] = generate(decoder, prompt, max_tokens=n, cached=kind == "with")
     seconds[kind] = now() - start
-    for _ in range(5):
-        pulse.sample(0.05)
 
 assert outputs["without"].tokens == outputs["with"].tokens and len(outputs["with"].tokens) == n
 print(outputs["with"].text)
 
 # %% tags=["nbval-ignore-output"]
 for kind in outputs:
-    lesson.measure(f"all of {n} tokens after {P}, {kind}", seconds[kind], speed=pulses[kind].speed)
-Table(["", "first token", "each later token", "all", "speed of the machine"],
-      [[f"{kind} a cache", si(outputs[kind].ttft_s, "s"), si(outputs[kind].tpot_s, "s"), si(seconds[kind], "s"), f"{pulses[kind].speed:.2f}"]
+    lesson.measure(f"all of {n} tokens after {P}, {kind}", seconds[kind])
+Table(["", "first token", "each later token", "all"],
+      [[f"{kind} a cache", *(si(value, "s") for value in (outputs[kind].ttft_s, outputs[kind].tpot_s, seconds[kind]))]
        for kind in outputs],
-      numeric=["first token", "each later token", "all", "speed of the machine"])
+      numeric=["first token", "each later token", "all"])
 
 # %% [markdown]
-# The *speed* is that of the machine, not of the model. A shared or warm machine is not always as fast as when it was calibrated, so we take its
-# pulse before and after, with a matrix product that has nothing to do with the model. The roofline's seconds are divided by it in the ledger.
-#
 # Now single steps, at one length after another. We take them in turn, so that a busy moment of the machine falls on all of them alike.
 # One cache of 2,048 tokens serves every length: to be shorter, only its counter moves.
 
 # %% tags=["nbval-ignore-output"]
 LENGTHS = [1, 8, 16, 32, 64, 128, 256]
-cache, part = ContiguousCache.for_model(decoder, batch=1, capacity=2048), filled_cache(decoder, batch=1, tokens=256)
-for block, real in ((cache.keys, part.keys), (cache.values, part.values)):              # [L, B, K, S, H] each
-    block[:] = real[:, :, :, :256].repeat(1, 1, 1, 8, 1)    # 256 tokens, eight times: a step costs the same whatever its keys say
+cache = ContiguousCache.for_model(decoder, batch=1, capacity=2048)
+part = filled_cache(decoder, batch=1, tokens=256)
+for all_of_it, real in ((cache.keys, part.keys), (cache.values, part.values)):          # [L, B, K, S, H] each
+    all_of_it[:] = real[:, :, :, :256].repeat(1, 1, 1, 8, 1)    # a step costs the same, whatever its keys say
 token = random_tokens(decoder, 1, 1)
 
 
@@ -360,22 +375,20 @@ def step_with(S: int) -> None:
     decoder(token, cache, last_only=True)
 
 
-works, pulses = {}, {"without": Pulse(machine, "fp32", rows=256), "with": Pulse(machine, "fp32", rows=1)}
-for S in LENGTHS:
-    for kind, step in (("without", step_without), ("with", step_with)):
-        works[kind, S] = lambda step=step, S=S: step(S)
-        works[kind, S, "pulse"] = lambda pulse=pulses[kind]: pulse.sample(0.04)
+works = {(kind, S): lambda step=step, S=S: step(S)
+         for S in LENGTHS for kind, step in (("without", step_without), ("with", step_with))}
 times = alternate(works, repeats=4)
 steps = {kind: {S: times[kind, S].median for S in LENGTHS} for kind in ("without", "with")}
 speedup = {S: steps["without"][S] / steps["with"][S] for S in LENGTHS}
 
 for kind in ("without", "with"):
-    lesson.measure(f"a token {kind} a cache, at 256", steps[kind][256], speed=pulses[kind].speed)
+    lesson.measure(f"a token {kind} a cache, at 256", steps[kind][256])
 for S in (32, 64, 128, 256):
     lesson.measure(f"speed-up at {S}", speedup[S])
 Table(["length", "without", "with", "speed-up", "roofline said", "napkin said"],
       [[str(S), si(steps["without"][S], "s"), si(steps["with"][S], "s"), f"{speedup[S]:.1f} ×",
-        f"{roofline_without(S) / roofline_with(S):.1f} ×", f"{napkin_without(S) / napkin_with(S):.1f} ×"] for S in LENGTHS],
+        f"{roofline_without(S) / roofline_with(S):.1f} ×", f"{napkin_without(S) / napkin_with(S):.1f} ×"]
+       for S in LENGTHS],
       numeric=["length", "without", "with", "speed-up", "roofline said", "napkin said"])
 
 # %% [markdown]
@@ -388,26 +401,28 @@ if above is None:
 else:
     pair = LENGTHS[above - 1: above + 1]
     measured_doubling = float(np.exp(np.interp(np.log(2), np.log([speedup[S] for S in pair]), np.log(pair))))
-    lesson.measure("length where the cache doubles the speed", measured_doubling)
+    lesson.measure("length where it is twice as fast", measured_doubling)
     print(f"With a cache, a token is twice as fast from {measured_doubling:.0f} tokens on.")
 
 # %% tags=["nbval-ignore-output"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.2))
-for kind, napkin, predicted in (("without", napkin_without, roofline_without), ("with", napkin_with, roofline_with)):
-    first = kind == "without"
-    left.plot(LENGTHS, [napkin(S) for S in LENGTHS], "--", color=plots.NAPKIN, label="napkin" if first else None)
-    left.plot(LENGTHS, [predicted(S) for S in LENGTHS], color=plots.ROOFLINE, label="calibrated roofline" if first else None)
-    left.plot(LENGTHS, list(steps[kind].values()), "o", color=plots.MEASURED, label="measured" if first else None)
-    left.annotate(f"{kind} a cache", (192, (predicted(128) + predicted(256)) / 2), xytext=(-8, 12) if first else (0, 9), textcoords="offset points",
-                  ha="right" if first else "center")
-left.set(xlabel="length, tokens", ylabel="time for one token", ylim=(0, None), title="With a cache the time stays flat …")
+for kind, napkin, predicted, shift in (("without", napkin_without, roofline_without, (-34, 10)),
+                                       ("with", napkin_with, roofline_with, (0, 9))):
+    left.plot(LENGTHS, [napkin(S) for S in LENGTHS], "--", color=plots.NAPKIN)
+    left.plot(LENGTHS, [predicted(S) for S in LENGTHS], color=plots.ROOFLINE)
+    left.plot(LENGTHS, list(steps[kind].values()), "o", color=plots.MEASURED)
+    left.annotate(f"{kind} a cache", (190, predicted(190)), xytext=shift, textcoords="offset points", ha="center")
+left.set(xlabel="length, tokens", ylabel="time for one token", ylim=(0, None),
+         title="With a cache the time stays flat …")
 plots.units(left.yaxis, "s")
-left.legend(loc="upper left")
-right.plot(LENGTHS, [napkin_without(S) / napkin_with(S) for S in LENGTHS], "--", color=plots.NAPKIN)
-right.plot(LENGTHS, [roofline_without(S) / roofline_with(S) for S in LENGTHS], color=plots.ROOFLINE)
-right.plot(LENGTHS, list(speedup.values()), "o", color=plots.MEASURED)
+right.plot(LENGTHS, [napkin_without(S) / napkin_with(S) for S in LENGTHS], "--", color=plots.NAPKIN, label="napkin")
+right.plot(LENGTHS, [roofline_without(S) / roofline_with(S) for S in LENGTHS], color=plots.ROOFLINE,
+           label="calibrated roofline")
+right.plot(LENGTHS, list(speedup.values()), "o", color=plots.MEASURED, label="measured")
 right.axhline(1, color="black", linewidth=0.8)
-right.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel="times faster with a cache", title="… and at a few tokens it saves little")
+right.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel="times faster with a cache",
+          title="… and at a few tokens it saves little")
+right.legend(loc="upper left")
 for axis, ticks in ((right.xaxis, LENGTHS), (right.yaxis, [1, 2, 4, 8, 16, 32])):
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
@@ -421,24 +436,22 @@ plt.show()
 
 # %% tags=["nbval-ignore-output"]
 CONTEXTS = [64, 512, 1024, 1536, 2048]
-long = alternate({S: lambda S=S: step_with(S) for S in CONTEXTS}, repeats=11)
+long = alternate({S: lambda S=S: step_with(S) for S in CONTEXTS}, repeats=15)
 added = {S: float(np.median(np.subtract(long[S].seconds, long[64].seconds))) for S in CONTEXTS}
 lesson.measure("attention to 2,048 tokens adds, over 64", max(added[2048], 1e-9))
 
-
-def napkin_added(S: int) -> float:
-    return (S - 64) * shape.kv_bytes_per_token("fp32") / machine.bandwidth_at()
-
-
 fig, ax = plt.subplots(figsize=(6.2, 3.0))
-plots.beside(ax, CONTEXTS, [napkin_added(S) for S in CONTEXTS], [roofline_with(S) - roofline_with(64) for S in CONTEXTS], list(added.values()))
-ax.set(xlabel="context, tokens", ylabel="added to one step", title="Looking back costs more for each token kept (over a context of 64)")
-ax.xaxis.set_major_locator(FixedLocator([64, 512, 1024, 1536, 2048]))
+plots.beside(ax, CONTEXTS, [napkin_added(S) for S in CONTEXTS], [roofline_added(S) for S in CONTEXTS],
+             list(added.values()))
+ax.set(xlabel="context, tokens", ylabel="added to one step",
+       title="Looking back costs more for each token kept (over a context of 64)")
+ax.xaxis.set_major_locator(FixedLocator(CONTEXTS))
 ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 plt.show()
 Table(["context", "whole step", "added by attention", "its share", "roofline said", "napkin said"],
       [[f"{S:,}", si(long[S].median, "s"), si(added[S], "s"), f"{added[S] / long[S].median:.1%}",
-        f"{1 - roofline_with(64) / roofline_with(S):.1%}", f"{napkin_added(S) / (napkin_with(S) + napkin_added(S)):.1%}"] for S in CONTEXTS[1:]],
+        f"{roofline_added(S) / roofline_with(S):.1%}", f"{napkin_added(S) / (napkin_with(S) + napkin_added(S)):.1%}"]
+       for S in CONTEXTS[1:]],
       numeric=["context", "whole step", "added by attention", "its share", "roofline said", "napkin said"])
 
 # %% [markdown]
@@ -448,13 +461,14 @@ Table(["context", "whole step", "added by attention", "its share", "roofline sai
 # %%
 kept = ContiguousCache.for_model(decoder, batch=3, capacity=777)
 assert kept.allocated_bytes == 3 * 777 * 2 * L * K * H * 4 == shape.kv_bytes(3, 777, "fp32")
-Markdown(f"Predicted and allocated, to the byte: **{kept.allocated_bytes:,}**. That is {si(kept.allocated_bytes / 3 / 777, 'B')} a token in fp32, "
+Markdown(f"Predicted and allocated, to the byte: **{kept.allocated_bytes:,}**. "
+         f"That is {si(kept.allocated_bytes / 3 / 777, 'B')} a token in fp32, "
          f"beside {si(shape.stored_bytes('fp32'), 'B')} of weights.")
 
 # %% [markdown]
 # ## Reconciliation: who was wrong, and why
 # Say what the difference is made of, row by row. The calibrated roofline can be taken apart: which operations did it expect to
-# take how long? We set that beside the orange dot of the clock.
+# take how long? The bars say that, the diamonds are the clock's.
 
 # %% tags=["nbval-ignore-output"]
 def causes(work, ops: int) -> dict[str, float]:
@@ -478,7 +492,7 @@ for cause, colour in zip(expected[0], plots.COLOURS, strict=False):
     widths = [parts[cause] for parts in expected]
     ax.barh(list(cases), widths, left=left, color=colour, height=0.6, alpha=0.85, label=cause)
     left += widths
-ax.plot([measured for *_, measured in cases.values()], list(cases), "D", color="black", markersize=7, label="measured")
+ax.plot([clock for *_, clock in cases.values()], list(cases), "D", color="black", markersize=7, label="measured")
 ax.set(xlabel="time for one token", title="Where the roofline expects each token's time to go")
 ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
@@ -491,9 +505,10 @@ one_row = machine.rates["gemm"]["fp32"][0][1] * 4 / 2        # two FLOPs for eac
 because = {
     "a token with a": f"one row reads weights at {si(one_row, 'B/s')}; {ops_with:,} operations to start",
     "a token without": "products of few rows stay below the peak",
-    "speed-up": "what both steps pay alike",
-    "length where": "what both steps pay alike",
-    "all of": "the sum of its steps",
+    "speed-up": "what both steps pay alike pulls it towards 1",
+    "length where": "the speed-up rises slowly there, so it is touchy",
+    f"all of {n} tokens after {P}, without": f"{P} rows and a few more reach only a part of the peak",
+    f"all of {n} tokens after {P}, with": "as one token with a cache",
     "attention": "the kernel's own rate, below the bandwidth",
 }
 for quantity, row in lesson.rows.items():
@@ -514,16 +529,10 @@ lesson.table()
 #   exponentials and small products; and by the time a layer comes round again, half a gigabyte of weights has swept its keys out of every CPU cache.
 #   Lesson 10 is about kernels that come closer to the bandwidth.
 #
-# What the calibrated roofline still misses is mostly *when*: it was taken before, on a machine that may have been faster or slower then. A speed-up is
-# a ratio of two steps that ran side by side, so it minds less; but one of them computes and the other reads, and the two can drift apart.
-
-# %% tags=["nbval-ignore-output"]
-corrected = roofline_without(256) / roofline_with(256) * pulses["with"].speed / pulses["without"].speed
-Markdown(f"While we measured, products of 256 rows ran at {pulses['without'].speed:.2f} of their calibrated speed and products of one row at "
-         f"{pulses['with'].speed:.2f}. For such a machine the roofline's speed-up at 256 is {corrected:.1f} ×; before it said "
-         f"{roofline_without(256) / roofline_with(256):.1f} ×, and the clock says {speedup[256]:.1f} ×.")
-
-# %% [markdown]
+# What the calibrated roofline still misses is mostly *when*: it was taken before, and a shared or warm machine is not always as fast as it was then.
+# Plain seconds show that in full. A speed-up is a ratio of two steps that ran side by side, so it minds less; yet one of the two computes and the
+# other reads, and a machine can lose one without the other.
+#
 # ### When remembering loses
 # - **One token of output.** To classify a text, or to embed it, there is one prefill and nothing after it. The cache is written and never read.
 # - **Memory.** Without a cache nothing grows. With one, each user needs room for all of their tokens, and that room, more than speed,
@@ -533,9 +542,11 @@ Markdown(f"While we measured, products of 256 rows ran at {pulses['without'].spe
 
 # %%
 even_at = shape.streamed_bytes("fp32") / shape.kv_bytes_per_token("fp32")
-Markdown(f"For SmolLM2-135M, one sequence: the reading of the cache overtakes that of the weights at **{even_at:,.0f} tokens**, "
-         f"{'beyond' if even_at > shape.max_context else 'within'} the {shape.max_context:,} it was trained for. With a batch of 8 it is at "
-         f"{even_at / 8:,.0f}: the weights are read once for all, each cache for its own sequence.")
+Markdown(f"For SmolLM2-135M and one sequence, reading the cache overtakes reading the weights at "
+         f"**{even_at:,.0f} tokens**, "
+         f"{'beyond' if even_at > shape.max_context else 'within'} the {shape.max_context:,} it was trained for. "
+         f"With a batch of 8 that is at {even_at / 8:,.0f}: "
+         "the weights are read once for all, each cache for its own sequence.")
 
 # %% [markdown]
 # ## Play and exercises
@@ -550,18 +561,20 @@ def draw_memory(model: str, on: str, batch: int, context: int, kv: str) -> None:
     capacity = s.fits(memory, batch, context, "bf16", kv)
     weights, cache, both = capacity.weight_bytes, capacity.kv_bytes, capacity.weight_bytes + capacity.kv_bytes
     fig, ax = plt.subplots(figsize=(7.0, 2.6))
-    labels = ["weights", "KV cache", "together"]
-    ax.barh(labels, [weights, cache, weights], color=[plots.COLOURS[0], plots.COLOURS[1], plots.COLOURS[0]], height=0.62)
-    ax.barh(["together"], [cache], left=[weights], color=plots.COLOURS[1], height=0.62)
+    blue, orange = plots.COLOURS[:2]
+    ax.barh(["weights", "KV cache", "together"], [weights, cache, weights], color=[blue, orange, blue], height=0.62)
+    ax.barh(["together"], [cache], left=[weights], color=orange, height=0.62)
     ax.axvline(memory, color="black", linestyle="--", linewidth=1.4)
     for y, value in enumerate((weights, cache, both)):
-        ax.annotate(si(value, "B"), (value, y), xytext=(5, 0), textcoords="offset points", va="center", bbox={"color": "white", "pad": 1})
+        ax.annotate(si(value, "B"), (value, y), xytext=(5, 0), textcoords="offset points", va="center",
+                    bbox={"color": "white", "pad": 1})
     side, shift = ("left", 6) if memory < 0.75 * both else ("right", -6)
-    ax.annotate(f"memory {si(memory, 'B')}", (memory, -0.72), xytext=(shift, 0), textcoords="offset points", ha=side, va="center")
+    ax.annotate(f"memory {si(memory, 'B')}", (memory, -0.72), xytext=(shift, 0), textcoords="offset points",
+                ha=side, va="center")
     verdict = "fits" if capacity else "does not fit"
-    ax.set(xlim=(0, 1.16 * max(both, memory)), ylim=(2.5, -0.95),
-           title=f"{s.name} on {catalog.machine(on).name}: {verdict}; the most is batch {capacity.max_batch:,}")
-    ax.title.set_color("black" if capacity else plots.COLOURS[1])
+    ax.set_title(f"{s.name} on {catalog.machine(on).name}: {verdict}; the most is batch {capacity.max_batch:,}",
+                 color="black" if capacity else orange)
+    ax.set(xlim=(0, 1.16 * max(both, memory)), ylim=(2.5, -0.95))
     plots.units(ax.xaxis, "B")
     ax.grid(axis="y", visible=False)
     if s.max_context < context:
@@ -571,9 +584,11 @@ def draw_memory(model: str, on: str, batch: int, context: int, kv: str) -> None:
 
 # %% tags=["widget", "nbval-ignore-output"]
 widgets.play(draw_memory,
-             model=widgets.choose("model", catalog.model_names(), "llama-3-8b"), on=widgets.choose("machine", catalog.machine_names(), "h100-sxm"),
-             batch=widgets.powers_of_two("batch", 1, 256, 64), context=widgets.powers_of_two("context", 256, 131072, 8192),
-             kv=widgets.choose("KV format", ["bf16", "fp16", "int8", "int4"], "bf16"))
+             model=widgets.choose("model", catalog.model_names(), "llama-3-8b"),
+             on=widgets.choose("machine", catalog.machine_names(), "h100-sxm"),
+             batch=widgets.powers_of_two("batch", 1, 256, 64),
+             context=widgets.powers_of_two("context", 256, 131072, 8192),
+             kv=widgets.choose("KV format", ["bf16", "int8", "int4"], "bf16"))
 
 # %%
 draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
@@ -633,7 +648,7 @@ lesson.exercise(
     "largest_batch", largest_batch,
     cases={
         (80 * 2**30, 16_060_522_496, 131_072, 8_192): 65,       # Llama-3-8B on an 80 GiB card
-        (80 * 2**30, 26_031_728_640, 819_200, 4_096): 17,       # Llama-2-13B on the same: half the context, a quarter of the users
+        (80 * 2**30, 26_031_728_640, 819_200, 4_096): 17,       # Llama-2-13B: half the context, a quarter of the users
         (24 * 2**30, 26_031_728_640, 819_200, 4_096): 0,        # and on 24 GiB not even the weights fit
         (24 * 2**30, 1_192_099_840, 114_688, 40_960): 5,        # Qwen3-0.6B: 1.2 GB of weights, and yet five users
     },
@@ -749,7 +764,7 @@ lesson.exercise(
     "worth_fetching", worth_fetching,
     cases={
         (100_000, 10e9, 100e12): 1e9,                   # 100 µs of computing for 100 kB
-        (131_072, 15e9, 400e12): 3_495_253_333,         # Llama-3-8B on a card that reaches 400 TFLOP/s: a fast SSD is about even
+        (131_072, 15e9, 400e12): 3_495_253_333,         # Llama-3-8B at 400 TFLOP/s: a fast SSD is about even
         (524_288, 13.2e9, 400e12): 15_887_515_152,      # Llama-2-7B: four times the bytes, so it takes four SSDs
         (327_680, 138e9, 400e12): 949_797_101,          # Llama-2-70B: costly to compute, small to keep
     },
