@@ -165,12 +165,12 @@ class ModelShape:
         """One layer on T new tokens of each of B sequences that hold S tokens in the end."""
         e = element_bytes("activations", activations)
         matmuls = [matmul(B * T, k, n, name, weights, activations) for name, (k, n) in self.matrices().items()]
-        # Element-wise work as plain PyTorch runs it, one operation after another, each reading its inputs and writing its output.
+        # Element-wise work as if each line were one fused kernel: what has to be read and written at least.
         arrays = {
-            "norms": 2 * 7 * B * T * self.D,                    # square 2, mean 1, times 1/rms 2, times weight 2; twice
-            "rope": 7 * B * T * (self.N + self.K) * self.H,     # swap halves 2, times cos 2, plus swapped times sin 3
-            "silu(gate)*up": 5 * B * T * self.F,                # silu 2, product 3
-            "residual": 2 * 3 * B * T * self.D,                 # sum 3; twice
+            "norms": 2 * 2 * B * T * self.D,                    # read and write the residual stream, twice
+            "rope": 2 * B * T * (self.N + self.K) * self.H,     # read and write Q and K
+            "silu(gate)*up": 3 * B * T * self.F,                # read two, write one
+            "residual": 2 * 3 * B * T * self.D,                 # read two, write one, twice
         }
         glue = [Work(0, elements * e, name, activations, "elementwise") for name, elements in arrays.items()]
         return [*matmuls, self.attention(B, T, S, kv, activations, shared), *glue]

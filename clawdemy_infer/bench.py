@@ -89,7 +89,8 @@ def filled_cache(model: Decoder, batch: int, tokens: int) -> ContiguousCache:
 
 
 def step_ops(model: Decoder, new: int = 1) -> int:
-    """How many operations one forward pass dispatches: counted, not timed. It depends neither on the batch nor on the context."""
+    """How many operations one forward pass dispatches: counted, not timed. Neither the batch nor the context
+    changes it; a prefill of two tokens takes as many as a long one, and a few more than a decode step."""
     cache = ContiguousCache.for_model(model, 1, new)
     return count_ops(lambda: model(random_tokens(model, 1, new), cache, last_only=True))
 

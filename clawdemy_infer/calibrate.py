@@ -32,6 +32,9 @@ from clawdemy_infer.timing import Timing, now, rates
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
+PROBES = "2026-11"
+"""Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
+
 DRIFT = 0.15
 """A kept calibration is used again while main-memory bandwidth is within this fraction of what it was."""
 
@@ -58,9 +61,9 @@ def default_device() -> str:
 
 
 def fingerprint(device: str) -> dict[str, str]:
-    """What a calibration is valid for: another processor, thread count or torch, and the figures mean nothing."""
+    """What a calibration is valid for: another processor, thread count, torch or set of probes, and the figures mean nothing."""
     name = torch.cuda.get_device_name(0) if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return {"device": name, "system": platform.system(), "torch": torch.__version__}
+    return {"device": name, "system": platform.system(), "torch": torch.__version__, "probes": PROBES}
 
 
 def calibrate(device: str | None = None) -> Machine:
@@ -68,6 +71,8 @@ def calibrate(device: str | None = None) -> Machine:
     device = device or default_device()
     dtypes = ["fp32", "bf16"] if device == "cpu" else list(DTYPES)
     memory = memory_bytes(device)
+    path = _path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)      # a cache that cannot be written to says so before the measuring, not after
     bandwidth = read_bandwidth([size for size in WORKING_SETS if size <= memory / 8], device)
     gemm = {dtype: gemm_rates(dtype, device) for dtype in dtypes}
     attention = {dtype: attention_rates(dtype, device) for dtype in dtypes}
@@ -86,8 +91,6 @@ def calibrate(device: str | None = None) -> Machine:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "fingerprint": fingerprint(device),
     }
-    path = _path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(record, indent=1))
     os.replace(part, path)
@@ -121,9 +124,9 @@ def kept_record(device: str | None = None) -> dict | None:
     device = device or default_device()
     try:
         record = json.loads(_path(device).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):             # none yet, or torn
         return None
-    return record if record.get("fingerprint") == fingerprint(device) else None
+    return record if isinstance(record, dict) and record.get("fingerprint") == fingerprint(device) else None
 
 
 def this_machine(device: str | None = None) -> Machine:

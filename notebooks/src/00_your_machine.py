@@ -293,13 +293,13 @@ jobs = {                                                  # what runs
 }
 works = {                                                 # what it costs
     "sum of 67 M numbers": vector_sum,
-    "add of 34 M numbers": Work(n / 2, 3 * n / 2 * fp32, kernel="elementwise"),
+    "add of 34 M numbers": Work(n / 2, 3 * n / 2 * fp32),
     "16 products, M = 1": total("M = 1", [matmul(1, 1024, 1024) * 16]),
     "16 products, M = 64": total("M = 64", [matmul(64, 1024, 1024) * 16]),
     "16 products, M = 1,024": total("M = 1,024", [matmul(1024, 1024, 1024) * 16]),
     "toy step": total("toy step", [
         matmul(1, 640, 640) * 48,
-        Work(640, 2 * 640 * fp32, kernel="elementwise") * (48 * 8),
+        Work(640, 2 * 640 * fp32) * (48 * 8),
     ]),
 }
 Table(
@@ -527,7 +527,7 @@ def tiny_add(size):
 
 counts = [4**p for p in range(13)]
 seconds = [tiny_add(count) for count in counts]
-adds = [Work(count, 12 * count, kernel="elementwise") for count in counts]
+adds = [Work(count, 12 * count) for count in counts]
 threshold = machine.fixed_s_per_op * machine.bandwidth_at() / 12
 
 fig, ax = plt.subplots()

@@ -143,7 +143,8 @@ in_prefill = sympy.simplify(mha.subs(T, S))
 in_decode = sympy.simplify(mha.subs(T, 1))
 assert in_prefill == S / 2 and sympy.limit(in_decode, S, sympy.oo) == 1
 Table(("phase", "T", "intensity", "as S grows"),
-      [("prefill", "S", str(in_prefill), "grows with the prompt: compute-bound"), ("decode", "1", str(in_decode), "1: memory-bound, at any batch")])
+      [("prefill", "S", str(in_prefill), "grows with the prompt: compute-bound"),
+       ("decode", "1", str(in_decode), "1: memory-bound, at any batch")])
 
 # %% [markdown]
 # ### What grouping changes
@@ -158,9 +159,9 @@ assert sympy.limit(gqa.subs(T, 1), S, sympy.oo) == G
 gqa
 
 # %% [markdown]
-# A decode step of attention has intensity **G**: 4 for Llama-3-8B, 8 for Llama-3-70B, against a ridge point near 300. Better than 1, and still
-# far below. A kernel that reads K and V once per *query* head throws the gain away; that happens more often than one would think, and a
-# later lesson shows two kernels side by side.
+# A decode step of attention has intensity **G**: 4 for Llama-3-8B, 8 for Llama-3.1-70B, against a ridge point near 300. Better than 1, and
+# still far below. A kernel that reads K and V once per *query* head throws the gain away, and published
+# tables suggest that several engines once did.
 
 # %% [markdown]
 # ### A whole model: does it fit, and how fast could it be?
@@ -183,7 +184,8 @@ for batch in (1, 64, 256):
     fits = memory <= h100.memory
     lines.append((str(batch), si(memory, "B"), "yes" if fits else "no", si(seconds, "s") if fits else f"({si(seconds, 's')})",
                   f"{batch / seconds:,.0f}" if fits else f"({batch / seconds:,.0f})"))
-Table(("batch", "weights and KV", "fits?", "time per token", "tokens/s"), lines, numeric=("batch", "weights and KV", "time per token", "tokens/s"),
+columns = ("batch", "weights and KV", "fits?", "time per token", "tokens/s")
+Table(columns, lines, numeric=[name for name in columns if name != "fits?"],
       title=f"{llama.name}, {h100.name}, memory time alone")
 
 # %% [markdown]
@@ -195,7 +197,8 @@ grouped = ModelShape("Llama-2-13B with 8 KV heads", L=40, D=5120, N=40, K=8, H=1
 rows = [card(shape, h100, batch=256, context=context) for shape in (llama, grouped)]
 assert [row["fits"] for row in rows] == [False, True]
 Table(("model", "KV cache at batch 256", "fits?", "tokens/s"),
-      [(row["model"], si(row["kv_bytes"], "B"), "yes" if row["fits"] else "no", number(row["tokens_per_s"]) if row["fits"] else "–") for row in rows],
+      [(row["model"], si(row["kv_bytes"], "B"), "yes" if row["fits"] else "no", number(row["tokens_per_s"]) if row["fits"] else "–")
+       for row in rows],
       numeric=("KV cache at batch 256", "tokens/s"))
 
 # %% [markdown]
@@ -324,7 +327,9 @@ lesson.table()
 # %% tags=["nbval-ignore-output"]
 figure, axes = plt.subplots(2, 2, figsize=(8.4, 6.2))
 for row, dtype in zip(axes, models, strict=True):
-    for ax, tokens, name, title in ((row[0], PROMPTS, "TTFT, prompt {}, {}", "TTFT"), (row[1], CONTEXTS, "time per token, context {}, {}", "Time per output token")):
+    panels = ((row[0], PROMPTS, "TTFT, prompt {}, {}", "TTFT"),
+              (row[1], CONTEXTS, "time per token, context {}, {}", "Time per output token"))
+    for ax, tokens, name, title in panels:
         rows = [lesson.rows[name.format(n, dtype)] for n in tokens]
         plots.beside(ax, tokens, [r.napkin for r in rows], [r.predicted for r in rows], [r.measured for r in rows])
         ax.set_title(f"{title}, {dtype}")
@@ -334,6 +339,7 @@ plt.show()
 
 # %% tags=["nbval-ignore-output"]
 rows = lesson.rows.values()
+one_row = machine.flops_at(work("decode", 64, "fp32").operations()[0])      # FLOP/s of a product with M = 1; 2 FLOPs for each 4 bytes
 errors = sorted(max(r.ratio, 1 / r.ratio) for r in rows)
 napkins = sorted(r.ratio_napkin for r in rows)
 Markdown(f"""
@@ -341,11 +347,13 @@ The calibrated roofline is off by a factor of {errors[len(errors) // 2]:.2f} in 
 The napkin promises too much by a factor of {napkins[0]:.1f} to {napkins[-1]:.1f}. What is the difference made of?
 
 * **The kernel.** The napkin takes it for granted that a product with one row reads memory at full speed. On this machine PyTorch's
-  one-row product in fp32 runs at {si(machine.flops_at(work("decode", 64, "fp32").operations()[0]), "FLOP/s")}, that is
-  {si(2 * machine.flops_at(work("decode", 64, "fp32").operations()[0]), "B/s")} of weights, where memory offers {si(machine.bandwidth_at(), "B/s")}.
-* **Few rows are slow rows.** A product reaches its peak only with hundreds of rows, so the shortest prompt pays more per token than the longest.
-* **Starting operations.** A decode step starts {operations["decode", "fp32"]:,} of them, {si(predictions["time per token, context 64, fp32"].fixed_s, "s")}
-  before anything is computed. It does not shrink with the model, nor with the dtype, so it is a larger share of a faster step.
+  one-row product in fp32 runs at {si(one_row, "FLOP/s")}, that is {si(2 * one_row, "B/s")} of weights, where memory offers
+  {si(machine.bandwidth_at(), "B/s")}.
+* **Few rows are slow rows.** A product reaches its peak only with hundreds of rows, so the shortest prompt pays more per token
+  than the longest.
+* **Starting operations.** A decode step starts {operations["decode", "fp32"]:,} of them:
+  {si(predictions["time per token, context 64, fp32"].fixed_s, "s")} before anything is computed. It does not shrink with the
+  model, nor with the dtype, so it is a larger share of a faster step.
 """)
 
 # %% [markdown]
@@ -365,9 +373,10 @@ The napkin promises too much by a factor of {napkins[0]:.1f} to {napkins[-1]:.1f
 def what_if(model, machine, batch, context, weights):
     answer = card(catalog.model(model), catalog.machine(machine), batch=batch, context=context, weights=weights)
     decode, prefill = answer["decode"], answer["prefill"]
+    title = f"{answer['model']} on {answer['machine']}"
     memory = f"{si(answer['weight_bytes'], 'B')} + {si(answer['kv_bytes'], 'B')} of {si(answer['memory_bytes'], 'B')}"
     if not answer["fits"]:
-        return Table(("", ""), [("weights + KV cache", memory), ("fits", f"no: at most a batch of {answer['max_batch']}")], title=f"{answer['model']} on {answer['machine']}")
+        return Table(("", ""), [("weights + KV cache", memory), ("fits", f"no: at most a batch of {answer['max_batch']}")], title=title)
     return Table(("", ""), [
         ("weights + KV cache", memory),
         ("fits", f"yes, up to a batch of {answer['max_batch']:,}"),
@@ -375,7 +384,7 @@ def what_if(model, machine, batch, context, weights):
         ("time per token", f"{si(decode['seconds'], 's')}, bound by {decode['bound']}"),
         ("tokens/s, all sequences", number(answer["tokens_per_s"])),
         ("intensity of decode", f"{decode['intensity']:.1f} FLOPs per byte; the ridge is at {answer['ridge']:.0f}"),
-    ], title=f"{answer['model']} on {answer['machine']}")
+    ], title=title)
 
 
 what_if("llama-3-8b", "h100-sxm", 32, 4096, "bf16")
@@ -400,10 +409,11 @@ batches = [2**i for i in range(9)]
 for key, colour in zip(("h100-sxm", "rtx-4090", "l4"), plots.COLOURS, strict=False):
     cards = [card(catalog.model("llama-3-8b"), catalog.machine(key), batch=batch, context=2048) for batch in batches]
     cards = [answer for answer in cards if answer["fits"]]
-    left.loglog([c["batch"] for c in cards], [c["tokens_per_s"] for c in cards], "o-", color=colour, label=catalog.machine(key).name, markersize=4)
+    left.loglog([c["batch"] for c in cards], [c["tokens_per_s"] for c in cards], "o-", color=colour, label=catalog.machine(key).name,
+                markersize=4)
     end = cards[-1]                                             # the intensity is the model's: the same line, cut off where memory ends
     right.loglog([c["batch"] for c in cards], [c["decode"]["intensity"] for c in cards], color=plots.COLOURS[0], zorder=1)
-    right.plot(end["batch"], end["decode"]["intensity"], "o", color=colour, markersize=8 if key == "rtx-4090" else 5, zorder=3 - len(cards) / 10)
+    right.plot(end["batch"], end["decode"]["intensity"], "o", color=colour, markersize=9 if key == "rtx-4090" else 5, zorder=3)
 left.set(title="Llama-3-8B, context 2,048: throughput", xlabel="batch", ylabel="tokens/s")
 left.legend(loc="lower right")
 right.set(title="… and the intensity behind it", xlabel="batch", ylabel="FLOPs per byte", ylim=(0.7, 600))
@@ -416,8 +426,8 @@ for ax in (left, right):
 plt.show()
 
 # %% [markdown]
-# Each line ends where memory ends; the dots on the right mark those ends on the one line that all machines share. The intensity flattens long before it reaches the ridge: every sequence brings its own KV cache, and
-# no batch can share that.
+# Each line ends where memory ends; the dots on the right mark those ends on the one line that all machines share. The intensity flattens
+# long before it reaches the ridge: every sequence brings its own KV cache, and no batch can share that.
 
 # %% [markdown]
 # ### Exercise 1 · Rows to be busy
@@ -431,8 +441,10 @@ def rows_to_be_busy(peak, bandwidth, bytes_per_weight):
     return ...
 
 
-lesson.exercise("rows_to_be_busy", rows_to_be_busy, cases={(989.4e12, 3.35e12, 2): 295.343, (989.4e12, 3.35e12, 1): 147.672, (121e12, 300e9, 2): 403.333},
-                nudge="M rows make 2*M FLOPs of every weight.", means="halve the bytes of a weight, and half the rows are enough to be busy.")
+lesson.exercise("rows_to_be_busy", rows_to_be_busy,
+                cases={(989.4e12, 3.35e12, 2): 295.343, (989.4e12, 3.35e12, 1): 147.672, (121e12, 300e9, 2): 403.333},
+                nudge="M rows make 2*M FLOPs of every weight.",
+                means="halve the bytes of a weight, and half the rows are enough to be busy.")
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
@@ -495,8 +507,10 @@ def throughput(weight_bytes, kv_bytes_per_sequence, batch, bandwidth):
     return ...
 
 
-lesson.exercise("throughput", throughput, cases={(26e9, 838_860_800, 1, 3.35e12): 124.818, (26e9, 838_860_800, 64, 3.35e12): 2690.53, (26e9, 0, 64, 3.35e12): 8246.15},
-                nudge="The weights are read once a step, whatever the batch.", means="with long contexts the caches, not the weights, set the ceiling.")
+lesson.exercise("throughput", throughput,
+                cases={(26e9, 838_860_800, 1, 3.35e12): 124.818, (26e9, 838_860_800, 64, 3.35e12): 2690.53, (26e9, 0, 64, 3.35e12): 8246.15},
+                nudge="The weights are read once a step, whatever the batch.",
+                means="with long contexts the caches, not the weights, set the ceiling.")
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
@@ -533,7 +547,7 @@ def longest_compute_bound_context(P, kv, R):
 lesson.exercise("longest_compute_bound_context", longest_compute_bound_context,
                 cases={(7.5e9, 131_072, 295): 387.925, (12.85e9, 819_200, 295): 106.345, (68.7e9, 327_680, 295): 1421.37},
                 nudge="With B without end, the weights' bytes vanish beside the caches'.",
-                means="beyond a few hundred tokens of context, decode is memory-bound at any batch. Smaller caches are the way out, and lesson 03's subject.")
+                means="beyond a few hundred tokens of context, decode is memory-bound at any batch. Smaller caches are the way out.")
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
