@@ -37,6 +37,8 @@ PROBES = "2026-11"
 
 DRIFT = 0.15
 """A kept calibration is used again while main-memory bandwidth is within this fraction of what it was."""
+FAR = 1.4
+"""… and matrix products run within this factor of what they did."""
 
 
 def cpu_name() -> str:
@@ -130,19 +132,26 @@ def kept_record(device: str | None = None) -> dict | None:
 
 
 def this_machine(device: str | None = None) -> Machine:
-    """This machine's calibration: the kept one while main memory still reads as fast as it did then, else a new one.
+    """This machine's calibration: the kept one while the machine is still as fast as it was then, else a new one.
 
-    A shared machine can lose half its bandwidth to a neighbour within minutes, and a prediction from the morning's
-    figures then explains nothing. The check takes a fraction of a second.
+    A shared machine can lose half its speed to a neighbour within minutes, and a calibration may have been made at such a
+    moment; a prediction from its figures then explains nothing. The check takes a second.
     """
     device = device or default_device()
     record = kept_record(device)
     if record:
         kept = from_record(record)
-        [(_, now)] = read_bandwidth([int(kept.bandwidth[-1][0])], device, rounds=5)
-        if abs(now / kept.bandwidth_at() - 1) <= DRIFT:
+        [(_, rate)] = read_bandwidth([int(kept.bandwidth[-1][0])], device, rounds=5)
+        if abs(rate / kept.bandwidth_at() - 1) <= DRIFT and all(1 / FAR < pulse_now(kept, rows, device) < FAR for rows in (1, 256)):
             return kept
     return calibrate(device)
+
+
+def pulse_now(machine: Machine, rows: int, device: str) -> float:
+    """One reading of the `Pulse` in fp32."""
+    pulse = Pulse(machine, "fp32", rows, device)
+    pulse.sample(0.2)
+    return pulse.speed
 
 
 class Pulse:

@@ -94,6 +94,7 @@ def test_a_kept_calibration_is_used_only_while_memory_is_as_fast_as_it_was(cache
     keep(cache)
     asked = []
     monkeypatch.setattr(calibrate, "read_bandwidth", lambda sizes, *_, **__: asked.append(sizes) or [(sizes[0], now)])
+    monkeypatch.setattr(calibrate, "pulse_now", lambda machine, rows, device: 1.0)
     monkeypatch.setattr(calibrate, "calibrate", lambda device: "measured afresh")
     machine = this_machine("cpu")
     assert asked == [[2**30]]                                           # main memory, and not a cache
@@ -167,6 +168,15 @@ def test_the_pulse_is_taken_around_every_run_and_never_in_it(small, monkeypatch)
     timed = pulse.stopwatch(lambda: events.append("run"), repeats=2)
     assert events == ["run", "pulse", "run", "pulse", "run", "pulse"]   # the first run is warm-up
     assert len(timed.seconds) == 2 and len(pulse.samples) == 3
+
+
+@pytest.mark.parametrize("slow_at, used", [(None, True), (1, False), (256, False)])
+def test_a_kept_calibration_is_used_only_while_products_run_as_fast_as_they_did(cache, monkeypatch, slow_at, used):
+    keep(cache)
+    monkeypatch.setattr(calibrate, "read_bandwidth", lambda sizes, *_, **__: [(sizes[0], 1e10)])
+    monkeypatch.setattr(calibrate, "pulse_now", lambda machine, rows, device: 0.5 if rows == slow_at else 1.1)
+    monkeypatch.setattr(calibrate, "calibrate", lambda device: "measured afresh")
+    assert (this_machine("cpu") != "measured afresh") == used
 
 
 # ---- the probes count what they do ----
