@@ -56,7 +56,7 @@ def random_tokens(model: Decoder, batch: int, length: int) -> torch.Tensor:
     return torch.randint(model.config.shape.V, (batch, length), generator=generator).to(model.device)
 
 
-def time_prefill(model: Decoder, batch: int, prompt: int, repeats: int = 3, watch: Watch = stopwatch) -> Timing:
+def time_prefill(model: Decoder, batch: int, prompt: int, repeats: int = 5, watch: Watch = stopwatch) -> Timing:
     """Seconds from a prompt of `prompt` tokens to its first logits, by `stopwatch` or by a `Pulse`'s."""
     tokens = random_tokens(model, batch, prompt)
     cache = ContiguousCache.for_model(model, batch, prompt)
