@@ -68,7 +68,7 @@ class Table:
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
-        left, right = "text-align: left", "text-align: right; font-variant-numeric: tabular-nums"
+        left, right = "text-align: left", "text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap"
         styles = [right if name in self.numeric else left for name in self.header]
 
         def line(tag: str, cells: Sequence[str]) -> str:
