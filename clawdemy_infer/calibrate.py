@@ -28,7 +28,7 @@ from clawdemy_infer.probes import (
     read_bandwidth,
 )
 from clawdemy_infer.roofline import Machine, interpolate
-from clawdemy_infer.timing import Timing, now, rates
+from clawdemy_infer.timing import Timing, rates, stopwatch
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
@@ -179,13 +179,10 @@ class Pulse:
     def stopwatch(self, work: Callable[[], object], repeats: int = 5) -> Timing:
         """Time `work()` as `timing.stopwatch` does, with a pulse before the first run, between the runs and after the last."""
         self.samples, seconds = [], []
-        start = now()
-        work()                                                          # warm-up; its length sets the length of a pulse
-        pulse_s = min(0.5, max(0.05, (now() - start) / 4))
+        warmup = stopwatch(work, repeats=1, warmup=0).median            # its length sets the length of a pulse
+        pulse_s = min(0.5, max(0.05, warmup / 4))
         self.sample(pulse_s)
         for _ in range(repeats):
-            start = now()
-            work()
-            seconds.append(now() - start)
+            seconds += stopwatch(work, repeats=1, warmup=0).seconds
             self.sample(pulse_s)
         return Timing(tuple(seconds))

@@ -6,7 +6,7 @@ Each is a kind of work of known size that no cache can help, and none is a piece
     peak FLOP/s         a large square matrix product
     GEMM rate by M      X[M, k] @ W[k, n] with W fresh from memory each time: at small M the rate is the reading of W
     attention rate by M the fused attention kernel with M query rows to each KV head
-    element-wise rate   a gate, a scaling, a sum: bound by memory on a GPU, by arithmetic and conversion on many CPUs
+    element-wise rate   a norm, a gate, a sum: bound by memory on a GPU, by arithmetic and conversion on many CPUs
     fixed cost          a decoder layer without its matrix products: what PyTorch and Python charge to start an operation
 """
 
@@ -161,12 +161,17 @@ def fixed_cost(device: str) -> float:
     weights = [torch.randn(1024, 1024, device=device) for _ in range(64)]
     products = [[partial(F.linear, row, w) for w in weights[i: i + 4]] for i in range(0, 64, 4)]
 
+    def products_alone() -> None:
+        for four in products:
+            for product in four:
+                product()
+
     def with_glue() -> None:
         for layer, four in zip(layers, products, strict=True):
             layer(x, four)
 
-    times = alternate({"products": lambda: [product() for four in products for product in four], "both": with_glue}, repeats=21)
-    ops = count_ops(with_glue) - count_ops(lambda: [product() for four in products for product in four])
+    times = alternate({"products": products_alone, "both": with_glue}, repeats=21)
+    ops = count_ops(with_glue) - count_ops(products_alone)
     return max(0.0, times["both"].median - times["products"].median) / ops
 
 
