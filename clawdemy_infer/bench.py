@@ -133,7 +133,8 @@ def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[
             pulse, pulse_rows = Pulse(machine, weights, m, model.device.type), m
         calibrated = machine.time(work_of(model.config.shape, phase, weights, batch, context), ops[phase]).seconds
         if phase == "prefill":
-            timing = time_prefill(model, batch, context, watch=pulse.stopwatch)
+            repeats = 5 if m > 256 else 11                              # short runs feel a burst most, and cost least to repeat
+            timing = time_prefill(model, batch, context, repeats, watch=pulse.stopwatch)
         else:
             timing = time_decode(model, filled_cache(model, batch, context - 1), context, watch=pulse.stopwatch)
         yield BenchRow(phase, weights, batch, context, row["napkin_s"], calibrated / pulse.speed, timing.median, timing.spread)

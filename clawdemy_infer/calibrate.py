@@ -11,6 +11,7 @@ import platform
 import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from clawdemy_infer.timing import Timing, rates, stopwatch
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
-PROBES = "2026-11"
+PROBES = "2026-11b"
 """Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
 
 DRIFT = 0.15
@@ -166,15 +167,25 @@ class Pulse:
         self.expected = interpolate(machine.rates["gemm"][dtype], rows)
         self.step = gemm_step(gemm_weights(dtype, device or default_device(), 2**28), rows)
         self.samples: list[float] = []
+        self.runs: tuple[float, ...] = ()
 
     def sample(self, seconds: float = 0.03) -> None:
         """Take the pulse for so many seconds."""
+        self.runs = ()
         self.samples.append(rates({"now": self.step}, sample_s=seconds, rounds=1)["now"])
 
     @property
     def speed(self) -> float:
-        """1 for a machine as fast as when it was calibrated."""
-        return statistics.median(self.samples) / self.expected
+        """1 for a machine as fast as when it was calibrated; for timed runs, the speed at which their median was reached.
+
+        A neighbour's burst slows one run and the pulses around it. So each run is first put beside its own two pulses, and only
+        then is the median taken.
+        """
+        if not self.runs:
+            return statistics.median(self.samples) / self.expected
+        around = [(before + after) / 2 for before, after in pairwise(self.samples)]
+        done = statistics.median(seconds * rate for seconds, rate in zip(self.runs, around, strict=True))
+        return done / statistics.median(self.runs) / self.expected
 
     def stopwatch(self, work: Callable[[], object], repeats: int = 5) -> Timing:
         """Time `work()` as `timing.stopwatch` does, with a pulse before the first run, between the runs and after the last."""
@@ -185,4 +196,5 @@ class Pulse:
         for _ in range(repeats):
             seconds += stopwatch(work, repeats=1, warmup=0).seconds
             self.sample(pulse_s)
-        return Timing(tuple(seconds))
+        self.runs = tuple(seconds)
+        return Timing(self.runs)

@@ -6,7 +6,7 @@ Each is a kind of work of known size that no cache can help, and none is a piece
     peak FLOP/s         a large square matrix product
     GEMM rate by M      X[M, k] @ W[k, n] with W fresh from memory each time: at small M the rate is the reading of W
     attention rate by M the fused attention kernel with M query rows to each KV head
-    element-wise rate   a norm, a gate, a sum: bound by memory on a GPU, by arithmetic and conversion on many CPUs
+    element-wise rate   norms, gates and sums between products: bound by memory on a GPU, by arithmetic and conversion on many CPUs
     fixed cost          a decoder layer without its matrix products: what PyTorch and Python charge to start an operation
 """
 
@@ -23,7 +23,7 @@ from clawdemy_infer.timing import alternate, count_ops, rates, stopwatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-ATTENTION_ROWS = [1, 4, 16, 32, 128, 512, 2048]
+ATTENTION_ROWS = [1, 4, 16, 48, 192, 768, 3072]
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
 """(inputs, outputs) of the weights in the GEMM probe: square, wide and tall, of a small model's size but of no model's."""
 
@@ -70,16 +70,16 @@ def gemm_rates(dtype: str, device: str) -> list[tuple[float, float]]:
 def attention_rates(dtype: str, device: str, kv_heads: int = 4, head_dim: int = 64) -> list[tuple[float, float]]:
     """(M, FLOP/s) of scaled dot-product attention, M query rows to each KV head.
 
-    Few rows are a decode step: the query heads of a group, over 1,024 keys. Many are a prefill: two heads to a group, and
-    M/2 positions that see each other causally.
+    Few rows are a decode step: the query heads of a group, over 1,024 keys. Many are a prefill: three heads to a group, and
+    M/3 positions that see each other causally.
     """
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, head_dim, device=device).to(DTYPES[dtype])
 
     def at(m: int):
-        T = 1 if m <= 16 else m // 2
-        queries, context, pairs = (m, 1024, m * 1024) if T == 1 else (T, T, T * (T + 1))
-        q = tensor(kv_heads if T == 1 else 2 * kv_heads, queries)
+        T = 1 if m <= 16 else m // 3
+        queries, context, pairs = (m, 1024, m * 1024) if T == 1 else (T, T, 3 * T * (T + 1) / 2)
+        q = tensor(kv_heads if T == 1 else 3 * kv_heads, queries)
         caches = [(tensor(kv_heads, context), tensor(kv_heads, context)) for _ in range(32)]
 
         def one(i: int) -> int:
@@ -104,20 +104,37 @@ class Norm(nn.Module):
 
 
 @torch.inference_mode()
-def elementwise_rate(dtype: str, device: str) -> float:
-    """Bytes/s of a norm, a gate and a residual sum over 256 rows of 1,024, counted as the arithmetic counts them: as if fused.
+def elementwise_rate(dtype: str, device: str, width: int = 1024, layers: int = 16) -> float:
+    """Bytes/s of norms, gates and residual sums, counted as the arithmetic counts them: as if each were one fused operation.
 
-    PyTorch runs them operation by operation and moves more, so this is a rate of useful bytes and may lie far below the bandwidth.
+    PyTorch makes several operations of each and moves more, so this is a rate of useful bytes, far below the bandwidth. They
+    run as in a decoder: after every one a product sweeps its weight through the caches. And they run twice, on many rows and on
+    one: starting them costs the same, so the difference is the price of the bytes.
     """
-    a, b, c = (torch.randn(256, 1024, device=device).to(DTYPES[dtype]) for _ in range(3))
-    norm = Norm(device, 1024).to(DTYPES[dtype])
+    norm = Norm(device, width).to(DTYPES[dtype])
+    token, weights = torch.randn(1, width, device=device), [torch.randn(width, width, device=device) for _ in range(3 * layers)]
 
-    def step(_: int) -> int:
-        norm(a)                                         # read one, write one
-        F.silu(a) * b                                   # read two, write one
-        a + c                                           # read two, write one
-        return (2 + 3 + 3) * a.nbytes
-    return rates({"step": step})["step"]
+    def on(rows: int) -> Callable[[], None]:
+        first = torch.randn(rows, width, device=device).to(DTYPES[dtype])
+        gate_up = [torch.randn(rows, 2 * width, device=device).to(DTYPES[dtype]).chunk(2, dim=-1) for _ in range(layers // 2)]
+
+        def run() -> None:
+            x = first
+            for i in range(layers):
+                sweep, sweep_again, and_again = weights[3 * i: 3 * i + 3]
+                norm(x)                                     # read one, write one
+                F.linear(token, sweep)
+                gate, up = gate_up[i % len(gate_up)]
+                y = F.silu(gate) * up                       # read two, write one
+                F.linear(token, sweep_again)
+                x = x + y                                   # read two, write one
+                F.linear(token, and_again)
+        return run
+
+    many = 256 if device == "cpu" else 2**13                # on a GPU 256 rows cost no more than one
+    times = alternate({"many": on(many), "one": on(1)}, repeats=11)
+    bytes = layers * (2 + 3 + 3) * (many - 1) * width * DTYPES[dtype].itemsize
+    return bytes / (times["many"].median - times["one"].median)
 
 
 class Glue(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 from clawdemy_infer import calibrate, probes, timing
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.calibrate import Pulse, from_record, kept_record, this_machine
+from clawdemy_infer.timing import Timing
 
 RECORD = {
     "name": "a test machine",
@@ -168,6 +169,18 @@ def test_the_pulse_is_taken_around_every_run_and_never_in_it(small, monkeypatch)
     timed = pulse.stopwatch(lambda: events.append("run"), repeats=2)
     assert events == ["run", "pulse", "run", "pulse", "run", "pulse"]   # the first run is warm-up
     assert len(timed.seconds) == 2 and len(pulse.samples) == 3
+
+
+def test_a_burst_is_put_beside_the_runs_that_it_slowed(small, monkeypatch):
+    """Runs of 1, 1, 4, 4, 4 seconds by a machine that falls to a quarter of its speed: a steady second each at full speed."""
+    rates_seen = iter([4e9, 4e9, 4e9, 1e9, 1e9, 1e9])
+    lengths = iter([1.0, 1.0, 1.0, 4.0, 4.0, 4.0])
+    monkeypatch.setattr(calibrate, "rates", lambda steps, **_: {name: next(rates_seen) for name in steps})
+    monkeypatch.setattr(calibrate, "stopwatch", lambda work, **_: Timing((next(lengths),)))
+    pulse = Pulse(from_record(RECORD), "fp32", rows=1, device="cpu")
+    timed = pulse.stopwatch(lambda: None, repeats=5)
+    assert timed.median == 4.0
+    assert pulse.speed == pytest.approx(1 / 4)                          # the median of all six pulses would be 5/8
 
 
 @pytest.mark.parametrize("slow_at, used", [(None, True), (1, False), (256, False)])
