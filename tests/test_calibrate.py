@@ -171,15 +171,17 @@ def test_the_pulse_is_taken_around_every_run_and_never_in_it(small, monkeypatch)
     assert len(timed.seconds) == 2 and len(pulse.samples) == 3
 
 
-def test_a_burst_is_put_beside_the_runs_that_it_slowed(small, monkeypatch):
-    """Runs of 1, 1, 4, 4, 4 seconds by a machine that falls to a quarter of its speed: a steady second each at full speed."""
+@pytest.mark.parametrize("scale", [1, 7])
+def test_a_burst_is_put_beside_the_runs_that_it_slowed(small, monkeypatch, scale):
+    """Runs of 1, 1, 4, 4, 4 seconds by a machine that falls to a quarter of its speed: a steady second each at full speed.
+    How long a run takes does not matter: seven times as long, and the speed is the same."""
     rates_seen = iter([4e9, 4e9, 4e9, 1e9, 1e9, 1e9])
-    lengths = iter([1.0, 1.0, 1.0, 4.0, 4.0, 4.0])
+    lengths = iter([scale * length for length in (1.0, 1.0, 1.0, 4.0, 4.0, 4.0)])
     monkeypatch.setattr(calibrate, "rates", lambda steps, **_: {name: next(rates_seen) for name in steps})
     monkeypatch.setattr(calibrate, "stopwatch", lambda work, **_: Timing((next(lengths),)))
     pulse = Pulse(from_record(RECORD), "fp32", rows=1, device="cpu")
     timed = pulse.stopwatch(lambda: None, repeats=5)
-    assert timed.median == 4.0
+    assert timed.median == 4.0 * scale
     assert pulse.speed == pytest.approx(1 / 4)                          # the median of all six pulses would be 5/8
 
 
