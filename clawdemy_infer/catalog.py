@@ -7,8 +7,8 @@ import tomllib
 from functools import cache
 from importlib.resources import files
 
-from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.roofline import Machine
+from clawdemy_infer.arithmetic import MLA, SSM, ModelShape, MoE
+from clawdemy_infer.roofline import Link, Machine
 
 
 @cache
@@ -34,12 +34,18 @@ def machine_names() -> list[str]:
 
 def model(name: str) -> ModelShape:
     """The shape of the model called `name`. Raises ValueError with near matches for an unknown one."""
-    return ModelShape(**_find("model", name, "models.toml"))
+    entry = dict(_find("model", name, "models.toml"))
+    for field, kind in (("moe", MoE), ("mla", MLA), ("ssm", SSM), ("pattern", tuple), ("biases", tuple)):
+        if field in entry:
+            entry[field] = kind(entry[field]) if kind is tuple else kind(**entry[field])
+    return ModelShape(**entry)
 
 
 def machine(name: str) -> Machine:
     """The data sheet of the machine called `name`. Raises ValueError with near matches for an unknown one."""
-    entry = _find("machine", name, "machines.toml")
-    sources = "; ".join(f"{figure}: {source}" for figure, source in entry["sources"].items())
+    entry = dict(_find("machine", name, "machines.toml"))
+    sources = "; ".join(f"{figure}: {source}" for figure, source in entry.pop("sources").items())
+    del entry["kind"]                                   # of machine, for those who read the file
+    link = Link(**entry.pop("link")) if "link" in entry else None
     # A data sheet has one bandwidth, whatever the working set.
-    return Machine(entry["name"], ((1.0, entry["bandwidth"]),), entry["peak_flops"], entry["memory"], source=sources)
+    return Machine(bandwidth=((1.0, entry.pop("bandwidth")),), link=link, source=sources, **entry)

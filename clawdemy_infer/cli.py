@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from clawdemy_infer import __version__, catalog, commands
+from clawdemy_infer import __version__, catalog, commands, commands_published, commands_replay
 from clawdemy_infer.arithmetic import BYTES
 
 RUNS_IN = ("fp32", "bf16", "fp16")
@@ -33,6 +33,10 @@ def count(text: str) -> int:
 
 def counts(text: str) -> list[int]:
     return [count(item) for item in text.split(",")]
+
+
+def names_of(text: str) -> list[str]:
+    return text.split(",")
 
 
 def some_of(*accepted: str):
@@ -61,13 +65,21 @@ def parser() -> Parser:
     command(commands.calibrate, "Measure this machine: bandwidth, FLOP/s, fixed cost. Keeps the result.")
 
     c = command(commands.napkin, "Work out, before anything runs, what a model costs on a machine.", names)
-    c.add_argument("--model", required=True, metavar="M", help="a model of the catalog")
-    c.add_argument("--machine", required=True, metavar="X", help="a machine of the catalog, or `this`: yours, once calibrated")
+    c.add_argument("--model", metavar="M", help="a model of the catalog, or a path to a config.json")
+    c.add_argument("--compare", type=names_of, default=[], metavar="M1,M2", help="models to set side by side")
+    c.add_argument("--machine", required=True, type=names_of, metavar="X",
+                   help="a machine of the catalog, or `this`: yours, once calibrated; several, with commas, are set side by side")
     c.add_argument("--batch", type=count, default=1, metavar="B", help="sequences (default: 1)")
     c.add_argument("--context", type=count, default=1024, metavar="S", help="tokens a sequence holds at the decode step (default: 1024)")
     c.add_argument("--prompt", type=count, metavar="T", help="tokens of the prompt (default: the context)")
     c.add_argument("--weights", choices=BYTES, default="bf16", help="format of the weights (default: bf16)")
     c.add_argument("--kv", choices=BYTES, default="bf16", help="format of the KV cache (default: bf16)")
+    c.add_argument("--activations", choices=("fp32", "bf16", "fp16", "fp8", "int8"),
+                   help="format that is computed in (default: that of the weights; bf16 for weights of fewer bits)")
+    c.add_argument("--tp", type=count, default=1, metavar="N", help="devices that share every matrix: tensor parallel")
+    c.add_argument("--pp", type=count, default=1, metavar="N", help="devices that share the layers: pipeline parallel")
+    c.add_argument("--ep", type=count, default=1, metavar="N", help="devices that share the experts and the batch: expert parallel")
+    c.add_argument("--sweep", choices=("batch", "context"), help="a row for each batch, or for each context, until it does not fit")
 
     c = command(commands.generate, "Let the model continue a prompt, and say how long it took.")
     c.add_argument("--prompt", required=True, metavar="TEXT")
@@ -80,7 +92,9 @@ def parser() -> Parser:
     c.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest")
     c.add_argument("--seed", type=int, help="the same seed draws the same tokens")
     c.add_argument("--weights", choices=RUNS_IN, default="fp32", help="format of the weights (default: fp32)")
-    c.add_argument("--cache", choices=("contiguous", "none"), default="contiguous", help="none runs the whole text anew for each token")
+    c.add_argument("--cache", choices=("contiguous", "paged", "window", "int8", "int4", "none"), default="contiguous",
+                   help="how keys and values are kept (default: contiguous); window: the last 256 tokens and the first 4; "
+                        "none runs the whole text anew for each token")
 
     b = command(commands.bench, "Time prefill and decode of the real model beside what was predicted.")
     b.add_argument("--phase", type=some_of(*commands.PHASES), default=[*commands.PHASES], metavar="LIST", help="(default: prefill,decode)")
@@ -91,6 +105,13 @@ def parser() -> Parser:
     for which in (b, c):
         which.add_argument("--model", default="smollm2-135m", metavar="M",
                            help="smollm2-135m (default), a GGUF file, a Hugging Face directory, or a name on the hub")
+    c = command(commands_published.published, "Predict the runs that others published, and say how far off that was.")
+    c.add_argument("--csv", metavar="FILE", help="a file with the columns of data/published_runs.csv (default: that file)")
+    c.add_argument("--category", metavar="C", help="only the rows of this category")
+
+    c = command(commands_replay.replay, "Serve a trace: with the model, or in the time that a roofline says.")
+    commands_replay.add_arguments(c, count, BYTES)
+
     command(commands.course, "Run every lesson and print the scoreboard.")
     return top
 

@@ -9,12 +9,17 @@ import argparse
 import json
 import sys
 from itertools import product
+from pathlib import Path
 
 from rich.console import Console
 
 from clawdemy_infer import catalog
-from clawdemy_infer.napkin import card
-from clawdemy_infer.paper import bounds_table, calibration_on_paper, card_on_paper, rows_table
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.from_config import from_config
+from clawdemy_infer.napkin import card, sweep
+from clawdemy_infer.paper import bounds_table, calibration_on_paper, card_on_paper, compare_tables, rows_table, sweep_table
+from clawdemy_infer.parallel import Layout
+from clawdemy_infer.roofline import Machine
 from clawdemy_infer.tables import Table, si
 
 PHASES = {"prefill": [64, 256, 1024], "decode": [64, 512, 1024]}
@@ -81,19 +86,44 @@ def calibrate(args: argparse.Namespace) -> int:
 
 
 def napkin(args: argparse.Namespace) -> int:
-    shape = catalog.model(args.model)
-    if args.machine == "this":
-        from clawdemy_infer.calibrate import from_record, kept_record
-
-        if not (record := kept_record()):
-            say("clawdemy-infer napkin: machine=this has no kept calibration; run `clawdemy-infer calibrate` first")
-            return 1
-        machine = from_record(record)
+    if not args.model and not args.compare:
+        raise ValueError("model: name one, or several with --compare")
+    shapes = [_shape(name) for name in [*filter(None, [args.model]), *args.compare]]
+    if (machines := [_machine(name) for name in args.machine]) and None in machines:
+        say("clawdemy-infer napkin: machine=this has no kept calibration; run `clawdemy-infer calibrate` first")
+        return 1
+    options = {name: getattr(args, name) for name in ("batch", "context", "prompt", "weights", "kv", "activations")}
+    options["layout"] = Layout(args.tp, args.pp, args.ep)
+    pairs = list(product(shapes, machines))
+    if args.sweep:
+        rows = [row for shape, machine in pairs for row in sweep(shape, machine, args.sweep, **options)]
+        emit({"sweep": args.sweep, "rows": rows}) if args.json else show(sweep_table(rows))
+        return 0 if any(row["fits"] for row in rows) else 1
+    cards = [card(shape, machine, **options) for shape, machine in pairs]
+    if len(cards) == 1:
+        emit(cards[0]) if args.json else show(*card_on_paper(cards[0], shapes[0]))
     else:
-        machine = catalog.machine(args.machine)
-    result = card(shape, machine, args.batch, args.context, args.prompt, args.weights, args.kv)
-    emit(result) if args.json else show(*card_on_paper(result, shape))
-    return 0 if result["fits"] else 1
+        emit({"cards": cards}) if args.json else show(*compare_tables(cards))
+    return 0 if all(c["fits"] for c in cards) else 1
+
+
+def _shape(name: str) -> ModelShape:
+    """A model of the catalog, or the one that a config.json describes."""
+    if not name.endswith(".json"):
+        return catalog.model(name)
+    if not Path(name).is_file():
+        raise ValueError(f"model={name!r}: no such file")
+    return from_config(name)
+
+
+def _machine(name: str) -> Machine | None:
+    """A machine of the catalog, or this one; None where this one was not calibrated."""
+    if name != "this":
+        return catalog.machine(name)
+    from clawdemy_infer.calibrate import from_record, kept_record
+
+    record = kept_record()
+    return from_record(record) if record else None
 
 
 # ---- what runs the model ----
@@ -111,7 +141,7 @@ def generate(args: argparse.Namespace) -> int:
         if decoder.tokenizer is None:
             raise ValueError("chat: this model has no tokenizer, and so no chat template")
         prompt = decoder.tokenizer.chat([{"role": "user", "content": prompt}])
-    result = model.generate(decoder, prompt, args.max_tokens, sampling, stop=args.stop, cached=args.cache != "none",
+    result = model.generate(decoder, prompt, args.max_tokens, sampling, stop=args.stop, cache=args.cache,
                             on_token=None if args.json else lambda piece: print(piece, end="", flush=True))
     if args.json:
         emit(vars(result) | {"prompt_tokens": len(result.prompt_tokens)})

@@ -63,6 +63,24 @@ def mark(ax: Axes, machine: Machine, work: Work, seconds: float | None = None, l
     ax.annotate(label, (work.intensity, rate), textcoords="offset points", fontsize=9, **place)
 
 
+def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None, colour: str | None = None) -> None:
+    """Latency against throughput: time per token and tokens/s of all users together, for the rows of `napkin.sweep` that fit.
+
+    The batch stands beside its dot. Up and to the left is better, and a larger batch buys the one with the other.
+    """
+    rows = [row for row in rows if row["fits"]]
+    [line] = ax.semilogy([row["seconds"] for row in rows], [row["tokens_per_s"] for row in rows], "o-", color=colour, label=label)
+    for row in rows:
+        ax.annotate(f"{row['batch']:,}", (row["seconds"], row["tokens_per_s"]), textcoords="offset points", xytext=(5, -11),
+                    fontsize=9, color=line.get_color())
+    ax.autoscale(axis="x")                  # over this curve too, if others were drawn before
+    ax.set_xlim(left=0)
+    ax.set_xlabel("time per token, of each user")
+    ax.set_ylabel("tokens/s, of all users")
+    units(ax.xaxis, "s")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
 def ratios(ax: Axes, rows: Sequence[Row]) -> None:
     """Measured over predicted, a line for each row of the ledger: grey over the napkin, blue over the roofline, 1 is a
     perfect prediction.

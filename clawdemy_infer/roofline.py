@@ -3,7 +3,7 @@
 The roofline is from Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009).
 A `Machine` is either a data sheet or a calibration. Both predict through `time()`; they differ in what they know:
 
-    data sheet    one bandwidth, one peak by dtype, no fixed cost
+    data sheet    one bandwidth, one peak by dtype, no fixed cost; what it is linked with, draws and costs
     calibration   bandwidth by working set, rate of each kernel by the number of rows M, seconds per operation
 """
 
@@ -37,10 +37,26 @@ class Prediction:
     compute_s: float
     memory_s: float
     fixed_s: float
+    communication_s: float = 0.0
 
     @property
     def bound(self) -> str:
-        return max(("compute", self.compute_s), ("memory", self.memory_s), ("fixed", self.fixed_s), key=lambda term: term[1])[0]
+        """The largest term: compute, memory, fixed or communication."""
+        return max(("compute", "memory", "fixed", "communication"), key=lambda term: getattr(self, f"{term}_s"))
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins one device with the others: bytes/s that it can send while it receives as many.
+
+    latency_s   what a transfer costs whatever its size: launch it, wait for the others
+    hop_s       what each step from device to device adds (the alpha of Hockney's model)
+    """
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+    hop_s: float = 0.0
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,11 +64,19 @@ class Machine:
     """What a machine can do: bytes, bytes/s, FLOP/s, seconds.
 
     bandwidth       read bandwidth by working set, (bytes, bytes/s); one point for a data sheet
-    peak_flops      dense FLOP/s by dtype, with fp32 accumulation
+    peak_flops      dense FLOP/s by dtype, with fp32 accumulation (int32 for integers)
     memory          bytes that weights and cache may occupy
     rates           FLOP/s by kernel ("gemm", "attention") and dtype, as (rows M, FLOP/s); empty for a data sheet
     elementwise     bytes/s at which element-wise operations go through arrays, by dtype; empty for a data sheet
     fixed_s_per_op  seconds that an operation costs whatever its size
+
+    What only some data sheets tell, for one device:
+
+    peak_flops_fp16_accumulation   dense FLOP/s by dtype where sums are kept in fp16: faster on some consumer cards
+    cache_bytes                    the last cache before memory
+    link                           to other devices of its kind
+    watts                          power it may draw
+    dollars_per_hour, priced       a public list price, and its date
     """
 
     name: str
@@ -63,13 +87,23 @@ class Machine:
     elementwise: dict[str, float] = field(default_factory=dict)
     fixed_s_per_op: float = 0.0
     source: str = ""
+    peak_flops_fp16_accumulation: dict[str, float] = field(default_factory=dict)
+    cache_bytes: float | None = None
+    link: Link | None = None
+    watts: float | None = None
+    dollars_per_hour: float | None = None
+    priced: str = ""
 
     def bandwidth_at(self, working_set: float = math.inf) -> float:
         """Bytes/s when `working_set` bytes are read over and over. Without an argument: main memory, beyond every cache."""
         return interpolate(self.bandwidth, working_set)
 
-    def peak(self, dtype: str) -> float:
-        """Peak FLOP/s of `dtype`. Raises ValueError if the machine has no figure for it."""
+    def peak(self, dtype: str, accumulation: str = "fp32") -> float:
+        """Peak FLOP/s of `dtype` with sums kept in `accumulation`. Raises ValueError if the machine has no figure for it."""
+        if accumulation == "fp16":
+            if dtype not in self.peak_flops_fp16_accumulation:
+                raise ValueError(f"accumulation='fp16': {self.name} has no figure of its own for {dtype}")
+            return self.peak_flops_fp16_accumulation[dtype]
         if dtype not in self.peak_flops:
             raise ValueError(f"dtype={dtype!r}: {self.name} has figures for {', '.join(self.peak_flops)}")
         return self.peak_flops[dtype]
@@ -92,14 +126,16 @@ class Machine:
         """Seconds as done by hand: all the FLOPs at peak or all the bytes from memory, whichever is longer."""
         return max(work.flops / self.peak(work.dtype), work.bytes / self.bandwidth_at())
 
-    def time(self, work: Work, ops: int = 0) -> Prediction:
-        """Seconds for `work`, each of its operations bound by compute or by memory, plus the fixed cost of `ops` operations.
+    def time(self, work: Work, ops: int = 0, communication_s: float = 0.0) -> Prediction:
+        """Seconds for `work`, each of its operations bound by compute or by memory, plus the fixed cost of `ops` operations
+        and the time that devices spend on talking, which nothing is assumed to hide.
 
         The working set is the whole of the work: before a step comes back to the same bytes it has read all the others.
         """
         terms = [(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, work.bytes)) for op in work.operations()]
         fixed = ops * self.fixed_s_per_op
-        return Prediction(sum(max(term) for term in terms) + fixed, sum(c for c, _ in terms), sum(m for _, m in terms), fixed)
+        seconds = sum(max(term) for term in terms) + fixed + communication_s
+        return Prediction(seconds, sum(c for c, _ in terms), sum(m for _, m in terms), fixed, communication_s)
 
     def mbu(self, work: Work, seconds: float) -> float:
         """Memory bandwidth utilisation: bytes that had to move, per second, over what memory can deliver."""

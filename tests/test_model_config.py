@@ -6,6 +6,7 @@ import re
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from clawdemy_infer import catalog
 from clawdemy_infer.model import ModelConfig
 from clawdemy_infer.model.rope import Llama3Scaling
 
@@ -116,3 +117,25 @@ def test_what_the_decoder_would_not_compute_is_refused_by_key_and_value(config, 
 def test_a_mistral_that_does_not_say_its_window_is_refused():
     with pytest.raises(ValueError, match="sliding_window is missing"):
         ModelConfig.from_hf({key: value for key, value in MISTRAL.items() if key != "sliding_window"})
+
+
+@pytest.mark.parametrize(("name", "field"), [
+    ("gemma-2-2b", "pattern"), ("mixtral-8x7b", "moe"), ("deepseek-v2-lite", "moe"), ("mamba-130m", "pattern"),
+    ("jamba-v0.1", "pattern"), ("gpt2-124m", "gated"), ("gemma-3-1b", "pattern"), ("aya-23-8b", "norms"), ("gpt-oss-20b", "pattern"),
+])
+def test_a_shape_that_the_decoder_cannot_run_is_refused_before_anything_is_built(name, field):
+    """The catalogue counts more than the decoder runs."""
+    with pytest.raises(ValueError, match="the decoder runs dense Llama-family models, which have ") as error:
+        ModelConfig(catalog.model(name))
+    assert f"{field}=" in str(error.value)
+
+
+def test_every_dense_shape_of_the_catalogue_is_accepted():
+    accepted = []
+    for name in catalog.model_names():
+        try:
+            accepted.append(ModelConfig(catalog.model(name)) and name)
+        except ValueError:
+            pass
+    assert {"smollm2-135m", "llama-3.1-405b", "mistral-7b", "qwen2.5-0.5b", "qwen3-32b"} <= set(accepted)
+    assert not {"mixtral-8x7b", "opt-13b", "falcon-7b"} & set(accepted)

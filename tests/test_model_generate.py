@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
 from clawdemy_infer.model import Sampling, generate
 
 PROMPT = "The capital of France is"
@@ -21,8 +22,17 @@ def test_a_text_and_its_ids_are_the_same_prompt(smollm, greedy):
     assert "Paris" in greedy.text and greedy.finish_reason == "length"
 
 
-def test_without_a_cache_the_tokens_are_the_same(smollm, greedy):
-    assert generate(smollm, PROMPT, max_tokens=12, cached=False).tokens == greedy.tokens
+@pytest.mark.parametrize("cache", ["none", "paged"])
+def test_however_keys_and_values_are_kept_the_tokens_are_the_same(smollm, greedy, cache):
+    assert generate(smollm, PROMPT, max_tokens=12, cache=cache).tokens == greedy.tokens
+
+
+def test_a_cache_of_ones_own_goes_on_where_it_was(smollm, greedy):
+    cache = PagedCache.for_model(smollm, batch=1, capacity=40, block_size=5)
+    first = generate(smollm, PROMPT, max_tokens=5, cache=cache)
+    assert cache.lengths == {0: len(first.prompt_tokens) + 4}           # the last token was chosen, and not yet brought
+    rest = generate(smollm, first.tokens[-1:], max_tokens=7, cache=cache)
+    assert first.tokens + rest.tokens == greedy.tokens
 
 
 def test_streamed_pieces_join_to_the_text(smollm):
@@ -83,11 +93,17 @@ def test_times_are_those_of_the_clock(smollm, monkeypatch):
     ("hi", {"max_tokens": 0}, "max_tokens=0: at least 1 is accepted"),
     ("hi", {"stop": ""}, "stop="),
     ("hi", {"stop": ("a", "")}, "stop="),
+    ("hi", {"cache": "shoebox"}, "cache='shoebox': accepted are contiguous, paged, int8, int4, window, none"),
     ([5] * 8000, {"max_tokens": 193}, "prompt has 8000 tokens and max_tokens=193: together 8193, but the model's context is 8192"),
-], ids=["empty", "no ids", "unknown id", "no tokens", "empty stop", "one empty stop", "too long"])
+], ids=["empty", "no ids", "unknown id", "no tokens", "empty stop", "one empty stop", "no such cache", "too long"])
 def test_what_cannot_be_generated_is_refused_by_value(smollm, prompt, arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(smollm, prompt, **arguments)
+
+
+def test_a_cache_of_several_sequences_is_refused(smollm):
+    with pytest.raises(ValueError, match="cache: it has 2 sequences"):
+        generate(smollm, PROMPT, cache=ContiguousCache.for_model(smollm, batch=2, capacity=40))
 
 
 def test_an_error_in_the_callback_comes_out_and_the_model_goes_on(smollm, greedy):

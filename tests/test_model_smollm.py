@@ -7,7 +7,7 @@ import torch
 from reference import transformers_model
 from tolerances import LOGITS
 
-from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
 from clawdemy_infer.model import generate, load_model
 from clawdemy_infer.model.load import PACKAGED, packaged_file
 
@@ -37,16 +37,29 @@ def token_ids(model, prompt):
     return model.tokenizer.encode(prompt) if isinstance(prompt, str) else model.tokenizer.chat(prompt)
 
 
+@pytest.fixture(scope="module")
+def continuation(reference):
+    """What transformers writes behind some ids, greedily and alone: each computed once."""
+    known = {}
+
+    def continuation(ids, new=NEW):
+        if (tuple(ids), new) not in known:
+            with torch.no_grad():
+                out = reference.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, pad_token_id=0)
+            known[tuple(ids), new] = out[0, len(ids):].tolist()
+        return known[tuple(ids), new]
+    return continuation
+
+
 def assert_logits_close(ours, theirs):
     scale = theirs.std()
     torch.testing.assert_close(ours / scale, theirs / scale, **LOGITS[ours.dtype])
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-def test_greedy_tokens_are_those_of_transformers(smollm, reference, prompt):
+def test_greedy_tokens_are_those_of_transformers(smollm, continuation, prompt):
     ids = token_ids(smollm, prompt)
-    with torch.no_grad():
-        expected = reference.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
+    expected = continuation(ids)
     ours = generate(smollm, prompt if isinstance(prompt, str) else ids, max_tokens=NEW)
     assert ours.prompt_tokens == ids
     assert ours.tokens == expected
@@ -81,6 +94,90 @@ def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_transformers(smollm, ref
     assert_logits_close(ours, theirs)
     our_error, their_error = ((logits.float() - exact).square().mean().sqrt() for logits in (ours, theirs))
     assert our_error < 1.3 * their_error
+
+
+class Batch:
+    """Sequences that decode greedily together in one cache: every step brings what is not yet in it, at most `chunk` tokens each."""
+
+    def __init__(self, model, cache, chunk):
+        self.model, self.cache, self.chunk = model, cache, chunk
+        self.tokens, self.goal = {}, {}
+
+    def add(self, name, ids, new=NEW):
+        self.tokens[name], self.goal[name] = list(ids), len(ids) + new
+
+    def step(self):
+        """One token more, or a part of a prompt, for each that is not yet done. False where all are."""
+        held = self.cache.lengths
+        new = {name: ids[held[name]:held[name] + self.chunk] for name, ids in self.tokens.items()
+               if name in held and len(ids) < self.goal[name]}
+        if not new:
+            return False
+        assert self.cache.can_append({name: len(ids) for name, ids in new.items()})
+        for name, token in zip(new, self.model.step(new, self.cache).argmax(-1).tolist(), strict=True):
+            if self.cache.lengths[name] == len(self.tokens[name]):
+                self.tokens[name].append(token)
+        return True
+
+    def generated(self, name, ids):
+        assert self.tokens[name][:len(ids)] == ids
+        return self.tokens[name][len(ids):]
+
+
+@pytest.fixture(scope="module")
+def seven(smollm):
+    """Prompts of 1 to 2,040 tokens, and how many tokens each is to be continued by."""
+    ids = [token_ids(smollm, PROMPTS[name]) for name in ("one token", "question", "code", "unicode", "long", "chat")]
+    return [(each, NEW) for each in ids] + [((ids[4] * 9)[:2040], 8)]
+
+
+def test_a_ragged_batch_of_seven_is_token_identical_to_transformers(smollm, continuation, seven):
+    batch = Batch(smollm, ContiguousCache.for_model(smollm, 7, 2048), chunk=700)
+    for name, (ids, new) in enumerate(seven):
+        batch.add(name, ids, new)
+    while batch.step():
+        pass
+    for name, (ids, new) in enumerate(seven):
+        assert batch.generated(name, ids) == continuation(ids, new)
+
+
+def test_a_paged_batch_of_seven_is_token_identical_through_forks_hits_and_preemptions(smollm, continuation, seven):
+    """After each of some steps something happens that must not show: fork, swap out and in, preemption by recompute (whose
+    blocks are still known), a prefix hit, a step that is interrupted in the middle, the end of a sequence.
+    """
+    tables = BlockTables(BlockPool(260), host=BlockPool(40), prefix_caching=True)
+    batch = Batch(smollm, PagedCache.over(smollm, tables), chunk=700)
+    for name, (ids, new) in enumerate(seven):
+        tables.add(name, ids)
+        batch.add(name, ids, new)
+
+    def fork():
+        tables.fork(2, "child")
+        batch.tokens["child"], batch.goal["child"] = list(batch.tokens[2]), batch.goal[2]
+
+    def recompute():
+        tables.free(4)
+        assert tables.add(4, batch.tokens[4]) > 0
+
+    def hit():
+        ids, new = seven[6]
+        assert tables.add("again", ids) == 2032
+        batch.add("again", ids, new)
+
+    def interrupted():
+        with interrupt(smollm.layers[17]), pytest.raises(KeyboardInterrupt):
+            batch.step()
+
+    events = {5: fork, 6: lambda: batch.cache.swap_out(5), 7: interrupted, 8: recompute, 10: lambda: batch.cache.swap_in(5), 11: hit}
+    steps = 0
+    while batch.step():
+        steps += 1
+        events.pop(steps, lambda: None)()
+    assert not events
+    for name, (ids, new) in [*enumerate(seven), ("child", seven[2]), ("again", seven[6])]:
+        assert batch.generated(name, ids) == continuation(ids, new)
+        tables.free(name)
+    assert tables.pool.used == tables.host.used == 0
 
 
 def test_an_interrupt_in_layer_17_changes_nothing(smollm):

@@ -85,6 +85,19 @@ def test_ratios_of_nothing_are_an_empty_figure(ax):
     ax.figure.canvas.draw()
 
 
+def test_a_frontier_has_a_dot_for_each_batch_that_fits(ax):
+    def row(batch, seconds, fits=True):
+        return {"batch": batch, "fits": fits, "seconds": seconds, "tokens_per_s": batch / seconds if fits else None}
+
+    plots.pareto(ax, [row(1, 0.010), row(2, 0.016), row(4, None, fits=False)], label="one")
+    plots.pareto(ax, [row(1, 0.030)], label="another")
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[0.010, 100], [0.016, 125]], [[0.030, pytest.approx(100 / 3)]]]
+    assert [text.get_text() for text in ax.texts] == ["1", "2", "1"]
+    left, right = ax.get_xlim()
+    assert left == 0 and right > 0.030                                  # from zero, and wide enough for both
+    assert ticks(ax.xaxis, [0.02]) == ["20 ms"]
+
+
 def test_napkin_roofline_and_measurement_stand_beside_each_other_over_zero(ax):
     plots.beside(ax, [64, 256], napkin=[0.010, 0.040], predicted=None, measured=[0.012, 0.050])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["napkin", "measured"]

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from clawdemy_infer.arithmetic import ModelShape, Work, total
-from clawdemy_infer.napkin import card
-from clawdemy_infer.roofline import Machine, interpolate
+from clawdemy_infer.arithmetic import ModelShape, MoE, Work, total
+from clawdemy_infer.napkin import card, sweep
+from clawdemy_infer.parallel import Layout
+from clawdemy_infer.roofline import Link, Machine, interpolate
 
 SHEET = Machine("sheet", ((1.0, 100.0),), {"fp32": 1000.0, "bf16": 4000.0}, memory=1e6)
 CALIBRATED = Machine(
@@ -89,6 +90,12 @@ def test_the_fixed_cost_comes_on_top_of_the_larger():
     assert CALIBRATED.time(Work(0, 100), ops=6).bound == "fixed"        # 0.25 s of memory under 3 s of it
 
 
+def test_what_devices_tell_one_another_comes_on_top_too():
+    prediction = SHEET.time(Work(500, 100), communication_s=2.5)        # 1 s of memory, half of that of compute
+    assert (prediction.seconds, prediction.communication_s, prediction.bound) == (3.5, 2.5, "communication")
+    assert SHEET.time(Work(500, 100), communication_s=0.9).bound == "memory"
+
+
 def test_element_wise_work_is_slowed_by_its_own_rate_but_never_sped_up():
     work = Work(0, 1e6, kernel="elementwise")
     for rate, expected in ((25.0, 25.0), (400.0, 100.0)):
@@ -147,8 +154,111 @@ def test_the_cache_must_hold_the_longer_of_prompt_and_context():
 
 @pytest.mark.parametrize("arguments, message", [
     ({"batch": 0}, "batch=0"), ({"context": 0, "prompt": 3}, "context=0"), ({"prompt": 0}, "prompt=0"), ({"weights": "fp16"},
-     "weights='fp16' is computed with in fp16: big has a peak for fp32, bf16"), ({"kv": "fp8"}, "kv='fp8'"),
+     "weights='fp16' is computed with in fp16: big has a peak for fp32, bf16"), ({"kv": "fp7"}, "kv='fp7'"),
 ])
 def test_the_card_names_the_argument_that_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         card(SHAPE, BIG, **arguments)
+
+
+# ---- several devices ----
+
+LINKED = Machine("linked", ((1.0, 2e6),), {"fp32": 3e7, "bf16": 9e7}, memory=1e6, link=Link(5e4, latency_s=0.01, hop_s=0.001, kind="wire"),
+                 watts=300, dollars_per_hour=7.2, priced="2025")
+
+
+def test_the_card_of_two_devices_by_hand():
+    """Two devices, each with half of what is cut: of 3 layers 60·(3 + 2)·14 in qkv, 42·60 out, 3·60·42 in the MLP, and whole norms.
+    A token's 6 all-reduces of 60 numbers in bf16: 0.01 + 2·(0.001 + 60/50,000) s each."""
+    one, two = card(SHAPE, LINKED, context=33), card(SHAPE, LINKED, context=33, layout=Layout(tp=2))
+    held = 3 * (60 * 5 * 14 + 42 * 60 + 3 * 60 * 42 + 120) + 2 * 66 * 60 + 60       # 131 words: 66 on the larger half
+    assert two["weight_bytes"] == 2 * held
+    assert two["kv_bytes"] == one["kv_bytes"] / 2 == 33 * 2 * 3 * 14 * 2
+    assert two["decode"]["communication_s"] == pytest.approx(6 * (0.01 + 2 * (0.001 + 60 / 5e4)))
+    assert two["decode"]["seconds"] == pytest.approx(two["decode"]["memory_s"] + two["decode"]["communication_s"])
+    assert two["decode"]["bound"] == "communication" and one["decode"]["bound"] == "memory"
+    assert (one["dollars_per_hour"], two["dollars_per_hour"], two["watts"]) == (7.2, 14.4, 600)
+    # 14.4 dollars buy 3,600 s of tokens.
+    assert two["dollars_per_million_tokens"] == pytest.approx(14.4 / (3600 * two["tokens_per_s"]) * 1e6)
+    assert two["joules_per_token"] == pytest.approx(600 * two["decode"]["seconds"])
+
+
+def test_a_prefill_waits_for_the_pipeline_to_fill_and_a_decode_step_does_not():
+    """Six prompts on three stages: three microbatches of 2 need 5 turns, of which one prompt alone would need 3."""
+    one, three = card(SHAPE, LINKED, 2, context=33), card(SHAPE, LINKED, 6, context=33, layout=Layout(pp=3))
+    assert three["prefill"]["compute_s"] == pytest.approx(5 / 3 * one["prefill"]["compute_s"])
+    assert three["prefill"]["communication_s"] == pytest.approx(5 / 3 * 2 * (0.011 + 2 * 33 * 60 * 2 / 5e4))
+    assert three["decode"]["memory_s"] == pytest.approx(one["decode"]["memory_s"])
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=3), Layout(ep=2), Layout(tp=2, pp=3, ep=4)])
+def test_the_largest_batch_fits_and_no_larger_one(layout):
+    shape = ModelShape("experts", L=3, D=60, N=6, K=2, H=14, F=84, V=131, moe=MoE(experts=4, active=1, F=30))
+    most = card(shape, LINKED, context=200, layout=layout)["max_batch"]
+    assert card(shape, LINKED, most, context=200, layout=layout)["fits"]
+    assert not card(shape, LINKED, most + 1, context=200, layout=layout)["fits"]
+
+
+def test_the_card_counts_what_weights_and_cache_leave():
+    """Decode of 5 sequences needs fewer rows than one prompt of 21: 21 rows of D = 60, and 60 in and 168 out of gate and up.
+    Half a block is 8 tokens for each sequence."""
+    c = card(SHAPE, BIG, 5, context=33, prompt=21)
+    assert c["activation_bytes"] == 21 * (60 + 60 + 168) * 2
+    assert c["paging_bytes"] == 5 * 8 * 2 * 3 * 2 * 14 * 2
+    assert c["left_bytes"] == 1e6 - c["weight_bytes"] - c["kv_bytes"] - c["activation_bytes"] - c["paging_bytes"]
+
+
+def test_experts_have_their_own_part():
+    shape = ModelShape("experts", L=3, D=60, N=6, K=2, H=14, F=84, V=131, moe=MoE(experts=4, active=1, F=30))
+    c = card(shape, BIG, 1, context=33)
+    assert c["decode"]["parts"]["experts"]["flops"] == 3 * 2 * 3 * 60 * 30          # one expert: three matrices in three layers
+    assert c["active_parameters"] == c["parameters"] - 3 * 3 * 3 * 60 * 30
+    assert "experts" not in card(SHAPE, BIG)["decode"]["parts"]
+
+
+def test_other_activations_are_computed_with_at_their_own_peak():
+    slow, fast = card(SHAPE, BIG, weights="fp32", activations="fp32"), card(SHAPE, BIG, weights="fp32", activations="bf16")
+    assert (slow["peak_flops"], fast["peak_flops"]) == (3e7, 9e7)
+
+
+@pytest.mark.parametrize("machine, arguments, message", [
+    (BIG, {"layout": Layout(pp=3)}, "pp=3: no link to other devices is known of big"),
+    (LINKED, {"layout": Layout(tp=4)}, "tp=4: it must divide the N=6 query heads"),
+    (BIG, {"activations": "int8"}, "activations='int8': big has a peak for fp32, bf16"),
+])
+def test_the_card_refuses_devices_and_formats_by_name(machine, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        card(SHAPE, machine, **arguments)
+
+
+# ---- sweeps ----
+
+
+def test_a_sweep_of_batches_ends_at_the_first_that_does_not_fit():
+    """1 MB less the weights hold so many sequences of 99 tokens with 2·3·2·14 numbers of 2 B each."""
+    weights = card(SHAPE, BIG)["weight_bytes"]
+    most = int((1e6 - weights) // (99 * 2 * 3 * 2 * 14 * 2))
+    rows = sweep(SHAPE, BIG, "batch", context=99)
+    assert [row["batch"] for row in rows] == [1, 2, 4, 8, 16, most, 32] and 16 < most < 32
+    assert [row["fits"] for row in rows] == [True] * 6 + [False]
+    assert rows[-1]["seconds"] is rows[-1]["tokens_per_s"] is rows[-1]["bound"] is None
+    fitting = rows[:-1]
+    for row in fitting:
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["seconds"])
+        assert row["tokens_per_s_per_user"] == pytest.approx(1 / row["seconds"])
+    for name in ("seconds", "tokens_per_s"):                            # a batch buys throughput with latency
+        assert [row[name] for row in fitting] == sorted(row[name] for row in fitting)
+
+
+def test_a_sweep_of_contexts_ends_at_the_models_own_or_at_the_memory():
+    short = ModelShape("short", L=3, D=60, N=6, K=2, H=14, F=84, V=131, max_context=700)
+    assert [row["context"] for row in sweep(short, BIG, "context")] == [256, 512, 700]
+    rows = sweep(SHAPE, BIG, "context")
+    assert [row["fits"] for row in rows] == [True] * (len(rows) - 1) + [False]
+
+
+def test_a_sweep_of_a_model_that_does_not_fit_is_one_line_that_says_so():
+    tiny = Machine("tiny", ((1.0, 2e6),), {"bf16": 9e7}, memory=1e4)
+    assert [(row["batch"], row["fits"]) for row in sweep(SHAPE, tiny, "batch")] == [(1, False)]
+    with pytest.raises(ValueError, match="sweep='depth': accepted are batch, context"):
+        sweep(SHAPE, BIG, "depth")

@@ -1,42 +1,23 @@
 """KV caches: what attention remembers, so that a decode step need not compute it again.
 
-Every cache here offers the decoder the same few things (`KVCache`); they differ in where the bytes lie.
+In reading order: `step` is the interface; `uncached` keeps nothing; `contiguous` keeps everything in one piece, computed in
+`rectangles`; `paged` keeps it in blocks: `block_pool`, `prefix_cache` and `block_tables` decide which block is whose, and know
+nothing of torch, `paged_store` holds the bytes, `paged_attention` reads them. Fewer bytes: `sliding` keeps the last tokens and
+a few sinks, `quantized` rounds to 8 bits (`paged_quantized` in pages), `kivi` to 4 or 2; `runs` cuts their steps.
 """
 
-from __future__ import annotations
-
-from typing import Protocol
-
-import torch
-
+from clawdemy_infer.kv_cache.block_pool import BlockPool
+from clawdemy_infer.kv_cache.block_tables import BlockTables
 from clawdemy_infer.kv_cache.contiguous import ContiguousCache
+from clawdemy_infer.kv_cache.kivi import KiviCache
+from clawdemy_infer.kv_cache.paged import PagedCache
+from clawdemy_infer.kv_cache.paged_quantized import PagedInt8Store
+from clawdemy_infer.kv_cache.quantized import Int8Cache
+from clawdemy_infer.kv_cache.sliding import SlidingWindowCache
+from clawdemy_infer.kv_cache.step import KVCache, Step
+from clawdemy_infer.kv_cache.uncached import Uncached
 
-__all__ = ["ContiguousCache", "KVCache"]
-
-
-class KVCache(Protocol):
-    """What the decoder asks of a cache. One step over T new tokens goes
-
-        append(0, k, v) … append(L-1, k, v)    each layer writes its T tokens and gets back all it may look at
-        advance(T)                             the step is over: the new tokens count
-
-    Between the two, `length` still says what it said before. A step that is interrupted half-way has therefore not
-    happened: run it again and it overwrites what it had written.
-    """
-
-    batch: int
-    capacity: int
-    length: int
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v [B, K, T, H] behind the past of `layer`; return keys, values [B, K, length + T, H]."""
-
-    def advance(self, new: int) -> None:
-        """Count `new` tokens as part of the past. Once a step, after its last layer."""
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes the cache occupies, whether or not tokens lie in them."""
+__all__ = [
+    "BlockPool", "BlockTables", "ContiguousCache", "Int8Cache", "KVCache", "KiviCache", "PagedCache", "PagedInt8Store",
+    "SlidingWindowCache", "Step", "Uncached",
+]

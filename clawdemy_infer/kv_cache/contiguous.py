@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+
+from clawdemy_infer.kv_cache.rectangles import RectangularStep, Stretch
 
 
 class ContiguousCache:
-    """Keys and values of `batch` sequences that grow in step, each a preallocated [L, B, K, capacity, H] tensor.
+    """Keys and values of `batch` sequences, 0 to B-1: two preallocated [L, B, K, capacity, H] tensors.
 
     2 * L * B * K * capacity * H elements are allocated at once, so nothing is ever copied to make room, and the keys of
     one head lie one behind the other, as attention reads them. The price is paid for `capacity` tokens from the first
@@ -19,10 +23,11 @@ class ContiguousCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size}: a cache needs at least 1")
-        self.batch, self.capacity, self.length = batch, capacity, 0
-        self.keys = torch.empty(layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))     # views, taken once and not each step
+        self.batch, self.capacity, self.dtype, self.device = batch, capacity, dtype, torch.device(device)
+        self.lengths = dict.fromkeys(range(batch), 0)
+        # Zeros, because a mask hides a stale number but not a NaN.
+        self.keys = torch.zeros(layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
 
     @classmethod
     def for_model(cls, model, batch: int, capacity: int) -> ContiguousCache:
@@ -30,30 +35,48 @@ class ContiguousCache:
         shape = model.config.shape
         return cls(shape.L, batch, shape.K, shape.H, capacity, model.dtype, model.device)
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v [B, K, T, H] behind the past; return views of all of it, [B, K, length + T, H].
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is kept, each [L, B, K, capacity, any]."""
+        return self.keys, self.values
 
-        Raises ValueError, and writes nothing, where T more tokens exceed the capacity.
+    def remember(self, layer: int, stretches: Sequence[Stretch], k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k, v [B*T, K, H] behind the past of `layer`; return all keys and values that may be seen, [B, K, S, H].
+
+        There is one stretch for each of `tensors`: the part of it that belongs to these sequences in this step.
         """
-        new = self.length + k.shape[2]
-        if new > self.capacity:
-            raise ValueError(f"k brings {k.shape[2]} tokens on top of {self.length}: the cache holds {self.capacity}")
-        keys, values = (of_layer[:, :, :new] for of_layer in self._layers[layer])
-        keys[:, :, self.length:] = k
-        values[:, :, self.length:] = v
-        return keys, values
+        keys, values = stretches
+        keys.write(layer, k)
+        values.write(layer, v)
+        return keys.read(layer), values.read(layer)
 
-    def advance(self, new: int) -> None:
-        """Count `new` tokens as part of the past."""
-        self.length += new
+    def can_append(self, new: Mapping[int, int]) -> bool:
+        """Does each sequence stay within the capacity?"""
+        return all(self.lengths[sequence] + count <= self.capacity for sequence, count in new.items())
 
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens. No byte moves."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length={length}: the cache holds {self.length} tokens, so 0 to {self.length}")
-        self.length = length
+    def begin(self, new: Mapping[int, Sequence[int]], window: int | None = None) -> RectangularStep:
+        """Begin a step that brings these tokens; ValueError where they do not fit."""
+        return RectangularStep(self, new, window)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence; of every sequence, where all grow in step. Set it to move all of them at once."""
+        return max(self.lengths.values())
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.lengths = dict.fromkeys(self.lengths, length)
+
+    def truncate(self, length: int, sequence: int | None = None) -> None:
+        """Forget all but the first `length` tokens, of all sequences or of one. No byte moves."""
+        chosen = list(self.lengths) if sequence is None else [sequence]
+        for each in chosen:
+            if not 0 <= length <= self.lengths[each]:
+                raise ValueError(f"length={length}: the cache holds {self.lengths[each]} tokens, so 0 to {self.lengths[each]}")
+        for each in chosen:
+            self.lengths[each] = length
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)

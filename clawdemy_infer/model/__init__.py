@@ -1,4 +1,4 @@
-"""A Llama-family decoder small enough to read in one sitting: config, rope, attention, decoder, then sampling and generate."""
+"""A Llama-family decoder small enough to read in one sitting: config, rope, decoder, then sampling and generate."""
 
 from clawdemy_infer.model.config import ModelConfig
 from clawdemy_infer.model.decoder import Decoder

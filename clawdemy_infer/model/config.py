@@ -6,10 +6,11 @@ refused by a ValueError that names it: a wrong model that runs is worse than non
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.from_config.keys import Keys
 from clawdemy_infer.model.rope import Llama3Scaling
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -26,6 +27,9 @@ ONLY_AS = {
 }
 """Keys that are accepted with this one value, which is also what their absence means."""
 
+RUNS = frozenset({"name", "source", "L", "D", "N", "K", "H", "F", "V", "tied", "window", "qkv_bias", "qk_norm", "max_context"})
+"""Fields of a ModelShape that the decoder gives effect to. The others it runs only as they are by default."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -38,13 +42,24 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
+    runs: ClassVar[frozenset[str]] = RUNS
+    """A decoder that runs more has a config of its own that says so."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a shape that the arithmetic can count and the decoder cannot run, naming the field."""
+        for field in fields(ModelShape):
+            value = getattr(self.shape, field.name)
+            if field.name not in self.runs and value != field.default:
+                raise ValueError(f"shape {self.shape.name!r}: {field.name}={value}: the decoder runs dense Llama-family models, "
+                                 f"which have {field.name}={field.default}")
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], name: str = "", source: str = "config.json") -> ModelConfig:
         """Read a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3.
 
         Raises ValueError naming key, value and what is accepted, for anything the decoder would not compute as meant.
         """
-        keys = _Keys(config, source)
+        keys = Keys(config, source)
         family = keys.take("model_type")
         if family not in FAMILIES:
             keys.refuse("model_type", family, ", ".join(FAMILIES))
@@ -78,46 +93,13 @@ class ModelConfig:
         return read
 
 
-_REQUIRED = object()
-
-
-class _Keys:
-    """The keys of a config that nobody has asked for yet. A null counts as absent, as Hugging Face means it."""
-
-    def __init__(self, config: dict[str, Any], source: str) -> None:
-        self.left, self.source = dict(config), source
-
-    def refuse(self, key: str, value: object, accepted: str) -> NoReturn:
-        raise ValueError(f"{self.source}: {key}={repr(value)[:200]} is not supported; accepted: {accepted}")
-
-    def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self.left.pop(key, None)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            raise ValueError(f"{self.source}: {key} is missing")
-        return default
-
-    def whole(self, key: str, default: Any = _REQUIRED) -> int:
-        value = self.take(key, _REQUIRED if default is None else default)
-        if type(value) is not int or value < 1:
-            self.refuse(key, value, "a whole number, 1 or more")
-        return value
-
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
-        value = self.take(key, default)
-        if type(value) not in (int, float) or value <= 0:
-            self.refuse(key, value, "a number above 0")
-        return float(value)
-
-
-def _rope(keys: _Keys) -> tuple[float, Llama3Scaling | None]:
+def _rope(keys: Keys) -> tuple[float, Llama3Scaling | None]:
     """Base frequency and scaling. transformers 5 writes both into `rope_parameters`, older ones `rope_theta` beside `rope_scaling`."""
     old, new = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
     if old and new and old != new:
         keys.refuse("rope_scaling", old, "one of rope_scaling and rope_parameters, not two that differ")
     theta = keys.number("rope_theta", 10_000.0)
-    inner = _Keys(new or old or {}, f"{keys.source}: {'rope_parameters' if new else 'rope_scaling'}")
+    inner = Keys(new or old or {}, f"{keys.source}: {'rope_parameters' if new else 'rope_scaling'}")
     theta = inner.number("rope_theta", theta)
     # Older files call the type `type`, some say it twice.
     kinds = {inner.take("rope_type", "default"), inner.take("type", "default")} - {"default"}
@@ -136,7 +118,7 @@ def _rope(keys: _Keys) -> tuple[float, Llama3Scaling | None]:
     return theta, scaling
 
 
-def _window(keys: _Keys, family: str, layers: int) -> int | None:
+def _window(keys: Keys, family: str, layers: int) -> int | None:
     """The sliding window in tokens, if all layers have one; None if none has. Some with and some without are refused."""
     if family == "mistral" and "sliding_window" not in keys.left:
         raise ValueError(f"{keys.source}: sliding_window is missing; a mistral config says it, if only as null")

@@ -3,7 +3,10 @@
 Letters as everywhere: B batch, S context, T new tokens, D width, F feed-forward width, N query heads, K KV heads, H head
 dimension, L layers, V vocabulary. One step is
 
-    tokens [B, T] -> embed -> L x (attention, MLP) -> norm -> head -> logits [B, T, V]
+    tokens [M] -> embed -> L x (attention, MLP) -> norm -> head -> logits [M, V]
+
+over M rows, the new tokens of all sequences one behind the other: B * T where each of B sequences brings T, and any sum where
+each brings its own. Only attention must know whose row is whose, and asks the cache.
 
 Touvron et al. 2023 (Llama); Jiang et al. 2023 (Mistral's sliding window); Qwen2 adds a bias to Q, K and V, Qwen3 a norm to
 the heads of Q and K. What one family has and another has not is a field of the config, never a subclass.
@@ -11,13 +14,14 @@ the heads of Q and K. What one family has and another has not is a field of the 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping, Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.kv_cache import KVCache
-from clawdemy_infer.model.attention import attend, causal_mask, visible_keys
+from clawdemy_infer.kv_cache import KVCache, Step, Uncached
 from clawdemy_infer.model.config import ModelConfig
 from clawdemy_infer.model.rope import angular_frequencies, rope_tables, rotate
 
@@ -46,7 +50,7 @@ class Layer(nn.Module):
     def __init__(self, shape: ModelShape, eps: float) -> None:
         super().__init__()
         D, N, K, H = shape.D, shape.N, shape.K, shape.H
-        self.N, self.K, self.H, self.window = N, K, H, shape.window
+        self.N, self.K, self.H = N, K, H
         self.attention_norm = RMSNorm(D, eps)
         self.qkv = nn.Linear(D, (N + 2 * K) * H, bias=shape.qkv_bias)
         self.q_norm = RMSNorm(H, eps) if shape.qk_norm else None
@@ -56,33 +60,24 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(D, 2 * shape.F, bias=False)
         self.down = nn.Linear(shape.F, D, bias=False)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None,
-                cache: KVCache | None, index: int) -> torch.Tensor:
-        """x [B, T, D] -> [B, T, D]. `rope` and `mask` are the same for every layer of a step."""
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, index)
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], step: Step, index: int) -> torch.Tensor:
+        """x [M, D] -> [M, D]. `rope` and `step` are the same for every layer."""
+        x = x + self.attention(self.attention_norm(x), rope, step, index)
         return x + self.mlp(self.mlp_norm(x))
 
-    def attention(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None,
-                  cache: KVCache | None, index: int) -> torch.Tensor:
-        B, T, _ = x.shape
+    def attention(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], step: Step, index: int) -> torch.Tensor:
         N, K, H = self.N, self.K, self.H
-        heads = self.qkv(x).view(B, T, N + 2 * K, H)
-        qk, v = heads.split((N + K, K), dim=2)
+        heads = self.qkv(x).view(-1, N + 2 * K, H)
+        qk, v = heads.split((N + K, K), dim=1)
         if self.q_norm is not None:
-            q, k = qk.split((N, K), dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        q, k = rotate(qk, *rope).split((N, K), dim=2)                   # queries and keys turn alike, so in one go
-        k, v = k.transpose(1, 2), v.transpose(1, 2)                                         # [B, K, T, H]
-        if cache is not None:
-            k, v = cache.append(index, k, v)                                                # [B, K, S, H]
-        if self.window:
-            seen = visible_keys(T, k.shape[2], self.window)
-            k, v = k[:, :, -seen:], v[:, :, -seen:]
-        return self.out(attend(q, k, v, mask))
+            q, k = qk.split((N, K), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, *rope).split((N, K), dim=1)                   # queries and keys turn alike, so in one go
+        return self.out(step.attend(index, q, k, v))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU)."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)                                         # [B, T, F] each
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                                         # [M, F] each
         return self.down(F.silu(gate) * up)
 
 
@@ -109,45 +104,59 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
-    @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, cache: KVCache | None = None, last_only: bool = False) -> torch.Tensor:
         """Logits [B, T, V] of tokens [B, T], which follow on whatever `cache` holds; [B, 1, V] of the last if `last_only`.
 
-        With `last_only` the head, a D x V product for each position, is spared for all positions but one: that is how a
-        prefill is run. The cache counts the tokens only when the whole step is done, so an interrupted step can simply
-        be run again. Logits come out of inference mode: `clone()` them to write into them. Raises ValueError, before any
-        work, for a wrong shape or dtype, an unknown token, or too many tokens.
+        Row b belongs to the cache's sequence b. With `last_only` the head, a D x V product for each position, is spared for all
+        positions but one: that is how a prefill is run. See `step` for the rest.
         """
-        self._check(tokens, cache)
-        T = tokens.shape[1]
-        past = cache.length if cache is not None else 0
-        window = self.config.shape.window
-        self.frequencies = self.frequencies.to(self.device)
-        rope = rope_tables(self.frequencies, past, T, self.dtype)
-        mask = causal_mask(T, visible_keys(T, past + T, window), window, self.device)
-
-        x = self.embed(tokens)                                                              # [B, T, D]
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache, index)
-        x = self.norm(x[:, -1:] if last_only else x)
-        logits = self.head(x) if self.head is not None else F.linear(x, self.embed.weight)
-
-        if cache is not None:
-            cache.advance(T)
-        return logits
-
-    def _check(self, tokens: torch.Tensor, cache: KVCache | None) -> None:
-        shape = self.config.shape
         if tokens.dim() != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens {list(tokens.shape)} of {tokens.dtype}: whole numbers [B, T] are accepted, T at least 1")
-        low, high = (int(bound) for bound in tokens.aminmax())
-        if low < 0 or high >= shape.V:
-            raise ValueError(f"tokens hold {low if low < 0 else high}: ids from 0 to V-1 = {shape.V - 1} are accepted")
-        past, (B, T) = cache.length if cache is not None else 0, tokens.shape
-        if shape.max_context and past + T > shape.max_context:
-            raise ValueError(f"tokens: {past} in the cache and {T} new make {past + T}; "
-                             f"the model's context is {shape.max_context}")
-        if cache is not None and past + T > cache.capacity:
-            raise ValueError(f"cache: it holds {past} tokens of at most {cache.capacity}, and {T} more do not fit")
-        if cache is not None and B != cache.batch:
-            raise ValueError(f"tokens: {B} sequences, but the cache was made for {cache.batch}")
+        (B, T), shape = tokens.shape, self.config.shape
+        if cache is None:
+            cache = Uncached(B, shape.max_context or T, self.dtype, self.device)
+        if B != len(cache.lengths):
+            raise ValueError(f"tokens: {B} sequences, but the cache was made for {len(cache.lengths)}")
+        new = dict(zip(cache.lengths, tokens.tolist(), strict=True))
+        return self._run(new, tokens.flatten(), cache, last_only).view(B, -1, shape.V)
+
+    def step(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache, last_only: bool = True) -> torch.Tensor:
+        """One forward pass over `new`, the token ids that each of some sequences brings: as many as it likes, and each its own
+        number. Returns the logits that follow each sequence, [B, V] in the order of `new`; of all M rows, [M, V], if not
+        `last_only`.
+
+        The cache counts the tokens only when the whole step is done, so an interrupted step can simply be run again. Logits
+        come out of inference mode: `clone()` them to write into them. Raises ValueError, before any work, for an unknown
+        sequence or token, or for more tokens than the cache or the model's context has room for.
+        """
+        tokens = [token for ids in new.values() for token in ids]
+        return self._run(new, torch.tensor(tokens, dtype=torch.int64, device=self.device), cache, last_only)
+
+    @torch.inference_mode()
+    def _run(self, new: Mapping[Hashable, Sequence[int]], tokens: torch.Tensor, cache: KVCache, last_only: bool) -> torch.Tensor:
+        self._check(new, cache)
+        step = cache.begin(new, self.config.shape.window)
+        self.frequencies = self.frequencies.to(self.device)
+        rope = rope_tables(self.frequencies, step.positions, self.dtype)
+
+        x = self.embed(tokens)                                                              # [M, D]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, step, index)
+        if last_only and len(x) > len(step.new):
+            x = x[torch.tensor(step.new, device=self.device).cumsum(0) - 1]                 # [B, D]
+        x = self.norm(x)
+        logits = self.head(x) if self.head is not None else F.linear(x, self.embed.weight)
+
+        step.commit()
+        return logits
+
+    def _check(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache) -> None:
+        shape = self.config.shape
+        for sequence, ids in new.items():
+            if ids and not (0 <= min(ids) and max(ids) < shape.V):
+                wrong = min(ids) if min(ids) < 0 else max(ids)
+                raise ValueError(f"tokens hold {wrong}: ids from 0 to V-1 = {shape.V - 1} are accepted")
+            past, T = cache.lengths.get(sequence, 0), len(ids)
+            if shape.max_context and past + T > shape.max_context:
+                raise ValueError(f"tokens: {past} in the cache and {T} new make {past + T}; "
+                                 f"the model's context is {shape.max_context}")

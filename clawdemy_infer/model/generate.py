@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.kv_cache import ContiguousCache, Int8Cache, KiviCache, KVCache, PagedCache, SlidingWindowCache
 from clawdemy_infer.model.decoder import Decoder
 from clawdemy_infer.model.sampling import Sampling, sample
 from clawdemy_infer.model.tokenizer import TextStream
 from clawdemy_infer.timing import now
+
+KEEPERS = {
+    "contiguous": ContiguousCache.for_model, "paged": PagedCache.for_model, "int8": Int8Cache.for_model, "int4": KiviCache.for_model,
+    "window": lambda model, batch, capacity: SlidingWindowCache.for_model(model, batch, window=256, sinks=4),
+}
+"""Ways to keep the keys and values, by name: each is called with (model, batch, capacity). A window never fills up."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +39,25 @@ class Generation:
 
 
 def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64, sampling: Sampling | None = None, *,
-             stop: str | Sequence[str] = (), on_token: Callable[[str], None] | None = None, cached: bool = True) -> Generation:
+             stop: str | Sequence[str] = (), on_token: Callable[[str], None] | None = None,
+             cache: str | KVCache = "contiguous") -> Generation:
     """Continue `prompt`, a text or its token ids, by up to `max_tokens` tokens; greedily without a `sampling`.
 
     `on_token` is called with each new piece of text: whole characters, never part of a stop string; joined they are
-    `text`. Time spent in it counts. `cached=False` keeps no KV cache and runs the whole sequence anew for every token.
+    `text`. Time spent in it counts. `cache` names one of `KEEPERS`, or is a cache for one sequence, and the prompt follows on
+    what that one holds; "none" keeps nothing and runs the whole text anew for every token.
     An interrupt ends the generation: what is there by then comes back, and the model can be used again at once.
-    Raises ValueError, before any work, for an empty prompt, a wrong `max_tokens` or `stop`, or more than the context holds.
+    Raises ValueError, before any work, for an empty prompt, a wrong `max_tokens`, `stop` or `cache`, or more than the context
+    holds.
     """
     start = now()
     ids, stop = _prompt_ids(model, prompt), (stop,) if isinstance(stop, str) else tuple(stop)
     sampling = sampling or Sampling()
-    _check(model, ids, max_tokens, stop)
+    _check(model, ids, max_tokens, stop, cache)
     generator = sampling.generator(model.device)
-    cache = ContiguousCache.for_model(model, batch=1, capacity=len(ids) + max_tokens) if cached else None
+    cached = cache != "none"
+    if isinstance(cache, str):
+        cache = KEEPERS[cache](model, 1, len(ids) + max_tokens) if cached else None
     stream = TextStream(model.tokenizer, stop) if model.tokenizer else None
     tokens: list[int] = []
     times: list[float] = []
@@ -94,7 +105,7 @@ def _prompt_ids(model: Decoder, prompt: str | Sequence[int]) -> list[int]:
     return model.tokenizer.encode(prompt)
 
 
-def _check(model: Decoder, ids: list[int], max_tokens: int, stop: tuple[str, ...]) -> None:
+def _check(model: Decoder, ids: list[int], max_tokens: int, stop: tuple[str, ...], cache: str | KVCache) -> None:
     if not ids:
         raise ValueError("prompt is empty: at least one token is needed to start from")
     if max_tokens < 1:
@@ -103,7 +114,15 @@ def _check(model: Decoder, ids: list[int], max_tokens: int, stop: tuple[str, ...
         raise ValueError(f"stop={stop!r}: texts of at least one character are accepted")
     if stop and model.tokenizer is None:
         raise ValueError(f"stop={stop!r}: this model has no tokenizer, so its tokens have no text")
+    past = 0
+    if not isinstance(cache, str):
+        if len(cache.lengths) != 1:
+            raise ValueError(f"cache: it has {len(cache.lengths)} sequences, and a generation is 1")
+        past, = cache.lengths.values()
+    elif cache not in (*KEEPERS, "none"):
+        raise ValueError(f"cache={cache!r}: accepted are {', '.join(KEEPERS)}, none")
     limit = model.config.shape.max_context
-    if limit and len(ids) + max_tokens > limit:
-        raise ValueError(f"prompt has {len(ids)} tokens and max_tokens={max_tokens}: together {len(ids) + max_tokens}, "
+    if limit and past + len(ids) + max_tokens > limit:
+        held = f"the cache holds {past} tokens, the " if past else ""
+        raise ValueError(f"{held}prompt has {len(ids)} tokens and max_tokens={max_tokens}: together {past + len(ids) + max_tokens}, "
                          f"but the model's context is {limit}")

@@ -41,18 +41,17 @@ def angular_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | No
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_tables(frequencies: torch.Tensor, start: int, new: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin of positions start … start + T - 1, each [T, 1, H]: made once a step and shared by all layers.
+def rope_tables(frequencies: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and signed sin of `positions` [M], fp32, each [M, 1, H]: made once a step and shared by all layers.
 
     The sine carries the sign of its half, (-sin, +sin), so that `rotate` needs no negation.
     """
-    positions = torch.arange(start, start + new, dtype=torch.float32, device=frequencies.device)
-    angles = torch.outer(positions, frequencies)[:, None]                                   # [T, 1, H/2]
+    angles = torch.outer(positions, frequencies)[:, None]                                   # [M, 1, H/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn every head of x [B, T, heads, H]: (a, b) -> (a cos - b sin, b cos + a sin) for its two halves a and b."""
+    """Turn every head of x [M, heads, H]: (a, b) -> (a cos - b sin, b cos + a sin) for its two halves a and b."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)                                             # (b, a)
     return torch.addcmul(x * cos, swapped, sin)

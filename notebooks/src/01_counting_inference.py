@@ -365,6 +365,163 @@ The napkin promises too much by a factor of {napkins[0]:.1f} to {napkins[-1]:.1f
 # decode's MLP becomes compute-bound, while its attention never does; and where a model is tiny, neither is true: the starts decide.
 
 # %% [markdown]
+# ### Other people's runs
+#
+# So far the machine was yours. Does the same arithmetic hold on machines that we have never touched? `data/published_runs.csv` keeps
+# runs that others measured and published, each with its source: from a Raspberry Pi to eight H100s, from 2022 to 2025. The numbers are
+# theirs, and none of them was made by the model that is about to be judged.
+#
+# Capacity and bounds come first. A run that does not fit, or that is faster than its bytes at data-sheet bandwidth, did not happen as stated.
+
+# %%
+from clawdemy_infer import published
+from clawdemy_infer.published.on_paper import aims_table, contradictions_table, figures_table, reasons_table
+
+runs = published.read()
+evidence = published.Evidence()                     # the rows that may teach
+verdicts = published.verdicts(runs, evidence)       # each predicted without its own source
+by_status = {status: [row for row in verdicts if row.status == status] for status in ("ok", "impossible", "inexpressible")}
+Markdown(f"{len(runs)} rows from {len({run.group for run in runs})} sources: {len(by_status['ok'])} can be predicted, "
+         f"**{len(by_status['impossible'])} are impossible**, and {len(by_status['inexpressible'])} are about something else, or leave out "
+         "what a prediction needs.")
+
+# %%
+reasons_table(verdicts)
+
+# %% [markdown]
+# The rest takes longer than its bound, always. How much longer? A data sheet leaves out what a kernel loses: some of the bandwidth, some of
+# the peak, a gap between one kernel and the next, instructions to unpack a quantized weight, the start of an all-reduce. The model has one
+# figure for each of these, and no more. They are *fitted*, on rows of **other sources than the one that is judged**: that is the only
+# test that says anything about a run you have not seen.
+
+# %%
+figures_table(evidence.without(None))
+
+# %%
+fitted = evidence.without(None)
+gap_s = fitted["gap"] / 1.41e9                      # an A100 runs at 1.41 GHz
+Markdown(f"Read as a sentence: a kernel streams at {fitted['bandwidth']:.0%} of the data sheet, a matrix product runs at {fitted['tile']:.0%} of the "
+         f"peak, and between one kernel and the next pass {fitted['gap']:,.0f} clock cycles, {si(gap_s, 's')} on an A100. That last one is why a small "
+         "model, or the small part of a large one on eight devices, stays so far from its bound.")
+
+# %%
+KINDS = {"decode, batch 1": "decode at batch 1", "prefill": "prefill", "one matrix product": "GEMM profiles", "served batches": "serving, all",
+         "decode on several devices": "tensor parallel"}
+plans = {run.id: published.plan(run) for run in runs if run.id in {row.id for row in by_status["ok"] if row.terms}}
+figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.2))
+low, high = 1.5e-5, 300
+for colour, (label, aim) in zip(plots.COLOURS, KINDS.items(), strict=False):
+    shown = [row for row in by_status["ok"] if published.AIMS[aim](row)]
+    published_s = [plans[row.id].seconds(row.published) for row in shown]
+    predicted_s = [sum(row.terms.values()) for row in shown]
+    left.loglog(published_s, [plans[row.id].bound for row in shown], ".", color=plots.NAPKIN, markersize=4, alpha=0.6, zorder=1)
+    left.loglog(published_s, predicted_s, "o", color=colour, markersize=4, alpha=0.7, label=label, markeredgewidth=0)
+    right.loglog(published_s, [p / m for p, m in zip(predicted_s, published_s, strict=True)], "o", color=colour, markersize=4, alpha=0.7,
+                 markeredgewidth=0)
+left.plot([], [], ".", color=plots.NAPKIN, label="bound: data sheets as printed")
+left.plot([low, high], [low, high], color="black", linewidth=0.8)
+left.set(title="Predicted against published", xlabel="published", ylabel="predicted", xlim=(low, high), ylim=(low / 3, high))
+left.legend(loc="lower right", markerscale=1.5, handletextpad=0.2, borderaxespad=0.2)
+right.axhspan(1 / 1.25, 1.25, color=plots.ROOFLINE, alpha=0.12, linewidth=0)
+right.axhline(1, color="black", linewidth=0.8)
+right.set(title="… as a ratio; the band is a quarter", xlabel="published", xlim=(low, high), ylim=(0.1, 3), yticks=[0.125, 0.25, 0.5, 1, 2])
+right.minorticks_off()
+right.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+for ax in (left, right):
+    ax.set_xticks([1e-4, 1e-2, 1, 100])
+    plots.units(ax.xaxis, "s")
+left.set_yticks([1e-4, 1e-2, 1, 100])
+plots.units(left.yaxis, "s")
+for id, name, place in (("r590", "a matrix-vector kernel\nthat reads a prompt", (-112, 2)), ("r093", "70B on four H100s,\na prompt of 128", (-92, -44)),
+                        ("r018", "70B on two A100s", (18, -66)), ("r085", "70B, heads that\nshare reads", (-38, 22))):
+    row = next(row for row in by_status["ok"] if row.id == id)
+    right.annotate(name, (plans[id].seconds(row.published), sum(row.terms.values()) / plans[id].seconds(row.published)), xytext=place,
+                   textcoords="offset points", fontsize=9, arrowprops={"arrowstyle": "-", "linewidth": 0.7})
+plt.show()
+
+# %% [markdown]
+# Seven decades. Beside simpler models, each judged in the same way:
+
+# %%
+aims_table(verdicts, published.simpler(runs, evidence))
+
+# %% [markdown]
+# **Reading one cache eight times.** In 2023 the decode attention of TensorRT-LLM fetched a KV head once for *each* of its query heads.
+# Nothing in its tables says so; the arithmetic does. Predict the long answers twice, with the cache read once for each KV head and once for
+# each query head:
+
+# %%
+from dataclasses import replace
+
+lines = []
+for run in runs:
+    if run.software.startswith("TensorRT-LLM") and (run.gen_len or 0) >= 1024 and run.category == "serving_throughput":
+        mine = evidence.figures(run)
+        once, each = (published.judge(variant, mine).ratio for variant in (replace(run, software="with shared reads (XQA)"), run))
+        lines.append((run.model, run.hardware, run.n_heads / run.n_kv_heads, once, each))
+groups = {"one query head to a KV head": [line for line in lines if line[2] == 1], "8 and more": [line for line in lines if line[2] > 1]}
+Table(("predicted tokens/s as a multiple of the published", "rows", "read per KV head", "read per query head"),
+      [(name, str(len(found)), *(f"{min(line[i] for line in found):.2f} to {max(line[i] for line in found):.2f}" for i in (3, 4)))
+       for name, found in groups.items()], numeric=("rows", "read per KV head", "read per query head"))
+
+# %% [markdown]
+# For the models whose heads share nothing the two are the same, and close to what was published. For the others the first promises up to
+# twice too much; the second is a little too low, as some of the repeated reads find the cache line on the chip. So grouped-query attention
+# had saved memory and, in that kernel, hardly any bandwidth. NVIDIA's later kernel shares the reads, and its own note gives 2.4 times the
+# throughput. (A hypothesis found by looking at these rows, with one independent confirmation.)
+#
+# **Where the rows contradict each other**, no model can be right about both:
+
+# %%
+contradictions_table(published.contradictions(runs))
+
+# %% [markdown]
+# And what is missed most, and why:
+
+# %%
+row = {row.id: row for row in verdicts}
+Markdown(f"""
+* *A kernel that is wrong for its job.* A quantized matrix-vector kernel reads a whole prompt {row['r590'].ratio:.0f} times slower than
+  arithmetic says (a course does so on purpose, before it writes the right one). Attention in eager PyTorch copies the cache for every query
+  head and takes {1 / row['r262'].ratio:.0f} times as long as even those copies should. Data sheets know nothing of that.
+* *Short prompts on fast machines.* {row['r089'].model} on an H100 took {row['r089'].published:.0f} ms for a prompt of 128 tokens in 2023, and
+  we say {row['r089'].predicted:.1f}: what was left was software.
+* *Two dies that act as one.* On Apple's M1 Ultra a token took {row['r466'].ratio:.2f} times as long as we predict: neither die finds all of
+  the other's bandwidth.
+""")
+
+# %% [markdown]
+# One figure more, for the eye. These are matrix products of Llama-2-7B, profiled by others. Where does the batch stop being free?
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
+products = {"qkv": (4096, 12288), "o": (4096, 4096), "gate+up": (4096, 22016), "down": (11008, 4096)}
+for panel, hardware in zip(panels, ("A100-80GB SXM", "A40-48GB"), strict=True):
+    profiled = [run for run in runs if run.category == "gemm_profile" and run.model == "Llama-2-7B" and run.hardware == hardware]
+    peak, bandwidth = 1e12 * profiled[0].peak_TFLOPs_per_device, 1e9 * profiled[0].peak_bw_GBps_per_device
+    for colour, (name, (k, n)) in zip(plots.COLOURS, products.items(), strict=False):
+        points = [(run.batch, 2 * run.batch * k * n / plans[run.id].seconds(run.value)) for run in profiled if run.notes.startswith(f"{name}:")]
+        panel.loglog(*zip(*points, strict=True), "o", color=colour, markersize=5, label=f"{k:,} × {n:,}")
+        rows = [2**i for i in range(13)]
+        asked = published.Stack([published.plan(replace(profiled[0], notes=f"[{m},{k}]x[{k},{n}]")) for m in rows])
+        seconds = asked.seconds(evidence.figures(profiled[0]))
+        panel.loglog(rows, [2 * m * k * n / s for m, s in zip(rows, seconds, strict=True)], color=colour, linewidth=1)
+    panel.plot([1, peak / bandwidth, 4096], [bandwidth, peak, peak], "--", color=plots.NAPKIN, linewidth=1.5)
+    panel.text(1.2, peak * 1.1, f"ridge: {peak / bandwidth:.0f} rows", color="#6a6a6a", fontsize=9)
+    panel.set(title=hardware, xlabel="rows M", ylim=(4e11, 8e14))
+    panel.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4,096"])
+    panel.xaxis.minorticks_off()
+    plots.units(panel.yaxis, "FLOP/s")
+panels[1].legend(loc="lower right", title="weights")
+panels[0].set_ylabel("rate")
+plt.show()
+
+# %% [markdown]
+# Dots are published, lines are predicted from other machines, the dashed roof is the data sheet. The corner of the roof is sharp and the
+# rows' is round: near the ridge neither computing nor fetching hides the other wholly, and a chip cut into tiles is never quite full. Plan
+# with half the ridge, and you are not disappointed.
+
+# %% [markdown]
 # ## Play and exercises
 #
 # What if? Any model, any machine. Watch what happens to the intensity as the batch grows, and when a long context takes the room.
@@ -562,6 +719,99 @@ lesson.exercise("longest_compute_bound_context", longest_compute_bound_context,
 # ```python
 # def longest_compute_bound_context(P, kv, R):
 #     return 2 * P / (kv * R)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 5 · Which format had this cache?
+#
+# A published table serves GPT-J-6B on one H100 of 85.9 GB: 1,024 sequences of 128 tokens in and 128 out, all at once, with weights in fp8.
+# It does not say in which format the KV cache was. Let the memory say it: give the bytes of a cached number. (GPT-J: L = 28, K = 16, H = 256.)
+
+# %% tags=["exercise", "exercise:bytes_of_a_cached_number"]
+cached_numbers = 2 * 28 * 16 * 256 * 256 * 1024         # K and V, layers, heads, head dimension, tokens, sequences
+bytes_of_a_cached_number = ...
+
+lesson.exercise("bytes_of_a_cached_number", bytes_of_a_cached_number, expected=1, rtol=0.01,
+                means="capacity is arithmetic that a table cannot hide: at two bytes the cache alone would need 120 GB, so it was fp8.")
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# How many bytes are there for each of the cached numbers, once the weights (6 GB) are in?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# bytes_of_a_cached_number = int((85.9e9 - 6.05e9) / cached_numbers)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 6 · One bandwidth or five?
+#
+# The GPTQ paper times OPT-175B in fp16, 349 GB of weights, on five A100s of 2,039 GB/s: 230 ms for a token. Do five cards read at five times
+# the bandwidth of one? Give how many cards' bandwidth the 230 ms are worth.
+
+# %% tags=["exercise", "exercise:bandwidths_at_work"]
+bandwidths_at_work = ...
+
+lesson.exercise("bandwidths_at_work", bandwidths_at_work, expected=349.2 / 2.039 / 230, rtol=0.03,
+                means="less than one. The layers lie on five cards and run one after the other, so that one card reads at a time. "
+                      "Pipelines make room; they do not make a single token faster.")
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# What would one card's bandwidth take for all of the bytes? Compare with 230 ms.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# bandwidths_at_work = 349.2e9 / 2039e9 / 0.230
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 7 · Is this run possible? (harder)
+#
+# Write the check that found the impossible rows: a decode step at batch 1 that streams so many bytes and keeps so many in memory,
+# on so many devices that share the work evenly. Allow 2 % for rounding.
+
+# %% tags=["exercise", "exercise:possible"]
+def possible(streamed_bytes, kept_bytes, seconds, devices, bandwidth, memory):
+    """Whether such a step can have taken `seconds`."""
+    return ...
+
+
+lesson.exercise("possible", possible,
+                cases={(13.21e9, 13.48e9, 1 / 1084.86, 1, 2039e9, 85.9e9): False, (13.21e9, 13.48e9, 1 / 104.9, 1, 2039e9, 85.9e9): True,
+                       (137.4e9, 138e9, 0.0418, 1, 3350e9, 85.9e9): False, (137.4e9, 138e9, 1 / 62.5, 8, 2039e9, 85.9e9): True},
+                nudge="Two questions: does it fit, and could the bytes be read in that time?",
+                means="two lines of arithmetic are worth more than a benchmark's decimals.")
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# `kept_bytes` against `devices * memory`; `streamed_bytes / devices / bandwidth` against `seconds`.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def possible(streamed_bytes, kept_bytes, seconds, devices, bandwidth, memory):
+#     return kept_bytes <= 1.02 * devices * memory and streamed_bytes / devices / bandwidth <= 1.02 * seconds
 # ```
 #
 # </details>

@@ -344,7 +344,7 @@ assert len(prompt) == P
 outputs, seconds = {}, {}
 for kind in ("without", "with"):
     start = now()
-    outputs[kind] = generate(decoder, prompt, max_tokens=n, cached=kind == "with")
+    outputs[kind] = generate(decoder, prompt, max_tokens=n, cache="contiguous" if kind == "with" else "none")
     seconds[kind] = now() - start
 
 assert outputs["without"].tokens == outputs["with"].tokens and len(outputs["with"].tokens) == n

@@ -1,0 +1,46 @@
+"""What a scheduler is told to do: one batch after the other or a batch that flows, how much at once, whose turn, and who gives way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How requests share the machine.
+
+    batching         "static": a batch is formed, padded, and kept until its last sequence has ended.
+                     "continuous": after every step, whoever has ended leaves and whoever waits joins (Yu et al. 2022, Orca)
+    max_batch        most sequences that run at once
+    token_budget     most new tokens of a step. Tokens of running sequences come first and a prompt gets what is left, in chunks
+                     (Agrawal et al. 2024, Sarathi-Serve). None: a prompt comes whole, and all who decode wait for it
+    order            "fcfs": first come, first served. "priority": smaller numbers first, then first come
+    preemption       what happens to the sequence that gives way when no block is free: "recompute" forgets it and begins anew,
+                     "swap" moves its blocks to the host (Kwon et al. 2023, section 4.5)
+    prefix_caching   prompts that begin alike share blocks
+    reserve          a sequence takes all the blocks it might ever need when it joins, as if there were no paging: nobody
+                     is preempted, and few run
+
+    Raises ValueError naming the argument.
+    """
+
+    batching: str = "continuous"
+    max_batch: int = 16
+    token_budget: int | None = None
+    order: str = "fcfs"
+    preemption: str = "recompute"
+    prefix_caching: bool = False
+    reserve: bool = False
+
+    def __post_init__(self) -> None:
+        accepted = {"batching": ("static", "continuous"), "order": ("fcfs", "priority"), "preemption": ("recompute", "swap")}
+        for name, values in accepted.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(values)}")
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch={self.max_batch}: at least 1")
+        if self.token_budget is not None and self.token_budget < self.max_batch:
+            raise ValueError(f"token_budget={self.token_budget}: at least max_batch={self.max_batch}, a token for each that decodes")
+        if self.batching == "static" and (self.token_budget or self.prefix_caching):
+            name = "token_budget" if self.token_budget else "prefix_caching"
+            raise ValueError(f"{name}={getattr(self, name)}: a static batch is one padded rectangle; only continuous batching has this")

@@ -1,0 +1,89 @@
+"""Where the bytes of a block pool lie, and how they are moved. Which block is whose is decided elsewhere (`block_tables`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from clawdemy_infer.kv_cache.block_pool import BlockPool
+
+
+class PagedStore:
+    """Keys and values of all blocks of `pool`: two tensors [L, tiles, K, C, H], C the tokens of a tile of neighbouring blocks.
+
+    Slot s, the s-th token of the pool, lies in tile s // C at s % C. With K before C, the tokens of one head within a tile lie
+    one behind the other, and a tile is a matrix that attention reads where it lies. Nothing else is allocated but the same for
+    the blocks of a `host` pool, in the host's memory.
+    """
+
+    def __init__(self, pool: BlockPool, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu", host: BlockPool | None = None) -> None:
+        self.pool, self.dtype, self.device = pool, dtype, torch.device(device)
+        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
+        tiles, self.tile_tokens = pool.blocks // pool.tile, pool.tile * pool.block_size
+        # Zeros, because a mask hides a stale number but not a NaN.
+        self.keys = torch.zeros(layers, tiles, kv_heads, self.tile_tokens, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        shape = (host.blocks if host else 0, layers, kv_heads, pool.block_size, head_dim)
+        pinned = self.device.type == "cuda"                     # page-locked memory, which a GPU copies from at full speed
+        self.host_keys, self.host_values = (torch.zeros(shape, dtype=dtype, pin_memory=pinned) for _ in range(2))
+        self._rows = [tensor.view(layers, -1, head_dim).unbind() for tensor in (self.keys, self.values)]
+        self._tiles = [tensor.unbind() for tensor in (self.keys, self.values)]
+
+    def rows(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where the H numbers of each KV head of `slots` [M] lie, in a layer seen as rows of H: [M, K]."""
+        tile, offset = slots // self.tile_tokens, slots % self.tile_tokens
+        head = torch.arange(self.kv_heads, device=self.device)
+        return (tile[:, None] * self.kv_heads + head) * self.tile_tokens + offset[:, None]
+
+    def write(self, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put k, v [M, K, H] into the slots whose `rows` are given."""
+        for of_layer, x in zip(self._rows, (k, v), strict=True):
+            of_layer[layer].index_copy_(0, rows.view(-1), x.reshape(-1, self.head_dim))
+
+    def gather(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [K, S, H] of S slots, copied together, one behind the other."""
+        index = rows.t().reshape(-1)
+        keys, values = (of_layer[layer].index_select(0, index).view(self.kv_heads, -1, self.head_dim) for of_layer in self._rows)
+        return keys, values
+
+    def tiles(self, layer: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [P, K, C, H] of the neighbouring tiles first ... last - 1, where they lie."""
+        keys, values = (tensor[layer][first:last] for tensor in self._tiles)
+        return keys, values
+
+    # ---- whole blocks, in all layers at once ----
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy blocks within the pool."""
+        for tensor in map(self._by_block, (self.keys, self.values)):
+            tensor[self._at(targets)] = tensor[self._at(sources)]
+
+    def to_host(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy blocks of the pool to blocks of the host."""
+        for host, tensor in ((self.host_keys, self.keys), (self.host_values, self.values)):
+            host[torch.tensor(targets)] = self._by_block(tensor)[self._at(sources)].to("cpu")
+
+    def from_host(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy blocks of the host to blocks of the pool."""
+        for host, tensor in ((self.host_keys, self.keys), (self.host_values, self.values)):
+            self._by_block(tensor)[self._at(targets)] = host[torch.tensor(sources)].to(self.device)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the pool, without those of the host."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host's blocks."""
+        return self.host_keys.nbytes + self.host_values.nbytes
+
+    def _by_block(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[L, tiles, K, blocks in a tile, block_size, H], a view."""
+        return tensor.view(*tensor.shape[:3], self.pool.tile, self.pool.block_size, self.head_dim)
+
+    def _at(self, blocks: Sequence[int]) -> tuple:
+        block = torch.tensor(blocks, device=self.device)
+        return slice(None), block // self.pool.tile, slice(None), block % self.pool.tile      # gives [blocks, L, K, block_size, H]

@@ -1,0 +1,88 @@
+"""A step over tensors [L, B, K, capacity, any]: sequences that bring equally many tokens are computed as one rectangle.
+
+A batch that decodes in step is a single rectangle. So is one whose sequences have different lengths, under a mask that hides
+what is not theirs: it reads as far as the longest, which is the price of a rectangle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from clawdemy_infer.attention import attend, causal_mask, ragged_mask, visible_keys
+from clawdemy_infer.kv_cache.step import Step
+
+
+class Stretch:
+    """What one rectangle writes and reads of one tensor [L, B, K, capacity, X]. Views are taken once a step for all layers."""
+
+    def __init__(self, tensor: torch.Tensor, first: int, past: list[int], new: int, window: int | None) -> None:
+        end, alike = max(past) + new, len(set(past)) == 1
+        mine = tensor[:, first:first + len(past)]
+        begin = end - visible_keys(new, end, window) if alike else 0
+        self.visible = mine[:, :, :, begin:end].unbind()                                    # L x [B, K, S, X]
+        if alike:
+            places = mine[:, :, :, past[0]:end].transpose(2, 3)                             # [L, B, T, K, X]
+            if len(past) == 1 or new == 1:
+                places = places.flatten(1, 2)                                               # a view: one of the two is 1
+            self.places = places.unbind()
+        else:
+            rows = torch.arange(len(past), device=tensor.device)[:, None]
+            at = torch.tensor(past, device=tensor.device)[:, None] + torch.arange(new, device=tensor.device)
+            self.places, self.index = None, (rows, slice(None), at)                         # [B, 1] and [B, T]
+
+    def write(self, layer: int, x: torch.Tensor) -> None:
+        """Put x [B*T, K, X] behind the past."""
+        if self.places:
+            place = self.places[layer]
+            place.copy_(x if place.dim() == 3 else x.view(place.shape))
+        else:
+            self.visible[layer][self.index] = x.view(*self.index[2].shape, *x.shape[1:])    # [B, T, K, X]
+
+    def read(self, layer: int) -> torch.Tensor:
+        """All that these sequences may see, the new tokens included: a view [B, K, S, X]."""
+        return self.visible[layer]
+
+
+class Rectangle(NamedTuple):
+    """B neighbouring sequences that bring T tokens each: `rows` of the packed step."""
+
+    rows: slice
+    mask: torch.Tensor | None
+    stretches: list[Stretch]
+
+
+class RectangularStep(Step):
+    """A step over the sequences of a `ContiguousCache`, or of any cache that has its `tensors` and its `remember`."""
+
+    def __init__(self, cache, new: Mapping[int, Sequence[int]], window: int | None) -> None:
+        super().__init__(cache, new)
+        self.rectangles = []
+        row = 0
+        # Neighbours in the cache, and in the step, with the same number of new tokens: i - sequence is constant within a run.
+        for (_, T), run in groupby(range(len(self.new)), key=lambda i: (i - self.sequences[i], self.new[i])):
+            run = list(run)
+            past, B = [self.past[i] for i in run], len(run)
+            if len(set(past)) == 1:
+                mask = causal_mask(T, visible_keys(T, past[0] + T, window), window, cache.dtype, cache.device)
+            else:
+                mask = ragged_mask(past, T, max(past) + T, window, cache.dtype, cache.device)
+            stretches = [Stretch(tensor, self.sequences[run[0]], past, T, window) for tensor in cache.tensors]
+            self.rectangles.append(Rectangle(slice(row, row + B * T), mask, stretches))
+            row += B * T
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if len(self.rectangles) == 1:
+            return self._attend(self.rectangles[0], layer, q, k, v)
+        return torch.cat([self._attend(each, layer, q[each.rows], k[each.rows], v[each.rows]) for each in self.rectangles])
+
+    def _attend(self, rectangle: Rectangle, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self.cache.remember(layer, rectangle.stretches, k, v)
+        return attend(q, keys, values, rectangle.mask)
+
+    def commit(self) -> None:
+        for sequence, count in zip(self.sequences, self.new, strict=True):
+            self.cache.lengths[sequence] += count

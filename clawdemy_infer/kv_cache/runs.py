@@ -1,0 +1,59 @@
+"""Runs: neighbouring sequences that bring equally many tokens, so that one product serves them all; and masks by position.
+
+For keepers whose keys do not lie in the order of the text, so that a mask has to be told where each one stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from clawdemy_infer.kv_cache.step import Step
+
+NOTHING = -1
+"""The position of a key that is not there."""
+
+
+class Run(NamedTuple):
+    """Sequences `first`, `first` + 1, ... of the cache: `rows` of the packed step, `past` tokens of each, `new` tokens for each."""
+
+    rows: slice
+    first: int
+    past: list[int]
+    new: int
+
+    @property
+    def sequences(self) -> slice:
+        return slice(self.first, self.first + len(self.past))
+
+    def each(self) -> Iterator[Run]:
+        """The same, one sequence at a time."""
+        for i, past in enumerate(self.past):
+            start = self.rows.start + i * self.new
+            yield Run(slice(start, start + self.new), self.first + i, [past], self.new)
+
+
+def runs(step: Step) -> Iterator[Run]:
+    """The step cut into runs, in its own order."""
+    row = 0
+    # i - sequence is constant among neighbours in the step that are neighbours in the cache too.
+    for (_, new), members in groupby(range(len(step.new)), key=lambda i: (i - step.sequences[i], step.new[i])):
+        members = list(members)
+        rows = slice(row, row + len(members) * new)
+        yield Run(rows, step.sequences[members[0]], [step.past[i] for i in members], new)
+        row = rows.stop
+
+
+def mask_by_position(queries: torch.Tensor, keys: torch.Tensor, window: int | None, sinks: int, dtype: torch.dtype) -> torch.Tensor:
+    """Which keys a query sees: those at or before it, of the last `window` or of the first `sinks` tokens, and none at `NOTHING`.
+
+    queries [B, T] and keys [B, S] are positions in the text; [B, 1, T, S] of 0 and -inf.
+    """
+    q, k = queries[:, None, :, None], keys[:, None, None, :]
+    hidden = (k > q) | (k == NOTHING)
+    if window is not None:
+        hidden |= (q - k >= window) & (k >= sinks)
+    return torch.zeros(hidden.shape, dtype=dtype, device=queries.device).masked_fill_(hidden, -torch.inf)

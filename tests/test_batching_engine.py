@@ -1,0 +1,233 @@
+"""The engine on a model that runs: whatever neighbours, chunks, preemptions and interruptions a request meets, its tokens are those it
+would get alone."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.batching import Policy, Request, State, uniform, with_tokens, workload
+from clawdemy_infer.batching.torch_executor import TorchExecutor, count_operations, engine
+from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
+from clawdemy_infer.timing import count_ops
+
+BLOCK = 2 * 2 * 2 * 8 * 4 * 4           # bytes of a block of four tokens: K and V, 2 layers, 2 heads of 8, fp32
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Random weights, wide enough apart that no two logits are nearly equal."""
+    torch.manual_seed(3)
+    shape = ModelShape("small", L=2, D=24, N=6, K=2, H=8, F=40, V=97, max_context=64)
+    model = Decoder(ModelConfig(shape)).requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(2)
+    return model
+
+
+def alone(model, prompt, count):
+    """Greedy tokens without any cache or neighbour: the whole text anew for each."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt):]
+
+
+def made(model, policy, blocks=16, **options):
+    return engine(model, policy, kv_bytes=blocks * BLOCK, block_size=4, host_bytes=6 * BLOCK, **options)
+
+
+POLICIES = {
+    "static": Policy("static", max_batch=3),
+    "continuous": Policy(max_batch=4),
+    "chunked": Policy(max_batch=4, token_budget=7),
+    "swap": Policy(max_batch=4, preemption="swap"),
+    "prefixes": Policy(max_batch=4, token_budget=9, prefix_caching=True),
+    "reserved": Policy(max_batch=4, reserve=True),
+}
+every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+
+
+@every_policy
+def test_tokens_are_those_of_a_request_alone(small, policy):
+    requests = with_tokens(workload(uniform(1, 30), uniform(1, 20), requests=14, seed=4), 97, shared=9)
+    report = made(small, policy).run(requests)
+    assert report.summary["finished"] == 14
+    for sequence in report.sequences:
+        assert sequence.tokens == alone(small, sequence.request.prompt, sequence.request.max_tokens)
+    if policy.batching == "continuous" and not policy.reserve:
+        assert report.summary["preemptions"] > 0                    # else the test would not show what it is there for
+    if policy.prefix_caching:
+        assert report.summary["cached"] > 0
+
+
+@given(st.sampled_from(list(POLICIES)), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_a_storm_on_the_model_leaks_no_block_and_changes_no_token(small, name, random):
+    served, added = made(small, POLICIES[name], blocks=8), []
+    layer, broken = small.layers[1], []
+    original = layer.forward
+
+    def breaks(*args):
+        if random.random() < 0.1:
+            broken.append(1)
+            raise KeyboardInterrupt
+        return original(*args)
+
+    layer.forward = breaks
+    try:
+        for _ in range(30):
+            for _ in range(random.choice([0, 0, 1, 2])):
+                prompt = [random.randrange(3) for _ in range(random.randrange(24))]
+                added.append(served.add(Request(len(added), prompt, random.randint(1, 14))))
+            if added and random.random() < 0.15:
+                served.cancel(random.randrange(len(added)))
+            try:
+                served.step()
+            except KeyboardInterrupt:
+                pass
+        layer.forward = original
+        served.run()
+    finally:
+        layer.__dict__.pop("forward", None)
+    tables = served.scheduler.tables
+    assert tables.pool.free == 8 and not tables.lengths and not tables.swapped and all(sequence.over for sequence in added)
+    for sequence in added:
+        if sequence.state is State.FINISHED:
+            assert sequence.generated == sequence.request.max_tokens
+        assert sequence.tokens == alone(small, sequence.request.prompt, sequence.generated)
+    assert not served.executor.streams and not served.executor.generators
+
+
+def pressed(work, seconds):
+    """Do `work()`, press Ctrl-C after so many seconds, and say whether it was interrupted."""
+    pressing = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    pressing.start()
+    try:
+        work()
+        pressing.join()                                             # too late for the work: it strikes here
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+@every_policy
+def test_ctrl_c_stops_between_two_steps_and_all_goes_on_after_it(small, policy):
+    requests = with_tokens(workload(uniform(1, 30), uniform(10, 20), requests=12, seed=4), 97)
+    served = made(small, policy)
+    sequences = [served.add(request) for request in requests]
+    assert all(pressed(lambda: [served.step() for _ in range(3)], 0.003 * i) for i in range(1, 9))
+    served.run()
+    assert served.scheduler.tables.pool.free == 16
+    for sequence in sequences:
+        assert sequence.tokens == alone(small, sequence.request.prompt, sequence.request.max_tokens)
+
+
+def test_an_interrupted_engine_can_be_cleared(small):
+    served = made(small, POLICIES["chunked"])
+    for request in with_tokens(workload(uniform(1, 30), uniform(1, 20), requests=14, seed=4), 97):
+        served.add(request)
+    for _ in range(7):
+        served.step()
+    served.cancel_all()
+    assert not served.busy and served.scheduler.tables.pool.free == 16
+    assert {sequence.state for sequence in served.sequences.values()} <= {State.FINISHED, State.CANCELLED}
+    prompt = [5, 6, 7]
+    assert served.run([Request("next", prompt, 4)]).sequences[-1].tokens == alone(small, prompt, 4)
+
+
+def test_sampling_draws_as_generate_does_whoever_is_beside(small):
+    hot = [Sampling(1.0, seed=seed) for seed in range(5)]
+    served = made(small, POLICIES["chunked"])
+    report = served.run([Request(i, [i, 7, 8, 9] * 3, 12, sampling=sampling) for i, sampling in enumerate(hot)])
+    for sequence in report.sequences:
+        request = sequence.request
+        assert sequence.tokens == generate(small, request.prompt, 12, request.sampling).tokens
+    assert report.summary["preemptions"] > 0
+
+
+def test_requests_come_when_they_say_and_tokens_take_time(small):
+    report = made(small, POLICIES["continuous"]).run([Request("a", [1, 2], 3, 0.0), Request("b", [3], 2, 0.15)])
+    a, b = sorted(report.sequences, key=lambda sequence: sequence.arrival_s)
+    assert b.arrival_s == pytest.approx(0.15) and b.token_times[0] > 0.15 > a.token_times[0] > 0
+    assert report.summary["seconds"] == pytest.approx(b.token_times[-1])
+    assert report.summary["kv_peak_bytes"] == BLOCK
+
+
+def test_a_second_run_counts_its_arrivals_from_its_own_beginning(small):
+    served = made(small, POLICIES["continuous"])
+    served.run([Request("a", [1, 2], 3, 0.0)])
+    time.sleep(0.2)
+    [b] = served.run([Request("b", [1, 2], 3, 0.0)]).sequences
+    assert b.arrival_s > 0.2 and b.token_times[0] - b.arrival_s < 0.2
+
+
+def test_the_engine_holds_what_it_was_given(small):
+    served = made(small, POLICIES["continuous"])
+    assert served.executor.cache.allocated_bytes == 16 * BLOCK
+    with pytest.raises(ValueError, match="kv_bytes"):
+        made(small, Policy(), blocks=7)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        served.add(Request("text", "Hello", 3))
+    with pytest.raises(ValueError, match="0 to V-1 = 96"):
+        served.add(Request("far", [97], 3))
+    assert not served.busy
+
+
+@pytest.mark.parametrize("name", ["continuous", "chunked", "static"])
+def test_operations_are_counted_as_the_steps_dispatch_them(small, name):
+    """Of steps of other sizes than those that were counted."""
+    counted, served, seen = count_operations(small, POLICIES[name]), made(small, POLICIES[name]), []
+    for request in with_tokens(workload(uniform(5, 9), uniform(9, 9), requests=6, seed=4), 97):
+        served.add(request)
+
+    def run(plan, repeats, until):
+        lengths, result = served.scheduler.tables.lengths, []
+        chunks = [(count, lengths[sequence] + count) for sequence, count in plan.new.items() if count > 1]
+        if name == "static":
+            expected = counted.chunk if chunks else counted.decode
+        else:
+            expected = counted.of(sum(count == 1 for count in plan.new.values()), chunks)
+        seen.append((expected, count_ops(lambda: result.append(TorchExecutor.run(served.executor, plan, repeats, until)))))
+        return result[0]
+
+    served.executor.run = run
+    served.run()
+    assert len(seen) > 12
+    for expected, ops in seen:
+        assert ops == pytest.approx(expected, rel=0.12)              # choosing tokens takes some, and in two layers that shows
+
+
+# ---- the real model ----
+
+
+def test_text_stops_and_streams_as_generate_says(smollm):
+    prompts = {"a": "The capital of France is", "b": "Once upon a time, there was", "c": "1, 2, 3, 4, 5, 6,"}
+    served = engine(smollm, Policy(max_batch=2, token_budget=8), kv_bytes=2**25)
+    pieces: list[str] = []
+    served.add(Request("a", prompts["a"], 10, stop=("Paris",)), pieces.append)
+    served.add(Request("b", prompts["b"], 7))
+    streamed = list(served.stream(Request("c", prompts["c"], 6)))
+    found = {sequence.request.id: sequence for sequence in served.run().sequences}
+    for id, sequence in found.items():
+        stop = sequence.request.stop
+        expected = generate(smollm, prompts[id], sequence.request.max_tokens, stop=stop)
+        assert (sequence.tokens, sequence.text, sequence.reason) == (expected.tokens, expected.text, expected.finish_reason)
+    assert found["a"].reason == "stop" and "".join(pieces) == found["a"].text
+    assert "".join(streamed) == found["c"].text and len(streamed) > 1
+
+
+def test_an_end_of_sequence_token_ends_a_request_unless_its_length_is_given(smollm):
+    chat = smollm.tokenizer.chat([{"role": "user", "content": "Say only: yes"}])
+    served = engine(smollm, Policy(max_batch=2), kv_bytes=2**26)
+    free, forced = served.run([Request("free", chat, 40), Request("forced", chat, 40, output_tokens=25)]).sequences
+    assert free.reason == "eos" and free.tokens[-1] in smollm.config.eos_ids and free.generated < 25
+    assert forced.reason == "length" and forced.generated == 25
+    assert forced.tokens[:free.generated] == free.tokens

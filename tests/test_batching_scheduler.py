@@ -1,0 +1,307 @@
+"""The scheduler, on a machine that a reader can do in the head: who runs, who waits, who gives way, and that nothing is ever lost."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clawdemy_infer.batching import Engine, Policy, Request, State
+from clawdemy_infer.batching.counted_blocks import CountedBlocks, Pool
+from clawdemy_infer.batching.scheduler import Emission
+from clawdemy_infer.batching.simulator import RooflineExecutor, scheduler_for
+from clawdemy_infer.kv_cache import BlockPool, BlockTables
+
+
+class ByHand:
+    """A second for each token that is computed, whoever it belongs to."""
+
+    windows = (None,)
+
+    def visible(self, contexts):
+        return [sum(contexts)]
+
+    def seconds(self, decodes, visible, chunks):
+        return float(decodes + sum(T for T, _ in chunks))
+
+    def rectangle(self, B, T, S):
+        return float(B * T)
+
+
+def engine(policy, blocks=64, block_size=4, host=None, executor=RooflineExecutor, numbered=False, max_context=None):
+    """An engine on `ByHand`'s clock."""
+    if numbered or policy.prefix_caching:
+        tables = BlockTables(BlockPool(blocks, block_size), host and BlockPool(host, block_size), policy.prefix_caching)
+    else:
+        tables = CountedBlocks(Pool(blocks, block_size), host and Pool(host, block_size))
+    return Engine(scheduler_for(policy, tables, max_context), executor(ByHand(), tables))
+
+
+def times(report):
+    return {sequence.request.id: sequence.token_times for sequence in report.sequences}
+
+
+# ---- by hand ----
+
+
+def test_a_static_batch_pads_and_waits_for_its_longest():
+    served = engine(Policy("static", max_batch=2))
+    report = served.run([Request("a", 4, 3, 0.0), Request("b", 2, 5, 0.0), Request("c", 1, 1, 0.0)])
+    # All but the last token of each prompt, as wide as a's 3: 2 rows of 3 tokens, 6 s. Then two rows a step, 2 s, until b has its five.
+    # c waits for both. Of 6 + 10 tokens computed, 3 + 1 and 3 + 5 were wanted.
+    assert times(report) == {"a": [8, 10, 12], "b": [8, 10, 12, 14, 16], "c": [17]}
+    assert report.summary["wasted"] == pytest.approx(1 - (12 + 1) / (16 + 1))
+    assert report.summary["seconds"] == 17
+
+
+def test_a_continuous_batch_lets_go_and_lets_in_after_every_step():
+    report = engine(Policy(max_batch=2)).run([Request("a", 4, 3, 0.0), Request("b", 2, 5, 0.0), Request("c", 1, 1, 0.0)])
+    # Both prompts whole: 6 s, and two first tokens. Two steps of 2 s end a; c joins b for one step, and b is alone for one more.
+    assert times(report) == {"a": [6, 8, 10], "b": [6, 8, 10, 12, 13], "c": [12]}
+    assert report.summary["wasted"] == 0
+    assert report.summary["output_tokens_per_s"] == pytest.approx(9 / 13)
+
+
+def test_chunks_keep_a_long_prompt_from_stalling_the_others():
+    requests = [Request("short", 2, 6, 0.0), Request("long", 20, 2, 1.0)]
+    whole, chunked = (times(engine(Policy(max_batch=2, token_budget=budget)).run(requests)) for budget in (None, 5))
+    assert whole == {"short": [2, 23, 25, 26, 27, 28], "long": [23, 25]}        # a gap of 21 s
+    # One token of `short` and four of the prompt a step, 5 s; the fifth chunk brings the first token.
+    assert chunked == {"short": [2, 7, 12, 17, 22, 27], "long": [27, 28]}
+
+
+def test_who_cannot_grow_preempts_whoever_came_last():
+    # Three blocks of four tokens. Both prompts fill a block; a takes the third for its 5th token, and then b finds none for its own.
+    requests = [Request("a", 4, 6, 0.0), Request("b", 4, 6, 0.0)]
+    report = engine(Policy(max_batch=2), blocks=3).run(requests)
+    # Step 2 needs two blocks where one is free. b gives way before it has a second token; a goes on alone, 1 s a step, and ends
+    # after its sixth token at 13. b brings its 4 + 1 tokens anew: 5 s, and then four more of 1 s.
+    assert times(report) == {"a": [8, 9, 10, 11, 12, 13], "b": [8, 18, 19, 20, 21, 22]}
+    assert [sequence.preemptions for sequence in report.sequences] == [0, 1]
+
+
+def test_a_swapped_sequence_brings_nothing_anew():
+    requests = [Request("a", 4, 6, 0.0), Request("b", 4, 6, 0.0)]
+    report = engine(Policy(max_batch=2, preemption="swap"), blocks=3, host=4).run(requests)
+    assert times(report) == {"a": [8, 9, 10, 11, 12, 13], "b": [8, 14, 15, 16, 17, 18]}
+
+
+def test_reserving_serves_one_at_a_time_where_paging_serves_two():
+    requests = [Request("a", 4, 5, 0.0), Request("b", 4, 5, 0.0)]
+    report = engine(Policy(max_batch=2, reserve=True), blocks=3).run(requests)
+    assert times(report) == {"a": [4, 5, 6, 7, 8], "b": [12, 13, 14, 15, 16]}
+    assert report.summary["preemptions"] == 0
+
+
+def test_priority_goes_before_arrival_and_is_ignored_by_fcfs():
+    requests = [Request("first", 1, 2, 0.0), Request("slow", 1, 1, 0.0, priority=2), Request("urgent", 1, 1, 0.5)]
+    assert times(engine(Policy(max_batch=1)).run(requests)) == {"first": [1, 2], "slow": [3], "urgent": [4]}
+    assert times(engine(Policy(max_batch=1, order="priority")).run(requests)) == {"first": [1, 2], "slow": [4], "urgent": [3]}
+
+
+def test_a_shared_prefix_is_computed_once():
+    system, policy = list(range(100, 108)), Policy(max_batch=2, prefix_caching=True)
+    report = engine(policy).run([Request("a", [*system, 1, 2], 1, 0.0), Request("b", [*system, 3], 1, 20.0)])
+    assert times(report) == {"a": [10], "b": [21]}                              # two blocks of four are found: one token is left
+    assert [row["cached_tokens"] for row in report.requests] == [0, 8]
+
+
+@pytest.mark.parametrize("prompt, most, words", [
+    (0, 5, "the prompt is empty"),
+    (10, 11, "prompt has 10 tokens and max_tokens=11: together 21, but the model's context is 20"),
+    (9, 9, "prompt has 9 tokens and max_tokens=9: together 18, for which 5 blocks of 4 tokens may be needed, but there are 4"),
+])
+def test_what_can_never_run_is_refused_on_arrival_with_the_numbers(prompt, most, words):
+    served = engine(Policy(), blocks=4, max_context=20)
+    report = served.run([Request("never", prompt, most, 1.0), Request("fine", 9, 8, 0.0)])
+    never, fine = sorted(report.sequences, key=lambda sequence: sequence.state, reverse=True)
+    assert never.state is State.REFUSED and words in never.reason
+    assert fine.generated == 8
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ({"batching": "magic"}, "batching='magic'"), ({"max_batch": 0}, "max_batch=0"), ({"token_budget": 15}, "token_budget=15"),
+    ({"order": "lifo"}, "order='lifo'"), ({"preemption": "drop"}, "preemption='drop'"),
+    ({"batching": "static", "prefix_caching": True}, "prefix_caching=True"),
+])
+def test_a_policy_that_makes_no_sense_is_refused(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        Policy(**wrong)
+
+
+def test_an_id_is_used_once_and_an_unknown_one_is_not_cancelled():
+    served = engine(Policy())
+    served.add(Request("a", 1, 1))
+    with pytest.raises(ValueError, match="id='a'"):
+        served.add(Request("a", 1, 1))
+    with pytest.raises(ValueError, match="id='b'"):
+        served.cancel("b")
+
+
+# ---- whatever happens ----
+
+
+class Remembers(RooflineExecutor):
+    """A fake model over real blocks: tokens are written to the slots that the tables say, and the next one depends on all that
+    can be read back from them. It can be made to break off a step, before its tokens count or after.
+    """
+
+    def __init__(self, cost, tables):
+        super().__init__(cost, tables)
+        self.memory, self.host_memory, self.breaks = {}, {}, None
+
+    def tokens(self, request):
+        return len(request.prompt), list(request.prompt)
+
+    def run(self, plan, repeats, until):
+        tables, size, brought, emitted = self.tables, self.tables.pool.block_size, {}, {}
+        tables.reserve(plan.new)
+        for sequence, count in plan.new.items():
+            begin = tables.lengths[sequence]
+            brought[sequence] = sequence.ids[begin:begin + count]
+            for i, token in enumerate(brought[sequence], begin):
+                self.memory[tables.blocks[sequence][i // size], i % size] = token
+            held = [self.memory[tables.blocks[sequence][i // size], i % size] for i in range(begin + count)]
+            if begin + count == sequence.total:
+                emitted[sequence] = Emission([following(held)])
+        self._maybe("before")
+        self.time += len(plan.new)
+        tables.commit(brought)
+        self._maybe("after")
+        return [self.time], emitted
+
+    def _maybe(self, moment):
+        if self.breaks == moment:
+            self.breaks = None
+            raise KeyboardInterrupt
+
+    def swap_out(self, sequence):
+        self.tables.swap_out(sequence, lambda old, new: self._copy(self.memory, old, self.host_memory, new))
+
+    def swap_in(self, sequence):
+        self.tables.swap_in(sequence, lambda old, new: self._copy(self.host_memory, old, self.memory, new))
+
+    def _copy(self, here, old, there, new):
+        for source, target in zip(old, new, strict=True):
+            for offset in range(self.tables.pool.block_size):
+                there[target, offset] = here.get((source, offset))
+
+
+def following(tokens):
+    """What the fake model says after these tokens."""
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token) % 10_007
+    return value % 50
+
+
+def alone(prompt, count):
+    """What it says to somebody who is alone."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(following(tokens))
+    return tokens[len(prompt):]
+
+
+BLOCKS = 7
+policies = st.builds(
+    Policy, batching=st.just("continuous"), max_batch=st.integers(1, 5), token_budget=st.none() | st.integers(5, 9),
+    order=st.sampled_from(["fcfs", "priority"]), preemption=st.sampled_from(["recompute", "swap"]), prefix_caching=st.booleans(),
+    reserve=st.booleans(),
+) | st.builds(Policy, batching=st.just("static"), max_batch=st.integers(1, 5))
+prompts = st.lists(st.integers(0, 2), max_size=20)                              # few different tokens: prefixes meet
+events = st.lists(
+    st.tuples(st.just("add"), prompts, st.integers(1, 12), st.integers(0, 2))
+    | st.tuples(st.just("cancel"), st.integers(0, 30))
+    | st.tuples(st.just("steps"), st.integers(1, 6))
+    | st.tuples(st.just("break"), st.sampled_from(["before", "after"])),
+    max_size=40,
+)
+
+
+@given(policies, events)
+@settings(max_examples=300, deadline=None)
+def test_a_storm_leaks_no_block_sticks_nowhere_and_changes_no_token(policy, events):
+    served = engine(policy, BLOCKS, 4, host=3, executor=Remembers, numbered=True, max_context=26)
+    tables, added = served.scheduler.tables, []
+    for kind, *what in events:
+        if kind == "add":
+            added.append(served.add(Request(len(added), what[0], what[1], priority=what[2])))
+        elif kind == "cancel" and what[0] < len(added):
+            served.cancel(what[0])
+        elif kind == "steps":
+            for _ in range(what[0]):
+                served.step()
+        elif kind == "break" and served.busy:
+            served.executor.breaks = what[0]
+            with pytest.raises(KeyboardInterrupt):
+                while served.busy:
+                    served.step()
+                raise KeyboardInterrupt                                         # nothing was left to be broken
+            served.executor.breaks = None
+        assert tables.pool.free + sum(count > 0 for count in tables.pool.counts) == BLOCKS
+    for _ in range(3000):
+        if not served.busy:
+            break
+        served.step()
+    assert not served.busy and all(sequence.over for sequence in added)
+    if policy.batching == "static":
+        served.step()
+    assert tables.pool.free == BLOCKS and tables.host.free == 3 and not tables.lengths and not tables.swapped
+    for sequence in added:
+        prompt, most = sequence.request.prompt, sequence.request.max_tokens
+        never = not prompt or len(prompt) + most > 26 or -(-(len(prompt) + most - 1) // 4) > BLOCKS
+        assert (sequence.state is State.REFUSED) == never
+        if sequence.state is State.FINISHED:
+            assert sequence.generated == most
+        assert sequence.tokens == alone(prompt, sequence.generated)
+        assert sequence.token_times == sorted(sequence.token_times)
+
+
+traces = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12), st.floats(0, 60), st.integers(0, 2)), min_size=1, max_size=14)
+simulated = st.builds(
+    Policy, batching=st.just("continuous"), max_batch=st.integers(1, 5), token_budget=st.none() | st.integers(5, 9),
+    order=st.sampled_from(["fcfs", "priority"]), preemption=st.sampled_from(["recompute", "swap"]), reserve=st.booleans(),
+) | st.builds(Policy, batching=st.just("static"), max_batch=st.integers(1, 5))
+
+
+def served_by(policy, trace, one_by_one=False, numbered=False):
+    made = engine(policy, 8, 4, host=3, numbered=numbered)
+    if one_by_one:
+        made.scheduler.repeats = lambda plan: 1
+    return made, made.run([Request(i, P, T, at, priority=first) for i, (P, T, at, first) in enumerate(trace)])
+
+
+@given(simulated, traces)
+@settings(max_examples=200, deadline=None)
+def test_steps_booked_together_are_the_steps_one_by_one(policy, trace):
+    (_, together), (_, single) = served_by(policy, trace), served_by(policy, trace, one_by_one=True)
+    assert times(together) == times(single)
+    assert [sequence.history for sequence in together.sequences] == [sequence.history for sequence in single.sequences]
+    assert together.summary["steps"] == single.summary["steps"]
+
+
+@given(simulated, traces)
+@settings(max_examples=200, deadline=None)
+def test_counted_blocks_decide_as_numbered_ones_do(policy, trace):
+    (_, counted), (_, numbered) = served_by(policy, trace), served_by(policy, trace, numbered=True)
+    assert times(counted) == times(numbered)
+    assert [s.preemptions for s in counted.sequences] == [s.preemptions for s in numbered.sequences]
+    assert [step.blocks for step in counted.steps] == [step.blocks for step in numbered.steps]
+
+
+@given(simulated, traces)
+@settings(max_examples=100, deadline=None)
+def test_no_step_breaks_the_limits_and_all_work_is_done(policy, trace):
+    made, report = served_by(policy, trace)
+    assert all(step.sequences <= policy.max_batch for step in report.steps)
+    assert all(step.blocks <= 8 for step in report.steps)
+    if policy.token_budget:
+        assert all(step.tokens <= policy.token_budget for step in report.steps)
+    if policy.reserve or policy.batching == "static":
+        assert report.summary["preemptions"] == 0
+    if not report.summary["preemptions"]:           # every token of every prompt once, and every output but the last
+        assert sum(step.tokens * step.steps for step in report.steps) == sum(P + T - 1 for P, T, *_ in trace)
+    assert all(first.end_s <= second.start_s for first, second in zip(report.steps, report.steps[1:], strict=False))
+    if policy.order == "fcfs" and policy.token_budget is None and policy.batching == "continuous":
+        begun = [s.history[1][0] for s in sorted(report.sequences, key=lambda s: s.rank)]
+        assert begun == sorted(begun)
+    assert made.scheduler.tables.pool.free == 8
