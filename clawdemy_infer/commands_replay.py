@@ -22,7 +22,7 @@ LINES = {
 
 def add_arguments(c: argparse.ArgumentParser, count, formats) -> None:
     """The options of `replay`; `count` reads a whole number, `formats` are those of weights and caches."""
-    c.add_argument("trace", metavar="TRACE", help="a file of JSON lines, or a known workload: sharegpt, alpaca, code, conversation, uniform")
+    c.add_argument("trace", metavar="TRACE", help="a file of JSON lines, or one of sharegpt, alpaca, code, conversation, uniform")
     c.add_argument("--on", choices=("engine", "simulator"), default="simulator",
                    help="run the model, or charge what the roofline says (default)")
     c.add_argument("--model", default="smollm2-135m", metavar="M", help="as for `generate` (engine) or `napkin` (simulator)")

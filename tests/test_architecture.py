@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "attention": [],
     "kv_cache": ["attention"],
     "model": ["paths", "arithmetic", "from_config", "timing", "attention", "kv_cache"],
-    "batching": ["arithmetic", "roofline", "parallel", "timing", "kv_cache", "model"],
+    "batching": ["arithmetic", "roofline", "parallel", "timing", "calibrate", "kv_cache", "model"],
     "bench": ["arithmetic", "roofline", "catalog", "timing", "calibrate", "kv_cache", "model"],
     "lesson": EVERYTHING,
     "plots": EVERYTHING,

@@ -69,7 +69,7 @@ def test_tokens_are_those_of_a_request_alone(small, policy):
 
 
 @given(st.sampled_from(list(POLICIES)), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_a_storm_on_the_model_leaks_no_block_and_changes_no_token(small, name, random):
     served, added = made(small, POLICIES[name], blocks=8), []
     layer, broken = small.layers[1], []

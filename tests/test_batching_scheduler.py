@@ -218,7 +218,7 @@ events = st.lists(
 
 
 @given(policies, events)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_storm_leaks_no_block_sticks_nowhere_and_changes_no_token(policy, events):
     served = engine(policy, BLOCKS, 4, host=3, executor=Remembers, numbered=True, max_context=26)
     tables, added = served.scheduler.tables, []
@@ -271,7 +271,7 @@ def served_by(policy, trace, one_by_one=False, numbered=False):
 
 
 @given(simulated, traces)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_steps_booked_together_are_the_steps_one_by_one(policy, trace):
     (_, together), (_, single) = served_by(policy, trace), served_by(policy, trace, one_by_one=True)
     assert times(together) == times(single)
@@ -280,7 +280,7 @@ def test_steps_booked_together_are_the_steps_one_by_one(policy, trace):
 
 
 @given(simulated, traces)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_counted_blocks_decide_as_numbered_ones_do(policy, trace):
     (_, counted), (_, numbered) = served_by(policy, trace), served_by(policy, trace, numbered=True)
     assert times(counted) == times(numbered)
@@ -289,7 +289,7 @@ def test_counted_blocks_decide_as_numbered_ones_do(policy, trace):
 
 
 @given(simulated, traces)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_step_breaks_the_limits_and_all_work_is_done(policy, trace):
     made, report = served_by(policy, trace)
     assert all(step.sequences <= policy.max_batch for step in report.steps)

@@ -100,6 +100,7 @@ def test_a_missing_file_is_one_sentence(tmp_path):
     ({"tp": "3"}, "tp=3 does not divide the 32 query heads"),
     ({"peak_bw_GBps_per_device": ""}, "the bandwidth is not stated"),
     ({"weight_bits_eff": ""}, "the width of the weights is not stated"),
+    ({"model": "unheard of", "layers": "1e9"}, "layers=1e+09: at most 1,000"),
     ({"model": "unheard of", "layers": ""}, "layers is not stated"),
     ({"model": "unheard of", "n_kv_heads": "5"}, "KV heads must divide"),
     ({"metric": "joules"}, "metric 'joules'"),

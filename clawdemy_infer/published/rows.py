@@ -10,10 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 
 TEXT = ("id", "category", "model", "weight_dtype", "act_dtype", "kv_dtype", "hardware", "metric", "unit", "draft_model", "software",
-        "notes", "source", "verification")
+        "notes", "source", "verification", "ms_per_token_or_step")
 NUMBERS = ("params_B", "active_params_B", "layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab", "tied",
            "weight_bits_eff", "weight_GB", "n_devices", "tp", "peak_bw_GBps_per_device", "peak_TFLOPs_per_device", "mem_GB_per_device",
-           "batch", "prompt_len", "gen_len", "decode_context", "value", "ms_per_token_or_step", "draft_params_B", "gamma", "alpha")
+           "batch", "prompt_len", "gen_len", "decode_context", "value", "draft_params_B", "gamma", "alpha")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Run:
     notes: str
     source: str
     verification: str
+    ms_per_token_or_step: str
     numbers: dict[str, float | None] = field(repr=False)
     problem: str = ""
 

@@ -17,6 +17,8 @@ def shape_of(run: Run) -> ModelShape:
         shape = _catalog(known)
         if run.layers is None or (shape.L, shape.D, shape.N) == (run.layers, run.d_model, run.n_heads):
             return shape
+    if run.whole("layers") > 1000:      # a slip in the file, and a shape has an entry for each of them
+        raise ValueError(f"layers={run.layers:g}: at most 1,000")
     sizes = map(run.whole, ("layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab"))
     return _columns(run.model, *sizes, bool(run.tied), 1e9 * (run.params_B or 0), 1e9 * (run.active_params_B or run.params_B or 0))
 
@@ -42,7 +44,7 @@ def bytes_per_weight(run: Run, shape: ModelShape) -> float:
 
     Raises ValueError if it states neither.
     """
-    bits = run.weight_bits_eff
+    bits = run.weight_bits_eff or None
     if run.weight_GB:
         stated = 1e9 * run.weight_GB / shape.streamed_bytes(1.0)
         if bits is None or 0.6 < stated / (bits / 8) < 1.5:     # else it counts other weights: all experts, one matrix

@@ -1,0 +1,73 @@
+"""The command `replay`: one JSON object with the names that scripts rely on, one line for what is wrong."""
+
+import json
+
+import pytest
+
+from clawdemy_infer import cli
+from clawdemy_infer.batching import Request, save_trace
+
+ON_PAPER = ["--model", "llama-3-8b", "--machine", "h100-sxm"]
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLAWDEMY_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        try:
+            code = cli.main(["replay", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run
+
+
+def test_a_trace_on_the_simulator_is_one_json_object(run, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    save_trace([Request("a", 100, 20, 0.0), Request("b", 30, 5, 0.01), Request("long", 9000, 10, 0.0)], path)
+    code, out, _ = run(path, *ON_PAPER, "--policy", "chunked", "--token-budget", 64, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert {row["id"]: (row["outcome"], row["tokens"]) for row in found["requests"]} == {
+        "a": ("finished", 20), "b": ("finished", 5), "long": ("refused", 0)}
+    assert {"id", "outcome", "ttft_s", "tpot_s", "e2e_s", "tokens"} <= set(found["requests"][0])
+    assert {"output_tokens_per_s", "ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95", "goodput", "preemptions", "kv_peak_bytes"} <= set(
+        found["summary"])
+    assert found["summary"]["steps"] == 2 + 19 and found["policy"]["token_budget"] == 64       # a: two chunks, and 19 tokens more
+
+
+def test_a_known_workload_can_be_saved_and_served_again(run, tmp_path):
+    path = tmp_path / "saved.jsonl"
+    _, first, _ = run("alpaca", "--requests", 20, "--rate", 50, *ON_PAPER, "--json", "--save", path)
+    _, again, _ = run(path, *ON_PAPER, "--json")
+    assert json.loads(first)["summary"] == json.loads(again)["summary"]
+
+
+def test_the_summary_can_be_read(run):
+    code, out, err = run("uniform", "--requests", 40, "--rate", "inf", *ON_PAPER, "--policy", "static")
+    assert code == 0 and "40 finished" in out and "TTFT" in out and "computed for nothing" in out and "Serving 40" in err
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["nowhere.jsonl"], 2, "trace='nowhere.jsonl'"), (["alpaca", "--max-batch", "0"], 2, "--max-batch"),
+    (["alpaca", "--token-budget", "8"], 2, "token_budget=8"), (["alpaca", "--on", "paper"], 2, "--on"),
+    (["alpaca", "--rate", "0"], 2, "rate=0"), (["alpaca"], 1, "no kept calibration"),
+    (["alpaca", "--model", "llama-3.1-70b", "--machine", "h100-sxm"], 1, "memory="),
+])
+def test_what_cannot_be_done_gets_one_line(run, arguments, code, words):
+    found, out, err = run(*arguments)
+    assert (found, out) == (code, "") and words in err.splitlines()[-1]
+
+
+def test_the_engine_serves_the_real_model(run, smollm, monkeypatch, tmp_path):
+    from clawdemy_infer import model
+
+    monkeypatch.setattr(model, "load_model", lambda *_: smollm)
+    path = tmp_path / "trace.jsonl"
+    save_trace([Request("a", "The capital of France is", 4, 0.0), Request("b", 9, 3, 0.0)], path)
+    code, out, _ = run(path, "--on", "engine", "--kv-bytes", 2**25, "--json")
+    found = json.loads(out)
+    assert code == 0 and [row["tokens"] for row in sorted(found["requests"], key=lambda row: row["id"])] == [4, 3]
+    assert found["summary"]["ttft_p50"] > 0
