@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
+from random import Random
 
 import pytest
 import torch
@@ -109,8 +111,8 @@ def test_a_storm_on_the_model_leaks_no_block_and_changes_no_token(small, name, r
 def pressed(work, seconds):
     """Do `work()`, press Ctrl-C after so many seconds, and say whether it was interrupted."""
     pressing = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
-    pressing.start()
     try:
+        pressing.start()
         work()
         pressing.join()                                             # too late for the work: it strikes here
     except KeyboardInterrupt:
@@ -128,6 +130,57 @@ def test_ctrl_c_stops_between_two_steps_and_all_goes_on_after_it(small, policy):
     assert served.scheduler.tables.pool.free == 16
     for sequence in sequences:
         assert sequence.tokens == alone(small, sequence.request.prompt, sequence.request.max_tokens)
+
+
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(small):
+    served, layer = made(small, POLICIES["continuous"]), small.layers[0]
+    one = served.add(Request("one", [1, 2, 3], 5))
+
+    def pressing(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return type(layer).forward(layer, *arguments)
+
+    layer.forward = pressing
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            served.step()
+    finally:
+        del layer.forward
+    assert one.generated == len(served.steps) == 1                  # the step was done, all of it
+    served.run()
+    assert one.tokens == alone(small, [1, 2, 3], 5)
+
+
+def test_two_thousand_requests_leave_nothing_behind(small):
+    """With cancels, and interrupts in the middle of steps. The memory of Python's objects is flat once the first hundreds are over."""
+    random, served, layer, held = Random(0), made(small, POLICIES["prefixes"], blocks=24), small.layers[1], []
+
+    def breaks(*arguments):
+        if random.random() < 0.03:
+            raise KeyboardInterrupt
+        return type(layer).forward(layer, *arguments)
+
+    layer.forward = breaks
+    tracemalloc.start()
+    try:
+        for batch in range(20):
+            for i in range(100):
+                served.add(Request((batch, i), [random.randrange(5) for _ in range(random.randint(1, 12))], random.randint(1, 5)))
+            while served.busy:
+                if random.random() < 0.1:
+                    served.cancel((batch, random.randrange(100)))
+                try:
+                    served.step()
+                except KeyboardInterrupt:
+                    pass
+            summary = served.report().summary
+            assert summary["finished"] + summary["cancelled"] == 100 and summary["finished"] > 50
+            assert served.scheduler.tables.pool.free == 24 and not served.sequences and not served.executor.streams
+            held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+        del layer.forward
+    assert max(held[10:]) < 1.1 * max(held[:10]) + 20_000
 
 
 def test_an_interrupted_engine_can_be_cleared(small):
@@ -156,9 +209,9 @@ def test_sampling_draws_as_generate_does_whoever_is_beside(small):
 def test_requests_come_when_they_say_and_tokens_take_time(small):
     report = made(small, POLICIES["continuous"]).run([Request("a", [1, 2], 3, 0.0), Request("b", [3], 2, 0.15)])
     a, b = sorted(report.sequences, key=lambda sequence: sequence.arrival_s)
-    assert b.arrival_s == pytest.approx(0.15) and b.token_times[0] > 0.15 > a.token_times[0] > 0
-    assert report.summary["seconds"] == pytest.approx(b.token_times[-1])
-    assert report.summary["kv_peak_bytes"] == BLOCK
+    assert b.arrival_s == pytest.approx(0.15) and b.token_times[0] > 0.15 and a.token_times[0] > 0
+    assert report.summary["seconds"] == pytest.approx(max(a.token_times[-1], b.token_times[-1]))
+    assert report.summary["kv_peak_bytes"] in (BLOCK, 2 * BLOCK)    # two, if the machine was so slow that they met
 
 
 def test_a_second_run_counts_its_arrivals_from_its_own_beginning(small):
@@ -166,7 +219,7 @@ def test_a_second_run_counts_its_arrivals_from_its_own_beginning(small):
     served.run([Request("a", [1, 2], 3, 0.0)])
     time.sleep(0.2)
     [b] = served.run([Request("b", [1, 2], 3, 0.0)]).sequences
-    assert b.arrival_s > 0.2 and b.token_times[0] - b.arrival_s < 0.2
+    assert b.arrival_s > 0.2 and b.token_times[0] > b.arrival_s
 
 
 def test_the_engine_holds_what_it_was_given(small):

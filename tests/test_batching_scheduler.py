@@ -26,13 +26,23 @@ class ByHand:
         return float(B * T)
 
 
-def engine(policy, blocks=64, block_size=4, host=None, executor=RooflineExecutor, numbered=False, max_context=None):
-    """An engine on `ByHand`'s clock."""
+class WithKeys(ByHand):
+    """And a 64th of a second for each key that is seen, so that every step takes longer than the one before."""
+
+    def seconds(self, decodes, visible, chunks):
+        return super().seconds(decodes, visible, chunks) + (sum(visible) + sum(S for _, S in chunks)) / 64
+
+    def rectangle(self, B, T, S):
+        return B * T + B * S / 64
+
+
+def engine(policy, blocks=64, block_size=4, host=None, executor=RooflineExecutor, numbered=False, max_context=None, cost=ByHand):
+    """An engine on the clock of `cost`."""
     if numbered or policy.prefix_caching:
         tables = BlockTables(BlockPool(blocks, block_size), host and BlockPool(host, block_size), policy.prefix_caching)
     else:
         tables = CountedBlocks(Pool(blocks, block_size), host and Pool(host, block_size))
-    return Engine(scheduler_for(policy, tables, max_context), executor(ByHand(), tables))
+    return Engine(scheduler_for(policy, tables, max_context), executor(cost(), tables))
 
 
 def times(report):
@@ -82,6 +92,32 @@ def test_a_swapped_sequence_brings_nothing_anew():
     requests = [Request("a", 4, 6, 0.0), Request("b", 4, 6, 0.0)]
     report = engine(Policy(max_batch=2, preemption="swap"), blocks=3, host=4).run(requests)
     assert times(report) == {"a": [8, 9, 10, 11, 12, 13], "b": [8, 14, 15, 16, 17, 18]}
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_whoever_waits_first_takes_the_place_of_a_preempted_one(one_by_one):
+    policy = Policy(max_batch=3, order="priority")
+    served = engine(policy, blocks=9)
+    if one_by_one:
+        served.scheduler.repeats = lambda plan: 1
+    report = served.run([Request("a", 4, 4, 0.0, priority=1), Request("b", 4, 4, 0.0, priority=1), Request("big", 20, 6, 0.0, priority=2),
+                         Request("urgent", 1, 1, 1.0)])
+    # The prompts take 28 s and seven blocks. Three more are needed, so `big` gives up its five. a and b go on, 2 s; `urgent` joins, 3 s.
+    found = times(report)
+    assert found["a"] == found["b"] == [28, 30, 33, 35] and found["urgent"] == [33]
+    assert len(found["big"]) == 6
+
+
+def test_cancelling_a_swapped_sequence_gives_the_host_its_blocks_back():
+    served = engine(Policy(max_batch=2, preemption="swap"), blocks=3, host=4)
+    a, b = (served.add(Request(name, 4, 6)) for name in "ab")
+    while b.state is not State.PREEMPTED:
+        served.step()
+    assert served.scheduler.tables.host.free == 3
+    served.cancel("b")
+    assert served.scheduler.tables.host.free == 4 and b.generated == 1
+    served.run()
+    assert a.generated == 6 and served.scheduler.tables.pool.free == 3
 
 
 def test_reserving_serves_one_at_a_time_where_paging_serves_two():
@@ -264,7 +300,7 @@ simulated = st.builds(
 
 
 def served_by(policy, trace, one_by_one=False, numbered=False):
-    made = engine(policy, 8, 4, host=3, numbered=numbered)
+    made = engine(policy, 8, 4, host=3, numbered=numbered, cost=WithKeys)
     if one_by_one:
         made.scheduler.repeats = lambda plan: 1
     return made, made.run([Request(i, P, T, at, priority=first) for i, (P, T, at, first) in enumerate(trace)])
