@@ -209,8 +209,8 @@ def test_sampling_draws_as_generate_does_whoever_is_beside(small):
 def test_requests_come_when_they_say_and_tokens_take_time(small):
     report = made(small, POLICIES["continuous"]).run([Request("a", [1, 2], 3, 0.0), Request("b", [3], 2, 0.15)])
     a, b = sorted(report.sequences, key=lambda sequence: sequence.arrival_s)
-    assert b.arrival_s == pytest.approx(0.15) and b.token_times[0] > 0.15 and a.token_times[0] > 0
-    assert report.summary["seconds"] == pytest.approx(max(a.token_times[-1], b.token_times[-1]))
+    assert b.arrival_s == pytest.approx(0.15, abs=0.05) and b.token_times[0] > 0.15 and a.token_times[0] > 0
+    assert report.summary["seconds"] == pytest.approx(max(a.token_times[-1], b.token_times[-1]), abs=1e-3)
     assert report.summary["kv_peak_bytes"] in (BLOCK, 2 * BLOCK)    # two, if the machine was so slow that they met
 
 
@@ -237,7 +237,7 @@ def test_the_engine_holds_what_it_was_given(small):
 @pytest.mark.parametrize("name", ["continuous", "chunked", "static"])
 def test_operations_are_counted_as_the_steps_dispatch_them(small, name):
     """Of steps of other sizes than those that were counted."""
-    counted, served, seen = count_operations(small, POLICIES[name]), made(small, POLICIES[name]), []
+    counted, served, seen = count_operations(small, POLICIES[name]), made(small, POLICIES[name], blocks=64), []
     for request in with_tokens(workload(uniform(5, 9), uniform(9, 9), requests=6, seed=4), 97):
         served.add(request)
 

@@ -1,5 +1,7 @@
 """The scheduler, on a machine that a reader can do in the head: who runs, who waits, who gives way, and that nothing is ever lost."""
 
+from itertools import count as counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +44,14 @@ def engine(policy, blocks=64, block_size=4, host=None, executor=RooflineExecutor
         tables = BlockTables(BlockPool(blocks, block_size), host and BlockPool(host, block_size), policy.prefix_caching)
     else:
         tables = CountedBlocks(Pool(blocks, block_size), host and Pool(host, block_size))
-    return Engine(scheduler_for(policy, tables, max_context), executor(cost(), tables))
+    made, steps = Engine(scheduler_for(policy, tables, max_context), executor(cost(), tables)), counter()
+
+    def step():
+        assert next(steps) < 20_000, "it goes round and round"
+        return type(made).step(made)
+
+    made.step = step
+    return made
 
 
 def times(report):

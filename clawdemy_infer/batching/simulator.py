@@ -59,8 +59,9 @@ class RooflineExecutor:
         lengths, new, shape = self.tables.lengths, plan.new, plan.rectangle
         times, now = [], self.time
         if shape:
+            longest = max([lengths[sequence] for sequence in new])          # rows that have ended do not grow
             for step in range(repeats):
-                now += self.cost.rectangle(len(shape.rows), shape.T, shape.S + step)
+                now += self.cost.rectangle(len(shape.rows), shape.T, max(shape.S, longest + 1 + step))
                 times.append(now)
                 if now >= until:
                     break
