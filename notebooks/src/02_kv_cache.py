@@ -35,6 +35,7 @@ from clawdemy_infer.calibrate import default_device, this_machine
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson
 from clawdemy_infer.model import generate, load_model
+from clawdemy_infer.model.generate import KEEPERS
 from clawdemy_infer.tables import Table, si
 from clawdemy_infer.timing import alternate, count_ops, now
 
@@ -469,6 +470,43 @@ assert kept.allocated_bytes == 3 * 777 * 2 * L * K * H * 4 == shape.kv_bytes(3, 
 Markdown(f"Predicted and allocated, to the byte: **{kept.allocated_bytes:,}**. "
          f"That is {si(kept.allocated_bytes / 3 / 777, 'B')} a token in fp32, "
          f"beside {si(shape.stored_bytes('fp32'), 'B')} of weights.")
+
+# %% [markdown]
+# ### Four keepers, one interface
+# The decoder does not care where the bytes lie. It hands a layer's keys and values to the cache, and gets back what attention makes of them. So they can
+# be kept in other ways: in *pages* of 16 tokens that are handed out as they are needed (lesson 06); as a *window* of the newest 256 tokens and the first
+# 4; in *8 or 4 bits* (lesson 03). The same three sequences of 777 tokens, counted by hand before anything is allocated:
+
+# %%
+numbers = 2 * L * K * H                                                 # of one token: a key and a value, in all layers
+by_hand = {
+    "contiguous": 3 * 777 * numbers * 4,                                # room for every token from the start
+    "paged": (3 * 49 + 5) * 16 * numbers * 4,                           # 49 blocks of 16 each; and up to a multiple of 8 blocks
+    "window": 3 * (256 + 4) * numbers * 4,                              # whatever the length
+    "int8": 3 * 777 * 2 * L * K * (H + 2),                              # a byte each, and a 16-bit scale for each head
+    "int4": 3 * numbers * (768 * (0.5 + 4 / 32) + 32 * 4),              # half a byte, scale and zero point for 32; the last 32 in fp32
+}
+for name, bytes in by_hand.items():
+    assert KEEPERS[name](decoder, 3, 777).allocated_bytes == bytes
+Table(["keeper", "bytes", "of contiguous"],
+      [[name, f"{bytes:,.0f}", f"{bytes / by_hand['contiguous']:.0%}"] for name, bytes in by_hand.items()],
+      numeric=["bytes", "of contiguous"])
+
+# %% [markdown]
+# Counted and allocated, to the byte. And what do they make of the story? Pages move bytes and change none of them, and a window changes nothing as long as all
+# still fits into it. Rounding does change the keys and values; how much that costs in quality is a question for lesson 03.
+
+# %% tags=["nbval-ignore-output"]
+told = {name: generate(decoder, prompt, max_tokens=16, cache=name).tokens for name in by_hand}
+assert told["contiguous"] == told["paged"] == told["window"] == outputs["with"].tokens[:16]
+
+
+def first_difference(tokens: list[int]) -> str:
+    other = [i for i, (a, b) in enumerate(zip(tokens, told["contiguous"], strict=True), 1) if a != b]
+    return f"another token at place {other[0]}" if other else "the same"
+
+
+Table(["keeper", "its 16 tokens"], [[name, first_difference(tokens)] for name, tokens in told.items()])
 
 # %% [markdown]
 # ## Reconciliation: who was wrong, and why

@@ -515,7 +515,7 @@ plots.units(left.yaxis, "s")
 
 x = np.geomspace(0.5 * min(kept.values()), 2 * max(kept.values()), 100)
 right.plot(x, (weights + x) / machine.bandwidth_at(), "--", color=plots.NAPKIN, label="napkin: weights and cache, once")
-shift = {"cross-layer": (10, 10), "window + sinks": (-14, -18), "MQA": (-8, -18), "GQA, as it is": (12, -8)}
+shift = {"cross-layer": (10, 10), "window + sinks": (-14, 10), "MQA": (-36, -4), "GQA, as it is": (12, -8)}
 for name in shapes:
     right.plot([kept[name]], [lesson.rows[f"{name}, at 4,096"].predicted], "_", color=plots.ROOFLINE, markersize=16, markeredgewidth=2.5)
     right.plot([kept[name]], [seconds[name, 4096]], "o", color=colours[name], markersize=8)
