@@ -781,16 +781,17 @@ lesson.exercise(
 # cache was. But the memory does. Given the bytes of memory, the bytes of weights, the tokens in flight and the *numbers* kept for one token (2·L·K·H), which is the
 # widest of 4, 2 and 1 bytes per number that fits? The cases are rows of the library's table of published runs.
 
-# %% tags=["exercise", "exercise:widest"]
-def widest(memory, weights, tokens, numbers):
-    return ...
-
-
+# %%
 rows = {run.id: run for run in published_runs() if run.id in ("r052", "r056", "r076")}
 cases = {}
 for run, answer in ((rows["r052"], 1), (rows["r056"], 1), (rows["r076"], 2)):          # GPT-J and LLaMA-7B on an H100; GPT-J on an A100
     kept = int(2 * run.layers * run.n_kv_heads * run.head_dim)
     cases[run.mem_GB_per_device * 1e9, run.weight_GB * 1e9, int(run.batch * (run.prompt_len + run.gen_len)), kept] = answer
+
+# %% tags=["exercise", "exercise:widest"]
+def widest(memory, weights, tokens, numbers):
+    return ...
+
 
 lesson.exercise(
     "widest", widest, cases=cases,
