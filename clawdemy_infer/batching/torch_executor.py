@@ -134,7 +134,7 @@ def engine(model: Decoder, policy: Policy | None = None, *, kv_bytes: float = 2*
     Raises ValueError where not even one tile of blocks fits.
     """
     policy, shape = policy or Policy(), model.config.shape
-    block_bytes = 2 * shape.L * shape.K * shape.H * block_size * model.dtype.itemsize
+    block_bytes = block_size * shape.kv_bytes_per_token(model.dtype.itemsize)
     blocks = int(kv_bytes // block_bytes) // 8 * 8                  # whole tiles, which attention reads in one go
     if blocks < 8:
         raise ValueError(f"kv_bytes={kv_bytes}: at least {8 * block_bytes}, 8 blocks of {block_size} tokens")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clawdemy_infer.kv_cache.rectangles import RectangularStep, Stretch
+from clawdemy_infer.kv_cache.step import at_least_1
 
 
 class ContiguousCache:
@@ -19,10 +20,7 @@ class ContiguousCache:
 
     def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        sizes = {"layers": layers, "batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size}: a cache needs at least 1")
+        at_least_1(layers=layers, batch=batch, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity)
         self.batch, self.capacity, self.dtype, self.device = batch, capacity, dtype, torch.device(device)
         self.lengths = dict.fromkeys(range(batch), 0)
         # Zeros, because a mask hides a stale number but not a NaN.

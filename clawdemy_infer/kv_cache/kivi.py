@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clawdemy_infer.attention import attend, causal_mask
-from clawdemy_infer.kv_cache.runs import NOTHING, Run, mask_by_position, runs
+from clawdemy_infer.kv_cache.runs import NOTHING, Run, RunStep, mask_by_position, runs
 from clawdemy_infer.kv_cache.step import Step, at_least_1
 
 BITS = (2, 4, 8)
@@ -145,22 +145,12 @@ class KiviCache:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class _Step(Step):
+class _Step(RunStep):
     """Each run sees [codes | tail | new tokens]. Nothing is written before the step is over: a group's scale needs all its tokens."""
 
     def __init__(self, cache: KiviCache, new: Mapping[int, Sequence[int]], window: int | None) -> None:
         super().__init__(cache, new)
         self.parts = [_Part(cache, run, window) for run in runs(self)]
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = [part.attend(layer, q[part.run.rows], k[part.run.rows], v[part.run.rows]) for part in self.parts]
-        return out[0] if len(out) == 1 else torch.cat(out)
-
-    def commit(self) -> None:
-        for part in self.parts:
-            part.commit()
-        for sequence, count in zip(self.sequences, self.new, strict=True):
-            self.cache.lengths[sequence] += count
 
 
 class _Part:

@@ -7,12 +7,12 @@ what is not theirs: it reads as far as the longest, which is the price of a rect
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
 from clawdemy_infer.attention import attend, causal_mask, ragged_mask, visible_keys
+from clawdemy_infer.kv_cache.runs import runs
 from clawdemy_infer.kv_cache.step import Step
 
 
@@ -61,18 +61,14 @@ class RectangularStep(Step):
     def __init__(self, cache, new: Mapping[int, Sequence[int]], window: int | None) -> None:
         super().__init__(cache, new)
         self.rectangles = []
-        row = 0
-        # Neighbours in the cache, and in the step, with the same number of new tokens: i - sequence is constant within a run.
-        for (_, T), run in groupby(range(len(self.new)), key=lambda i: (i - self.sequences[i], self.new[i])):
-            run = list(run)
-            past, B = [self.past[i] for i in run], len(run)
-            if len(set(past)) == 1:
-                mask = causal_mask(T, visible_keys(T, past[0] + T, window), window, cache.dtype, cache.device)
+        for run in runs(self):
+            if len(set(run.past)) == 1:
+                past = run.past[0]
+                mask = causal_mask(run.new, visible_keys(run.new, past + run.new, window), window, cache.dtype, cache.device)
             else:
-                mask = ragged_mask(past, T, max(past) + T, window, cache.dtype, cache.device)
-            stretches = [Stretch(tensor, self.sequences[run[0]], past, T, window) for tensor in cache.tensors]
-            self.rectangles.append(Rectangle(slice(row, row + B * T), mask, stretches))
-            row += B * T
+                mask = ragged_mask(run.past, run.new, max(run.past) + run.new, window, cache.dtype, cache.device)
+            stretches = [Stretch(tensor, run.first, run.past, run.new, window) for tensor in cache.tensors]
+            self.rectangles.append(Rectangle(run.rows, mask, stretches))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if len(self.rectangles) == 1:
@@ -82,7 +78,3 @@ class RectangularStep(Step):
     def _attend(self, rectangle: Rectangle, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self.cache.remember(layer, rectangle.stretches, k, v)
         return attend(q, keys, values, rectangle.mask)
-
-    def commit(self) -> None:
-        for sequence, count in zip(self.sequences, self.new, strict=True):
-            self.cache.lengths[sequence] += count

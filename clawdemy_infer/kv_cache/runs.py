@@ -1,6 +1,6 @@
-"""Runs: neighbouring sequences that bring equally many tokens, so that one product serves them all; and masks by position.
+"""Runs: neighbouring sequences that bring equally many tokens, so that one product serves them all.
 
-For keepers whose keys do not lie in the order of the text, so that a mask has to be told where each one stands.
+And, for keepers whose keys do not lie in the order of the text, masks that are told where each one stands.
 """
 
 from __future__ import annotations
@@ -45,6 +45,21 @@ def runs(step: Step) -> Iterator[Run]:
         rows = slice(row, row + len(members) * new)
         yield Run(rows, step.sequences[members[0]], [step.past[i] for i in members], new)
         row = rows.stop
+
+
+class RunStep(Step):
+    """A step in `parts`: each has its `run`, attends to what that run may see, and keeps the rest of its business for `commit`."""
+
+    parts: list
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = [part.attend(layer, q[part.run.rows], k[part.run.rows], v[part.run.rows]) for part in self.parts]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def commit(self) -> None:
+        for part in self.parts:
+            part.commit()
+        super().commit()
 
 
 def mask_by_position(queries: torch.Tensor, keys: torch.Tensor, window: int | None, sinks: int, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clawdemy_infer.attention import attend
-from clawdemy_infer.kv_cache.runs import NOTHING, Run, mask_by_position, runs
+from clawdemy_infer.kv_cache.runs import NOTHING, Run, RunStep, mask_by_position, runs
 from clawdemy_infer.kv_cache.step import Step, at_least_1
 
 
@@ -105,7 +105,7 @@ class SlidingWindowCache:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class _Step(Step):
+class _Step(RunStep):
     """Sequences that bring one token each are computed together, over the ring as it lies. A longer piece of text is computed by
     itself: its first tokens still see what its last ones will overwrite, so it is written only when the step is over."""
 
@@ -115,15 +115,9 @@ class _Step(Step):
         for run in runs(self):
             self.parts += [_OneToken(cache, run)] if run.new == 1 else [_Piece(cache, one) for one in run.each()]
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = [part.attend(layer, q[part.run.rows], k[part.run.rows], v[part.run.rows]) for part in self.parts]
-        return out[0] if len(out) == 1 else torch.cat(out)
-
     def commit(self) -> None:
-        for part in self.parts:
-            part.commit()
-        for sequence, count in zip(self.sequences, self.new, strict=True):
-            self.cache.lengths[sequence] += count
+        super().commit()
+        for sequence in self.sequences:
             self.cache.written[sequence] = max(self.cache.written[sequence], self.cache.lengths[sequence])
 
 

@@ -87,7 +87,8 @@ class Step:
 
     def commit(self) -> None:
         """Count the new tokens. Once a step, after its last layer."""
-        raise NotImplementedError
+        for sequence, count in zip(self.sequences, self.new, strict=True):
+            self.cache.lengths[sequence] += count
 
 
 def positions(past: Sequence[int], new: Sequence[int], device: torch.device | str) -> torch.Tensor:
