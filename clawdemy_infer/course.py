@@ -20,6 +20,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
 from rich.console import Console
 from tqdm import tqdm
 
@@ -184,13 +185,17 @@ def write_atomically(path: Path, text: str) -> None:
 # -- exercises --------------------------------------------------------------------------------------------------------------------
 
 
-def fill_solutions(notebook: NotebookNode) -> NotebookNode:
-    """A copy of `notebook` with each exercise answered: what stands above `lesson.exercise(` becomes the code of the folded solution.
+def with_solutions(notebook: NotebookNode) -> NotebookNode:
+    """A copy of `notebook` that asks every exercise once more behind its last cell, answered: what stands above `lesson.exercise(`
+    is there the code of the folded solution, and anything but a right answer raises. So one run shows both that a lesson with
+    nothing attempted comes to its end and that its solutions are right.
 
     Raises `ValueError` naming an exercise without its check, or without a solution before the next exercise.
     """
-    filled = copy.deepcopy(notebook)
-    for index, cell in enumerate(filled.cells):
+    answered = copy.deepcopy(notebook)
+    uncompared = {"tags": ["nbval-ignore-output"]}
+    answered.cells.append(new_code_cell("%env CLAWDEMY_STRICT=1", id="strict", metadata=uncompared))
+    for index, cell in enumerate(notebook.cells):
         tags = cell.metadata.get("tags", [])
         if "exercise" not in tags:
             continue
@@ -198,8 +203,9 @@ def fill_solutions(notebook: NotebookNode) -> NotebookNode:
         stub, check, arguments = cell.source.partition("lesson.exercise(")
         if not check:
             raise ValueError(f"exercise {name!r}: its cell never calls `lesson.exercise(`")
-        cell.source = f"{_solution(name, filled.cells[index + 1 :])}\n\n{check}{arguments}"
-    return filled
+        solved = f"{_solution(name, notebook.cells[index + 1 :])}\n\n{check}{arguments}"
+        answered.cells.append(new_code_cell(solved, id=f"solved-{index}", metadata=uncompared))
+    return answered
 
 
 def _solution(name: str, following: Sequence[NotebookNode]) -> str:

@@ -2,6 +2,7 @@
 
     python notebooks/build.py                  all of them
     python notebooks/build.py 01 02            those whose names begin so
+    python notebooks/build.py --solved DIR     none: copies of the notebooks as they are, with the exercises answered at their ends
 
 A rebuilt notebook differs from the committed one only where its cells or their outputs do: cell ids come from the cells' text, and what
 only says when and where it ran is left out. Sliders do not survive in a file: a line stands in their place. Figures keep 128 colours.
@@ -23,7 +24,7 @@ from nbformat.v4 import new_output
 from PIL import Image
 from tqdm import tqdm
 
-from clawdemy_infer.course import execute, write_atomically
+from clawdemy_infer.course import execute, with_solutions, write_atomically
 
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -87,7 +88,17 @@ def build(script: Path, progress: bool = True) -> Path:
     return target
 
 
+def solve(folder: Path) -> None:
+    """Write every notebook to `folder`, its exercises answered at the end, not yet executed: nbval checks all that in one run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(HERE.glob("*.ipynb")):
+        nbformat.write(with_solutions(nbformat.read(path, as_version=4)), folder / path.name)
+
+
 def main(prefixes: list[str]) -> int:
+    if prefixes[:1] == ["--solved"]:
+        solve(Path(prefixes[1]))
+        return 0
     scripts = [script for script in sorted((HERE / "src").glob("*.py")) if not prefixes or script.name.startswith(tuple(prefixes))]
     if not scripts:
         print(f"no script in {HERE / 'src'} begins with {' or '.join(prefixes) or 'anything'}", file=sys.stderr)

@@ -102,17 +102,24 @@ def test_a_script_that_fails_leaves_no_notebook(tmp_path):
 # -- solutions --------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_exercise_reports_right_once_its_solution_is_filled_in(lesson, tmp_path):
-    filled = course.fill_solutions(lesson)
-    result = run(filled, tmp_path, STRICT)
+def test_every_exercise_reports_right_once_its_solution_is_answered(lesson, tmp_path):
+    answered = course.with_solutions(lesson)
+    result = run(answered, tmp_path)
     assert result.ok, result.error
-    printed = [output.text for cell in filled.cells if "exercise" in cell.metadata.get("tags", []) for output in cell.outputs]
+    printed = [output.text for cell in answered.cells[len(lesson.cells) + 1 :] for output in cell.outputs]
     assert printed == ["✓ double: Two of a kind.\n", "✓ thrice: right.\n"]
+
+
+def test_a_solution_that_is_wrong_fails_the_run(lesson, tmp_path):
+    answered = course.with_solutions(lesson)
+    answered.cells[-1].source = answered.cells[-1].source.replace("3", "4", 1)
+    result = run(answered, tmp_path)
+    assert not result.ok and "NotRight: ✗ thrice" in result.error
 
 
 def test_filling_in_solutions_leaves_the_notebook_itself_alone(lesson):
     before = nbformat.writes(lesson)
-    course.fill_solutions(lesson)
+    course.with_solutions(lesson)
     assert nbformat.writes(lesson) == before
 
 
@@ -142,7 +149,7 @@ def exercise(source="x = ...\nlesson.exercise('x', x, expected=1)"):
 )
 def test_an_exercise_that_cannot_be_filled_in_is_named(cells):
     with pytest.raises(ValueError, match="exercise 'x'"):
-        course.fill_solutions(new_notebook(cells=cells))
+        course.with_solutions(new_notebook(cells=cells))
 
 
 # -- running ----------------------------------------------------------------------------------------------------------------------

@@ -729,8 +729,10 @@ lesson.exercise("longest_compute_bound_context", longest_compute_bound_context,
 # A published table serves GPT-J-6B on one H100 of 85.9 GB: 1,024 sequences of 128 tokens in and 128 out, all at once, with weights in fp8.
 # It does not say in which format the KV cache was. Let the memory say it: give the bytes of a cached number. (GPT-J: L = 28, K = 16, H = 256.)
 
-# %% tags=["exercise", "exercise:bytes_of_a_cached_number"]
+# %%
 cached_numbers = 2 * 28 * 16 * 256 * 256 * 1024         # K and V, layers, heads, head dimension, tokens, sequences
+
+# %% tags=["exercise", "exercise:bytes_of_a_cached_number"]
 bytes_of_a_cached_number = ...
 
 lesson.exercise("bytes_of_a_cached_number", bytes_of_a_cached_number, expected=1, rtol=0.01,
