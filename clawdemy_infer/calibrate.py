@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+from clawdemy_infer.linear import FLOATS, computes_in
+from clawdemy_infer.linear.choice import cpu_name, remeasure
 from clawdemy_infer.paths import cache_dir
 from clawdemy_infer.probes import (
-    DTYPES,
     attention_rates,
     elementwise_rate,
     fixed_cost,
+    formats,
     gemm_rates,
     gemm_step,
     gemm_weights,
@@ -33,23 +35,13 @@ from clawdemy_infer.timing import Timing, rates, stopwatch
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
-PROBES = "2026-11b"
+PROBES = "2026-11c"
 """Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
 
 DRIFT = 0.15
 """A kept calibration is used again while main-memory bandwidth is within this fraction of what it was."""
 FAR = 1.4
 """… and matrix products run within this factor of what they did."""
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
 
 
 def memory_bytes(device: str) -> int:
@@ -70,23 +62,30 @@ def fingerprint(device: str) -> dict[str, str]:
 
 
 def calibrate(device: str | None = None) -> Machine:
-    """Measure this machine (at most 20 s on two cores), keep the result in the user's cache, and return it."""
+    """Measure this machine (about half a minute on two cores), keep the result in the user's cache, and return it."""
     device = device or default_device()
-    dtypes = ["fp32", "bf16"] if device == "cpu" else list(DTYPES)
     memory = memory_bytes(device)
     path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)      # a cache that cannot be written to says so before the measuring, not after
+    if device == "cpu":
+        remeasure(formats(device))                      # which kernel is fastest, before anything is said of how fast
     bandwidth = read_bandwidth([size for size in WORKING_SETS if size <= memory / 8], device)
-    gemm = {dtype: gemm_rates(dtype, device) for dtype in dtypes}
+    products = {format: gemm_rates(format, device) for format in formats(device)}
+    dtypes = dict.fromkeys(computes_in(format, device) for format in products)
     attention = {dtype: attention_rates(dtype, device) for dtype in dtypes}
     # A large square product is not always the fastest: a peak is the best rate that anything reached.
-    peaks = {dtype: max([peak_flops(dtype, device), *(rate for _, rate in gemm[dtype])]) for dtype in dtypes}
+    peaks = {format: max([peak_flops(format, device), *(rate for _, rate in curves["gemm"])]) for format, curves in products.items()}
+
+    def points(format: str, curve: list[tuple[float, float]]) -> list[dict]:
+        return [{"dtype": format, "m": m, "flops_per_s": rate} for m, rate in curve]
+
     record = {
         "name": fingerprint(device)["device"],
         "bandwidth": [{"bytes": size, "bytes_per_s": rate} for size, rate in bandwidth],
         "peak_flops": peaks,
-        "gemm": [{"dtype": dtype, "m": m, "flops_per_s": rate} for dtype in dtypes for m, rate in gemm[dtype]],
-        "attention": [{"dtype": dtype, "m": m, "flops_per_s": rate} for dtype in dtypes for m, rate in attention[dtype]],
+        "gemm": [point for format, curves in products.items() for point in points(format, curves["gemm"])],
+        "head": [point for format, curves in products.items() for point in points(format, curves["head"])],
+        "attention": [point for dtype in dtypes for point in points(dtype, attention[dtype])],
         "elementwise": [{"dtype": dtype, "bytes_per_s": elementwise_rate(dtype, device)} for dtype in dtypes],
         "fixed_s_per_op": fixed_cost(device),
         "memory": memory,
@@ -106,7 +105,7 @@ def _path(device: str) -> Path:
 
 def from_record(record: dict) -> Machine:
     """The `Machine` that a calibration's JSON describes."""
-    curves: dict[str, dict[str, tuple]] = {"gemm": {}, "attention": {}}
+    curves: dict[str, dict[str, tuple]] = {kernel: {} for kernel in ("gemm", "head", "attention") if kernel in record}
     for kernel, by_dtype in curves.items():
         for point in record[kernel]:
             by_dtype[point["dtype"]] = (*by_dtype.get(point["dtype"], ()), (point["m"], point["flops_per_s"]))
@@ -163,9 +162,10 @@ class Pulse:
     never sees it.
     """
 
-    def __init__(self, machine: Machine, dtype: str, rows: int, device: str | None = None):
-        self.expected = interpolate(machine.rates["gemm"][dtype], rows)
-        self.step = gemm_step(gemm_weights(dtype, device or default_device(), 2**28), rows)
+    def __init__(self, machine: Machine, format: str, rows: int, device: str | None = None):
+        self.expected = interpolate(machine.rates["gemm"][format], rows)
+        device = device or default_device()
+        self.step = gemm_step(gemm_weights(format, device), rows, FLOATS[computes_in(format, device)])
         self.samples: list[float] = []
         self.runs: tuple[float, ...] = ()
 

@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from clawdemy_infer import __version__, catalog, commands, commands_published, commands_replay
+from clawdemy_infer import __version__, catalog, commands, commands_peers, commands_published, commands_quantize, commands_replay
 from clawdemy_infer.arithmetic import BYTES
 
-RUNS_IN = ("fp32", "bf16", "fp16")
+RUNS_IN = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +47,12 @@ def some_of(*accepted: str):
                 raise argparse.ArgumentTypeError(f"{item!r}: accepted are {', '.join(accepted)}")
         return text.split(",")
     return parse
+
+
+def draft(text: str) -> str:
+    if not re.fullmatch(r"lookup|int8|int4|exit:[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: accepted are lookup, int8, int4, exit:K for the first K layers")
+    return text
 
 
 def parser() -> Parser:
@@ -92,15 +98,28 @@ def parser() -> Parser:
     c.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest")
     c.add_argument("--seed", type=int, help="the same seed draws the same tokens")
     c.add_argument("--weights", choices=RUNS_IN, default="fp32", help="format of the weights (default: fp32)")
-    c.add_argument("--cache", choices=("contiguous", "paged", "window", "int8", "int4", "none"), default="contiguous",
-                   help="how keys and values are kept (default: contiguous); window: the last 256 tokens and the first 4; "
-                        "none runs the whole text anew for each token")
+    c.add_argument("--cache", choices=("contiguous", "paged", "window", "int8", "int4", "paged-int8", "paged-int4", "none"),
+                   default="contiguous",
+                   help="how keys and values are kept (default: contiguous); window: the last 256 tokens and the first 4, "
+                        "of a text as long as you like; none runs the whole text anew for each token")
 
-    b = command(commands.bench, "Time prefill and decode of the real model beside what was predicted.")
+    c.add_argument("--draft", type=draft, metavar="D",
+                   help="speculative decoding: the same tokens, or drawn from the same distribution. lookup copies from the text; "
+                        "int8 or int4 is the model itself in fewer bits; exit:K its first K layers")
+    c.add_argument("--gamma", type=count, default=4, metavar="N", help="tokens that are drafted at a time (default: 4)")
+
+    b = command(commands_peers.bench, "Time prefill and decode of the real model beside what was predicted, or beside other engines.")
     b.add_argument("--phase", type=some_of(*commands.PHASES), default=[*commands.PHASES], metavar="LIST", help="(default: prefill,decode)")
     b.add_argument("--weights", type=some_of(*RUNS_IN), default=["fp32", "bf16"], metavar="LIST", help="(default: fp32,bf16)")
     b.add_argument("--batch", type=counts, default=[1], metavar="LIST", help="sequences (default: 1)")
     b.add_argument("--context", type=counts, metavar="LIST", help="tokens (default: prefill 64,256,1024, decode 64,512,1024)")
+    b.add_argument("--breakdown", action="store_true", help="also say where the time of each step goes: products, attention, the rest")
+    b.add_argument("--peers", nargs="?", const=[*commands_peers.PEERS], type=some_of(*commands_peers.PEERS), metavar="LIST",
+                   help="instead, run other engines in turn with ours, on the CPU (alone: transformers,llama.cpp,vllm), in the formats "
+                        "of as many bits as --weights has")
+    b.add_argument("--workloads", type=names_of, metavar="LIST",
+                   help="what to do beside peers: decode-B, decode-B@S, prefill-S, trace (default: all of the README's table but trace)")
+    b.add_argument("--rounds", type=count, default=3, metavar="N", help="turns that each engine gets beside peers (default: 3)")
 
     for which in (b, c):
         which.add_argument("--model", default="smollm2-135m", metavar="M",
@@ -111,6 +130,12 @@ def parser() -> Parser:
 
     c = command(commands_replay.replay, "Serve a trace: with the model, or in the time that a roofline says.")
     commands_replay.add_arguments(c, count, BYTES)
+
+    c = command(commands_quantize.quantize, "Store the weights of a model in fewer bits, in a directory that serving engines load.")
+    c.add_argument("--model", default="smollm2-135m", metavar="M", help="as for `generate`")
+    commands_quantize.add_quantize_arguments(c, count)
+    c = command(commands_quantize.evaluate, "Say how far a quantized model is from the one it was made of.")
+    commands_quantize.add_evaluate_arguments(c, count)
 
     command(commands.course, "Run every lesson and print the scoreboard.")
     return top

@@ -17,16 +17,13 @@ from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config import from_config
 from clawdemy_infer.napkin import card, sweep
-from clawdemy_infer.paper import bounds_table, calibration_on_paper, card_on_paper, compare_tables, rows_table, sweep_table
+from clawdemy_infer.paper import calibration_on_paper, card_on_paper, compare_tables, sweep_table
 from clawdemy_infer.parallel import Layout
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.tables import Table, si
 
 PHASES = {"prefill": [64, 256, 1024], "decode": [64, 512, 1024]}
 """What `bench` times, and the contexts it takes unless told."""
-
-BUSY = 0.15
-"""A spread above this says that something else ran on the machine."""
 
 
 def say(sentence: str) -> None:
@@ -88,10 +85,8 @@ def calibrate(args: argparse.Namespace) -> int:
 def napkin(args: argparse.Namespace) -> int:
     if not args.model and not args.compare:
         raise ValueError("model: name one, or several with --compare")
-    shapes = [_shape(name) for name in [*filter(None, [args.model]), *args.compare]]
-    if (machines := [_machine(name) for name in args.machine]) and None in machines:
-        say("clawdemy-infer napkin: machine=this has no kept calibration; run `clawdemy-infer calibrate` first")
-        return 1
+    shapes = [shape_of(name) for name in [*filter(None, [args.model]), *args.compare]]
+    machines = [machine_of(name) for name in args.machine]
     options = {name: getattr(args, name) for name in ("batch", "context", "prompt", "weights", "kv", "activations")}
     options["layout"] = Layout(args.tp, args.pp, args.ep)
     pairs = list(product(shapes, machines))
@@ -107,7 +102,7 @@ def napkin(args: argparse.Namespace) -> int:
     return 0 if all(c["fits"] for c in cards) else 1
 
 
-def _shape(name: str) -> ModelShape:
+def shape_of(name: str) -> ModelShape:
     """A model of the catalog, or the one that a config.json describes."""
     if not name.endswith(".json"):
         return catalog.model(name)
@@ -116,14 +111,15 @@ def _shape(name: str) -> ModelShape:
     return from_config(name)
 
 
-def _machine(name: str) -> Machine | None:
-    """A machine of the catalog, or this one; None where this one was not calibrated."""
+def machine_of(name: str) -> Machine:
+    """A machine of the catalog, or this one. FileNotFoundError where this one was not calibrated."""
     if name != "this":
         return catalog.machine(name)
     from clawdemy_infer.calibrate import from_record, kept_record
 
-    record = kept_record()
-    return from_record(record) if record else None
+    if record := kept_record():
+        return from_record(record)
+    raise FileNotFoundError("machine=this has no kept calibration; run `clawdemy-infer calibrate` first")
 
 
 # ---- what runs the model ----
@@ -132,76 +128,33 @@ def _machine(name: str) -> Machine | None:
 def generate(args: argparse.Namespace) -> int:
     from clawdemy_infer import model
     from clawdemy_infer.calibrate import default_device
-    from clawdemy_infer.probes import DTYPES
+    from clawdemy_infer.speculative import draft_named, speculate
 
     sampling = model.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)  # refused before the model is loaded
-    decoder = model.load_model(args.model, DTYPES[args.weights], default_device())
+    loaded = model.load_model(args.model, device=default_device())
+    decoder = model.with_weights(loaded, args.weights)
     prompt = args.prompt
     if args.chat:
         if decoder.tokenizer is None:
             raise ValueError("chat: this model has no tokenizer, and so no chat template")
         prompt = decoder.tokenizer.chat([{"role": "user", "content": prompt}])
-    result = model.generate(decoder, prompt, args.max_tokens, sampling, stop=args.stop, cache=args.cache,
-                            on_token=None if args.json else lambda piece: print(piece, end="", flush=True))
+    more = {"stop": args.stop, "cache": args.cache, "on_token": None if args.json else lambda piece: print(piece, end="", flush=True)}
+    if args.draft:
+        draft = draft_named(args.draft, decoder if args.draft.startswith("exit") else loaded)          # an early exit is the model's own
+        result = speculate(decoder, prompt, draft, args.max_tokens, sampling, gamma=args.gamma, **more)
+    else:
+        result = model.generate(decoder, prompt, args.max_tokens, sampling, **more)
     if args.json:
-        emit(vars(result) | {"prompt_tokens": len(result.prompt_tokens)})
+        rounds = {"rounds": [each._asdict() for each in result.rounds]} if args.draft else {}
+        emit(vars(result) | {"prompt_tokens": len(result.prompt_tokens)} | rounds)
     else:
         print(flush=True)
         say(f"{len(result.prompt_tokens)} prompt tokens, {len(result.tokens)} generated (ended by: {result.finish_reason}); "
             f"TTFT {si(result.ttft_s, 's')}, TPOT {si(result.tpot_s, 's')}")
+        if args.draft:
+            drafted, accepted = sum(len(each.drafted) for each in result.rounds), sum(each.accepted for each in result.rounds)
+            say(f"{len(result.rounds)} rounds after the first token: {accepted} of {drafted} drafted tokens were accepted")
     return 130 if result.finish_reason == "interrupted" else 0
-
-
-def bench(args: argparse.Namespace) -> int:
-    import psutil
-
-    load = psutil.getloadavg()[0]           # before we add to it ourselves
-    from clawdemy_infer.bench import card, measure
-    from clawdemy_infer.calibrate import default_device, this_machine
-    from clawdemy_infer.model import load_model
-    from clawdemy_infer.probes import DTYPES
-
-    device = default_device()
-    say("Looking at this machine; up to half a minute if it must be calibrated …")
-    machine = this_machine(device)
-    for weights in args.weights:
-        if weights not in machine.peak_flops:
-            raise ValueError(f"weights={weights!r}: {machine.name} is calibrated for {', '.join(machine.peak_flops)}")
-    model = load_model(args.model, DTYPES[args.weights[0]], device)
-    shape = model.config.shape
-    wanted = [(phase, weights, batch, context) for weights, phase in product(args.weights, args.phase)
-              for batch, context in product(args.batch, args.context or PHASES[phase])]
-    longest = max(context for *_, context in wanted)
-    if shape.max_context and longest > shape.max_context:
-        raise ValueError(f"context={longest}: the model's context is {shape.max_context}")
-
-    memory = machine.memory if device == "cuda" else min(machine.memory, psutil.virtual_memory().available)
-    allowed = card(shape, machine, memory, wanted)
-    show(bounds_table(allowed, shape, machine), stderr=args.json)
-    rows = []
-    for weights in args.weights:
-        feasible = [row for row in allowed if row["weights"] == weights and row["fits"]]
-        if feasible and model.dtype != DTYPES[weights]:
-            del model                       # before the next one takes its place
-            model = load_model(args.model, DTYPES[weights], device)
-        for row in measure(model, machine, feasible):
-            say(f"{row.phase} {row.weights} B={row.batch} S={row.context}: {si(row.measured_s, 's')}")
-            rows.append(row)
-
-    notes = [f"{row['phase']} in {row['weights']} of batch {row['batch']:,} and context {row['context']:,} was not timed: it needs "
-             f"{si(row['memory_bytes'], 'B')}, and there are {si(memory, 'B')}." for row in allowed if not row["fits"]]
-    if load > 0.5 or any(row.spread > BUSY for row in rows):
-        notes.append(f"The machine is busy (load average {load:.1f} at the start, spread of a row up to "
-                     f"{max((row.spread for row in rows), default=0):.0%}): trust these figures less.")
-    if any(row.fraction_of_bound > 1 for row in rows):
-        notes.append("A row is faster than its bound, which cannot be: the machine was slower while it was calibrated. Calibrate again.")
-    if not args.json:
-        print()
-        show(rows_table(rows), *notes)
-    emit({"card": {"model": shape.name, "machine": machine.name, "memory_bytes": memory, "bandwidth": machine.bandwidth_at(),
-                   "peak_flops": machine.peak_flops, "fixed_s_per_op": machine.fixed_s_per_op, "rows": allowed},
-          "rows": [row.as_dict() for row in rows], "notes": notes})
-    return 0 if rows else 1
 
 
 def course(args: argparse.Namespace) -> int:

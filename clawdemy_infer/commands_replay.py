@@ -1,12 +1,13 @@
-"""`replay`: serve a trace with the model that runs, or on a machine that need not exist, and say what it was like."""
+"""`replay`: serve a trace with the model that runs, on a machine that need not exist, or by a server, and say what it was like."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import asdict
 from pathlib import Path
 
-from clawdemy_infer.commands import _machine, _shape, emit, say, show
+from clawdemy_infer.commands import emit, machine_of, say, shape_of, show
 from clawdemy_infer.tables import MISSING, Table, number, si
 
 POLICIES = {"static": {"batching": "static"}, "continuous": {}, "chunked": {"token_budget": 256}}
@@ -23,9 +24,11 @@ LINES = {
 def add_arguments(c: argparse.ArgumentParser, count, formats) -> None:
     """The options of `replay`; `count` reads a whole number, `formats` are those of weights and caches."""
     c.add_argument("trace", metavar="TRACE", help="a file of JSON lines, or one of sharegpt, alpaca, code, conversation, uniform")
-    c.add_argument("--on", choices=("engine", "simulator"), default="simulator",
-                   help="run the model, or charge what the roofline says (default)")
-    c.add_argument("--model", default="smollm2-135m", metavar="M", help="as for `generate` (engine) or `napkin` (simulator)")
+    c.add_argument("--on", type=place, default="simulator", metavar="WHERE",
+                   help="engine: run the model; simulator: charge what the roofline says (default); or the URL of an OpenAI-compatible "
+                        "server, as http://localhost:8000/v1")
+    c.add_argument("--model", default="smollm2-135m", metavar="M",
+                   help="as for `generate` (engine) or `napkin` (simulator), or the name that the server knows it by")
     c.add_argument("--machine", default="this", metavar="X", help="for the simulator: a machine of the catalog, or `this` (default)")
     c.add_argument("--policy", choices=POLICIES, default="continuous", help="(default: continuous)")
     c.add_argument("--max-batch", type=count, default=16, metavar="B", help="most sequences that run at once (default: 16)")
@@ -49,6 +52,12 @@ def add_arguments(c: argparse.ArgumentParser, count, formats) -> None:
     c.add_argument("--slo-tpot", type=float, default=float("inf"), metavar="S", help="seconds per output token that count as good")
 
 
+def place(text: str) -> str:
+    if text not in ("engine", "simulator") and not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r}: engine, simulator or a URL is accepted")
+    return text
+
+
 def replay(args: argparse.Namespace) -> int:
     from clawdemy_infer.batching import SLO, Policy, load_trace, save_trace, workload, workload_names
 
@@ -59,25 +68,24 @@ def replay(args: argparse.Namespace) -> int:
         requests = load_trace(args.trace)
     elif args.trace in workload_names():
         requests = workload(args.trace, requests=args.requests, rate=args.rate, burstiness=args.burstiness, seed=args.seed,
-                            most=None if args.on == "simulator" else 1024)
+                            most=1024 if args.on == "engine" else None)
     else:
         raise ValueError(f"trace={args.trace!r}: no such file, and no workload of that name: {', '.join(workload_names())}")
     if args.save:
         save_trace(requests, args.save)
     if args.compare:
         return _compare(args, requests)
-    server, where = (_engine if args.on == "engine" else _simulator)(args, policy)
-    if server is None:
-        say("clawdemy-infer replay: machine=this has no kept calibration; run `clawdemy-infer calibrate` first")
-        return 1
+    server, where = {"engine": _engine, "simulator": _simulator}.get(args.on, _endpoint)(args, policy)
     say(f"Serving {len(requests)} requests …")
+    start = time.perf_counter()
     try:
         report = server.run(requests, slo)
     except KeyboardInterrupt:
         server.cancel_all()
         report = server.report(slo)
+    took = time.perf_counter() - start
     result = {"on": args.on, "model": args.model, "machine": where, "policy": asdict(policy), "requests": report.requests,
-              "summary": report.summary}
+              "summary": report.summary, "wall_s": took}
     emit(result) if args.json else show(*on_paper(result))
     cut_short = any(row["reason"] == "cancelled" for row in report.requests)
     return 130 if cut_short else 0 if report.finished else 1
@@ -100,9 +108,7 @@ def _engine(args: argparse.Namespace, policy):
 def _simulator(args: argparse.Namespace, policy):
     from clawdemy_infer.batching import simulator
 
-    shape, machine = _shape(args.model), _machine(args.machine)
-    if machine is None:
-        return None, args.machine
+    shape, machine = shape_of(args.model), machine_of(args.machine)
     formats = dict.fromkeys(("weights", "kv", "activations"), args.weights or ("fp32" if args.machine == "this" else "bf16"))
     operations = None
     if machine.fixed_s_per_op:
@@ -112,6 +118,13 @@ def _simulator(args: argparse.Namespace, policy):
     server = simulator(shape, machine, policy, tp=args.tp, kv_bytes=args.kv_bytes, host_bytes=args.kv_bytes or 2**30, operations=operations,
                        **formats)
     return server, machine.name
+
+
+def _endpoint(args: argparse.Namespace, policy):
+    """The policy is the server's own."""
+    from clawdemy_infer.batching.endpoint import Endpoint
+
+    return Endpoint(args.on, args.model), args.on
 
 
 def _compare(args: argparse.Namespace, requests: list) -> int:
@@ -129,18 +142,24 @@ def _compare(args: argparse.Namespace, requests: list) -> int:
     else:
         directory = Path(args.model) if Path(args.model).is_dir() else None
     found = compare(decoder, machine, requests, args.max_batch, args.rounds, args.kv_bytes or 2**30, directory, say)
-    rows = [{"server": name, "output_tokens_per_s": found.tokens_per_s(name), "seconds": times} for name, times in found.seconds.items()]
+    rows = [{"server": name, "output_tokens_per_s": found.tokens_per_s(name), "seconds": times, "speed": found.speeds.get(name)}
+            for name, times in found.seconds.items()]
     simulated = [{"server": name, "metric": metric, "simulated": said, "measured": was, "ratio": was / said if said else None}
                  for name, metric, said, was in found.simulated]
     if not args.json:
         best = rows[1]["output_tokens_per_s"]
+        at = ", ".join(f"{speed:.0%} ({name})" for name, speed in found.speeds.items())
+        notes = [f"The machine ran at {at} of its calibrated speed; the simulator was told so, and nothing else."]
+        if not any(request.arrival_s for request in requests):
+            rate = len(requests) * best / found.tokens
+            notes.append(f"Ours, continuous, serves {number(rate)} requests a second; 70 % of that load is --rate {number(0.7 * rate)}.")
         show(Table(("", "output tokens/s", "ours, continuous ÷ this"),
                    [(row["server"], number(row["output_tokens_per_s"]), number(best / row["output_tokens_per_s"])) for row in rows],
                    ("output tokens/s", "ours, continuous ÷ this")),
              Table(("", "metric", "simulated", "measured", "measured ÷ simulated"),
                    [(row["server"], row["metric"], *(MISSING if row[key] is None else number(row[key]) for key in
                                                      ("simulated", "measured", "ratio"))) for row in simulated],
-                   ("simulated", "measured", "measured ÷ simulated")))
+                   ("simulated", "measured", "measured ÷ simulated")), *notes)
     else:
         emit({"machine": machine.name, "tokens": found.tokens, "rows": rows, "simulated": simulated})
     return 0
@@ -148,16 +167,22 @@ def _compare(args: argparse.Namespace, requests: list) -> int:
 
 def on_paper(result: dict) -> list[Table | str]:
     """The summary as a table, what was refused below it."""
+    from clawdemy_infer.batching.request import OUTCOMES
+
     summary, rows = result["summary"], []
     for name, (key, unit) in LINES.items():
         spread = [summary[f"{key}_p{p}"] for p in (50, 95, 99)] if f"{key}_p50" in summary else [summary[key], "", ""]
         rows.append((name, *(value if value == "" else _shown(value, unit) for value in spread)))
-    counts = ", ".join(f"{summary[outcome]} {outcome}" for outcome in ("finished", "cancelled", "refused"))
-    what = f"{result['model']} on {result['machine']} ({result['on']})"
-    blocks = [f"{what}: {counts} in {si(summary['seconds'], 's')}, {summary['steps']:,} steps",
+    counts = ", ".join(f"{summary[outcome]} {outcome}" for outcome in OUTCOMES if summary[outcome] or outcome == "finished")
+    clock = f" ({result['on']})" if result["on"] in ("engine", "simulator") else ""
+    steps = f", {summary['steps']:,} steps" if summary["steps"] else ""
+    blocks = [f"{result['model']} on {result['machine']}{clock}: {counts} in {si(summary['seconds'], 's')}{steps}",
               Table(("", "median or all", "95 %", "99 %"), rows, ("median or all", "95 %", "99 %"))]
-    refused = [row for row in result["requests"] if row["outcome"] == "refused"]
-    return blocks + [f"{row['id']} was refused: {row['reason']}." for row in refused[:5]]
+    if result["on"] == "simulator":
+        rate = len(result["requests"]) / result["wall_s"]
+        blocks.append(f"Simulated in {si(result['wall_s'], 's')}: {number(rate)} requests a second of this machine's time.")
+    failed = [row for row in result["requests"] if row["outcome"] in ("refused", "failed")]
+    return blocks + [f"{row['id']} {'was ' * (row['outcome'] == 'refused')}{row['outcome']}: {row['reason']}." for row in failed[:5]]
 
 
 def _shown(value: float | None, unit: str) -> str:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from clawdemy_infer import calibrate, ledger
+from clawdemy_infer.linear import choice
 from clawdemy_infer.model.converted import sha256
 from clawdemy_infer.model.load import DEFAULT_MODEL, PACKAGED, packaged_file
 from clawdemy_infer.paths import cache_dir
@@ -33,7 +34,7 @@ class Check:
 
 def checks() -> list[Check]:
     """Everything that was looked for, in the order in which one asks."""
-    return [processor(), memory(), gpu(), triton(), compiler(), model(), calibration(), disk()]
+    return [processor(), memory(), gpu(), triton(), compiler(), model(), calibration(), *kernels(), disk()]
 
 
 def processor() -> Check:
@@ -87,6 +88,13 @@ def calibration() -> Check:
     if record := calibrate.kept_record():
         return Check("calibration", f"of {record['date']}", "predictions use it while main memory still reads as fast as it did then")
     return Check("calibration", "none of this machine", "`clawdemy-infer calibrate` makes one; a lesson that needs it does so too")
+
+
+def kernels() -> list[Check]:
+    """For each format of the weights: what multiplies by it, up to how many rows, and what that gains."""
+    if not (chosen := choice.kept()):
+        return [Check("kernels", "not chosen yet", "`clawdemy-infer calibrate` finds the fastest for each format of weights")]
+    return [Check(f"{format} weights", "; ".join(choice.in_words(format)), choice.against_fp32(format)) for format in chosen]
 
 
 def disk() -> Check:

@@ -199,14 +199,16 @@ def calibration_on_paper(record: dict) -> list[Table | str]:
 
     def curve(kernel: str, rows: str) -> Table:
         rates = {(point["m"], point["dtype"]): si(point["flops_per_s"], "FLOP/s") for point in record[kernel]}
-        body = [(f"{m:,}", *(rates[m, dtype] for dtype in dtypes)) for m in sorted({m for m, _ in rates})]
-        return Table((rows, *dtypes), body, numeric=(rows, *dtypes))
+        known = [dtype for dtype in dtypes if any(dtype == of for _, of in rates)]
+        body = [(f"{m:,}", *(rates[m, dtype] for dtype in known)) for m in sorted({m for m, _ in rates})]
+        return Table((rows, *known), body, numeric=(rows, *known))
 
     header = ("working set", "read bandwidth")
     return [
         f"{record['name']}, {si(record['memory'], 'B')} of memory",
         Table(header, [(si(point["bytes"], "B"), si(point["bytes_per_s"], "B/s")) for point in record["bandwidth"]], numeric=header),
         curve("gemm", "matrix product, rows M"),
+        curve("head", "very wide matrix product, rows M"),
         curve("attention", "attention, query rows to a KV head"),
         f"peak: {', '.join(f'{dtype} ' + si(peak, 'FLOP/s') for dtype, peak in record['peak_flops'].items())}\n"
         f"fixed cost: {si(record['fixed_s_per_op'], 's')} for each operation",
@@ -231,3 +233,15 @@ def rows_table(rows: Sequence) -> Table:
     body = [(row.phase, row.weights, f"{row.batch:,}", f"{row.context:,}", si(row.napkin_s, "s"), si(row.predicted_s, "s"),
              si(row.measured_s, "s"), f"± {row.spread:.0%}", f"{row.ratio:.2f}", f"{row.fraction_of_bound:.0%}") for row in rows]
     return Table(header, body, numeric=header[2:])
+
+
+def breakdown_table(row, parts: Sequence) -> Table:
+    """The `breakdown.Part`s of one `bench.BenchRow`, whose run they took apart a second time."""
+    header = ("part", "FLOPs", "bytes", "calibrated", "measured", "bytes/s", "FLOP/s", "residual")
+    body = [(part.name, si(part.flops, "FLOP"), si(part.bytes, "B"), si(part.predicted_s, "s"), si(part.measured_s, "s"),
+             si(part.bytes / part.measured_s, "B/s"), si(part.flops / part.measured_s, "FLOP/s") if part.flops else "",
+             si(part.residual_s, "s")) for part in parts]
+    whole, said = sum(part.measured_s for part in parts), sum(part.predicted_s for part in parts)
+    body.append(("all", "", "", si(said, "s"), si(whole, "s"), "", "", si(whole - said, "s")))
+    return Table(header, body, numeric=header[1:],
+                 title=f"{row.phase} in {row.weights}, batch {row.batch:,}, context {row.context:,}")

@@ -4,7 +4,8 @@ Each is a kind of work of known size that no cache can help, and none is a piece
 
     read bandwidth      the sum of an array, over working sets: caches show as steps
     peak FLOP/s         a large square matrix product
-    GEMM rate by M      X[M, k] @ W[k, n] with W fresh from memory each time: at small M the rate is the reading of W
+    GEMM rate by M      X[M, k] @ W[k, n] with W fresh from memory each time, for each format of W, by the kernel that was chosen for it:
+                        at small M the rate is the reading of W; and the same for a wide W, as heads have
     attention rate by M the fused attention kernel with M query rows to each KV head
     element-wise rate   norms, gates and sums between products: bound by memory on a GPU, by arithmetic and conversion on many CPUs
     fixed cost          a decoder layer without its matrix products: what PyTorch and Python charge to start an operation
@@ -12,20 +13,23 @@ Each is a kind of work of known size that no cache can help, and none is a piece
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from clawdemy_infer.linear import FLOATS, FORMATS, PackedLinear, computes_in, copy_of, packable
 from clawdemy_infer.timing import alternate, count_ops, rates, stopwatch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = FLOATS
 GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+HEAD_ROWS = [1, 4, 16, 64]
 ATTENTION_ROWS = [1, 4, 16, 48, 192, 768, 3072]
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
 """(inputs, outputs) of the weights in the GEMM probe: square, wide and tall, of a small model's size but of no model's."""
+HEAD_SHAPES = [(640, 40960)]
 
 
 def read_bandwidth(sizes: list[int], device: str, rounds: int = 7) -> list[tuple[float, float]]:
@@ -42,29 +46,41 @@ def read_bandwidth(sizes: list[int], device: str, rounds: int = 7) -> list[tuple
     return [(size, rate(size)) for size in sizes]
 
 
-def gemm_weights(dtype: str, device: str, bytes: int = 2**29) -> list[torch.Tensor]:
-    """Weights of all `SHAPES`, `bytes` in all: more than any cache keeps, so that each comes from memory when its turn comes."""
-    copies = max(1, bytes // (sum(k * n for k, n in SHAPES) * DTYPES[dtype].itemsize))
-    return [torch.ones(n, k, device=device, dtype=DTYPES[dtype]) for _ in range(copies) for k, n in SHAPES]
+def formats(device: str) -> list[str]:
+    """The formats of weights that the device has kernels for."""
+    return list(FORMATS if device == "cpu" else FLOATS)
 
 
-def gemm_step(weights: list[torch.Tensor], m: int) -> Callable[[int], int]:
-    """The i-th piece of the GEMM probe: M rows through the next weight of each shape. Returns its FLOPs."""
-    inputs = {k: torch.randn(m, k, device=weights[0].device).to(weights[0].dtype) for k, _ in SHAPES}
+def gemm_weights(format: str, device: str, numbers: int = 2**27, shapes: Sequence[tuple[int, int]] = SHAPES) -> list[PackedLinear]:
+    """Linear layers of all `shapes`, one behind the other, of so many `numbers` in all: more than any cache keeps of fp32, and
+    of fewer bits as much as a model of that size would have. So each comes from memory when its turn comes."""
+    copies = max(2, numbers // sum(k * n for k, n in shapes))
+    generator = torch.Generator(device).manual_seed(0)
+    sources = [packable(format, torch.randn(n, k, device=device, generator=generator)) for k, n in shapes]
+    return [PackedLinear(format, copy_of(source)) for _ in range(copies) for source in sources]
 
+
+def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype, each: int = len(SHAPES)) -> Callable[[int], int]:
+    """The i-th piece of the GEMM probe: M rows through the next `each` weights. Returns its FLOPs."""
+    inputs = {w.in_features: torch.randn(m, w.in_features, device=w.device).to(dtype) for w in weights[:each]}
+
+    @torch.inference_mode()
     def step(i: int) -> int:
-        some = [weights[(i * len(SHAPES) + j) % len(weights)] for j in range(len(SHAPES))]
+        some = [weights[(i * each + j) % len(weights)] for j in range(each)]
         for w in some:
-            F.linear(inputs[w.shape[1]], w)
-        return 2 * m * sum(w.numel() for w in some)
+            w(inputs[w.in_features])
+        return 2 * m * sum(w.in_features * w.out_features for w in some)
     return step
 
 
-def gemm_rates(dtype: str, device: str) -> list[tuple[float, float]]:
-    """(M, FLOP/s) of X[M, k] @ W[k, n]."""
-    weights = gemm_weights(dtype, device)
-    measured = rates({str(m): gemm_step(weights, m) for m in GEMM_ROWS})
-    return [(m, measured[str(m)]) for m in GEMM_ROWS]
+def gemm_rates(format: str, device: str) -> dict[str, list[tuple[float, float]]]:
+    """(M, FLOP/s) of X[M, k] @ W[k, n]: "gemm" for the matrices of layers, "head" for very wide ones."""
+    dtype, curves = DTYPES[computes_in(format, device)], {}
+    for kernel, rows, shapes in (("gemm", GEMM_ROWS, SHAPES), ("head", HEAD_ROWS, HEAD_SHAPES)):
+        weights = gemm_weights(format, device, shapes=shapes)
+        measured = rates({str(m): gemm_step(weights, m, dtype, len(shapes)) for m in rows}, sample_s=0.015, rounds=4)
+        curves[kernel] = [(m, measured[str(m)]) for m in rows]
+    return curves
 
 
 def attention_rates(dtype: str, device: str, kv_heads: int = 4, head_dim: int = 64) -> list[tuple[float, float]]:
@@ -92,15 +108,15 @@ def attention_rates(dtype: str, device: str, kv_heads: int = 4, head_dim: int = 
 
 
 class Norm(nn.Module):
-    """RMS norm of each row, in fp32."""
+    """RMS norm of each row: the layer norm of (x, -x)."""
 
     def __init__(self, device: str, width: int = 512):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * self.weight
+        D = x.shape[-1]
+        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * D,), eps=1e-5)[..., :D] * self.weight
 
 
 @torch.inference_mode()
@@ -175,8 +191,8 @@ def fixed_cost(device: str) -> float:
     after a weight has gone through them, the caches hold nothing that the glue needs, and the other threads have gone to sleep.
     """
     layers, x, row = [Glue(device) for _ in range(16)], torch.randn(1, 1, 512, device=device), torch.randn(1, 1024, device=device)
-    weights = [torch.randn(1024, 1024, device=device) for _ in range(64)]
-    products = [[partial(F.linear, row, w) for w in weights[i: i + 4]] for i in range(0, 64, 4)]
+    weights = gemm_weights("fp32", device, 2**26, [(1024, 1024)])
+    products = [[partial(w, row) for w in weights[i: i + 4]] for i in range(0, 64, 4)]
 
     def products_alone() -> None:
         for four in products:
@@ -192,8 +208,9 @@ def fixed_cost(device: str) -> float:
     return max(0.0, times["both"].median - times["products"].median) / ops
 
 
-def peak_flops(dtype: str, device: str) -> float:
+def peak_flops(format: str, device: str) -> float:
     """FLOP/s of a square matrix product, the largest rate we know how to ask for."""
     n = 8192 if device == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
-    return 2 * n**3 / stopwatch(lambda: a @ b, repeats=3).best
+    [product, *_] = gemm_weights(format, device, n * n, [(n, n)])
+    a = torch.randn(n, n, device=device).to(DTYPES[computes_in(format, device)])
+    return 2 * n**3 / stopwatch(torch.inference_mode()(lambda: product(a)), repeats=3).best

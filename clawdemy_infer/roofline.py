@@ -66,7 +66,7 @@ class Machine:
     bandwidth       read bandwidth by working set, (bytes, bytes/s); one point for a data sheet
     peak_flops      dense FLOP/s by dtype, with fp32 accumulation (int32 for integers)
     memory          bytes that weights and cache may occupy
-    rates           FLOP/s by kernel ("gemm", "attention") and dtype, as (rows M, FLOP/s); empty for a data sheet
+    rates           FLOP/s by kernel ("gemm", "attention", and the "head") and format, as (rows M, FLOP/s); empty for a data sheet
     elementwise     bytes/s at which element-wise operations go through arrays, by dtype; empty for a data sheet
     fixed_s_per_op  seconds that an operation costs whatever its size
 
@@ -109,14 +109,20 @@ class Machine:
         return self.peak_flops[dtype]
 
     def flops_at(self, op: Work) -> float:
-        """FLOP/s that `op` can reach: its kernel's measured rate at that dtype and M, or the peak where none was measured."""
-        curve = self.rates.get(op.kernel, {}).get(op.dtype)
+        """FLOP/s that `op` can reach: its kernel's measured rate at that format or dtype and M, or the peak where none was measured.
+        Rates of its own may also have what has a name: the head, which is as wide as the vocabulary."""
+        rates = self.rates.get(op.name) or self.rates.get(op.kernel, {})
+        curve = rates.get(op.weights) or rates.get(op.dtype)
         return interpolate(curve, op.rows) if curve else self.peak(op.dtype)
 
     def bytes_at(self, op: Work, working_set: float) -> float:
         """Bytes/s at which `op` moves its bytes: those of memory, or less where it has to do something to every element."""
         bandwidth = self.bandwidth_at(working_set)
         return min(bandwidth, self.elementwise.get(op.dtype, bandwidth)) if op.kernel == "elementwise" else bandwidth
+
+    def operation_s(self, op: Work, working_set: float) -> float:
+        """Seconds of one operation, among others that read `working_set` bytes with it, without its fixed cost."""
+        return max(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, working_set))
 
     def ridge(self, dtype: str) -> float:
         """The ridge point, FLOPs per byte: below it memory is the limit, above it compute."""

@@ -24,25 +24,33 @@ MAY_IMPORT = {
     "parallel": ["arithmetic", "roofline"],
     "napkin": ["arithmetic", "roofline", "parallel"],
     "timing": [],
-    "probes": ["timing"],
-    "calibrate": ["paths", "arithmetic", "roofline", "catalog", "timing", "probes"],
+    "linear": ["paths", "timing"],
+    "probes": ["timing", "linear"],
+    "calibrate": ["paths", "arithmetic", "roofline", "catalog", "timing", "linear", "probes"],
     "ledger": ["paths"],
     "tables": ["ledger"],
     "published": ["arithmetic", "roofline", "catalog", "parallel", "tables"],
     "paper": ["arithmetic", "roofline", "tables"],
     "attention": [],
     "kv_cache": ["attention"],
-    "model": ["paths", "arithmetic", "from_config", "timing", "attention", "kv_cache"],
+    "model": ["paths", "arithmetic", "from_config", "timing", "attention", "kv_cache", "linear"],
     "batching": ["arithmetic", "roofline", "parallel", "timing", "calibrate", "kv_cache", "model"],
-    "bench": ["arithmetic", "roofline", "catalog", "timing", "calibrate", "kv_cache", "model"],
+    "bench": ["arithmetic", "roofline", "catalog", "timing", "calibrate", "linear", "kv_cache", "model"],
+    "breakdown": ["arithmetic", "roofline", "timing", "linear", "kv_cache", "model", "bench"],
+    "quantization": ["paths", "arithmetic", "roofline", "timing", "tables", "attention", "kv_cache", "linear", "model"],
+    "speculative": ["arithmetic", "roofline", "timing", "kv_cache", "model"],
+    "peers": ["arithmetic", "roofline", "tables", "timing", "kv_cache", "model", "batching"],
     "lesson": EVERYTHING,
     "plots": EVERYTHING,
     "widgets": EVERYTHING,
     "course": EVERYTHING,
     "doctor": EVERYTHING,
     "commands": EVERYTHING,
+    "commands_bench": EVERYTHING,
     "commands_published": EVERYTHING,
+    "commands_quantize": EVERYTHING,
     "commands_replay": EVERYTHING,
+    "commands_peers": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
 }
@@ -128,7 +136,7 @@ PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
 def test_every_folder_of_the_library_is_packaged():
     folders = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in PACKAGE.rglob("__init__.py")}
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders | {"clawdemy_data"}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders | {"clawdemy_data", "clawdemy_kernels"}
 
 
 def test_every_data_file_is_packaged():

@@ -157,8 +157,8 @@ def test_a_prediction_is_made_before_its_run(model, calm, monkeypatch):
 
 
 def test_a_row_in_json_has_the_fields_that_scripts_rely_on():
-    row = BenchRow("decode", "bf16", 3, 64, napkin_s=0.010, predicted_s=0.016, measured_s=0.020, spread=0.01)
+    row = BenchRow("decode", "bf16", 3, 64, napkin_s=0.010, predicted_s=0.016, measured_s=0.020, spread=0.01, speed=0.9)
     assert row.as_dict() == {
         "phase": "decode", "weights": "bf16", "batch": 3, "context": 64, "napkin_s": 0.010, "predicted_s": 0.016, "measured_s": 0.020,
-        "spread": 0.01, "ratio": pytest.approx(1.25), "fraction_of_bound": pytest.approx(0.5)}
+        "spread": 0.01, "speed": 0.9, "ratio": pytest.approx(1.25), "fraction_of_bound": pytest.approx(0.5)}
     assert all(math.isfinite(value) for value in row.as_dict().values() if isinstance(value, float))

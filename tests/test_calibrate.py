@@ -1,13 +1,14 @@
 """The calibration as a file: what is kept, what is refused, and a whole run of it with less patience."""
 
 import json
-from functools import partial
 
 import pytest
+import torch
 
 from clawdemy_infer import calibrate, probes, timing
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.calibrate import Pulse, from_record, kept_record, this_machine
+from clawdemy_infer.linear import FORMATS, choice, computes_in
 from clawdemy_infer.timing import Timing
 
 RECORD = {
@@ -110,7 +111,7 @@ def test_without_a_kept_calibration_the_machine_is_measured(cache, monkeypatch):
 # ---- a whole run, with less patience ----
 
 
-def quick(steps, **_):
+def quick(steps, *_, **__):
     return timing.rates(steps, sample_s=1e-4, rounds=1)
 
 
@@ -120,8 +121,18 @@ def small(cache, monkeypatch):
     monkeypatch.setattr(probes, "rates", quick)
     monkeypatch.setattr(probes, "alternate", lambda works, **_: timing.alternate(works, repeats=1))
     monkeypatch.setattr(calibrate, "rates", quick)
-    monkeypatch.setattr(probes, "gemm_weights", partial(probes.gemm_weights, bytes=2**20))
+    whole = probes.gemm_weights
+
+    def few(format, device, numbers=2**14, shapes=((64, 64), (64, 96), (96, 64))):
+        return whole(format, device, numbers, shapes)
+    monkeypatch.setattr(probes, "gemm_weights", few)
+    monkeypatch.setattr(calibrate, "gemm_weights", few)
+    monkeypatch.setattr(choice, "rates", quick)
+    monkeypatch.setattr(choice, "SHAPES", [(64, 64)])
     monkeypatch.setattr(probes, "GEMM_ROWS", [1, 3])
+    monkeypatch.setattr(probes, "HEAD_ROWS", [1, 2])
+    monkeypatch.setattr(probes, "SHAPES", [(64, 64), (64, 96), (96, 64)])
+    monkeypatch.setattr(probes, "HEAD_SHAPES", [(64, 1024)])
     monkeypatch.setattr(probes, "ATTENTION_ROWS", [2, 34])
     monkeypatch.setattr(calibrate, "WORKING_SETS", [2**14, 2**18])
     return cache
@@ -132,15 +143,17 @@ def test_a_calibration_measures_everything_keeps_it_and_predicts(small):
     record = kept_record("cpu")
     assert from_record(record) == machine
     assert [point["bytes"] for point in record["bandwidth"]] == [2**14, 2**18]
-    assert {(point["dtype"], point["m"]) for point in record["gemm"]} == {(dtype, m) for dtype in ("fp32", "bf16") for m in (1, 3)}
+    assert {(point["dtype"], point["m"]) for point in record["gemm"]} == {(dtype, m) for dtype in FORMATS for m in (1, 3)}
+    assert {(point["dtype"], point["m"]) for point in record["head"]} == {(dtype, m) for dtype in FORMATS for m in (1, 2)}
     assert {(point["dtype"], point["m"]) for point in record["attention"]} == {(dtype, m) for dtype in ("fp32", "bf16") for m in (2, 34)}
     figures = [point["bytes_per_s"] for point in record["bandwidth"]] + list(record["peak_flops"].values())
     figures += [point["flops_per_s"] for point in record["gemm"] + record["attention"]]
     assert min(figures) > 0 and record["fixed_s_per_op"] >= 0 and record["memory"] > 2**28
-    for dtype in ("fp32", "bf16"):                                      # nothing measured is faster than the peak
+    for dtype in FORMATS:                                               # nothing measured is faster than the peak
         assert record["peak_flops"][dtype] >= max(point["flops_per_s"] for point in record["gemm"] if point["dtype"] == dtype)
     assert machine.time(Work(1e6, 1e6, kernel="gemm", dtype="bf16", rows=2), ops=3).seconds > 0
-    assert [file.name for file in small.iterdir()] == ["calibration-cpu.json"]     # no half-written one beside it
+    files = {file.name for file in small.iterdir()}
+    assert files == {"calibration-cpu.json", f"kernels-cpu-{torch.get_num_threads()}.json"}     # no half-written one beside them
 
 
 def test_a_calibration_that_is_interrupted_leaves_the_kept_one_as_it_was(small, monkeypatch):
@@ -197,14 +210,15 @@ def test_a_kept_calibration_is_used_only_while_products_run_as_fast_as_they_did(
 # ---- the probes count what they do ----
 
 
-def test_the_gemm_probe_counts_its_flops():
-    weights = probes.gemm_weights("bf16", "cpu", bytes=2**20)
-    assert {tuple(w.shape) for w in weights} == {(n, k) for k, n in probes.SHAPES}
-    assert probes.gemm_step(weights, 3)(5) == 2 * 3 * sum(k * n for k, n in probes.SHAPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_gemm_probe_counts_its_flops(format):
+    weights = probes.gemm_weights(format, "cpu", numbers=2**20)
+    assert {(w.in_features, w.out_features) for w in weights} == set(probes.SHAPES)
+    dtype = probes.DTYPES[computes_in(format, "cpu")]
+    assert probes.gemm_step(weights, 3, dtype)(5) == 2 * 3 * sum(k * n for k, n in probes.SHAPES)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_gemm_probe_has_as_many_bytes_as_were_asked_for(dtype):
+def test_the_gemm_probe_has_as_many_numbers_as_were_asked_for():
     """Or a little less, since all shapes come equally often: enough to be asked for more than a cache keeps."""
-    size = sum(w.nbytes for w in probes.gemm_weights(dtype, "cpu", bytes=2**26))
-    assert 0.85 * 2**26 < size <= 2**26
+    size = sum(w.in_features * w.out_features for w in probes.gemm_weights("bf16", "cpu", numbers=2**25))
+    assert 0.85 * 2**25 < size <= 2**25

@@ -14,6 +14,7 @@ import torch
 from clawdemy_infer import bench as bench_room
 from clawdemy_infer import calibrate, cli, course, doctor, model
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.linear import choice
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.timing import Timing
@@ -72,7 +73,7 @@ def test_help_and_version_say_what_there_is(run):
     (["generate", "--prompt", "a", "--max-tokens", "0"], "--max-tokens: '0'"),
     (["generate", "--prompt", "a", "--temperature", "hot"], "--temperature"),
     (["generate", "--prompt", "a", "--cache", "papers"], "--cache"),
-    (["bench", "--weights", "fp32,fp8"], "--weights: 'fp8': accepted are fp32, bf16, fp16"),
+    (["bench", "--weights", "fp32,fp8"], "--weights: 'fp8': accepted are fp32, fp16, bf16, int8, int4"),
     (["bench", "--phase", "decode,train"], "--phase: 'train'"),
     (["bench", "--context", "64,,128"], "--context: ''"),
     (["doctor", "now"], "now"),
@@ -278,6 +279,7 @@ RECORD = {
     "name": "a test machine", "bandwidth": [{"bytes": 2**20, "bytes_per_s": 5e10}, {"bytes": 2**30, "bytes_per_s": 1e10}],
     "peak_flops": {"fp32": 2e11, "bf16": 4e11}, "fixed_s_per_op": 4e-6, "memory": 8 * 2**30, "date": "2026-01-02T03:04:05+00:00",
     "gemm": [{"dtype": dtype, "m": m, "flops_per_s": m * 1e9} for dtype in ("fp32", "bf16") for m in (1, 128)],
+    "head": [{"dtype": dtype, "m": 1, "flops_per_s": 3e9} for dtype in ("fp32", "bf16")],
     "attention": [{"dtype": dtype, "m": 16, "flops_per_s": 5e9} for dtype in ("fp32", "bf16")],
     "elementwise": [{"dtype": dtype, "bytes_per_s": 9e9} for dtype in ("fp32", "bf16")],
     "versions": {"torch": "2.13.0"},
@@ -289,6 +291,7 @@ def calibrated(monkeypatch):
     measured = []
     monkeypatch.setattr(calibrate, "calibrate", lambda *_: measured.append(1))
     monkeypatch.setattr(calibrate, "kept_record", lambda *_: RECORD)
+    monkeypatch.setattr(choice, "kept", lambda: {})
     return measured
 
 
@@ -316,7 +319,7 @@ def test_doctor_says_what_there_is(run, calibrated):
         assert part in result.out, part
     report = json.loads(run("doctor", "--json").out)
     assert report["ready"] is True and report["machine"] == RECORD and report["versions"]["torch"] == torch.__version__
-    asked = ["CPU", "memory", "GPU", "Triton", "C++ compiler", "model", "calibration", "cache"]
+    asked = ["CPU", "memory", "GPU", "Triton", "C++ compiler", "model", "calibration", "kernels", "cache"]
     assert [check["what"] for check in report["checks"]] == asked
 
 
@@ -357,7 +360,7 @@ def test_doctor_finds_what_is_missing(run, monkeypatch):
 
 @pytest.fixture
 def loaded(smollm, monkeypatch):
-    monkeypatch.setattr(model, "load_model", lambda *_: smollm)
+    monkeypatch.setattr(model, "load_model", lambda *_, **__: smollm)
     return smollm
 
 
@@ -441,10 +444,10 @@ def tiny(monkeypatch):
 
     loaded = []
 
-    def load(name, dtype, device):
+    def load(name, device, weights):
         torch.manual_seed(1)
-        loaded.append(dtype)
-        return Decoder(ModelConfig(TINY)).eval().to(dtype)
+        loaded.append(weights)
+        return model.with_weights(Decoder(ModelConfig(TINY)).eval(), weights)
 
     monkeypatch.setattr(calibrate, "this_machine", lambda *_: machine)
     monkeypatch.setattr(bench_room, "Pulse", Pulse)
@@ -466,7 +469,7 @@ def test_bench_shows_the_card_then_the_rows_and_json_last(run, tiny):
     assert [row["napkin_s"] for row in report["card"]["rows"]] == [row["napkin_s"] for row in report["rows"]]
     text = "\n".join(tables)
     assert text.index("FLOPs/byte") < text.index("÷ calibrated")        # what the roofline allows comes first
-    assert tiny == [torch.float32, torch.bfloat16]                      # each is loaded once
+    assert tiny == ["fp32", "bf16"]                      # each is loaded once
     assert report["notes"] == []
 
 
@@ -501,6 +504,27 @@ def test_bench_says_when_a_row_is_faster_than_can_be(run, tiny, monkeypatch):
     """Bytes that moved faster than memory delivers them: never a success."""
     monkeypatch.setattr(bench_room.Pulse, "stopwatch", lambda self, work, repeats: Timing((1e-9, 1e-9, 1e-9)))
     assert "faster than its bound" in run("bench", "--context", "5", "--weights", "fp32").out
+
+
+def test_bench_warns_of_a_machine_that_runs_slower_than_it_was_calibrated(run, tiny, monkeypatch):
+    monkeypatch.setattr(bench_room.Pulse, "speed", 0.4)
+    out = run("bench", "--context", "5", "--phase", "decode", "--weights", "fp32").out
+    assert "WARNING" in out and "40%" in out and "something else runs on it" in out
+
+
+def test_bench_says_when_a_format_loses_to_fp32(run, tiny, monkeypatch):
+    times = iter([1.0, 1.5])
+    monkeypatch.setattr(bench_room.Pulse, "stopwatch", lambda self, work, repeats: Timing((next(times),) * 3))
+    notes = json.loads(run("bench", "--context", "5", "--phase", "decode", "--json").out)["notes"]
+    assert [note for note in notes if "bf16 loses here" in note and "1.50 times" in note]
+
+
+def test_bench_takes_a_step_apart(run, tiny):
+    result = run("bench", "--context", "9", "--weights", "fp32", "--breakdown")
+    assert "residual" in result.out
+    taken = json.loads(result.out.splitlines()[-1])["breakdown"]
+    assert [part["name"] for part in taken[0]["parts"]] == ["matrices", "head", "attention", "the rest"]
+    assert all(part["measured_s"] > 0 and part["predicted_s"] > 0 for one in taken for part in one["parts"])
 
 
 @pytest.mark.parametrize("arguments, named", [(["--context", "4096"], "context=4096: the model's context is 2048"),

@@ -8,8 +8,18 @@ import torch
 from tolerances import LOGITS
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, Int8Cache, KiviCache, PagedCache, PagedInt8Store
+from clawdemy_infer.kv_cache import (
+    BlockPool,
+    BlockTables,
+    ContiguousCache,
+    Int8Cache,
+    KiviCache,
+    PagedCache,
+    PagedInt8Store,
+    PagedKiviCache,
+)
 from clawdemy_infer.model import load_model
+from clawdemy_infer.model.generate import KEEPERS as NAMED
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
          "intermediate_size": 44, "vocab_size": 101, "max_position_embeddings": 512, "initializer_range": 0.2}
@@ -33,14 +43,14 @@ def kivi(bits):
 
 
 def paged_int8(model, batch=1, capacity=90):
-    tables = BlockTables(BlockPool(8 * batch, 16))
-    cache = PagedCache(tables, PagedInt8Store(tables.pool, 3, 2, 16), capacity)
-    for sequence in range(batch):
-        cache.add(sequence)
-    return cache
+    return PagedCache.for_model(model, batch, capacity, store=PagedInt8Store)
 
 
-KEEPERS = {"int8": int8, "kivi8": kivi(8), "kivi4": kivi(4), "kivi2": kivi(2), "paged int8": paged_int8}
+def paged_kivi4(model, batch=1, capacity=90):
+    return PagedKiviCache.for_model(model, batch, capacity, block_size=8)
+
+
+KEEPERS = {"int8": int8, "kivi8": kivi(8), "kivi4": kivi(4), "kivi2": kivi(2), "paged int8": paged_int8, "paged kivi4": paged_kivi4}
 ALL = pytest.mark.parametrize("keeper", KEEPERS.values(), ids=KEEPERS)
 
 
@@ -68,8 +78,8 @@ def kept_keys_and_values(cache, tokens):
         seen["keys"], seen["values"] = cache.remember(1, step.rectangles[0].stretches, nothing, nothing)
     else:
         part = step.parts[0]
-        seen["keys"] = part._all(1, cache.keys, cache.key_tail, nothing[:, :, None])
-        seen["values"] = part._all(1, cache.values, cache.value_tail, nothing[:, :, None])
+        seen["keys"] = part.all(1, cache.keys, cache.key_tail, nothing[:, :, None])
+        seen["values"] = part.all(1, cache.values, cache.value_tail, nothing[:, :, None])
     return seen["keys"][0, :, :tokens], seen["values"][0, :, :tokens]
 
 
@@ -125,7 +135,7 @@ def test_int8_moves_no_number_by_more_than_half_a_step_of_its_own_token_and_head
 def test_the_model_is_as_near_to_fp32_as_its_bits_allow_however_the_tokens_are_cut(model, keeper, pieces, request):
     exact = model(torch.tensor([TEXT]))[0]
     error = (fed(model, keeper(model), TEXT, pieces) - exact).std() / exact.std()
-    allowed = {"int8": 0.02, "kivi8": 0.02, "kivi4": 0.2, "kivi2": 0.8, "paged int8": 0.02}
+    allowed = {"int8": 0.02, "kivi8": 0.02, "kivi4": 0.2, "kivi2": 0.8, "paged int8": 0.02, "paged kivi4": 0.2}
     name = next(name for name in sorted(allowed, key=len, reverse=True) if name in request.node.name)
     assert 0 < error < allowed[name]
 
@@ -171,7 +181,7 @@ def test_a_fork_in_8_bit_pages_writes_like_its_parent(model):
 def test_an_interrupted_step_can_be_begun_again(model, keeper):
     cache = keeper(model)
     fed(model, cache, TEXT[:20], [20])
-    if not isinstance(cache, PagedCache):                   # pages: tested with their own
+    if type(cache) is not PagedCache:                       # pages of bytes: tested with their own
         for new in (TEXT[20:50], TEXT[50:51]):
             step = cache.begin({0: new})
             for layer in (0, 1):
@@ -226,14 +236,31 @@ def test_more_than_the_capacity_is_refused_before_anything_is_written(model, kee
     assert cache.lengths == {0: 19}
 
 
-@pytest.mark.parametrize(("keeper", "most"), [(Int8Cache.for_model, 0.01), (KiviCache.for_model, 0.05)], ids=["int8", "int4"])
-def test_the_real_model_hardly_notices(smollm, keeper, most):
-    """KL(fp32 cache || this one) over 64 tokens that follow on 64 others. For int4 that is a seventh of what 4-bit weights cost."""
+REAL = {"int8": 0.01, "int4": 0.05, "paged-int8": 0.01, "paged-int4": 0.05}
+
+
+@pytest.fixture(scope="module")
+def real_log_probabilities(smollm):
+    """[1, 64, V] behind 64 other tokens, for each keeper of the real model."""
     ids = torch.tensor([smollm.tokenizer.encode(str(topics["assert"]))[:128]])
-    logs = []
-    for cache in (ContiguousCache.for_model(smollm, 1, 128), keeper(smollm, 1, 128)):
+    logs = {}
+    for name in ("contiguous", *REAL):
+        cache = NAMED[name](smollm, 1, 128)
         smollm(ids[:, :64], cache)
-        logs.append(torch.cat([smollm(piece, cache) for piece in ids[:, 64:].split(32, dim=1)], dim=1).log_softmax(-1))
-    exact, ours = logs
+        logs[name] = torch.cat([smollm(piece, cache) for piece in ids[:, 64:].split(32, dim=1)], dim=1).log_softmax(-1)
+    return logs
+
+
+@pytest.mark.parametrize(("keeper", "most"), REAL.items(), ids=REAL)
+def test_the_real_model_hardly_notices(real_log_probabilities, keeper, most):
+    """KL(fp32 cache || this one) over 64 tokens that follow on 64 others. For int4 that is a seventh of what 4-bit weights cost."""
+    exact, ours = real_log_probabilities["contiguous"], real_log_probabilities[keeper]
     assert 0 < (exact.exp() * (exact - ours)).sum(-1).mean() < most
     assert (ours.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
+
+
+def test_pages_of_4_bits_lose_what_the_4_bit_cache_loses(real_log_probabilities):
+    exact, piece, page = (real_log_probabilities[name] for name in ("contiguous", "int4", "paged-int4"))
+    assert_same_but_for_roundings(page, piece)
+    kl = [(exact.exp() * (exact - ours)).sum(-1).mean() for ours in (piece, page)]
+    torch.testing.assert_close(kl[0], kl[1], rtol=1e-3, atol=0)

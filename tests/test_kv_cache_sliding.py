@@ -8,7 +8,7 @@ from tolerances import LOGITS
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from clawdemy_infer.kv_cache import SlidingWindowCache
+from clawdemy_infer.kv_cache import ContiguousCache, SlidingWindowCache
 from clawdemy_infer.model import generate, load_model
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
@@ -199,6 +199,61 @@ def test_sizes_that_no_cache_has_are_refused_by_name(name, value):
 def test_sinks_need_the_frequencies_of_rope():
     with pytest.raises(ValueError, match="sinks=4"):
         SlidingWindowCache(layers=2, batch=1, kv_heads=2, head_dim=4, window=8, sinks=4)
+
+
+# ---- without end ----
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A model whose context is 55 tokens; TEXT has one and a half times as many."""
+    return both(LlamaConfig(**SMALL | {"max_position_embeddings": 55}, eos_token_id=None), tmp_path_factory.mktemp("short"))
+
+
+@pytest.mark.parametrize("pieces", [[20, *[1] * 63], [83], [50, 20, 13]], ids=["one by one", "whole", "in pieces"])
+def test_a_text_goes_on_beyond_the_models_context_as_the_paper_has_it(short, pieces):
+    theirs, ours = short
+    cache = SlidingWindowCache.for_model(ours, 1, window=17, sinks=4)
+    before = cache.allocated_bytes
+    assert_logits_agree(fed(ours, cache, TEXT, pieces), streaming_llm(theirs, TEXT, 17, 4))
+    assert cache.lengths == {0: 83} and cache.allocated_bytes == before == 21 * 2 * 3 * 2 * 10 * 4
+    with pytest.raises(ValueError, match="the model's context is 55"):
+        fed(ours, ContiguousCache.for_model(ours, 1, 90), TEXT, pieces)
+
+
+def test_generation_goes_on_beyond_the_models_context(short):
+    theirs, ours = short
+    cache = SlidingWindowCache.for_model(ours, 1, window=17, sinks=4)
+    written = generate(ours, TEXT[:20], max_tokens=63, cache=cache).tokens
+    logits = streaming_llm(theirs, TEXT[:20] + written[:-1], 17, 4)
+    assert written == logits[19:].argmax(-1).tolist()
+    with pytest.raises(ValueError, match="together 83, but the model's context is 55"):
+        generate(ours, TEXT[:20], max_tokens=63)
+
+
+def test_a_window_wider_than_the_models_context_ends_with_it(short):
+    _, ours = short
+    cache = SlidingWindowCache.for_model(ours, 1, window=52, sinks=4)
+    with pytest.raises(ValueError, match="0 in the cache and 83 new make 83; the model's context is 55"):
+        fed(ours, cache, TEXT, [83])
+    with pytest.raises(ValueError, match="the model's context is 55"):          # of 256 and 4
+        generate(ours, TEXT[:20], max_tokens=63, cache="window")
+
+
+def test_the_keeper_named_window_never_fills_up(tmp_path):
+    _, ours = both(LlamaConfig(**SMALL | {"max_position_embeddings": 270, "num_hidden_layers": 1}, eos_token_id=None), tmp_path)
+    assert len(generate(ours, TEXT, max_tokens=200, cache="window").tokens) == 200
+
+
+def test_ten_million_tokens_on_nothing_has_changed(llama):
+    """What is seen lies within a few windows; where these lie in the text must not matter. In fp32 the angles would be noise."""
+    _, ours = llama
+    logits = []
+    for start in (0, 10_000_000):
+        cache = SlidingWindowCache.for_model(ours, 1, window=7)
+        cache.length = start
+        logits.append(fed(ours, cache, TEXT[:40], [20, *[1] * 20])[25:])            # three layers of 7 tokens look back 18
+    assert_logits_agree(*logits)
 
 
 def test_a_window_that_holds_all_of_the_text_changes_nothing_for_the_real_model(smollm):

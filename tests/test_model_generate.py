@@ -93,7 +93,7 @@ def test_times_are_those_of_the_clock(smollm, monkeypatch):
     ("hi", {"max_tokens": 0}, "max_tokens=0: at least 1 is accepted"),
     ("hi", {"stop": ""}, "stop="),
     ("hi", {"stop": ("a", "")}, "stop="),
-    ("hi", {"cache": "shoebox"}, "cache='shoebox': accepted are contiguous, paged, int8, int4, window, none"),
+    ("hi", {"cache": "shoebox"}, "cache='shoebox': accepted are contiguous, paged, int8, int4, window, paged-int8, paged-int4, none"),
     ([5] * 8000, {"max_tokens": 193}, "prompt has 8000 tokens and max_tokens=193: together 8193, but the model's context is 8192"),
 ], ids=["empty", "no ids", "unknown id", "no tokens", "empty stop", "one empty stop", "no such cache", "too long"])
 def test_what_cannot_be_generated_is_refused_by_value(smollm, prompt, arguments, message):

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import generate, load_model
+from clawdemy_infer.model.generate import KEEPERS
 from clawdemy_infer.model.grouping import with_kv_heads
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 60, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 10,
@@ -36,6 +37,27 @@ def test_averaged_heads_give_the_logits_of_transformers_with_averaged_weights(fa
         expected = fewer(TEXT).logits
     ours = with_kv_heads(load_model(tmp_path), kv_heads)(TEXT)
     torch.testing.assert_close(ours / expected.std(), expected / expected.std(), **LOGITS[torch.float32])
+
+
+@pytest.mark.parametrize("keeper", ["contiguous", "paged", "window"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_a_ragged_batch_of_seven_writes_what_transformers_writes_with_averaged_weights(kv_heads, keeper, tmp_path):
+    torch.manual_seed(5)
+    whole = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    whole.save_pretrained(tmp_path)
+    fewer = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"num_key_value_heads": kv_heads})).eval()
+    fewer.load_state_dict(pooled_by_hand(whole.state_dict(), kv_heads))
+    ours = with_kv_heads(load_model(tmp_path), kv_heads)
+    texts = [TEXT[i % 2, i:i + n].tolist() for i, n in enumerate((5, 1, 30, 17, 2, 23, 11))]
+    cache, written = KEEPERS[keeper](ours, 7, 60), [[] for _ in texts]
+    new = dict(enumerate(texts))
+    for _ in range(20):
+        for i, token in enumerate(ours.step(new, cache).argmax(-1).tolist()):
+            written[i].append(token)
+            new[i] = [token]
+    for text, tokens in zip(texts, written, strict=True):
+        expected = fewer.generate(torch.tensor([text]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(text):]
+        assert tokens == expected.tolist()
 
 
 def test_copied_heads_write_the_same_tokens_and_keep_three_times_the_bytes(smollm):

@@ -105,7 +105,7 @@ class Experts:
         # M is what one expert sees: its weights are read for so few rows, however large the batch.
         each = [matmul(max(1, rows / touched), k, n, f"expert {name}", run.weights, run.activations)
                 for name, (k, n) in self.expert.matrices().items()]
-        shared = [Work(op.flops, op.bytes, f"shared {op.name}", op.dtype, op.kernel, op.rows) for op in self.shared.work(run)] \
+        shared = [op._replace(name=f"shared {op.name}") for op in self.shared.work(run)] \
             if self.shared else []
         router, gate = run.matmul("router", self.D, moe.experts), self.expert.activation(run, rows)
         combine = run.elementwise("combine", (moe.active + 1) * run.tokens * self.D)     # read `active` outputs, write their sum

@@ -54,7 +54,7 @@ class Work(NamedTuple):
 
     `kernel` says what does it ("gemm", "attention", "scan" or "elementwise") and `rows` is M, the number of rows that
     share one read of the weights or of the cache: a machine computes far faster at M = 1,024 than at M = 1.
-    `parts` are the operations that a sum was made of.
+    `parts` are the operations that a sum was made of, `weights` the format of the matrix in a product.
     """
 
     flops: float
@@ -64,6 +64,7 @@ class Work(NamedTuple):
     kernel: str = ""
     rows: float = 1
     parts: tuple[Work, ...] = ()
+    weights: Format = ""
 
     @property
     def intensity(self) -> float:
@@ -73,7 +74,7 @@ class Work(NamedTuple):
     def __mul__(self, times: float) -> Work:
         """The same work `times` over, with the same rows each time: L layers, or so many steps."""
         parts = tuple([part * times for part in self.parts]) if self.parts else ()
-        return Work(self.flops * times, self.bytes * times, self.name, self.dtype, self.kernel, self.rows, parts)
+        return Work(self.flops * times, self.bytes * times, self.name, self.dtype, self.kernel, self.rows, parts, self.weights)
 
     def operations(self) -> tuple[Work, ...]:
         """The work as single operations: itself, or all that its parts are made of."""
@@ -94,7 +95,7 @@ def matmul(m: float, k: int, n: int, name: str = "matmul", weights: Format = "fp
     at_least_1(m=m, k=k, n=n)
     x, w, y = m * k, k * n, m * n
     bytes = w * element_bytes("weights", weights) + (x + y) * element_bytes("activations", activations)
-    return Work(2 * m * k * n, bytes, name, activations, "gemm", rows=m)
+    return Work(2 * m * k * n, bytes, name, activations, "gemm", rows=m, weights=weights)
 
 
 class Pass(NamedTuple):

@@ -2,7 +2,8 @@
 
 In reading order: `request` (what is asked for, and how far it has come), `policy`, `scheduler` (who runs, who waits, who gives
 way), `static` (the baseline), `metrics`, `engine` (the loop), `counted_blocks`, `step_cost` and `simulator` (time by the roofline),
-`workload`, `trace`, `timeline`. None of these needs torch. `torch_executor` runs the model; import it by its name.
+`workload`, `trace`, `timeline`. None of these needs torch. `torch_executor` runs the model, `endpoint` asks somebody else's server, and
+`compare` sets servers side by side; import them by their names.
 """
 
 from clawdemy_infer.batching.engine import Engine

@@ -30,10 +30,12 @@ METRICS = ("output_tokens_per_s", "ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95"
 
 @dataclass(frozen=True)
 class Compared:
-    """Seconds of each server by round, the output tokens they all gave; and for ours (server, metric, simulated, measured)."""
+    """Seconds of each server by round, the output tokens they all gave; and for ours, how fast the machine was meanwhile, as a fraction
+    of its calibration, and (server, metric, simulated, measured)."""
 
     seconds: dict[str, list[float]]
     tokens: int
+    speeds: dict[str, float]
     simulated: list[tuple[str, str, float, float]]
 
     def tokens_per_s(self, server: str) -> float:
@@ -71,22 +73,28 @@ def compare(model: Decoder, machine: Machine, requests: list[Request], max_batch
     for _ in range(rounds):
         for name, serve in servers.items():
             if name in pulses:
-                pulses[name].sample(0.3)
+                take(pulses[name])
             start = now()
             took = serve(requests) or now() - start
             if name in pulses:
                 took = reports[name][-1].seconds
-                pulses[name].sample(0.3)
+                take(pulses[name])
             seconds[name].append(took)
             note(f"{name}: {took:.1f} s")
-    simulated = []
+    speeds, simulated = {name: pulse.speed for name, pulse in pulses.items()}, []
     for name, policy in policies.items():
-        predicted = simulate(model.config.shape, slowed(machine, pulses[name].speed), requests, policy, weights="fp32", kv="fp32",
+        predicted = simulate(model.config.shape, slowed(machine, speeds[name]), requests, policy, weights="fp32", kv="fp32",
                              activations="fp32", kv_bytes=kv_bytes, operations=count_operations(model, policy)).summary
         for metric in METRICS:
             measured = statistics.median(report.summary[metric] for report in reports[name])
             simulated.append((name, metric, predicted[metric], measured))
-    return Compared(seconds, sum(request.output_tokens or request.max_tokens for request in requests), simulated)
+    return Compared(seconds, sum(request.output_tokens or request.max_tokens for request in requests), speeds, simulated)
+
+
+def take(pulse: Pulse) -> None:
+    """Several short readings, of which a median is taken, say more than a long one: a shared machine goes by fits and starts."""
+    for _ in range(3):
+        pulse.sample(0.15)
 
 
 def slowed(machine: Machine, speed: float) -> Machine:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sized
 from typing import NamedTuple
 
+from clawdemy_infer.arithmetic import at_least_1
+
 
 class Pool:
     """`blocks` blocks of `block_size` tokens, `free` of them in nobody's hands."""
 
     def __init__(self, blocks: int, block_size: int = 16) -> None:
-        for name, size in {"blocks": blocks, "block_size": block_size}.items():
-            if size < 1:
-                raise ValueError(f"{name}={size}: a pool needs at least 1")
+        at_least_1(blocks=blocks, block_size=block_size)
         self.blocks = self.free = blocks
         self.block_size = block_size
 

@@ -186,8 +186,7 @@ def _arrival(sequence: Sequence) -> float:
 @contextmanager
 def uninterrupted():
     """Put Ctrl-C off until the end of the block. (Python delivers it to the main thread; elsewhere there is nothing to do.)"""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     pressed = False
@@ -196,10 +195,10 @@ def uninterrupted():
         nonlocal pressed
         pressed = True
 
-    signal.signal(signal.SIGINT, note)
+    handler = signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)         # None: one that Python did not set
         if pressed:
             signal.raise_signal(signal.SIGINT)

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from clawdemy_infer.batching.request import Sequence, State
+from clawdemy_infer.batching.request import OUTCOMES, Sequence, State
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def percentiles(name: str, values: Iterable[float | None]) -> dict[str, float | 
 
 
 class Report:
-    """A run that is over: its `sequences`, and its `steps` in order."""
+    """A run that is over: its `sequences`, and its `steps` in order. There are none of a server that is only seen from outside: then what
+    concerns steps, batch and blocks is None in the summary."""
 
     def __init__(self, sequences: list[Sequence], steps: list, max_batch: int, blocks: int, block_bytes: float = 0.0,
                  slo: SLO | None = None) -> None:
@@ -70,9 +71,11 @@ class Report:
 
     @cached_property
     def seconds(self) -> float:
-        """From the first arrival to the last step."""
+        """From the first arrival to the last step, or where there are no steps, to the last token."""
         arrivals = [sequence.arrival_s for sequence in self.sequences]
-        return self.steps[-1].end_s - min([self.steps[0].start_s, *arrivals]) if self.steps else 0.0
+        if self.steps:
+            return self.steps[-1].end_s - min([self.steps[0].start_s, *arrivals])
+        return max([s.token_times[-1] - min(arrivals) for s in self.sequences if s.token_times], default=0.0)
 
     def good(self, sequence: Sequence, slo: SLO | None = None) -> bool:
         """Did it finish within the SLO, and by its deadline?"""
@@ -92,34 +95,44 @@ class Report:
     @cached_property
     def summary(self) -> dict:
         """The whole run in one dictionary."""
-        steps, seconds = self.steps, self.seconds
+        seconds = self.seconds
+        prompts = sum(sequence.prompt_tokens for sequence in self.finished)
+        outcomes = {str(state): sum(s.state is state for s in self.sequences) for state in OUTCOMES}
+
+        def rate(count: float) -> float:
+            return count / seconds if seconds else 0.0
+
+        return {
+            **outcomes, "seconds": seconds,
+            "requests_per_s": rate(len(self.finished)),
+            "output_tokens_per_s": rate(sum(sequence.generated for sequence in self.sequences)),
+            "input_tokens_per_s": rate(prompts),
+            **percentiles("ttft", map(ttft, self.sequences)), **percentiles("tpot", map(tpot, self.sequences)),
+            **percentiles("itl", self.gaps()), **percentiles("e2e", map(e2e, self.sequences)),
+            "goodput": self.goodput(), **self._of_steps,
+            "cached": sum(s.cached for s in self.finished) / prompts if prompts else 0.0,
+            "preemptions": sum(sequence.preemptions for sequence in self.sequences),
+        }
+
+    @property
+    def _of_steps(self) -> dict:
+        steps = self.steps
+        if not steps:
+            return dict.fromkeys(("steps", "busy", "occupancy", "wasted", "kv_usage", "kv_peak_bytes"))
         busy = sum(step.end_s - step.start_s for step in steps)
         computed = sum(step.computed * step.steps for step in steps)
         counted = sum(step.tokens * step.steps for step in steps)
-        prompts = sum(sequence.prompt_tokens for sequence in self.finished)
-        outcomes = {str(state): sum(s.state is state for s in self.sequences) for state in (State.FINISHED, State.CANCELLED, State.REFUSED)}
 
         def mean(values: Iterable[float]) -> float:
             """Over the time that steps took."""
             weighted = sum(value * (step.end_s - step.start_s) for value, step in zip(values, steps, strict=True))
             return weighted / busy if busy else 0.0
 
-        def rate(count: float) -> float:
-            return count / seconds if seconds else 0.0
-
         return {
-            **outcomes, "seconds": seconds, "steps": sum(step.steps for step in steps),
-            "requests_per_s": rate(len(self.finished)),
-            "output_tokens_per_s": rate(sum(sequence.generated for sequence in self.sequences)),
-            "input_tokens_per_s": rate(prompts),
-            **percentiles("ttft", map(ttft, self.sequences)), **percentiles("tpot", map(tpot, self.sequences)),
-            **percentiles("itl", self.gaps()), **percentiles("e2e", map(e2e, self.sequences)),
-            "goodput": self.goodput(),
-            "busy": rate(busy),                                                 # share of the time that somebody was served
+            "steps": sum(step.steps for step in steps),
+            "busy": busy / self.seconds if self.seconds else 0.0,               # share of the time that somebody was served
             "occupancy": mean(step.sequences / self.max_batch for step in steps),
-            "wasted": 1 - counted / computed if computed else 0.0,              # share of the computed tokens that was padding
+            "wasted": 1 - counted / computed,                                   # share of the computed tokens that was padding
             "kv_usage": mean(step.blocks / self.blocks for step in steps),
-            "kv_peak_bytes": max((step.blocks for step in steps), default=0) * self.block_bytes,
-            "cached": sum(s.cached for s in self.finished) / prompts if prompts else 0.0,
-            "preemptions": sum(sequence.preemptions for sequence in self.sequences),
+            "kv_peak_bytes": max(step.blocks for step in steps) * self.block_bytes,
         }

@@ -9,7 +9,7 @@ from itertools import count
 
 
 class State(StrEnum):
-    """Where a sequence stands. The last three are final, and are what a trace calls the outcome."""
+    """Where a sequence stands. The last four are final, and are what a trace calls the outcome; only somebody else's server fails."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -17,9 +17,10 @@ class State(StrEnum):
     FINISHED = "finished"
     CANCELLED = "cancelled"
     REFUSED = "refused"
+    FAILED = "failed"
 
 
-FINAL = frozenset({State.FINISHED, State.CANCELLED, State.REFUSED})
+OUTCOMES = (State.FINISHED, State.CANCELLED, State.REFUSED, State.FAILED)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Sequence:
     @property
     def over(self) -> bool:
         """Has it ended, one way or another?"""
-        return self.state in FINAL
+        return self.state in OUTCOMES
 
     @property
     def longest(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from clawdemy_infer.arithmetic import Attention, LatentAttention, ModelShape, Pass, Work
 from clawdemy_infer.arithmetic.layer import Layer
@@ -65,7 +65,9 @@ class StepCost:
         self.operations = operations or Operations()
         self.windows = tuple(dict.fromkeys(_window(layer) for layer, _ in self.shape.groups))
         """Distinct windows of the layers; None for those that see everything."""
+        # A simulation asks for the same few hundred sizes millions of times.
         self._rows, self._decode, self._chunk = cache(self._rows), cache(self._decode), cache(self._chunk)
+        self._rows_seconds = lru_cache(4096)(self._rows_seconds)
 
     def visible(self, contexts: Iterable[int]) -> list[int]:
         """For each of `windows`, the sum of the keys that sequences of these contexts see."""
@@ -75,10 +77,8 @@ class StepCost:
     def seconds(self, decodes: int, visible: list[int], chunks: Iterable[tuple[int, int]] = ()) -> float:
         """One step in which `decodes` sequences bring a token each and see `visible` keys, their own included, and for each of
         `chunks` a sequence brings T tokens and then has S."""
-        chunks = list(chunks)
-        M = decodes + sum(T for T, _ in chunks)
-        terms, fixed = self._rows(M, decodes + len(chunks))
-        terms = list(terms)
+        chunks, terms = list(chunks), []
+        rows = decodes + sum([T for T, _ in chunks]), decodes + len(chunks)
         for chunk in chunks:
             terms += self._chunk(*chunk)
         if decodes:
@@ -86,33 +86,41 @@ class StepCost:
             for window, (compute, bytes, elementwise), (more_compute, more_bytes, _) in self._decode(decodes):
                 keys = seen[window] - decodes
                 terms.append((compute + keys * more_compute, bytes + keys * more_bytes, elementwise))
-        return self._bound(terms) + self.operations.of(decodes, chunks) * self.machine.fixed_s_per_op + fixed
+        return self._bound(rows, terms) + self.operations.of(decodes, chunks) * self.machine.fixed_s_per_op
 
     def rectangle(self, B: int, T: int, S: int) -> float:
         """A padded step: B sequences, T new tokens each, over a context of S."""
         run = Pass(B, T, S, **self.formats)
-        terms, fixed = self._rows(B * T, B)
-        terms = [*terms, *(self._term(op, count) for layer, count in self.shape.groups for op in _of_sequences(layer, run))]
+        terms = [self._term(op, count) for layer, count in self.shape.groups for op in _of_sequences(layer, run)]
         ops = self.operations.step + (self.operations.decode if T == 1 else self.operations.chunk)
-        return self._bound(terms) + ops * self.machine.fixed_s_per_op + fixed
+        return self._bound((B * T, B), terms) + ops * self.machine.fixed_s_per_op
 
-    def _bound(self, terms: list[Term]) -> float:
-        """As `Machine.time`: each operation by compute or by memory, the working set being the whole."""
-        bandwidth = self.machine.bandwidth_at(sum([bytes for _, bytes, _ in terms]))
+    def _bound(self, rows: tuple[int, int], terms: list[Term]) -> float:
+        """As `Machine.time`: each operation by compute or by memory, the working set being the whole. `rows` are the arguments of
+        `_rows`, `terms` the operations that are not in it."""
+        _, bytes, talk = self._rows(*rows)
+        bandwidth = self.machine.bandwidth_at(bytes + sum([bytes for _, bytes, _ in terms]))
+        return self._rows_seconds(*rows, bandwidth) + self._sum(terms, bandwidth) + talk
+
+    def _sum(self, terms: list[Term], bandwidth: float) -> float:
         slow = min(bandwidth, self.machine.elementwise.get(self.formats["activations"], bandwidth))
         return sum([max(compute, bytes / (slow if elementwise else bandwidth)) for compute, bytes, elementwise in terms])
+
+    def _rows_seconds(self, M: int, heads: int, bandwidth: float) -> float:
+        return self._sum(self._rows(M, heads)[0], bandwidth)
 
     def _term(self, op: Work, times: float = 1) -> Term:
         return times * op.flops / self.machine.flops_at(op) if op.flops else 0.0, times * op.bytes, op.kernel == "elementwise"
 
-    def _rows(self, M: int, heads: int) -> tuple[list[Term], float]:
-        """All that does not ask whose row is whose, the head on `heads` of them; and the seconds spent on talking."""
+    def _rows(self, M: int, heads: int) -> tuple[list[Term], float, float]:
+        """All that does not ask whose row is whose, the head on `heads` of them; its bytes; and the seconds spent on talking."""
         run = Pass(1, M, M, **self.formats)
         terms = [self._term(op, count) for layer, count in self.shape.groups for op in layer.work(run).operations()
                  if op.name not in OF_SEQUENCES]
         talk = transfers(self.whole, self.layout, 1, M, self.machine.link, self.formats["activations"]) if self.layout.tp > 1 else []
         formats = {name: self.formats[name] for name in ("weights", "activations")}
-        return [*terms, self._term(self.shape.head(heads, **formats))], sum(transfer.seconds for transfer in talk)
+        terms.append(self._term(self.shape.head(heads, **formats)))
+        return terms, sum(bytes for _, bytes, _ in terms), sum(transfer.seconds for transfer in talk)
 
     def _decode(self, B: int) -> list[tuple[int | None, Term, Term]]:
         """For each kind of layer: its window, what its operations cost when each of B sequences sees one key, and for one key more."""

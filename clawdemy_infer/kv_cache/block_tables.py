@@ -118,13 +118,18 @@ class BlockTables:
 
     # ---- a step ----
 
+    def tail(self, sequence: Hashable) -> int | None:
+        """The block that is partly filled, which the next token will be written to; None after a full one."""
+        full, rest = divmod(self.lengths[sequence], self.pool.block_size)
+        return self.blocks[sequence][full] if rest else None
+
     def blocks_needed(self, new: Mapping[Hashable, int]) -> int:
         """How many blocks a step takes that brings so many tokens for each of these sequences."""
         needed, writers = 0, Counter()
         for sequence, count in new.items():
             self._known(sequence)
             needed += max(0, self.pool.blocks_for(self.lengths[sequence] + count) - len(self.blocks[sequence]))
-            if (tail := self._tail(sequence)) is not None and count:
+            if (tail := self.tail(sequence)) is not None and count:
                 writers[tail] += 1
         # Each writer to a shared block needs a copy of its own; where all who hold it write, the last one may keep it.
         return needed + sum(min(count, self.pool.counts[block] - 1) for block, count in writers.items())
@@ -142,7 +147,7 @@ class BlockTables:
             raise ValueError(f"new: {needed} more blocks are needed, and {self.pool.free} of {self.pool.blocks} are free")
         for sequence, count in new.items():
             blocks = self.blocks[sequence]
-            if (tail := self._tail(sequence)) is not None and count:
+            if (tail := self.tail(sequence)) is not None and count:
                 if self.pool.counts[tail] > 1:
                     own = self.pool.allocate()
                     with _given_back_if_interrupted(self.pool, [own]):
@@ -210,11 +215,6 @@ class BlockTables:
     def _known(self, sequence: Hashable) -> None:
         if sequence not in self.lengths:
             raise ValueError(f"sequence={sequence!r}: there is none of this name here")
-
-    def _tail(self, sequence: Hashable) -> int | None:
-        """The block that is partly filled, which the next token will be written to."""
-        full, rest = divmod(self.lengths[sequence], self.pool.block_size)
-        return self.blocks[sequence][full] if rest else None
 
     def _learn(self, sequence: Hashable) -> None:
         size, ids, digests = self.pool.block_size, self._ids[sequence], self._digests[sequence]

@@ -18,6 +18,8 @@ class ContiguousCache:
     one on. Raises ValueError where a size is below 1.
     """
 
+    span = None
+
     def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         at_least_1(layers=layers, batch=batch, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity)
@@ -67,12 +69,16 @@ class ContiguousCache:
 
     def truncate(self, length: int, sequence: int | None = None) -> None:
         """Forget all but the first `length` tokens, of all sequences or of one. No byte moves."""
+        for each in self.that_have(length, sequence):
+            self.lengths[each] = length
+
+    def that_have(self, length: int, sequence: int | None) -> list[int]:
+        """All sequences, or the one. ValueError where one has not got `length` tokens."""
         chosen = list(self.lengths) if sequence is None else [sequence]
         for each in chosen:
             if not 0 <= length <= self.lengths[each]:
                 raise ValueError(f"length={length}: the cache holds {self.lengths[each]} tokens, so 0 to {self.lengths[each]}")
-        for each in chosen:
-            self.lengths[each] = length
+        return chosen
 
     @property
     def allocated_bytes(self) -> int:

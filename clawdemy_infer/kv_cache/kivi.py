@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clawdemy_infer.attention import attend, causal_mask
+from clawdemy_infer.kv_cache.contiguous import ContiguousCache
 from clawdemy_infer.kv_cache.runs import NOTHING, Run, RunStep, mask_by_position, runs
 from clawdemy_infer.kv_cache.step import Step, at_least_1
 
@@ -27,11 +28,16 @@ class GroupedCodes:
     """Integers of `bits` bits for a tensor [L, B, K, S, H], and a 16-bit scale and lowest value for each `group` numbers: of one
     channel of neighbouring tokens (`along` -2, per channel) or of one token (`along` -1, per token).
 
-    bits / 8 + 4 / group bytes for each number.
+    bits / 8 + 4 / group bytes for each number. Raises ValueError for bits other than 2, 4 and 8, and an H that `group` does not
+    divide.
     """
 
     def __init__(self, shape: tuple[int, ...], bits: int, group: int, along: int, device: torch.device | str) -> None:
         *outer, S, H = shape
+        if bits not in BITS:
+            raise ValueError(f"bits={bits}: accepted are {', '.join(map(str, BITS))}")
+        if H % group or H * bits % 8:
+            raise ValueError(f"group={group}, bits={bits}: the {H} numbers of a head are not whole groups, or not whole bytes")
         self.bits, self.group, self.along = bits, group, along
         self.codes = torch.zeros(*outer, S, H * bits // 8, dtype=torch.uint8, device=device)
         groups = (S // group, 1, H) if along == -2 else (S, H // group, 1)
@@ -44,7 +50,7 @@ class GroupedCodes:
         """Those of the tokens `start` to `stop`."""
         return slice(start // self.group, stop // self.group) if self.along == -2 else slice(start, stop)
 
-    def write(self, sequences: slice, start: int, x: torch.Tensor) -> None:
+    def write(self, sequences: slice | torch.Tensor, start: int, x: torch.Tensor) -> None:
         """Round x [L, B, K, n, H], the tokens from `start` on; both are multiples of `group`."""
         x, n = self._grouped(x.float()), x.shape[-2]
         low, high = x.aminmax(dim=self.along, keepdim=True)
@@ -57,7 +63,7 @@ class GroupedCodes:
         groups = self._groups(start, start + n)
         self.scale[:, sequences, :, groups], self.low[:, sequences, :, groups] = scale, low
 
-    def read(self, layer: int, sequences: slice, start: int, out: torch.Tensor) -> None:
+    def read(self, layer: int, sequences: slice | torch.Tensor, start: int, out: torch.Tensor) -> None:
         """Put the tokens from `start` on, a multiple of `group`, into out [B, K, n, H], as numbers again."""
         stop = start + out.shape[-2]
         codes, groups = self.codes[layer, sequences, :, start:stop], self._groups(start, stop)
@@ -71,7 +77,7 @@ class GroupedCodes:
         return self.codes, self.scale, self.low
 
 
-class KiviCache:
+class KiviCache(ContiguousCache):
     """Keys and values of `batch` sequences, 0 to B-1, in `bits` bits each, and a tail of `group` tokens in `dtype`.
 
     2 * L * B * K * H * (tokens * (bits / 8 + 4 / group) + group * bytes of dtype), where `tokens` is the capacity without what
@@ -82,10 +88,6 @@ class KiviCache:
     def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int, bits: int = 4, group: int = 32,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         at_least_1(layers=layers, batch=batch, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity, group=group)
-        if bits not in BITS:
-            raise ValueError(f"bits={bits}: accepted are {', '.join(map(str, BITS))}")
-        if head_dim % group or head_dim * bits % 8:
-            raise ValueError(f"group={group}, bits={bits}: the {head_dim} numbers of a head are not whole groups, or not whole bytes")
         self.batch, self.capacity, self.group, self.dtype, self.device = batch, capacity, group, dtype, torch.device(device)
         self.lengths = dict.fromkeys(range(batch), 0)
         shape = (layers, batch, kv_heads, capacity // group * group, head_dim)
@@ -103,29 +105,13 @@ class KiviCache:
         """How many of `length` tokens are kept as codes; the rest is in the tail."""
         return length // self.group * self.group
 
-    def can_append(self, new: Mapping[int, int]) -> bool:
-        """Does each sequence stay within the capacity?"""
-        return all(self.lengths[sequence] + count <= self.capacity for sequence, count in new.items())
-
     def begin(self, new: Mapping[int, Sequence[int]], window: int | None = None) -> Step:
         """Begin a step that brings these tokens; ValueError where they do not fit."""
         return _Step(self, new, window)
 
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence. Set it to move all of them at once."""
-        return max(self.lengths.values())
-
-    @length.setter
-    def length(self, length: int) -> None:
-        self.lengths = dict.fromkeys(self.lengths, length)
-
     def truncate(self, length: int, sequence: int | None = None) -> None:
         """Forget all but the first `length` tokens, of all sequences or of one. Those that go back into the tail stay rounded."""
-        chosen = list(self.lengths) if sequence is None else [sequence]
-        for each in chosen:
-            if not 0 <= length <= self.lengths[each]:
-                raise ValueError(f"length={length}: the cache holds {self.lengths[each]} tokens, so 0 to {self.lengths[each]}")
+        chosen = self.that_have(length, sequence)
         start = self.rounded(length)
         for each in chosen:
             if start < self.rounded(self.lengths[each]) and start < length:
@@ -139,11 +125,6 @@ class KiviCache:
         """All that is kept, each [L, B, K, ...]: codes, scales and lowest values of keys and of values, and the tails."""
         return *self.keys.tensors, *self.values.tensors, self.key_tail, self.value_tail
 
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
 
 class _Step(RunStep):
     """Each run sees [codes | tail | new tokens]. Nothing is written before the step is over: a group's scale needs all its tokens."""
@@ -153,10 +134,10 @@ class _Step(RunStep):
         self.parts = [_Part(cache, run, window) for run in runs(self)]
 
 
-class _Part:
-    """What one run reads, and what it leaves."""
+class CodesAndTails:
+    """What one run sees. Where codes and tails lie, and how new tokens come to lie there, a subclass says: `read` and `commit`."""
 
-    def __init__(self, cache: KiviCache, run: Run, window: int | None) -> None:
+    def __init__(self, cache, run: Run, window: int | None) -> None:
         self.cache, self.run = cache, run
         self.alike = len(set(run.past)) == 1
         codes = [cache.rounded(past) for past in run.past]
@@ -175,35 +156,46 @@ class _Part:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k, v = (x.unflatten(0, (len(self.run.past), -1)).transpose(1, 2) for x in (k, v))   # [B, K, T, H]
         self.fresh[layer:] = [(k, v)]                       # a layer begun anew leaves no second copy
-        keys = self._all(layer, self.cache.keys, self.cache.key_tail, k)
-        values = self._all(layer, self.cache.values, self.cache.value_tail, v)
+        keys = self.all(layer, self.cache.keys, self.cache.key_tail, k)
+        values = self.all(layer, self.cache.values, self.cache.value_tail, v)
         return attend(q, keys, values, self.mask)
 
-    def _all(self, layer: int, codes: GroupedCodes, tail: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def all(self, layer: int, codes: GroupedCodes, tail: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """[B, K, S, H] of all that is kept, and the new."""
         (B, K, T, H), past = new.shape, self.codes + self.tail
         seen = new.new_empty(B, K, past + T, H)
-        codes.read(layer, self.run.sequences, 0, out=seen[:, :, :self.codes])
-        seen[:, :, self.codes:past] = tail[layer, self.run.sequences, :, :self.tail]
+        self.read(layer, codes, tail, seen[:, :, :past])
         seen[:, :, past:] = new
         return seen
 
+    def fresh_keys_and_values(self) -> list[torch.Tensor]:
+        """What is to be kept: [L, B, K, T, H] each."""
+        return [torch.stack(x) for x in zip(*self.fresh, strict=True)]
+
+
+class _Part(CodesAndTails):
+    """The sequences of a `KiviCache` lie one behind the other."""
+
+    def read(self, layer: int, codes: GroupedCodes, tail: torch.Tensor, out: torch.Tensor) -> None:
+        codes.read(layer, self.run.sequences, 0, out=out[:, :, :self.codes])
+        out[:, :, self.codes:] = tail[layer, self.run.sequences, :, :self.tail]
+
     def commit(self) -> None:
-        for store, tail, new in zip((self.cache.keys, self.cache.values), (self.cache.key_tail, self.cache.value_tail),
-                                    map(torch.stack, zip(*self.fresh, strict=True)), strict=True):                      # [L, B, K, T, H]
+        for codes, tail, new in zip((self.cache.keys, self.cache.values), (self.cache.key_tail, self.cache.value_tail),
+                                    self.fresh_keys_and_values(), strict=True):
             if self.alike:
-                self._keep(store, tail, self.run, new)
+                self._keep(codes, tail, self.run, new)
             else:
                 for i, run in enumerate(self.run.each()):
-                    self._keep(store, tail, run, new[:, i:i + 1])
+                    self._keep(codes, tail, run, new[:, i:i + 1])
 
-    def _keep(self, store: GroupedCodes, tail: torch.Tensor, run: Run, new: torch.Tensor) -> None:
+    def _keep(self, codes: GroupedCodes, tail: torch.Tensor, run: Run, new: torch.Tensor) -> None:
         """Append `new` to the tail, and make codes of every group that is now whole."""
         past, tail = run.past[0], tail[:, run.sequences]
         start, stop = self.cache.rounded(past), self.cache.rounded(past + run.new)
         waiting = past - start
         if stop > start:
             new = torch.cat((tail[:, :, :, :waiting], new), dim=3)
-            store.write(run.sequences, start, new[:, :, :, :stop - start])
+            codes.write(run.sequences, start, new[:, :, :, :stop - start])
             new, waiting = new[:, :, :, stop - start:], 0
         tail[:, :, :, waiting:waiting + new.shape[3]] = new

@@ -25,6 +25,8 @@ class PagedCache:
     first, which is slow and easy to follow.
     """
 
+    span = None
+
     def __init__(self, tables: BlockTables, store: PagedStore, capacity: int | None = None, attention: str = "tiles") -> None:
         if attention not in ("tiles", "gather"):
             raise ValueError(f"attention={attention!r}: tiles, gather are accepted")
@@ -42,11 +44,12 @@ class PagedCache:
         return cache
 
     @classmethod
-    def over(cls, model, tables: BlockTables, capacity: int | None = None, **options) -> PagedCache:
-        """A cache for `model` over tables that a scheduler made: memory for all blocks of their pools."""
+    def over(cls, model, tables: BlockTables, capacity: int | None = None, store: type = PagedStore, **options) -> PagedCache:
+        """A cache for `model` over tables that a scheduler made: memory for all blocks of their pools, a `PagedStore` or a
+        `PagedInt8Store`."""
         shape = model.config.shape
-        store = PagedStore(tables.pool, shape.L, shape.K, shape.H, model.dtype, model.device, tables.host)
-        return cls(tables, store, capacity, **options)
+        kept = store(tables.pool, shape.L, shape.K, shape.H, model.dtype, model.device, tables.host)
+        return cls(tables, kept, capacity, **options)
 
     @property
     def lengths(self) -> Mapping[Hashable, int]:

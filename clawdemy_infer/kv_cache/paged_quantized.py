@@ -16,7 +16,7 @@ from clawdemy_infer.kv_cache.quantized import SCALE, to_int8
 
 
 class PagedInt8Store:
-    """In the place of a `PagedStore`: `PagedCache(tables, PagedInt8Store(tables.pool, ...))`.
+    """In the place of a `PagedStore`: `PagedCache.for_model(model, batch, capacity, store=PagedInt8Store)`.
 
     H bytes and a 16-bit scale for each key and value. What attention is given is of `dtype`, made anew for each layer.
     """

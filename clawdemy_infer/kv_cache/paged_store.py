@@ -30,6 +30,7 @@ class PagedStore:
         self.host_keys, self.host_values = (torch.zeros(shape, dtype=dtype, pin_memory=pinned) for _ in range(2))
         self._rows = [tensor.view(layers, -1, head_dim).unbind() for tensor in (self.keys, self.values)]
         self._tiles = [tensor.unbind() for tensor in (self.keys, self.values)]
+        self._by_block = [tensor.unflatten(3, (pool.tile, pool.block_size)) for tensor in (self.keys, self.values)]
 
     def rows(self, slots: torch.Tensor) -> torch.Tensor:
         """Where the H numbers of each KV head of `slots` [M] lie, in a layer seen as rows of H: [M, K]."""
@@ -53,22 +54,25 @@ class PagedStore:
         keys, values = (tensor[layer][first:last] for tensor in self._tiles)
         return keys, values
 
-    # ---- whole blocks, in all layers at once ----
+    # ---- whole blocks, in all layers at once: each a strided copy, which is read once and written once ----
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy blocks within the pool."""
-        for tensor in map(self._by_block, (self.keys, self.values)):
-            tensor[self._at(targets)] = tensor[self._at(sources)]
+        for source, target in zip(sources, targets, strict=True):
+            for mine, x in zip(self._block(target), self._block(source), strict=True):
+                mine.copy_(x)
 
     def to_host(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy blocks of the pool to blocks of the host."""
-        for host, tensor in ((self.host_keys, self.keys), (self.host_values, self.values)):
-            host[torch.tensor(targets)] = self._by_block(tensor)[self._at(sources)].to("cpu")
+        for source, target in zip(sources, targets, strict=True):
+            for host, x in zip((self.host_keys, self.host_values), self._block(source), strict=True):
+                host[target].copy_(x)
 
     def from_host(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy blocks of the host to blocks of the pool."""
-        for host, tensor in ((self.host_keys, self.keys), (self.host_values, self.values)):
-            self._by_block(tensor)[self._at(targets)] = host[torch.tensor(sources)].to(self.device)
+        for source, target in zip(sources, targets, strict=True):
+            for host, x in zip((self.host_keys, self.host_values), self._block(target), strict=True):
+                x.copy_(host[source])
 
     @property
     def allocated_bytes(self) -> int:
@@ -80,10 +84,8 @@ class PagedStore:
         """Bytes of the host's blocks."""
         return self.host_keys.nbytes + self.host_values.nbytes
 
-    def _by_block(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[L, tiles, K, blocks in a tile, block_size, H], a view."""
-        return tensor.view(*tensor.shape[:3], self.pool.tile, self.pool.block_size, self.head_dim)
-
-    def _at(self, blocks: Sequence[int]) -> tuple:
-        block = torch.tensor(blocks, device=self.device)
-        return slice(None), block // self.pool.tile, slice(None), block % self.pool.tile      # gives [blocks, L, K, block_size, H]
+    def _block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one block, [L, K, block_size, H] each: views."""
+        tile, place = divmod(block, self.pool.tile)
+        keys, values = (tensor[:, tile, :, place] for tensor in self._by_block)
+        return keys, values

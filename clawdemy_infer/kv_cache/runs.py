@@ -5,7 +5,7 @@ And, for keepers whose keys do not lie in the order of the text, masks that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -36,14 +36,14 @@ class Run(NamedTuple):
             yield Run(slice(start, start + self.new), self.first + i, [past], self.new)
 
 
-def runs(step: Step) -> Iterator[Run]:
-    """The step cut into runs, in its own order."""
-    row = 0
-    # i - sequence is constant among neighbours in the step that are neighbours in the cache too.
-    for (_, new), members in groupby(range(len(step.new)), key=lambda i: (i - step.sequences[i], step.new[i])):
+def runs(step: Step, places: Sequence[int] | None = None) -> Iterator[Run]:
+    """The step cut into runs, in its own order. `places` are those of its sequences in the cache: their names, if not said."""
+    row, places = 0, step.sequences if places is None else places
+    # i - place is constant among neighbours in the step that are neighbours in the cache too.
+    for (_, new), members in groupby(range(len(step.new)), key=lambda i: (i - places[i], step.new[i])):
         members = list(members)
         rows = slice(row, row + len(members) * new)
-        yield Run(rows, step.sequences[members[0]], [step.past[i] for i in members], new)
+        yield Run(rows, places[members[0]], [step.past[i] for i in members], new)
         row = rows.stop
 
 

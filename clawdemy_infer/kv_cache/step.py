@@ -27,6 +27,10 @@ class KVCache(Protocol):
     capacity: int
     """The most tokens that one sequence may come to hold."""
 
+    span: int | None
+    """How far positions go where they are counted within the cache, as in a window with sinks: a text may then go on beyond the
+    model's context. None where positions are those in the text."""
+
     dtype: torch.dtype
     """Of the keys and values that go in, and of the queries."""
 
@@ -91,12 +95,11 @@ class Step:
             self.cache.lengths[sequence] += count
 
 
-def positions(past: Sequence[int], new: Sequence[int], device: torch.device | str) -> torch.Tensor:
-    """past[i] ... past[i] + new[i] - 1 for each sequence i, one behind the other: [M] of fp32, in which RoPE is computed."""
+def positions(past: Sequence[int], new: Sequence[int], device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """past[i] ... past[i] + new[i] - 1 for each sequence i, one behind the other: [M] of `dtype`, in which RoPE is computed."""
     if len(past) == 1:
-        return torch.arange(past[0], past[0] + new[0], dtype=torch.float32, device=device)
-    return torch.tensor([start + i for start, count in zip(past, new, strict=True) for i in range(count)],
-                        dtype=torch.float32, device=device)
+        return torch.arange(past[0], past[0] + new[0], dtype=dtype, device=device)
+    return torch.tensor([start + i for start, count in zip(past, new, strict=True) for i in range(count)], dtype=dtype, device=device)
 
 
 def at_least_1(**sizes: int) -> None:

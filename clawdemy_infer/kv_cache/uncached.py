@@ -13,6 +13,8 @@ from clawdemy_infer.kv_cache.step import Step
 class Uncached:
     """`batch` sequences that are always empty. They bring equally many tokens each."""
 
+    span = None
+
     def __init__(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.capacity, self.dtype, self.device = capacity, dtype, device
         self.lengths = dict.fromkeys(range(batch), 0)

@@ -2,9 +2,11 @@
 
 from clawdemy_infer.model.config import ModelConfig
 from clawdemy_infer.model.decoder import Decoder
+from clawdemy_infer.model.formats import with_weights
 from clawdemy_infer.model.generate import Generation, generate
 from clawdemy_infer.model.load import load_model
 from clawdemy_infer.model.sampling import Sampling, probabilities, sample
 from clawdemy_infer.model.tokenizer import Tokenizer
 
-__all__ = ["Decoder", "Generation", "ModelConfig", "Sampling", "Tokenizer", "generate", "load_model", "probabilities", "sample"]
+__all__ = ["Decoder", "Generation", "ModelConfig", "Sampling", "Tokenizer", "generate", "load_model", "probabilities", "sample",
+           "with_weights"]

@@ -7,15 +7,28 @@ from dataclasses import dataclass
 
 import torch
 
-from clawdemy_infer.kv_cache import ContiguousCache, Int8Cache, KiviCache, KVCache, PagedCache, SlidingWindowCache
+from clawdemy_infer.kv_cache import (
+    ContiguousCache,
+    Int8Cache,
+    KiviCache,
+    KVCache,
+    PagedCache,
+    PagedInt8Store,
+    PagedKiviCache,
+    SlidingWindowCache,
+)
 from clawdemy_infer.model.decoder import Decoder
 from clawdemy_infer.model.sampling import Sampling, sample
 from clawdemy_infer.model.tokenizer import TextStream
 from clawdemy_infer.timing import now
 
+WINDOW, SINKS = 256, 4
+
 KEEPERS = {
     "contiguous": ContiguousCache.for_model, "paged": PagedCache.for_model, "int8": Int8Cache.for_model, "int4": KiviCache.for_model,
-    "window": lambda model, batch, capacity: SlidingWindowCache.for_model(model, batch, window=256, sinks=4),
+    "window": lambda model, batch, capacity: SlidingWindowCache.for_model(model, batch, WINDOW, SINKS),
+    "paged-int8": lambda model, batch, capacity: PagedCache.for_model(model, batch, capacity, store=PagedInt8Store),
+    "paged-int4": PagedKiviCache.for_model,
 }
 """Ways to keep the keys and values, by name: each is called with (model, batch, capacity). A window never fills up."""
 
@@ -48,7 +61,7 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64, 
     what that one holds; "none" keeps nothing and runs the whole text anew for every token.
     An interrupt ends the generation: what is there by then comes back, and the model can be used again at once.
     Raises ValueError, before any work, for an empty prompt, a wrong `max_tokens`, `stop` or `cache`, or more than the context
-    holds.
+    holds. With a "window" the text may be longer than that.
     """
     start = now()
     ids, stop = _prompt_ids(model, prompt), (stop,) if isinstance(stop, str) else tuple(stop)
@@ -114,15 +127,15 @@ def _check(model: Decoder, ids: list[int], max_tokens: int, stop: tuple[str, ...
         raise ValueError(f"stop={stop!r}: texts of at least one character are accepted")
     if stop and model.tokenizer is None:
         raise ValueError(f"stop={stop!r}: this model has no tokenizer, so its tokens have no text")
-    past = 0
+    past, span = 0, WINDOW + SINKS if cache == "window" else None
     if not isinstance(cache, str):
         if len(cache.lengths) != 1:
             raise ValueError(f"cache: it has {len(cache.lengths)} sequences, and a generation is 1")
-        past, = cache.lengths.values()
+        (past,), span = cache.lengths.values(), cache.span
     elif cache not in (*KEEPERS, "none"):
         raise ValueError(f"cache={cache!r}: accepted are {', '.join(KEEPERS)}, none")
-    limit = model.config.shape.max_context
-    if limit and past + len(ids) + max_tokens > limit:
+    limit, most = model.config.shape.max_context, past + len(ids) + max_tokens
+    if limit and min(most, span or most) > limit:
         held = f"the cache holds {past} tokens, the " if past else ""
-        raise ValueError(f"{held}prompt has {len(ids)} tokens and max_tokens={max_tokens}: together {past + len(ids) + max_tokens}, "
+        raise ValueError(f"{held}prompt has {len(ids)} tokens and max_tokens={max_tokens}: together {most}, "
                          f"but the model's context is {limit}")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from clawdemy_infer.linear import computes_in
 from clawdemy_infer.model.converted import converted
 from clawdemy_infer.model.decoder import Decoder
+from clawdemy_infer.model.formats import with_weights
 from clawdemy_infer.model.weights import read_directory
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -24,8 +26,11 @@ PACKAGED = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+               weights: str | None = None) -> Decoder:
     """A `Decoder` with its weights in `dtype` on `device`, and its `tokenizer`.
+
+    With `weights`, a format of `with_weights`, only the packed weights are kept, whatever the `dtype` says.
 
     `model` is "smollm2-135m", the path of a .gguf file or of a Hugging Face directory, or a name "org/model" on the Hugging
     Face hub. A GGUF is converted once and kept in the user's cache; whatever is kept is checked before it is used.
@@ -34,6 +39,9 @@ def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.flo
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: accepted are {', '.join(str(dtype) for dtype in DTYPES)}")
+    if weights is not None:
+        computes_in(weights, torch.device(device).type)                    # refuses before it reads
+        return with_weights(load_model(model, torch.float32, device), weights)
     name, path = str(model), Path(model).expanduser()
     if name in PACKAGED:
         package, file, digest = PACKAGED[name]

@@ -30,9 +30,9 @@ def without_layers(model: Decoder, dropped: Collection[int]) -> Decoder:
     config = replace(model.config, shape=replace(model.config.shape, L=len(kept)))
     with torch.device("meta"):                  # no memory: every part is put in below
         pruned = Decoder(config)
-    pruned.embed, pruned.norm, pruned.head = model.embed, model.norm, model.head
+    pruned.embed, pruned.norm, pruned.head, pruned.tied_head = model.embed, model.norm, model.head, model.tied_head
     pruned.layers = nn.ModuleList(kept)
-    pruned.frequencies, pruned.tokenizer = model.frequencies, model.tokenizer
+    pruned.frequencies, pruned.tokenizer, pruned.packed = model.frequencies, model.tokenizer, model.packed
     return pruned.eval()
 
 

@@ -45,12 +45,12 @@ class Sampling:
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The distribution that `sample` draws from: [..., V] logits to [..., V] fp32 probabilities.
+    """The distribution that `sample` draws from: [..., V] logits to [..., V] probabilities in fp32, or in fp64 if they come so.
 
     Filters act in the order temperature, top-k, top-p, min-p, each on what the one before left: transformers' order, and
     other orders give other distributions. Greedy is the distribution that is certain of the likeliest token.
     """
-    logits = logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     # Shifted so that the largest is 0: a tiny temperature then cannot overflow.

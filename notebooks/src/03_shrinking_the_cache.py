@@ -48,6 +48,7 @@ from clawdemy_infer.kv_cache import ContiguousCache, Int8Cache, KiviCache, Slidi
 from clawdemy_infer.lesson import Lesson
 from clawdemy_infer.model import load_model
 from clawdemy_infer.model.cross_layer import CrossLayerConfig, CrossLayerDecoder
+from clawdemy_infer.model.generate import KEEPERS
 from clawdemy_infer.model.grouping import with_kv_heads
 from clawdemy_infer.model.latent import LatentCache, LatentConfig, LatentDecoder
 from clawdemy_infer.tables import Table, si
@@ -330,6 +331,15 @@ for name, each in shapes.items():
 Table(["technique", "predicted, bytes", "allocated, bytes"], rows, numeric=["predicted, bytes", "allocated, bytes"])
 
 # %% [markdown]
+# Rounding and *pages* (lesson 06) go together. A page of 32 tokens is a group: it is rounded when it is full, and can then be shared like any page. The last,
+# partly filled one waits in full precision. So the bytes are the same to the last one:
+
+# %%
+in_pages = {name: KEEPERS[f"paged-{name}"](decoder, 3, 1024).allocated_bytes for name in ("int8", "int4")}
+assert in_pages == {name: new_cache(name, capacity=1024, batch=3).allocated_bytes for name in in_pages}
+in_pages
+
+# %% [markdown]
 # Now the seconds. Caches for 4,096 tokens are filled with random numbers: a step costs the same whatever they say. (Filled they must be. Fresh zeros may be one page of memory, mapped many
 # times, and that one page is read from the nearest CPU cache.)
 
@@ -568,7 +578,9 @@ Markdown(f"""And quality is not for free.
   averaging. Without that step it is an honest measurement of *cost* only.
 - **Rounding** is nearly free at 8 bits (KL {kl['int8']:.4f}), cheap at 4 ({kl['int4']:.3f}), and not at 2 ({kl['2 bits']:.2f}, for so small a model).
 - **Forgetting** costs {kl['window + sinks']:.2f} with sinks, {kl['window, no sinks']:.2f} without, for the same 256 tokens. Softmax must put its weight
-  somewhere; a trained model parks what it has no use for on the first tokens. Drop those four, and it lands on tokens that mean something.""")
+  somewhere; a trained model parks what it has no use for on the first tokens. Drop those four, and it lands on tokens that mean something.
+  In return a window has no end. A token's position is its place in the cache, as its authors have it, so a text may go on long after the
+  model's {shape.max_context:,} tokens are over, in the same {si(caches['window + sinks'].allocated_bytes, 'B')}.""")
 
 # %% [markdown]
 # ## Play and exercises

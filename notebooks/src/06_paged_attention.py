@@ -426,10 +426,16 @@ def out_and_in(cache) -> None:
     cache.swap_in("sequence")
 
 
-swap_ops = count_ops(lambda: out_and_in(swapping))
+swap_ops = count_ops(lambda: out_and_in(swapping)) / (SYSTEM // b)      # a block: keys and values, out and in
+
+
+def swap_roofline(S: int) -> float:
+    """Read and written on the way out, and again on the way in; each block costs its operations."""
+    return 4 * S * KV / machine.bandwidth_at() + -(-S // b) * swap_ops * machine.fixed_s_per_op
+
+
 lesson.guess("swap 512 tokens out and in", ...)
-lesson.predict("swap 512 tokens out and in", 4 * SYSTEM * KV / machine.bandwidth_at(),          # read, write, and back: read, write
-               8 * SYSTEM * KV / machine.bandwidth_at() + swap_ops * machine.fixed_s_per_op, unit="s")     # each way by way of a copy
+lesson.predict("swap 512 tokens out and in", 4 * SYSTEM * KV / machine.bandwidth_at(), swap_roofline(SYSTEM), unit="s")
 lesson.predict("recompute 512 tokens", recompute_napkin(SYSTEM), recompute_roofline(SYSTEM), unit="s")
 lesson.predict("even at, over 100 Mbit/s", even_length(recompute_napkin), even_length(recompute_roofline), unit="tokens")
 
@@ -671,7 +677,7 @@ lesson.measure("recompute 512 tokens", computed[SYSTEM])
 
 fig, ax = plt.subplots(figsize=(7.0, 3.5))
 x = np.unique(np.geomspace(LENGTHS[0], LENGTHS[-1], 40).round().astype(int))
-ax.loglog(x, [8 * length * KV / machine.bandwidth_at() + swap_ops * machine.fixed_s_per_op for length in x], color=plots.COLOURS[0])
+ax.loglog(x, [swap_roofline(int(length)) for length in x], color=plots.COLOURS[0])
 ax.loglog(x, [recompute_roofline(int(length)) for length in x], color=plots.COLOURS[1])
 ax.loglog(x, 2 * x * KV / NETWORK, ":", color=plots.COLOURS[5])
 for values, colour, label in ((carried, plots.COLOURS[0], "swap, in memory"), (computed, plots.COLOURS[1], "recompute")):
@@ -699,7 +705,7 @@ because = {
     "TTFT with": f"64 rows reach {dict(machine.rates['gemm']['fp32'])[QUESTION] / machine.peak('fp32'):.0%} of the peak, and 512 keys are gathered in each layer",
     "paged": f"{ops['paged'] - ops['contiguous']:,} operations more; unfused softmax",
     "gathered": "each key and value copied in each layer of each step, row by row",
-    "swap": "blocks are copied by index, one short stretch for each head and layer",
+    "swap": "a block is many short stretches, one for each head and layer; the cost of an operation is that of the smallest ones",
     "recompute": "a prefill, as in lesson 01",
     "even": "where carrying and the floor of a small prefill meet; as touchy as both",
 }
@@ -721,7 +727,7 @@ plt.show()
 #   that passengers ride. The prediction that weighs each request by its steps needs no factor.
 # - **A waste that the theory did not list.** Pages lose half a block each, and a little more: blocks stay free because the next prompt at the door needs more
 #   than are left. It is bounded by one prompt, in all of the memory.
-# - **Copies are not streams.** Whatever goes through an index (gathering, swapping) moves short stretches, and the bandwidth we calibrate is one of long
+# - **Copies are not streams.** Gathering goes row by row and swapping block by block. Both move short stretches, and the bandwidth we calibrate is one of long
 #   ones. The prediction has the right bytes and the wrong rate for them. On a GPU this is the reason why tiny blocks swap badly: each is a transfer of its own.
 #
 # ### When does paging lose?

@@ -1,0 +1,100 @@
+"""The ways in which PyTorch can multiply X [M, K] by a weight [N, K], each with its own layout of the weight.
+
+A kernel is made of what its format keeps (a float weight, or `Codes`), packs it once, and is called with x in the dtype of the
+activations. `FALLBACK` runs everywhere; the `CANDIDATES` belong to libraries that a CPU or a build of PyTorch may lack.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from clawdemy_infer.linear.codes import Codes
+
+Kernel = Callable[[torch.Tensor], torch.Tensor]
+
+
+def plain(weight: torch.Tensor) -> Kernel:
+    """`F.linear`: the weight as it is, in the dtype of the activations."""
+    return lambda x: F.linear(x, weight)
+
+
+def onednn(weight: torch.Tensor) -> Kernel:
+    """oneDNN on a weight in the blocked layout that it likes best. `F.linear` leaves fp32 to MKL, which does not do its best on
+    every maker's CPU, and lets oneDNN reorder a bf16 weight anew for each product."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    run = torch.ops.mkldnn._linear_pointwise
+    return lambda x: run(x, packed, None, "none", [], "")
+
+
+def half_to_float(weight: torch.Tensor) -> Kernel:
+    """fp16 weights for fp32 activations: converted to fp32 on every call."""
+    return lambda x: F.linear(x, weight.float())
+
+
+def fbgemm_half(weight: torch.Tensor) -> Kernel:
+    """FBGEMM reads fp16 weights and computes in fp32: half the bytes, all the precision of the activations."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    run = torch.ops.quantized.linear_dynamic_fp16
+    return lambda x: run(x, packed)
+
+
+def dequantized(codes: Codes) -> Kernel:
+    """The integers only save memory: every call makes float weights of them."""
+    return lambda x: F.linear(x, codes.dequantized().to(x.dtype))
+
+
+def fbgemm_int8(codes: Codes) -> Kernel:
+    """Integer products (VNNI): activations are rounded to 8 bits too, on the fly.
+
+    The kernel has one scale for all of x, and one token with an outlier would take the precision of all others. So each row is
+    first divided by its own largest number (Dettmers et al. 2022, LLM.int8, section 2.1: vector-wise quantization).
+    """
+    zeros = torch.zeros(len(codes.scales), dtype=torch.int64)
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):       # quantized tensors are deprecated; no other way leads here
+        weight = torch._make_per_channel_quantized_tensor(codes.codes, codes.scales.double(), zeros, 0)
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    run = torch.ops.quantized.linear_dynamic
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            return run(x, packed)
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+        return run(x / largest, packed).mul_(largest)
+    return product
+
+
+def weight_only_int8(codes: Codes) -> Kernel:
+    """8-bit weights, bf16 activations."""
+    weight, scales = codes.codes, codes.scales.bfloat16()
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), weight, scales).to(x.dtype)
+
+
+def weight_only_int4(codes: Codes) -> Kernel:
+    """4-bit weights, bf16 activations, scale and zero of each group in bf16."""
+    group = codes.codes.shape[1] // codes.scales.shape[1]
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes.codes.int(), 1)
+    # The kernel's zero stands for code 8: w = (code - 8) * scale + zero.
+    zeros = (8 - codes.zeros.float()) * codes.scales.float()
+    both = torch.stack((codes.scales.float(), zeros), dim=-1).transpose(0, 1).contiguous().bfloat16()      # [K/group, N, 2]
+    run = torch._weight_int4pack_mm_for_cpu
+    return lambda x: run(x.bfloat16(), packed, group, both).to(x.dtype)
+
+
+def bf16_copy(codes: Codes) -> Kernel:
+    """A bf16 copy of the weights, for so many rows that reading them is not what costs."""
+    inner = onednn(codes.dequantized().bfloat16())
+    return lambda x: inner(x.bfloat16()).to(x.dtype)
+
+
+FALLBACK: dict[str, Callable[..., Kernel]] = {
+    "fp32": plain, "fp16": half_to_float, "bf16": plain, "int8": dequantized, "int4": dequantized,
+}
+CANDIDATES: dict[str, list[Callable[..., Kernel]]] = {
+    "fp32": [plain, onednn], "fp16": [fbgemm_half], "bf16": [plain, onednn], "int8": [fbgemm_int8, weight_only_int8],
+    "int4": [weight_only_int4, bf16_copy],
+}
+"""By format."""

@@ -1,0 +1,37 @@
+"""The codes on the kernels that read them: bytes saved become time saved."""
+
+from __future__ import annotations
+
+from clawdemy_infer.linear import Codes, PackedLinear
+from clawdemy_infer.model import Decoder
+from clawdemy_infer.quantization.integers import IntFormat
+from clawdemy_infer.quantization.linears import QuantizedModel, with_modules
+from clawdemy_infer.quantization.quantized import Quantized
+
+
+def on_kernels(quantized: QuantizedModel) -> Decoder:
+    """A decoder that streams the codes of `quantized`, and nothing else of its layers' matrices. The head stays as it is.
+
+    int8 with a scale for each row, and int4 in groups of 32, 64, 128 or 256, are what PyTorch has kernels for on a CPU; ValueError for
+    another format. The kernels round what they like: int4's keeps scales in bf16, int8's puts the activations into 8 bits too. So the
+    logits differ a little from those of `quantized.decoder`, and a judgement of what runs is a judgement of this decoder.
+    """
+    fits = isinstance(quantized.format, IntFormat) and (
+        (quantized.format.bits, quantized.format.group, quantized.format.zero) == (8, None, "none")
+        or (quantized.format.bits == 4 and quantized.format.group in (32, 64, 128, 256)))
+    if not fits or any(each.group_of is not None for each in quantized.tensors.values()):
+        raise ValueError(f"format={quantized.format.name}: no kernel runs it here; int8, int4-g32, -g64, -g128 (and -asym, -float) are "
+                         "accepted, with groups of neighbouring columns")
+    modules = {name: PackedLinear(f"int{quantized.format.bits}", codes(tensor), quantized.decoder.get_submodule(name).bias)
+               for name, tensor in quantized.tensors.items()}
+    return with_modules(quantized.decoder, modules)
+
+
+def codes(tensor: Quantized) -> Codes:
+    """As the kernels want them: for int4, w = (code - zero) * scale with codes from 0 to 15."""
+    if tensor.format.bits == 8:
+        return Codes(tensor.codes, tensor.scale.squeeze(1))
+    if tensor.format.zero == "none":
+        return Codes((tensor.codes + 8).byte(), tensor.scale, tensor.scale.new_full(tensor.scale.shape, 8))
+    zero = tensor.zero if tensor.format.zero == "integer" else -tensor.zero / tensor.scale
+    return Codes(tensor.codes, tensor.scale, zero)

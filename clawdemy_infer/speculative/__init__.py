@@ -1,0 +1,14 @@
+"""Speculative decoding: guess a few tokens cheaply, check them all in one step, and lose nothing of the target's distribution.
+
+In reading order: `drafts` guess, `verification` decides what stands, `rounds` is the loop around them, `theory` says what it
+should gain, `compare` what it does.
+"""
+
+from clawdemy_infer.speculative.drafts import Draft, EarlyExit, ModelDraft, PromptLookup, Proposal, draft_named
+from clawdemy_infer.speculative.rounds import Round, Speculation, speculate, speculate_batch
+from clawdemy_infer.speculative.verification import Verdict, verify, verify_greedy
+
+__all__ = [
+    "Draft", "EarlyExit", "ModelDraft", "PromptLookup", "Proposal", "Round", "Speculation", "Verdict", "draft_named", "speculate",
+    "speculate_batch", "verify", "verify_greedy",
+]

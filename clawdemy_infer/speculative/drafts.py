@@ -1,0 +1,169 @@
+"""Drafts: who guesses the next tokens, and what a guess costs.
+
+    PromptLookup    what followed the last time these words came: costs nothing, and knows nothing new
+    ModelDraft      another model: a smaller one, or the target itself in fewer bits
+    EarlyExit       the target's own first layers, on the target's own KV cache
+
+A draft returns its tokens together with q, the distribution that it drew them from, out of one function. Verification divides
+by q, so a q that is almost what was sampled from makes an output that is almost right, and no test of the text will tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from clawdemy_infer.kv_cache import ContiguousCache, KVCache
+from clawdemy_infer.model import Decoder, Sampling, probabilities, with_weights
+from clawdemy_infer.model.pruning import without_layers
+
+Texts = Mapping[Hashable, Sequence[int]]
+"""Token ids by sequence: the prompt and what was generated."""
+
+
+class Proposal(NamedTuple):
+    """The drafted `tokens` of each sequence, and q [B, G, V], what they were drawn from: zero behind a sequence's last, and None
+    where the draft was certain of each. G is the most that one sequence has."""
+
+    tokens: list[list[int]]
+    q: torch.Tensor | None = None
+
+
+class Draft(Protocol):
+    """Guesses what comes next. One draft serves one generation at a time."""
+
+    def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
+        """A new generation of `target` with these prompts, whose keys and values are kept in `cache`, still empty."""
+
+    def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
+        """At most counts[sequence] tokens to follow each text, drawn as `sampling` says.
+
+        A text has grown since the last call by tokens that were proposed then, and by one, its last, that the target chose.
+        """
+
+
+class PromptLookup:
+    """Copies: if the last n tokens came before, propose what followed them there (Saxena 2023, prompt lookup decoding).
+
+    The longest n wins, from `longest` to `shortest`, and of equals the latest. A copy may run into itself: "a b a b" goes on
+    with "a b a b a b", as in Ziv and Lempel 1977. Raises ValueError where 1 <= shortest <= longest does not hold.
+    """
+
+    def __init__(self, longest: int = 3, shortest: int = 1) -> None:
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"shortest={shortest}, longest={longest}: 1 <= shortest <= longest is accepted")
+        self.sizes = range(longest, shortest - 1, -1)
+
+    def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
+        self.ends: dict[Hashable, dict[tuple[int, ...], int]] = {sequence: {} for sequence in prompts}      # where each n-gram ended last
+        self.known = dict.fromkeys(prompts, 0)
+
+    def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
+        return Proposal([self._copy(sequence, text, counts[sequence]) for sequence, text in texts.items()])
+
+    def _copy(self, sequence: Hashable, text: Sequence[int], count: int) -> list[int]:
+        ends = self.ends[sequence]
+        for end in range(self.known[sequence], len(text)):              # all that ended before the last token
+            for n in self.sizes:
+                if n <= end:
+                    ends[tuple(text[end - n:end])] = end
+        self.known[sequence] = len(text)
+        for n in self.sizes:
+            if n < len(text) and (at := ends.get(tuple(text[-n:]))):
+                copied: list[int] = []
+                for i in range(at, at + count):
+                    copied.append(text[i] if i < len(text) else copied[i - len(text)])
+                return copied
+        return []
+
+
+class ModelDraft:
+    """Another model with the same tokens, and a cache of its own: one forward pass for each drafted token.
+
+    Raises ValueError, at `begin`, for a model of another vocabulary or too short a context.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+
+    def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
+        mine, theirs = self.model, target
+        if mine.config.shape.V != theirs.config.shape.V:
+            raise ValueError(f"draft: its vocabulary has {mine.config.shape.V} tokens and the target's {theirs.config.shape.V}")
+        if mine.tokenizer and theirs.tokenizer and mine.tokenizer is not theirs.tokenizer:
+            if mine.tokenizer.backend.get_vocab() != theirs.tokenizer.backend.get_vocab():
+                raise ValueError("draft: its tokens are not those of the target, though it has as many")
+        limit = mine.config.shape.max_context
+        if limit and cache.capacity > limit:
+            raise ValueError(f"draft: its context is {limit} tokens, and {cache.capacity} may be needed")
+        self.cache = ContiguousCache.for_model(mine, len(prompts), cache.capacity)
+        self.places = {sequence: place for place, sequence in enumerate(prompts)}
+        # Read the prompts now: that belongs to the time to the first token. The last token of each is brought by `propose`.
+        self._step({sequence: ids[:-1] for sequence, ids in prompts.items() if len(ids) > 1})
+
+    def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
+        new = {}
+        for sequence, text in texts.items():
+            # Of all but the last token the cache holds what the target accepted of our own; what lies behind was rejected.
+            place = self.places[sequence]
+            held = min(self.cache.lengths[place], len(text) - 1)
+            self.cache.truncate(held, place)
+            new[sequence] = text[held:]
+        most = max(counts[sequence] for sequence in texts)
+        shape = (len(texts), most, self.model.config.shape.V)
+        drafted: dict[Hashable, list[int]] = {sequence: [] for sequence in texts}
+        q = None
+        for i in range(most):
+            active = [sequence for sequence in texts if counts[sequence] > i]
+            logits = self._step({sequence: new[sequence] for sequence in active})                                   # [B', V]
+            if sampling.temperature == 0:
+                tokens = logits.argmax(-1)
+            else:
+                chances = probabilities(logits, sampling)
+                tokens = torch.multinomial(chances, 1, generator=generator).squeeze(-1)
+                q = chances.new_zeros(shape) if q is None else q
+                rows = [row for row, sequence in enumerate(texts) if counts[sequence] > i]
+                q[rows, i] = chances
+            for sequence, token in zip(active, tokens.tolist(), strict=True):
+                drafted[sequence].append(token)
+                new[sequence] = [token]
+        return Proposal(list(drafted.values()), q)
+
+    def _step(self, new: Texts) -> torch.Tensor | None:
+        return self.model.step({self.places[sequence]: ids for sequence, ids in new.items()}, self.cache) if new else None
+
+
+class EarlyExit(ModelDraft):
+    """The first `layers` layers of the target, then its own norm and head (Elhoushi et al. 2024, LayerSkip, without its training).
+
+    What these layers keep is what they would keep in the whole model, so the draft writes into the target's cache and has none
+    of its own: one that can be truncated, contiguous or paged. Raises ValueError for a number of layers that makes no sense.
+    """
+
+    def __init__(self, model: Decoder, layers: int) -> None:
+        L = len(model.layers)
+        if not 1 <= layers < L:
+            raise ValueError(f"layers={layers}: 1 to {L - 1} are accepted")
+        super().__init__(without_layers(model, range(layers, L)))
+
+    def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
+        self.cache, self.places = cache, {sequence: sequence for sequence in prompts}
+
+    def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
+        proposal = super().propose(texts, counts, sampling, generator)
+        for sequence, text in texts.items():        # the target brings these tokens again, through all of its layers
+            self.cache.truncate(len(text) - 1, sequence)
+        return proposal
+
+
+def draft_named(name: str, target: Decoder) -> Draft:
+    """"lookup", "int8" or "int4" (the target itself in so many bits) or "exit:K" (its first K layers). Raises ValueError for others."""
+    if name == "lookup":
+        return PromptLookup()
+    if name in ("int8", "int4"):
+        return ModelDraft(with_weights(target, name))
+    if name.startswith("exit:") and name[5:].isdigit():
+        return EarlyExit(target, int(name[5:]))
+    raise ValueError(f"draft={name!r}: accepted are lookup, int8, int4, exit:K for the first K layers")

@@ -1,0 +1,63 @@
+"""What the compiler makes of each kernel, for GPUs that are not here: no spills, wide loads, tensor cores where they belong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+WIDE = {"decode_naive", "decode_grouped", "decode_split", "decode_paged", "decode_int8", "decode_int4", "prefill_paged", "rms_norm",
+        "swiglu", "linear_int8", "linear_int4"}
+PRODUCTS = {"decode_grouped", "decode_split", "decode_paged", "decode_int8", "decode_int4", "prefill_paged", "linear_int8", "linear_int4"}
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes that a program may have: CUDA C programming guide, table of compute capabilities; CDNA 3 instruction set, section 2.2."""
+
+
+@pytest.fixture(scope="module", params=SHARED)
+def codes(request):
+    """Compiled in a process of its own: in this one kernels are interpreted."""
+    ran = subprocess.run([sys.executable, "-m", "clawdemy_kernels.ahead", request.param], capture_output=True, text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert ran.returncode == 0, ran.stderr
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def test_no_kernel_spills_or_takes_more_shared_memory_than_there_is(codes):
+    assert len(codes) == 15
+    for code in codes:
+        assert code["spilled"] == 0, code
+        assert code["shared"] <= SHARED[code["target"]], code
+        assert code["registers"] <= 256, code
+
+
+def test_the_streams_are_loaded_16_bytes_at_a_time(codes):
+    for code in codes:
+        widest = max(map(int, code["loads"]), default=0)
+        least = 8 if code["target"] == "gfx942" else 16
+        assert widest >= least or code["kernel"].removesuffix("_kernel") not in WIDE, code
+
+
+def test_tensor_cores_are_used_where_there_is_a_product_and_nowhere_else(codes):
+    for code in codes:
+        assert (code["products"] > 0) == (code["kernel"].removesuffix("_kernel") in PRODUCTS), code
+
+
+def test_without_the_hint_that_a_stride_is_a_multiple_of_16_the_loads_are_narrow():
+    """The same kernel on keys whose rows begin at odd places: the compiler may not join what it cannot know to be aligned."""
+    script = """
+import json, torch
+from dataclasses import asdict
+from clawdemy_kernels.ahead import compiled
+from clawdemy_kernels.decode_grouped import decode_grouped
+q, lengths = torch.zeros(8, 32, 128, dtype=torch.bfloat16), torch.ones(8, dtype=torch.int32)
+for row in (128, 129):
+    k = torch.zeros(8, 8, 256, row, dtype=torch.bfloat16)[..., :128]
+    [code] = compiled(lambda: decode_grouped(q, k, k, lengths), "sm_90")
+    print(json.dumps(asdict(code)))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert ran.returncode == 0, ran.stderr
+    aligned, odd = (json.loads(line) for line in ran.stdout.splitlines())
+    assert aligned["loads"]["16"] > 30
+    assert odd["loads"].get("16", 0) < aligned["loads"]["16"] / 2 and odd["loads"]["2"] > 30

@@ -1,0 +1,323 @@
+"""Every Triton kernel against plain PyTorch in fp64: in the interpreter without a GPU, on the device with one."""
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+from tolerances import KERNEL
+from torch.nn.functional import scaled_dot_product_attention
+
+from clawdemy_kernels import (
+    decode_grouped,
+    decode_int4,
+    decode_int8,
+    decode_naive,
+    decode_paged,
+    decode_split,
+    linear_int4,
+    linear_int8,
+    prefill_paged,
+    rms_norm,
+    rope_append,
+    sample,
+    swiglu,
+    verify,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MARGIN, CANARY = 64, 77
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# B, N, K, S, H: groups of 1 to 8, one token, a block of keys and one more, head dimensions that are no powers of two
+ATTENTION = [(3, 6, 2, 70, 64), (1, 5, 5, 1, 80), (2, 8, 1, 65, 24), (2, 3, 3, 129, 128)]
+
+
+def inside(shape, dtype, fill):
+    """A tensor of this shape within a larger one full of canaries, its rows not one behind the other; and the larger one."""
+    *outer, last = shape
+    whole = torch.full((MARGIN + torch.Size(outer).numel() * (last + 16) + MARGIN,), CANARY, device=DEVICE).to(dtype)
+    part = whole[MARGIN:len(whole) - MARGIN].view(*outer, last + 16)[..., :last]
+    part.copy_(fill)
+    return part, whole
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Whatever a launcher allocates lies among canaries. Call it to see that they are all alive."""
+    allocated = []
+
+    def allocate(shape, dtype):
+        size = torch.Size(shape).numel()
+        whole = torch.full((MARGIN + size + MARGIN,), CANARY, device=DEVICE).to(dtype)
+        allocated.append((whole, size))
+        return whole[MARGIN:MARGIN + size].view(tuple(shape))
+
+    plain = torch.Tensor.new_empty
+
+    def new_empty(tensor, *shape, dtype=None, **options):
+        if options or shape == (0,):                            # the interpreter's own
+            return plain(tensor, *shape, dtype=dtype, **options)
+        return allocate(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape, dtype or tensor.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: allocate(tensor.shape, tensor.dtype))
+
+    def alive():
+        assert allocated
+        return all((whole[:MARGIN] == CANARY).all() and (whole[MARGIN + size:] == CANARY).all() for whole, size in allocated)
+
+    return alive
+
+
+def normal(*shape, dtype):
+    """Random numbers among canaries, with strides of their own."""
+    return inside(shape, dtype, torch.randn(shape, device=DEVICE))[0]
+
+
+def integers(low, high, shape, dtype):
+    return inside(shape, dtype, torch.randint(low, high, shape, device=DEVICE))[0]
+
+
+def lengths_of(B, S):
+    """1, S and what lies between."""
+    return torch.tensor([S, 1, *torch.randint(1, S + 1, (max(0, B - 2),)).tolist()][:B], dtype=torch.int32, device=DEVICE)
+
+
+def pages(B, K, S, C, H, dtype):
+    """A pool of blocks and a table that names them in no order; entries behind the last block would be found out."""
+    most, blocks = -(-S // C), B * -(-S // C) + 2
+    table = torch.randperm(blocks, device=DEVICE)[: B * most].view(B, most).int()
+    return normal(blocks, K, C, H, dtype=dtype), normal(blocks, K, C, H, dtype=dtype), table
+
+
+def agree(got, wanted, dtype):
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), wanted.double(), **KERNEL[dtype])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ---- the references themselves ----
+
+
+@pytest.mark.parametrize("B, N, K, S, H", ATTENTION)
+def test_the_reference_of_decode_is_torch_s_own_attention(B, N, K, S, H):
+    q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in ((B, N, H), (B, K, S, H), (B, K, S, H)))
+    lengths = lengths_of(B, S).cpu()
+    for b, length in enumerate(lengths.tolist()):
+        wanted = scaled_dot_product_attention(q[b:b + 1, :, None], k[b:b + 1, :, :length], v[b:b + 1, :, :length], enable_gqa=True)
+        torch.testing.assert_close(decode_naive.decode_reference(q, k, v, lengths)[b], wanted[0, :, 0])
+
+
+def test_the_reference_of_a_prefill_is_torch_s_causal_attention():
+    q, k, v = torch.randn(9, 6, 16, dtype=torch.float64), *torch.randn(2, 3, 2, 4, 16, dtype=torch.float64)
+    table, starts, past = torch.tensor([[2, 0, 1]]), torch.tensor([0, 9]), torch.tensor([0])
+    keys, values = (x[table[0]].transpose(0, 1).flatten(1, 2)[None, :, :9] for x in (k, v))
+    wanted = scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(prefill_paged.prefill_paged_reference(q, k, v, table, starts, past), wanted[0].transpose(0, 1))
+
+
+# ---- attention ----
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("B, N, K, S, H", ATTENTION)
+@pytest.mark.parametrize("kernel", [decode_naive.decode_naive, decode_grouped.decode_grouped, decode_split.decode_split],
+                         ids=lambda kernel: kernel.__name__)
+def test_decode_equals_fp64_and_writes_nothing_beside_its_output(guarded, kernel, B, N, K, S, H, dtype):
+    q, k, v = normal(B, N, H, dtype=dtype), normal(B, S, K, H, dtype=dtype).transpose(1, 2), normal(B, K, S, H, dtype=dtype)
+    lengths, options = lengths_of(B, S), {"parts": 3} if kernel is decode_split.decode_split else {}
+    agree(kernel(q, k, v, lengths, **options), decode_naive.decode_reference(q.double(), k.double(), v.double(), lengths), dtype)
+    assert guarded()
+
+
+@pytest.mark.parametrize("C", [1, 7, 16, 64])
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_paged_decode_equals_fp64_for_any_block_size_and_window(guarded, C, window, dtype):
+    B, N, K, S, H = 2, 6, 2, 70, 80
+    q, (k, v, table), lengths = normal(B, N, H, dtype=dtype), pages(B, K, S, C, H, dtype), lengths_of(B, S)
+    wanted = decode_paged.decode_paged_reference(q.double(), k.double(), v.double(), table, lengths, window)
+    agree(decode_paged.decode_paged(q, k, v, table, lengths, window, parts=2), wanted, dtype)
+    assert guarded()
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_decode_on_8_bit_pages_equals_fp64_on_what_the_codes_stand_for(guarded, dtype):
+    B, N, K, S, H, C = 2, 6, 2, 70, 80, 7
+    _, _, table = pages(B, K, S, C, H, dtype)
+    shape = (int(table.max()) + 1, K, C)
+    k, v = (integers(-127, 128, (*shape, H), torch.int8) for _ in "kv")
+    k_scale, v_scale = (inside(shape, torch.float16, torch.rand(shape, device=DEVICE) / 50)[0] for _ in "kv")
+    q, lengths = normal(B, N, H, dtype=dtype), lengths_of(B, S)
+    wanted = decode_int8.decode_int8_reference(q.double(), k, k_scale, v, v_scale, table, lengths)
+    agree(decode_int8.decode_int8(q, k, k_scale, v, v_scale, table, lengths, parts=2), wanted, dtype)
+    assert guarded()
+
+
+@pytest.mark.parametrize("H, g", [(64, 32), (96, 16)])
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_decode_on_4_bit_keys_and_values_equals_fp64_on_what_the_codes_stand_for(guarded, H, g, dtype):
+    B, N, K, S = 2, 6, 2, 96
+    k, v = (integers(0, 256, (B, K, S, H // 2), torch.uint8) for _ in "kv")
+    by_channel, by_token = (B, K, S // g, H), (B, K, S, H // g)
+    k_scale, v_scale = ((torch.rand(shape, device=DEVICE) / 8).half() for shape in (by_channel, by_token))
+    k_low, v_low = (-torch.rand(shape, device=DEVICE).half() for shape in (by_channel, by_token))
+    q, lengths = normal(B, N, H, dtype=dtype), lengths_of(B, S - 1)
+    wanted = decode_int4.decode_int4_reference(q.double(), k, k_scale, k_low, v, v_scale, v_low, lengths)
+    agree(decode_int4.decode_int4(q, k, k_scale, k_low, v, v_scale, v_low, lengths), wanted, dtype)
+    assert guarded()
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_a_chunk_over_pages_equals_fp64_beside_chunks_of_other_lengths(guarded, window, dtype):
+    N, K, S, H, C, new, past = 6, 2, 60, 24, 7, [20, 1, 7], [0, 50, 3]
+    k, v, table = pages(3, K, S, C, H, dtype)
+    starts = torch.tensor([0, 20, 21, 28], dtype=torch.int32, device=DEVICE)
+    past = torch.tensor(past, dtype=torch.int32, device=DEVICE)
+    q = normal(sum(new), N, H, dtype=dtype)
+    wanted = prefill_paged.prefill_paged_reference(q.double(), k.double(), v.double(), table, starts, past, window)
+    agree(prefill_paged.prefill_paged(q, k, v, table, starts, past, longest=20, window=window, q_block=8), wanted, dtype)
+    assert guarded()
+
+
+# ---- what lies between the products ----
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rms_norm_with_and_without_a_residual_equals_fp64(guarded, dtype):
+    x, weight = normal(3, 70, dtype=dtype), normal(1, 70, dtype=dtype)[0]
+    agree(rms_norm.rms_norm(x, weight, 1e-5), rms_norm.rms_norm_reference(x.double(), weight.double(), 1e-5), dtype)
+    residual, whole = inside((3, 70), dtype, torch.randn(3, 70, device=DEVICE))
+    wanted_residual = residual.double()
+    wanted = rms_norm.rms_norm_reference(x.double(), weight.double(), 1e-5, wanted_residual)
+    agree(rms_norm.rms_norm(x, weight, 1e-5, residual), wanted, dtype)
+    agree(residual, wanted_residual, dtype)
+    assert guarded() and (whole.view(-1)[MARGIN:-MARGIN].view(3, 86)[:, 70:] == CANARY).all()
+
+
+@pytest.mark.parametrize("F", [5, 1030])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_swiglu_equals_fp64(guarded, F, dtype):
+    x = normal(3, 2 * F, dtype=dtype)
+    agree(swiglu.swiglu(x), swiglu.swiglu_reference(x.double()), dtype)
+    assert guarded()
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_rope_and_append_turn_queries_and_keys_and_write_their_slots_only(guarded, dtype):
+    M, N, K, H, C = 5, 6, 2, 24, 7
+    qkv, angles = normal(M, N + 2 * K, H, dtype=dtype), 6 * torch.rand(M, H // 2, device=DEVICE)
+    slots = torch.tensor([27, 0, 3, 9, 8], device=DEVICE)
+    (k, whole_k), (v, whole_v) = (inside((4, K, C, H), dtype, torch.zeros(4, K, C, H, device=DEVICE)) for _ in "kv")
+    wanted_k, wanted_v = k.double(), v.double()
+    wanted = rope_append.rope_append_reference(qkv.double(), angles.cos().double(), angles.sin().double(), slots, wanted_k, wanted_v)
+    agree(rope_append.rope_append(qkv, angles.cos(), angles.sin(), slots, k, v), wanted, dtype)
+    agree(k, wanted_k, dtype)
+    agree(v, wanted_v, dtype)
+    assert guarded()
+    for whole in (whole_k, whole_v):
+        assert (whole == CANARY).sum() == len(whole) - 4 * K * C * H
+
+
+# ---- products ----
+
+
+@pytest.mark.parametrize("M", [1, 17])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_linear_layer_of_8_bits_equals_fp64_on_what_the_codes_stand_for(guarded, M, dtype):
+    x, codes, scales = normal(M, 150, dtype=dtype), integers(-127, 128, (70, 150), torch.int8), torch.rand(70, device=DEVICE) / 1000
+    agree(linear_int8.linear_int8(x, codes, scales), linear_int8.linear_int8_reference(x.double(), codes, scales), dtype)
+    assert guarded()
+
+
+@pytest.mark.parametrize("M, K, g", [(1, 192, 64), (17, 96, 32), (2, 1024, 64)])
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_a_linear_layer_of_4_bits_equals_fp64_on_what_the_codes_stand_for(guarded, M, K, g, dtype):
+    x, codes = normal(M, K, dtype=dtype), torch.randint(0, 16, (70, K), device=DEVICE)
+    scales, zeros = (torch.rand(K // g, 70, device=DEVICE) / 100).half(), torch.randint(0, 16, (K // g, 70), device=DEVICE).half()
+    got = linear_int4.linear_int4(x, linear_int4.pack_int4(codes, g), scales, zeros)
+    agree(got, linear_int4.linear_int4_reference(x.double(), codes, scales, zeros), dtype)
+    assert guarded()
+
+
+# ---- sampling ----
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_sampling_draws_the_token_that_inversion_in_fp64_draws(guarded, temperature):
+    logits, uniform = 3 * torch.randn(12, 2500, device=DEVICE), torch.rand(12, device=DEVICE)
+    logits[:, 5:1500], logits[0, 1:] = -torch.inf, -torch.inf               # filtered; and a row with one token left
+    uniform[1:3] = torch.tensor([0, 1 - 2**-24])
+    assert torch.equal(sample.sample(logits, uniform, temperature), sample.sample_reference(logits, uniform, temperature))
+    assert guarded()
+
+
+def test_verification_keeps_and_draws_what_the_algorithm_in_fp64_does():
+    B, T, V = 30, 3, 1300
+    p = torch.softmax(2 * torch.randn(B, T + 1, V, device=DEVICE), -1)
+    q = torch.softmax(p[:, :T].log() + torch.randn(B, T, V, device=DEVICE) / 2, -1)
+    drafted, uniform = torch.multinomial(q.view(-1, V), 1).view(B, T), torch.rand(B, T + 1, device=DEVICE)
+    kept, token = verify.verify(p, q, drafted, uniform)
+    wanted_kept, wanted_token = verify.verify_reference(p.cpu(), q.cpu(), drafted.cpu(), uniform.cpu())
+    assert kept.tolist() == wanted_kept.tolist() and token.tolist() == wanted_token.tolist()
+    assert set(kept.tolist()) == {0, 1, 2, 3}
+
+
+# ---- these tests can fail ----
+
+
+def mutant(module, tmp_path, old, new):
+    """`module` with one piece of its source changed."""
+    source = inspect.getsource(module)
+    assert source.count(old) >= 1
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.mark.parametrize("old, new", [("s < length", "s <= length"), ("range(0, length,", "range(0, length - 1,"), ("n // G", "n % G")])
+def test_a_planted_slip_in_a_mask_a_bound_or_a_head_is_caught(tmp_path, old, new):
+    B, N, K, S, H = 2, 6, 2, 65, 24
+    q, k, v = normal(B, N, H, dtype=torch.float32), normal(B, K, S + 1, H, dtype=torch.float32), normal(B, K, S + 1, H, dtype=torch.float32)
+    lengths = lengths_of(B, S)
+    wanted = decode_naive.decode_reference(q.double(), k.double(), v.double(), lengths)
+    got = mutant(decode_naive, tmp_path, old, new).decode_naive(q, k, v, lengths)
+    assert not torch.allclose(got.double(), wanted, **KERNEL[torch.float32])
+
+
+def test_a_planted_store_beside_the_output_is_caught(guarded, tmp_path):
+    x = normal(3, 70, dtype=torch.float32)
+    mutant(swiglu, tmp_path, ".to(out.dtype.element_ty), mask=f < F", ".to(out.dtype.element_ty), mask=f <= F").swiglu(x)
+    assert not guarded()
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": torch.zeros(2, 5, 16)}, "N=5 heads and k has K=2"),
+        ({"q": torch.zeros(2, 16)}, r"q is \[2, 16\]: \[any, any, any\] is accepted"),
+        ({"k": torch.zeros(2, 2, 9, 8)}, r"k is \[2, 2, 9, 8\]: \[any, any, any, 16\]"),
+        ({"v": torch.zeros(2, 2, 8, 16)}, r"v is \[2, 2, 8, 16\]: \[2, 2, 9, 16\]"),
+        ({"k": torch.zeros(2, 2, 9, 16, dtype=torch.half)}, r"k is of torch.float16: torch.float32"),
+        ({"lengths": torch.zeros(2, dtype=torch.int64)}, "lengths is of torch.int64"),
+        ({"v": torch.zeros(2, 2, 16, 9).transpose(2, 3)}, "v has strides .*: the last must be 1"),
+        ({"q": torch.zeros(0, 4, 16)}, "q is .*: it is empty"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name_before_the_launch(change, message):
+    given = {"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 9, 16), "v": torch.zeros(2, 2, 9, 16),
+             "lengths": torch.ones(2, dtype=torch.int32)}
+    given = {name: tensor.to(DEVICE) for name, tensor in (given | change).items()}
+    with pytest.raises(ValueError, match=message):
+        decode_grouped.decode_grouped(**given)

@@ -1,0 +1,77 @@
+"""The formulas against the paper's own table, a simulation of dice, and sums by hand."""
+
+import random
+
+import pytest
+
+from clawdemy_infer import catalog
+from clawdemy_infer.roofline import Machine
+from clawdemy_infer.speculative import Round, theory
+
+# Leviathan et al. 2023, table 1: alpha, gamma, and the factors of operations and of speed with c = 0 and v = 1.
+TABLE_1 = [(0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71), (0.9, 10, 6.86)]
+
+
+@pytest.mark.parametrize(("alpha", "gamma", "speed"), TABLE_1)
+def test_expected_tokens_are_those_of_the_papers_table(alpha, gamma, speed):
+    assert theory.speedup(alpha, gamma, c=0) == pytest.approx(speed, abs=0.006)
+    assert theory.expected_tokens([alpha] * gamma, gamma) == pytest.approx(speed, abs=0.006)
+
+
+def test_expected_tokens_with_an_alpha_for_each_position_are_those_of_dice():
+    dice, alphas, brought = random.Random(0), [0.9, 0.5, 0.7], 0
+    for _ in range(40_000):
+        stood = 0
+        while stood < 3 and dice.random() < alphas[stood]:
+            stood += 1
+        brought += stood + 1
+    assert theory.expected_tokens(alphas, 3) == pytest.approx(brought / 40_000, rel=0.01)
+
+
+def test_the_ends_of_the_formula():
+    assert theory.expected_tokens(1.0, 7) == 8 and theory.expected_tokens(0.0, 7) == 1 == theory.expected_tokens(0.5, 0)
+    for alpha, gamma in ((1.1, 2), (-0.1, 2), ([0.5], 2), (0.5, -1)):
+        with pytest.raises(ValueError, match="alpha=|gamma="):
+            theory.expected_tokens(alpha, gamma)
+
+
+def test_the_best_gamma_falls_with_the_price_of_checking_and_is_0_where_nothing_pays():
+    assert theory.best_gamma(0.8, 0.0, lambda rows: 1.0, most=9) == 9           # free on both sides: as many as allowed
+    # By hand, alpha 0.5, c 0.1, v 1: 1, 1.5/1.1 = 1.364, 1.75/1.2 = 1.458, 1.875/1.3 = 1.442
+    assert theory.best_gamma(0.5, 0.1, lambda rows: 1.0) == 2
+    assert theory.best_gamma(0.5, 0.1, lambda rows: 1 + 0.3 * (rows - 1)) == 1  # 1.5/1.4 = 1.07 and 1.75/1.8 = 0.97
+    assert theory.best_gamma(0.5, 0.6, lambda rows: 1.0) == 0                   # 1.5/1.6
+    assert theory.best_gamma([0.9, 0.9, 0.0], 0.1, lambda rows: 1.0) == 2
+
+
+ROUNDS = [Round([1, 2, 3], 3, 4), Round([1, 2, 3], 1, 9), Round([5], 0, 6), Round([], 0, 7)]
+
+
+def test_alpha_is_counted_where_a_token_was_looked_at():
+    assert theory.acceptance(ROUNDS) == [2 / 3, 1 / 2, 1.0]
+    assert theory.mean_acceptance(ROUNDS) == 4 / 6
+    assert theory.mean_acceptance([Round([], 0, 7)]) != theory.mean_acceptance([Round([], 0, 7)])     # NaN
+
+
+def test_rounds_that_were_played_are_priced_each_at_its_own_size():
+    v = {4: 1.5, 2: 1.2, 1: 1.0}.__getitem__
+    assert theory.speedup_of(ROUNDS, c=0.5, v=v) == pytest.approx((4 + 2 + 1 + 1) / (2 * (3 * 0.5 + 1.5) + (0.5 + 1.2) + 1.0))
+
+
+def test_a_verification_streams_the_weights_once_and_names_every_row():
+    shape = catalog.model("smollm2-135m")
+    one, five = (theory.verification_work(shape, 1, rows, 100) for rows in (1, 5))
+    assert one.flops == shape.decode(1, 100, weights="fp32", kv="fp32", activations="fp32").flops
+    matrices = shape.matrix_parameters() + shape.D * shape.V
+    pairs = 96 + 97 + 98 + 99 + 100
+    assert five.flops == 2 * 5 * matrices + shape.L * 4 * shape.N * shape.H * pairs
+    assert five.bytes < 1.05 * one.bytes
+
+
+def test_checking_is_free_under_the_roof_and_dear_beyond_the_ridge():
+    """Ridge at 10 FLOPs a byte; a row brings half a FLOP for each byte of fp32 weights."""
+    machine = Machine("flat", ((1e9, 1e10),), {"fp32": 1e11}, 1e10)
+    shape = catalog.model("smollm2-135m")
+    assert theory.verification_cost(machine, shape, 5, 64) == pytest.approx(1.0, abs=0.05)
+    assert theory.verification_cost(machine, shape, 40, 64) == pytest.approx(2.0, rel=0.1)
+    assert theory.verification_cost(machine, shape, 5, 64, batch=32) > 3
