@@ -112,7 +112,7 @@ def _read(kernel, target: str) -> Code:
                        for tool, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
     number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
     loads = Counter(_bytes(modifiers) for modifiers in re.findall(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)", sass))
-    products = len(re.findall(r"\b(?:HMMA|QMMA|IMMA|HGMMA|UTC\w*MMA)\.", sass))
+    products = len(re.findall(r"\b(?:HMMA|QMMA|IMMA|HGMMA|UTC\w*MMA)\b", sass))
     return Code(kernel.name, target, number["REG"], number["STACK"] + number["LOCAL"], kernel.metadata.shared, dict(loads), products)
 
 

@@ -73,7 +73,7 @@ def prefill_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torc
     prefill_paged_kernel[(len(past), K, -(-longest // q_block))](
         q, k, v, table, out, starts, past, LOG2_E * H ** -0.5, window or 2**30,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0), *out.stride()[:2], C=C,
-        G=G, H=H, H_BLOCK=power_of_2(H, least=16), Q_BLOCK=q_block, R_BLOCK=power_of_2(q_block * G, least=16), S_BLOCK=64, num_warps=4)
+        G=G, H=H, H_BLOCK=power_of_2(H, least=16), Q_BLOCK=q_block, R_BLOCK=power_of_2(q_block * G, least=16), S_BLOCK=64, num_warps=8)
     return out
 
 

@@ -102,7 +102,7 @@ def test_wrong_usage_is_exit_2_and_one_line_that_names_the_argument(run, argumen
 
 
 def test_what_fails_without_the_users_fault_is_exit_1_and_one_line(run, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("/models/x.gguf: damaged, or another file than expected\n(its sha256 is 00)")
 
     monkeypatch.setattr(model, "load_model", fail)
@@ -114,7 +114,7 @@ def test_what_fails_without_the_users_fault_is_exit_1_and_one_line(run, monkeypa
 @pytest.mark.parametrize("error", [FileNotFoundError("the model x.gguf is not installed"), ModuleNotFoundError("No module named 'gguf'"),
                                    MemoryError()], ids=lambda error: type(error).__name__)
 def test_a_missing_part_is_a_sentence_and_no_traceback(run, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(model, "load_model", fail)
@@ -123,7 +123,7 @@ def test_a_missing_part_is_a_sentence_and_no_traceback(run, monkeypatch, error):
 
 
 def test_ctrl_c_is_quiet(run, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model, "load_model", interrupt)

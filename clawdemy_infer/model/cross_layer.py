@@ -14,6 +14,7 @@ from torch import nn
 
 from clawdemy_infer.attention import attend
 from clawdemy_infer.kv_cache import ContiguousCache, Step
+from clawdemy_infer.linear import Linear
 from clawdemy_infer.model.config import RUNS, ModelConfig
 from clawdemy_infer.model.decoder import Decoder, Layer
 from clawdemy_infer.model.rope import rotate
@@ -41,7 +42,7 @@ class SharingLayer(OwnLayer):
 
     def __init__(self, config: CrossLayerConfig, place: int) -> None:
         super().__init__(config, place)
-        self.q = nn.Linear(config.shape.D, self.N * self.H, bias=False)
+        self.q = Linear(config.shape.D, self.N * self.H)
         del self.qkv
 
     def attention(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], step: Step, index: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clawdemy_infer.arithmetic import ModelShape, MoE
+from clawdemy_infer.linear import Fast
 from clawdemy_infer.model.config import ModelConfig
 from clawdemy_infer.model.decoder import Decoder, Layer
 
@@ -33,6 +34,7 @@ class Experts(nn.Module):
         # An expert's matrix is a slice: whoever is not chosen is not touched.
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * F, D).uniform_(-(D**-0.5), D**-0.5))
         self.down = nn.Parameter(torch.empty(experts, D, F).uniform_(-(F**-0.5), F**-0.5))
+        self.fast_gate_up, self.fast_down = (nn.ModuleList(Fast() for _ in range(experts)) for _ in range(2))
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For x [M, D]: the experts of each token, [M, k], and how much of each it takes, [M, k], which sums to 1."""
@@ -51,8 +53,8 @@ class Experts(nn.Module):
 
     def expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
         """The e-th MLP on the rows that were sent to it."""
-        gate, up = F.linear(x, self.gate_up[e]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down[e])
+        gate, up = self.fast_gate_up[e](x, self.gate_up[e]).chunk(2, dim=-1)
+        return self.fast_down[e](F.silu(gate) * up, self.down[e])
 
 
 class ExpertLayer(Layer):

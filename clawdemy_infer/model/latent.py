@@ -25,6 +25,7 @@ from torch import nn
 from clawdemy_infer.attention import attend
 from clawdemy_infer.kv_cache import ContiguousCache, Step
 from clawdemy_infer.kv_cache.rectangles import Stretch
+from clawdemy_infer.linear import Linear
 from clawdemy_infer.model.config import RUNS, ModelConfig
 from clawdemy_infer.model.decoder import Decoder, Layer, RMSNorm
 from clawdemy_infer.model.rope import angular_frequencies, rotate
@@ -71,11 +72,11 @@ class LatentLayer(Layer):
         shape, mla = config.shape, config.shape.mla
         super().__init__(replace(shape, mla=None, K=1), config.norm_eps)
         self.absorbed, self.latent, self.rope, self.nope = absorbed, mla.latent, mla.rope, shape.H - mla.rope
-        self.q = nn.Linear(shape.D, shape.N * shape.H, bias=False)
-        self.kv_a = nn.Linear(shape.D, mla.latent + mla.rope, bias=False)
+        self.q = Linear(shape.D, shape.N * shape.H)
+        self.kv_a = Linear(shape.D, mla.latent + mla.rope)
         self.latent_norm = RMSNorm(mla.latent, config.norm_eps)
-        self.kv_b = nn.Linear(mla.latent, shape.N * (self.nope + mla.value), bias=False)
-        self.out = nn.Linear(shape.N * mla.value, shape.D, bias=False)
+        self.kv_b = Linear(mla.latent, shape.N * (self.nope + mla.value))
+        self.out = Linear(shape.N * mla.value, shape.D)
         del self.qkv
 
     def attention(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], step: Step, index: int) -> torch.Tensor:

@@ -55,9 +55,10 @@ from matplotlib.ticker import LogLocator
 from torch.nn import functional as F
 
 from clawdemy_infer import catalog, plots, widgets
-from clawdemy_infer.arithmetic import Work, matmul, total
+from clawdemy_infer.arithmetic import BYTES, Work, matmul, total
 from clawdemy_infer.calibrate import Pulse, calibrate, default_device, fingerprint
 from clawdemy_infer.lesson import Lesson
+from clawdemy_infer.linear import PackedLinear
 from clawdemy_infer.probes import read_bandwidth
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.tables import Table, number, si
@@ -258,26 +259,29 @@ lesson.table()
 # the number of rows that go through together. (M, K and N are how the world names the sides of one matrix product. From lesson 01 on, K and N
 # are heads.)
 #
+# A `PackedLinear` is the layer that this course's models are made of: `F.linear`, with the weight laid out as the fastest kernel of your processor
+# likes it. Which kernel that is, the calibration found out; `clawdemy-infer doctor` shows it.
+#
 # The last job is a caricature of what a language model does for one token: a matrix, a few tiny operations, the next matrix.
 
 # %%
 x = torch.randn(n, device=device)
 left, right = x.chunk(2)                                  # the addition works on two halves
 z = torch.empty_like(left)
-stack = [torch.randn(1024, 1024, device=device) for _ in range(16)]
-small_stack = [torch.randn(640, 640, device=device) for _ in range(48)]
+stack = [PackedLinear("fp32", torch.randn(1024, 1024, device=device)) for _ in range(16)]
+small_stack = [PackedLinear("fp32", torch.randn(640, 640, device=device)) for _ in range(48)]
 inputs = {M: torch.randn(M, 1024, device=device) for M in (1, 64, 1024)}
 
 
 def products(M):
-    for weight in stack:
-        F.linear(inputs[M], weight)
+    for layer in stack:
+        layer(inputs[M])
 
 
 def toy_step():
     row = first = inputs[1][:, :640]
-    for weight in small_stack:
-        row = F.linear(row, weight)
+    for layer in small_stack:
+        row = layer(row)
         row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + 1e-5)     # a norm: five tiny operations
         row = F.silu(row) * first + row                                         # a gate and a residual: three more
     return row
@@ -396,17 +400,15 @@ plt.show()
 #
 # > intensity ≈ 2·M·K·N / (K·N·bytes per weight) = 2M / (bytes per weight)
 #
-# So each row is worth one FLOP per byte in bf16, and half a FLOP per byte in fp32. The ridge is then at a certain number of rows. The dashed lines are the
+# So each row is worth one FLOP per byte in bf16, half a FLOP per byte in fp32, and four in int4. The ridge is then at a certain number of rows. The dashed lines are the
 # napkin, with its two numbers; the dots are what the calibration measured.
 
 # %% tags=["nbval-ignore-output"]
-WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}               # bytes to a weight
-
 fig, ax = plt.subplots()
 for (dtype, points), colour in zip(machine.rates["gemm"].items(), plots.COLOURS, strict=False):
-    rows_at_ridge = machine.ridge(dtype) * WIDTH[dtype] / 2
+    rows_at_ridge = machine.ridge(dtype) * BYTES[dtype] / 2
     edge = sorted([1, min(max(rows_at_ridge, 1), 1024), 1024])
-    roof = [min(machine.peak(dtype), 2 * m / WIDTH[dtype] * machine.bandwidth_at()) for m in edge]
+    roof = [min(machine.peak(dtype), 2 * m / BYTES[dtype] * machine.bandwidth_at()) for m in edge]
     ax.loglog(edge, roof, "--", color=colour, linewidth=1.2)
     ax.loglog(*zip(*points, strict=True), "o-", color=colour, markersize=5,
               label=f"{dtype}: ridge at {rows_at_ridge:.0f} rows")
@@ -426,11 +428,11 @@ plt.show()
 # whose matrix-vector kernel does not read as fast as a plain sum. The napkin cannot know that. The calibration does: it has measured it.
 
 # %% tags=["nbval-ignore-output"]
-header, rows = ["dtype", "peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed in one start"], []
+header, rows = ["format", "peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed in one start"], []
 for dtype in machine.rates["gemm"]:
     half = [m for m, rate in machine.rates["gemm"][dtype] if rate >= machine.peak(dtype) / 2]
     rows.append([dtype, si(machine.peak(dtype), "FLOP/s"), f"{machine.ridge(dtype):.1f}",
-                 f"{machine.ridge(dtype) * WIDTH[dtype] / 2:.0f}", f"{half[0]:,}" if half else "–",
+                 f"{machine.ridge(dtype) * BYTES[dtype] / 2:.0f}", f"{half[0]:,}" if half else "–",
                  si(machine.fixed_s_per_op * machine.peak(dtype), "FLOP")])
 Table(header, rows, numeric=header[1:])
 

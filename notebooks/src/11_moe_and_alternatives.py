@@ -42,6 +42,7 @@ from clawdemy_infer.bench import filled_cache, random_tokens, step_ops
 from clawdemy_infer.calibrate import Pulse, default_device, this_machine
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson
+from clawdemy_infer.linear import Linear
 from clawdemy_infer.model import ModelConfig, experts, linear_attention, load_model
 from clawdemy_infer.model.pruning import influence, without_layers
 from clawdemy_infer.tables import Table, si
@@ -304,8 +305,7 @@ QUARTER = MoE(experts=8, active=2)
 D, F = 1024, 3584
 torch.manual_seed(0)
 mixture = experts.Experts(D, F, QUARTER.experts, QUARTER.active).requires_grad_(False).to(device)
-dense = torch.nn.ModuleDict({"gate_up": torch.nn.Linear(D, 4 * F, bias=False),
-                             "down": torch.nn.Linear(2 * F, D, bias=False)}).requires_grad_(False).to(device)
+dense = torch.nn.ModuleDict({"gate_up": Linear(D, 4 * F), "down": Linear(2 * F, D)}).requires_grad_(False).to(device)
 expert_bytes = 3 * D * F * 4
 ROWS = [1, 2, 4, 8, 16, 32, 128]
 inputs = {B: [torch.randn(B, D, device=device) for _ in range(8)] for B in ROWS}
