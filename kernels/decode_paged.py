@@ -21,7 +21,7 @@ from clawdemy_kernels.online_softmax import rescale
 
 @triton.jit
 def decode_paged_kernel(q, k, v, table, acc_out, largest_out, total_out, lengths, scale, parts, window,
-                        q_b, q_n, k_p, k_k, k_c, v_p, v_k, v_c, table_b, N: tl.constexpr, C: tl.constexpr,
+                        q_b, q_n, k_p, k_k, k_c, v_p, v_k, v_c, table_b, N: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
                         G: tl.constexpr, G_BLOCK: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr):
     b, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + b)
@@ -41,11 +41,12 @@ def decode_paged_kernel(q, k, v, table, acc_out, largest_out, total_out, lengths
         seen = s < end
         here = seen[:, None] & (h < H)[None, :]
         block = tl.load(table + b * table_b + s // C, mask=seen, other=0).to(tl.int64)            # the indirection
-        keys = tl.load(k + (block * k_p + head * k_k + (s % C) * k_c)[:, None] + h[None, :], mask=here, other=0.0)
+        slot = block * C + s % C
+        keys = tl.load(k + (slot // TILE * k_p + head * k_k + slot % TILE * k_c)[:, None] + h[None, :], mask=here, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, -float("inf"))
         weights, shrink, largest, total = rescale(scores, largest, total)
-        values = tl.load(v + (block * v_p + head * v_k + (s % C) * v_c)[:, None] + h[None, :], mask=here, other=0.0)
+        values = tl.load(v + (slot // TILE * v_p + head * v_k + slot % TILE * v_c)[:, None] + h[None, :], mask=here, other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
 
     row = (part * tl.num_programs(0) + b) * N + head * G + g                                     # of [P, B, N]
@@ -55,25 +56,30 @@ def decode_paged_kernel(q, k, v, table, acc_out, largest_out, total_out, lengths
 
 
 def decode_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
-                 window: int | None = None, parts: int | None = None) -> torch.Tensor:
+                 window: int | None = None, parts: int | None = None, block_size: int | None = None) -> torch.Tensor:
     """q [B, N, H], k, v [blocks, K, C, H], table [B, most] and lengths [B] of int32 -> [B, N, H].
 
-    Entries of the table behind a sequence's last block are never read. `parts` is P, by default what suits the GPU.
-    Raises ValueError for tensors that do not fit together, and for a `window` or `parts` below 1.
+    Entries of the table behind a sequence's last block are never read. `parts` is P, by default what suits the GPU. Where the pool
+    keeps several blocks together, so that k and v are [tiles, K, tokens of a tile, H], say the `block_size` that the table counts in.
+    Raises ValueError for tensors that do not fit together, for a `window` or `parts` below 1, and for a `block_size` that does not
+    divide a tile.
     """
     check_attention(q, k, v, lengths)
     check("table", table, (len(q), None), (torch.int32,), like=q)
     for name, number in (("window", window), ("parts", parts)):
         if number is not None and number < 1:
             raise ValueError(f"{name}={number}: 1 or more is accepted")
-    (B, N, H), (_, K, C, _), S_BLOCK = q.shape, k.shape, 64
+    (B, N, H), (_, K, TILE, _), S_BLOCK = q.shape, k.shape, 64
+    C = block_size or TILE
+    if C < 1 or TILE % C:
+        raise ValueError(f"block_size={block_size}: what divides the {TILE} tokens of a tile is accepted")
     tokens = table.shape[1] * C
     if parts is None:
         parts = parts_for(B * K, min(tokens, window or tokens), S_BLOCK, multiprocessors(q.device))
     G, (acc, largest, total) = N // K, empty_parts(q, parts)
     decode_paged_kernel[(B, K, parts)](
         q, k, v, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, window or 2**30,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0), N=N, C=C,
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0), N=N, C=C, TILE=TILE,
         G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), S_BLOCK=S_BLOCK, num_warps=4)
     return join_parts(acc, largest, total, q.dtype)
 

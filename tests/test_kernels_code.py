@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytest.importorskip("triton", reason="there is no Triton for this system")
+
 WIDE = {"decode_naive", "decode_grouped", "decode_split", "decode_paged", "decode_int8", "decode_int4", "prefill_paged", "rms_norm",
         "swiglu", "linear_int8", "linear_int4"}
 PRODUCTS = {"decode_grouped", "decode_split", "decode_paged", "decode_int8", "decode_int4", "prefill_paged", "linear_int8", "linear_int4"}

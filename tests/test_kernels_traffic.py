@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="there is no Triton for this system")
 if torch.cuda.is_available():
     pytest.skip("on a GPU kernels are compiled, and the interpreter counts nothing", allow_module_level=True)
 

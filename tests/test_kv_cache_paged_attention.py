@@ -6,9 +6,11 @@ import pytest
 import torch
 from tolerances import LOGITS
 
-from clawdemy_infer.kv_cache import BlockPool
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
 from clawdemy_infer.kv_cache.paged_attention import attend_tiles, plan
 from clawdemy_infer.kv_cache.paged_store import PagedStore
+from clawdemy_infer.model import Decoder, ModelConfig
 
 L, K, G, H = 2, 3, 2, 10
 LENGTHS = [37, 5, 50, 1, 28, 44, 19]
@@ -66,3 +68,24 @@ def test_a_tile_is_cut_into_blocks_where_its_owners_have_a_block_each_and_only_t
     shared = [list(range(16))] * 7
     [run] = plan(shared, [(0, 64)] * 7, store)
     assert run.mask.shape == (2, 1, 1, 7, 1, 32)                        # seven see all of both tiles: two products, not sixteen
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_kernel_that_follows_the_tables_gives_a_model_the_same_logits(window):
+    """Ragged decode steps of a small model over blocks in tiles, scattered by forks: Triton (interpreted without a GPU) and tiles."""
+    pytest.importorskip("triton", reason="there is no Triton for this system")
+    shape = ModelShape(name="small", D=48, F=64, N=6, K=2, H=8, L=2, V=61, tied=True, window=window, max_context=64)
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(shape)).eval()
+    caches = [PagedCache.over(model, BlockTables(BlockPool(40, 4)), attention=attention) for attention in ("tiles", "triton")]
+    for cache in caches:
+        for sequence, length in enumerate((13, 1, 30)):
+            cache.add(sequence)
+            model.step({sequence: [(7 * i + sequence) % 61 for i in range(length)]}, cache)
+        cache.fork(2, 3)
+    for token in range(3):
+        new = {sequence: [token + sequence] for sequence in range(4)}
+        tiles, triton = (model.step(new, cache) for cache in caches)
+        torch.testing.assert_close(triton, tiles, **LOGITS[torch.float32])
+    mixed = {0: [5], 1: [1, 2, 3], 3: [4]}                                  # a chunk among decodes
+    torch.testing.assert_close(*(model.step(mixed, cache) for cache in caches), **LOGITS[torch.float32])

@@ -7,6 +7,7 @@ that the decoder knows.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -15,21 +16,23 @@ from clawdemy_infer.kv_cache.block_pool import BlockPool
 from clawdemy_infer.kv_cache.block_tables import BlockTables
 from clawdemy_infer.kv_cache.paged_attention import attend_tiles, plan
 from clawdemy_infer.kv_cache.paged_store import PagedStore
+from clawdemy_infer.kv_cache.paged_triton import TableAttention, with_triton
 from clawdemy_infer.kv_cache.step import Step
 
 
 class PagedCache:
     """The sequences of `tables`, whose bytes lie in `store`.
 
-    `attention` chooses how a decode step reads the pages: "tiles" where they lie, "gather" by copying each sequence together
-    first, which is slow and easy to follow.
+    `attention` chooses how a decode step reads the pages: "tiles" where they lie; "triton" by a kernel that follows the tables, the
+    default on a GPU; "gather" by copying each sequence together first, which is slow and easy to follow.
     """
 
     span = None
 
-    def __init__(self, tables: BlockTables, store: PagedStore, capacity: int | None = None, attention: str = "tiles") -> None:
-        if attention not in ("tiles", "gather"):
-            raise ValueError(f"attention={attention!r}: tiles, gather are accepted")
+    def __init__(self, tables: BlockTables, store: PagedStore, capacity: int | None = None, attention: str | None = None) -> None:
+        attention = attention or ("triton" if with_triton(store) else "tiles")
+        if attention not in ("tiles", "triton", "gather"):
+            raise ValueError(f"attention={attention!r}: tiles, triton, gather are accepted")
         self.tables, self.store, self.attention = tables, store, attention
         self.dtype, self.device = store.dtype, store.device
         self.capacity = capacity or tables.pool.blocks * tables.pool.block_size
@@ -135,25 +138,28 @@ class PagedStep(Step):
         self.fresh = store.rows(fresh)
         self.chunks, decodes, decode_rows, at = [], [], [], 0
         for i, T in enumerate(self.new):
-            if T == 1 and cache.attention == "tiles":
+            if T == 1 and cache.attention != "gather":
                 decodes.append(i)
                 decode_rows.append(at)
             else:
                 mask = causal_mask(T, ends[i] - begins[i], window, cache.dtype, cache.device)
                 self.chunks.append((slice(at, at + T), store.rows(slots(i, begins[i])) if self.past[i] else None, mask))
             at += T
-        # This is the place for another backend: on a GPU, a kernel that follows the block tables.
-        self.runs = plan([blocks[i] for i in decodes], [(begins[i], ends[i]) for i in decodes], store)
+        self.decode, mine = None, [blocks[i] for i in decodes]
+        if decodes and cache.attention == "triton":
+            self.decode = TableAttention(mine, [ends[i] for i in decodes], window, store)
+        elif decodes:
+            self.decode = partial(attend_tiles, runs=plan(mine, [(begins[i], ends[i]) for i in decodes], store))
         self.decode_rows = torch.tensor(decode_rows, device=cache.device)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         store = self.cache.store
         store.write(layer, self.fresh, k, v)
         if not self.chunks:
-            return attend_tiles(q, store, layer, self.runs)
+            return self.decode(q, store, layer)
         out = q.new_empty(len(q), q.shape[1] * q.shape[2])
-        if self.runs:
-            out[self.decode_rows] = attend_tiles(q[self.decode_rows], store, layer, self.runs)
+        if self.decode:
+            out[self.decode_rows] = self.decode(q[self.decode_rows], store, layer)
         for mine, past, mask in self.chunks:
             if past is None:
                 keys, values = k[mine].transpose(0, 1), v[mine].transpose(0, 1)             # nothing to gather
