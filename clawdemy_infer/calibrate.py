@@ -62,7 +62,7 @@ def fingerprint(device: str) -> dict[str, str]:
 
 
 def calibrate(device: str | None = None) -> Machine:
-    """Measure this machine (about half a minute on two cores), keep the result in the user's cache, and return it."""
+    """Measure this machine (under a minute on two cores), keep the result in the user's cache, and return it."""
     device = device or default_device()
     memory = memory_bytes(device)
     path = _path(device)

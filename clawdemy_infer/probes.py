@@ -78,7 +78,7 @@ def gemm_rates(format: str, device: str) -> dict[str, list[tuple[float, float]]]
     dtype, curves = DTYPES[computes_in(format, device)], {}
     for kernel, rows, shapes in (("gemm", GEMM_ROWS, SHAPES), ("head", HEAD_ROWS, HEAD_SHAPES)):
         weights = gemm_weights(format, device, shapes=shapes)
-        measured = rates({str(m): gemm_step(weights, m, dtype, len(shapes)) for m in rows}, sample_s=0.015, rounds=4)
+        measured = rates({str(m): gemm_step(weights, m, dtype, len(shapes)) for m in rows}, sample_s=0.025, rounds=7)
         curves[kernel] = [(m, measured[str(m)]) for m in rows]
     return curves
 
