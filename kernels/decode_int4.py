@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from clawdemy_kernels.decode_naive import decode_reference
-from clawdemy_kernels.launch import FLOATS, LOG2_E, check, power_of_2, tl, triton
+from clawdemy_kernels.launch import FLOATS, LOG2_E, check, check_heads, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
 
 
@@ -104,8 +104,7 @@ def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: 
     for name, tensor in (("v_scale", v_scale), ("v_low", v_low)):
         check(name, tensor, (B, K, S, H // g), (torch.float16,), like=q)
     check("lengths", lengths, (B,), (torch.int32,), like=q)
-    if N % K:
-        raise ValueError(f"q has N={N} heads and k has K={K}: N must be a multiple of K")
+    check_heads(N, K)
     k, k_scale, k_low, v, v_scale, v_low = (x.contiguous() for x in (k, k_scale, k_low, v, v_scale, v_low))
     G, out = N // K, torch.empty_like(q)
     decode_int4_kernel[(B, K)](

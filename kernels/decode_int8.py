@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from clawdemy_kernels.decode_paged import decode_paged_reference
-from clawdemy_kernels.decode_split import empty_parts, join_parts, multiprocessors, parts_for
-from clawdemy_kernels.launch import LOG2_E, check, power_of_2, tl, triton
+from clawdemy_kernels.decode_split import empty_parts, join_parts, multiprocessors, parts_for, store_part
+from clawdemy_kernels.launch import LOG2_E, at_least_1, check, check_heads, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
 
 
@@ -48,10 +48,7 @@ def decode_int8_kernel(q, k, v, k_scale, v_scale, table, acc_out, largest_out, t
         scaled = (weights * value_scale[None, :]).to(queries.dtype)
         acc = acc * shrink[:, None] + tl.dot(scaled, values.to(tl.float32).to(queries.dtype), input_precision="ieee")
 
-    row = (part * tl.num_programs(0) + b) * N + head * G + g
-    tl.store(acc_out + row[:, None] * H + h[None, :], acc, mask=mine)
-    tl.store(largest_out + row, largest, mask=g < G)
-    tl.store(total_out + row, total, mask=g < G)
+    store_part(acc_out, largest_out, total_out, acc, largest, total, (part * tl.num_programs(0) + b) * N + head * G, G, G_BLOCK, H, H_BLOCK)
 
 
 def decode_int8(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torch.Tensor, v_scale: torch.Tensor,
@@ -68,12 +65,10 @@ def decode_int8(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torc
     check("table", table, (B, None), (torch.int32,), like=q)
     check("lengths", lengths, (B,), (torch.int32,), like=q)
     (_, K, C, _), S_BLOCK = k.shape, 64
-    if N % K:
-        raise ValueError(f"q has N={N} heads and k has K={K}: N must be a multiple of K")
+    check_heads(N, K)
+    at_least_1(parts=parts)
     if parts is None:
         parts = parts_for(B * K, table.shape[1] * C, S_BLOCK, multiprocessors(q.device))
-    if parts < 1:
-        raise ValueError(f"parts={parts}: 1 or more is accepted")
     G, (acc, largest, total) = N // K, empty_parts(q, parts)
     decode_int8_kernel[(B, K, parts)](
         q, k, v, k_scale, v_scale, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts,

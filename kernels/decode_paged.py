@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 
 from clawdemy_kernels.decode_naive import decode_reference
-from clawdemy_kernels.decode_split import empty_parts, join_parts, multiprocessors, parts_for
-from clawdemy_kernels.launch import LOG2_E, check, check_attention, power_of_2, tl, triton
+from clawdemy_kernels.decode_split import empty_parts, join_parts, multiprocessors, parts_for, store_part
+from clawdemy_kernels.launch import LOG2_E, at_least_1, check, check_attention, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
 
 
@@ -49,10 +49,7 @@ def decode_paged_kernel(q, k, v, table, acc_out, largest_out, total_out, lengths
         values = tl.load(v + (slot // TILE * v_p + head * v_k + slot % TILE * v_c)[:, None] + h[None, :], mask=here, other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
 
-    row = (part * tl.num_programs(0) + b) * N + head * G + g                                     # of [P, B, N]
-    tl.store(acc_out + row[:, None] * H + h[None, :], acc, mask=mine)
-    tl.store(largest_out + row, largest, mask=g < G)
-    tl.store(total_out + row, total, mask=g < G)
+    store_part(acc_out, largest_out, total_out, acc, largest, total, (part * tl.num_programs(0) + b) * N + head * G, G, G_BLOCK, H, H_BLOCK)
 
 
 def decode_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
@@ -66,9 +63,7 @@ def decode_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch
     """
     check_attention(q, k, v, lengths)
     check("table", table, (len(q), None), (torch.int32,), like=q)
-    for name, number in (("window", window), ("parts", parts)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}={number}: 1 or more is accepted")
+    at_least_1(window=window, parts=parts)
     (B, N, H), (_, K, TILE, _), S_BLOCK = q.shape, k.shape, 64
     C = block_size or TILE
     if C < 1 or TILE % C:

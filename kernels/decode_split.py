@@ -17,8 +17,18 @@ from __future__ import annotations
 
 import torch
 
-from clawdemy_kernels.launch import LOG2_E, check_attention, power_of_2, tl, triton
+from clawdemy_kernels.launch import LOG2_E, at_least_1, check_attention, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
+
+
+@triton.jit
+def store_part(acc_out, largest_out, total_out, acc, largest, total, first, G: tl.constexpr, G_BLOCK: tl.constexpr,
+               H: tl.constexpr, H_BLOCK: tl.constexpr):
+    """Leave what a part has summed in rows first ... first + G - 1 of [P * B * N]: G * (H + 2) * 4 bytes."""
+    g, h = tl.arange(0, G_BLOCK), tl.arange(0, H_BLOCK)
+    tl.store(acc_out + (first + g)[:, None] * H + h[None, :], acc, mask=(g < G)[:, None] & (h < H)[None, :])
+    tl.store(largest_out + first + g, largest, mask=g < G)
+    tl.store(total_out + first + g, total, mask=g < G)
 
 
 @triton.jit
@@ -49,10 +59,7 @@ def decode_split_kernel(q, k, v, acc_out, largest_out, total_out, lengths, scale
         values = tl.load(v + s[:, None] * v_s + h[None, :], mask=here, other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
 
-    row = (part * tl.num_programs(0) + b) * N + head * G + g                                     # of [P, B, N]
-    tl.store(acc_out + row[:, None] * H + h[None, :], acc, mask=mine)                           # G * H * 4 bytes
-    tl.store(largest_out + row, largest, mask=g < G)                                            # G * 4 bytes
-    tl.store(total_out + row, total, mask=g < G)                                                # G * 4 bytes
+    store_part(acc_out, largest_out, total_out, acc, largest, total, (part * tl.num_programs(0) + b) * N + head * G, G, G_BLOCK, H, H_BLOCK)
 
 
 @triton.jit
@@ -81,11 +88,10 @@ def decode_split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tor
     The reference is `decode_naive.decode_reference`.
     """
     check_attention(q, k, v, lengths)
+    at_least_1(parts=parts)
     (B, N, H), K, S_BLOCK = q.shape, k.shape[1], 64
     if parts is None:
         parts = parts_for(B * K, k.shape[2], S_BLOCK, multiprocessors(q.device))
-    if parts < 1:
-        raise ValueError(f"parts={parts}: 1 or more is accepted")
     G, (acc, largest, total) = N // K, empty_parts(q, parts)
     decode_split_kernel[(B, K, parts)](
         q, k, v, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], N=N,

@@ -69,8 +69,20 @@ def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: 
     check("k", k, (None, None, None, H), (q.dtype,), like=q)
     check("v", v, tuple(k.shape), (q.dtype,), like=q)
     check("lengths", lengths, (B,), (torch.int32,), like=q)
-    if N % k.shape[1]:
-        raise ValueError(f"q has N={N} heads and k has K={k.shape[1]}: N must be a multiple of K")
+    check_heads(N, k.shape[1])
+
+
+def check_heads(N: int, K: int) -> None:
+    """ValueError unless the N query heads are shared out evenly among the K heads of keys and values."""
+    if N % K:
+        raise ValueError(f"q has N={N} heads and k has K={K}: N must be a multiple of K")
+
+
+def at_least_1(**numbers: int | None) -> None:
+    """ValueError naming the first of `numbers` that is below 1; None is a number not given."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number}: 1 or more is accepted")
 
 
 def power_of_2(size: int, least: int = 1) -> int:

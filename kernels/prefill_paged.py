@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from clawdemy_kernels.decode_paged import decode_paged_reference
-from clawdemy_kernels.launch import LOG2_E, check, check_attention, power_of_2, tl, triton
+from clawdemy_kernels.launch import LOG2_E, at_least_1, check, check_attention, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
 
 
@@ -65,9 +65,7 @@ def prefill_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torc
     check_attention(q, k, v, torch.empty(len(q), dtype=torch.int32, device=q.device))
     check("table", table, (len(past), None), (torch.int32,), like=q)
     check("starts", starts, (len(past) + 1,), (torch.int32,), like=q)
-    for name, number in (("longest", longest), ("window", window), ("q_block", q_block)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}={number}: 1 or more is accepted")
+    at_least_1(longest=longest, window=window, q_block=q_block)
     (_, N, H), (_, K, C, _) = q.shape, k.shape
     G, out = N // K, torch.empty_like(q)
     prefill_paged_kernel[(len(past), K, -(-longest // q_block))](
