@@ -6,16 +6,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
+from torch import nn
 
 from clawdemy_infer.arithmetic import ModelShape, Work
 from clawdemy_infer.calibrate import Pulse
 from clawdemy_infer.kv_cache.contiguous import ContiguousCache
-from clawdemy_infer.linear import computes_in
+from clawdemy_infer.linear import PackedLinear, computes_in
 from clawdemy_infer.model import Decoder
+from clawdemy_infer.model.compiled import product_rate
+from clawdemy_infer.probes import attention_of
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.timing import Timing, count_ops, stopwatch
 
@@ -53,6 +58,13 @@ class BenchRow:
 
     def as_dict(self) -> dict:
         return {**asdict(self), "ratio": self.ratio, "fraction_of_bound": self.fraction_of_bound}
+
+
+def errors(rows: Sequence[BenchRow]) -> dict:
+    """How far the prediction was off, as a fraction of it: the median over the rows, the largest, and which row that was."""
+    worst = max(rows, key=lambda row: abs(row.ratio - 1))
+    return {"rows": len(rows), "median": statistics.median(abs(row.ratio - 1) for row in rows), "worst": abs(worst.ratio - 1),
+            "worst_row": f"{worst.phase} {worst.weights} B={worst.batch} S={worst.context}"}
 
 
 def random_tokens(model: Decoder, batch: int, length: int) -> torch.Tensor:
@@ -93,13 +105,27 @@ def filled_cache(model: Decoder, batch: int, tokens: int) -> ContiguousCache:
     return cache
 
 
-def step_ops(model: Decoder, new: int = 1) -> int:
-    """How many operations one forward pass dispatches: counted, not timed. Neither the batch nor the context
-    changes it; a prefill of two tokens takes as many as a long one, and a few more than a decode step."""
-    cache, tokens = ContiguousCache.for_model(model, 1, 2 * new), random_tokens(model, 1, new)
+@torch.inference_mode()
+def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
+    """How many operations one forward pass dispatches beside its matrix products: counted, not timed. What it costs to start a
+    product is in the products' own rate. The context does not change it, and the batch only where attention goes another way for many
+    sequences; a prefill of two tokens takes as many as a long one, and a few more than a decode step.
+    """
+    cache, tokens = ContiguousCache.for_model(model, batch, 2 * new), random_tokens(model, batch, new)
     model(tokens, cache, last_only=True)                # the first step also packs the weights
+    if model.compiled_step and batch * new == 1:
+        cache = filled_cache(model, 1, 3)               # compiled attention wants a past
+        # What is compiled has no operations, but must be called.
+        return count_ops(lambda: model(tokens, cache, last_only=True)) + model.config.shape.L + 1
     cache.truncate(0)
-    return count_ops(lambda: model(tokens, cache, last_only=True))
+    whole = count_ops(lambda: model(tokens, cache, last_only=True))
+    of_products = 0
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear | PackedLinear):
+            of_products += count_ops(partial(linear, torch.ones(batch * new, linear.in_features, dtype=model.dtype, device=model.device)))
+    if model.head is None:
+        of_products += count_ops(lambda: model.tied_head(cache.keys.new_ones(batch, model.config.shape.D), model.embed.weight))
+    return whole - of_products
 
 
 # ---- the bench command: what the roofline allows, then what the clock says ----
@@ -108,7 +134,14 @@ def step_ops(model: Decoder, new: int = 1) -> int:
 def work_of(shape: ModelShape, phase: str, weights: str, batch: int, context: int, device: str = "cpu") -> Work:
     """The work of one row: cache and activations in the dtype that goes with such weights."""
     step, dtype = {"prefill": shape.prefill, "decode": shape.decode}[phase], computes_in(weights, device)
-    return step(batch, context, weights=weights, kv=dtype, activations=dtype)
+    work = step(batch, context, weights=weights, kv=dtype, activations=dtype)
+    return named(work, attention_of(batch, shape.K, context)) if phase == "decode" else work
+
+
+def named(work: Work, attention: str) -> Work:
+    """The same work, its attention under the name for which the calibration has its rate."""
+    parts = tuple(named(part, attention) for part in work.parts)
+    return work._replace(name=attention if work.name == "attention" else work.name, parts=parts)
 
 
 def card(shape: ModelShape, machine: Machine, memory: float, wanted: Iterable[tuple[str, str, int, int]],
@@ -129,18 +162,26 @@ def card(shape: ModelShape, machine: Machine, memory: float, wanted: Iterable[tu
     return rows
 
 
+def compiled_products(machine: Machine, weights: str) -> Machine:
+    """The machine with the rate of compiled products of one row for its GEMM, and for the head, which is one more of them."""
+    rate = {weights: ((1, product_rate(weights)),)}
+    return replace(machine, rates=machine.rates | {"gemm": rate, "head": rate})
+
+
 def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[BenchRow]:
     """Time the rows of a card, all of the format that `model` has its weights in. `predicted_s` is the calibrated roofline at the
     speed that the machine has at that moment, by a `Pulse` that is taken between the runs and knows nothing of them.
     """
-    ops = {"prefill": step_ops(model, new=2), "decode": step_ops(model)}
+    prefill_ops = step_ops(model, new=2)
     device, pulse, pulse_rows = model.device.type, None, None
     for row in rows:
         phase, weights, batch, context = (row[key] for key in ("phase", "weights", "batch", "context"))
         m = batch * (context if phase == "prefill" else 1)              # rows of activations that share a read of the weights
         if m != pulse_rows:
             pulse, pulse_rows = Pulse(machine, weights, m, device), m
-        calibrated = machine.time(work_of(model.config.shape, phase, weights, batch, context, device), ops[phase]).seconds
+        ops = prefill_ops if phase == "prefill" else step_ops(model, batch=batch)
+        as_run = compiled_products(machine, weights) if model.compiled_step and phase == "decode" and batch == 1 else machine
+        calibrated = as_run.time(work_of(model.config.shape, phase, weights, batch, context, device), ops).seconds
         if phase == "prefill":
             repeats = 5 if m > 256 else 11                              # short runs feel a burst most, and cost least to repeat
             timing = time_prefill(model, batch, context, repeats, watch=pulse.stopwatch)

@@ -52,7 +52,7 @@ def predict(model: Decoder, machine: Machine, phase: str, batch: int, context: i
     for op in work.operations():
         name = {"gemm": "matrices", "attention": "attention"}.get(op.kernel, "the rest")
         parts["head" if op.name == "head" else name].append((op, machine.operation_s(op, work.bytes)))
-    fixed = machine.fixed_s_per_op * step_ops(model, new=2 if phase == "prefill" else 1)
+    fixed = machine.fixed_s(work) * (step_ops(model, new=2) if phase == "prefill" else step_ops(model, batch=batch))
     return {name: (total(name, [op for op, _ in parts[name]]), sum(s for _, s in parts[name]) + fixed * (name == "the rest"))
             for name in PARTS}
 

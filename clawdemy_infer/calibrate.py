@@ -35,7 +35,7 @@ from clawdemy_infer.timing import Timing, rates, stopwatch
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
-PROBES = "2026-11c"
+PROBES = "2026-11d"
 """Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
 
 DRIFT = 0.15
@@ -62,7 +62,7 @@ def fingerprint(device: str) -> dict[str, str]:
 
 
 def calibrate(device: str | None = None) -> Machine:
-    """Measure this machine (under a minute on two cores), keep the result in the user's cache, and return it."""
+    """Measure this machine (about a minute on two cores), keep the result in the user's cache, and return it."""
     device = device or default_device()
     memory = memory_bytes(device)
     path = _path(device)
@@ -73,6 +73,7 @@ def calibrate(device: str | None = None) -> Machine:
     products = {format: gemm_rates(format, device) for format in formats(device)}
     dtypes = dict.fromkeys(computes_in(format, device) for format in products)
     attention = {dtype: attention_rates(dtype, device) for dtype in dtypes}
+    fixed = {format: fixed_cost(device, format) for format in products}
     # A large square product is not always the fastest: a peak is the best rate that anything reached.
     peaks = {format: max([peak_flops(format, device), *(rate for _, rate in curves["gemm"])]) for format, curves in products.items()}
 
@@ -85,9 +86,11 @@ def calibrate(device: str | None = None) -> Machine:
         "peak_flops": peaks,
         "gemm": [point for format, curves in products.items() for point in points(format, curves["gemm"])],
         "head": [point for format, curves in products.items() for point in points(format, curves["head"])],
-        "attention": [point for dtype in dtypes for point in points(dtype, attention[dtype])],
+        "attention": [point | {"name": name} for dtype, curves in attention.items() for name, curve in curves.items()
+                      for point in points(dtype, curve)],
         "elementwise": [{"dtype": dtype, "bytes_per_s": elementwise_rate(dtype, device)} for dtype in dtypes],
-        "fixed_s_per_op": fixed_cost(device),
+        "fixed_s_per_op": fixed["fp32"],
+        "fixed": fixed,
         "memory": memory,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -105,9 +108,10 @@ def _path(device: str) -> Path:
 
 def from_record(record: dict) -> Machine:
     """The `Machine` that a calibration's JSON describes."""
-    curves: dict[str, dict[str, tuple]] = {kernel: {} for kernel in ("gemm", "head", "attention") if kernel in record}
-    for kernel, by_dtype in curves.items():
-        for point in record[kernel]:
+    curves: dict[str, dict[str, tuple]] = {}
+    for kernel in ("gemm", "head", "attention"):
+        for point in record.get(kernel, []):
+            by_dtype = curves.setdefault(point.get("name", kernel), {})
             by_dtype[point["dtype"]] = (*by_dtype.get(point["dtype"], ()), (point["m"], point["flops_per_s"]))
     return Machine(
         name=record["name"],
@@ -117,6 +121,7 @@ def from_record(record: dict) -> Machine:
         rates=curves,
         elementwise={point["dtype"]: point["bytes_per_s"] for point in record["elementwise"]},
         fixed_s_per_op=record["fixed_s_per_op"],
+        fixed=record.get("fixed", {}),
         source=f"measured {record['date']}",
     )
 

@@ -50,9 +50,13 @@ def some_of(*accepted: str):
 
 
 def draft(text: str) -> str:
-    if not re.fullmatch(r"lookup|int8|int4|exit:[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: accepted are lookup, int8, int4, exit:K for the first K layers")
+    if not re.fullmatch(r"lookup|int8|int4|trained|exit:[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: accepted are lookup, int8, int4, trained, exit:K for the first K layers")
     return text
+
+
+def some_drafts(text: str) -> list[str]:
+    return [draft(name) for name in text.split(",")]
 
 
 def parser() -> Parser:
@@ -105,7 +109,8 @@ def parser() -> Parser:
 
     c.add_argument("--draft", type=draft, metavar="D",
                    help="speculative decoding: the same tokens, or drawn from the same distribution. lookup copies from the text; "
-                        "int8 or int4 is the model itself in fewer bits; exit:K its first K layers")
+                        "int8 or int4 is the model itself in fewer bits; exit:K its first K layers; "
+                        "trained one layer that goes on from its vectors")
     c.add_argument("--gamma", type=count, default=4, metavar="N", help="tokens that are drafted at a time (default: 4)")
 
     b = command(commands_peers.bench, "Time prefill and decode of the real model beside what was predicted, or beside other engines.")
@@ -119,9 +124,20 @@ def parser() -> Parser:
                         "of as many bits as --weights has")
     b.add_argument("--workloads", type=names_of, metavar="LIST",
                    help="what to do beside peers: decode-B, decode-B@S, prefill-S, trace (default: all of the README's table but trace)")
-    b.add_argument("--rounds", type=count, default=3, metavar="N", help="turns that each engine gets beside peers (default: 3)")
+    b.add_argument("--rounds", type=count, default=3, metavar="N", help="turns that each gets beside peers or drafts (default: 3)")
+
+    b.add_argument("--drafts", nargs="?", const=["lookup", "int8", "int4", "trained"], type=some_drafts, metavar="LIST",
+                   help="instead, decode with these drafts and without, in turn, on texts of four kinds, greedily and at temperature 1; "
+                        "and `transformers` on the same (alone: lookup,int8,int4,trained)")
+    b.add_argument("--gamma", type=count, metavar="N", help="with --drafts: tokens drafted at a time (default: as many as pay, up to 8)")
+    b.add_argument("--tokens", type=count, default=40, metavar="N", help="with --drafts: tokens generated for each text (default: 40)")
+
+    b.add_argument("--kernels", action="store_true", help="instead, each Triton kernel: its bytes, its time at least, its time on a GPU")
+    b.add_argument("--checks", action="store_true", help="with --kernels: also their errors and their machine code for four GPUs")
+    b.add_argument("--machine", metavar="X", help="with --kernels: the machine to predict for (default: this GPU, or h100-sxm)")
 
     for which in (b, c):
+        which.add_argument("--compile", action="store_true", help="decode one sequence by compiled code; it wants a C++ compiler")
         which.add_argument("--model", default="smollm2-135m", metavar="M",
                            help="smollm2-135m (default), a GGUF file, a Hugging Face directory, or a name on the hub")
     c = command(commands_published.published, "Predict the runs that others published, and say how far off that was.")
@@ -129,7 +145,7 @@ def parser() -> Parser:
     c.add_argument("--category", metavar="C", help="only the rows of this category")
 
     c = command(commands_replay.replay, "Serve a trace: with the model, or in the time that a roofline says.")
-    commands_replay.add_arguments(c, count, BYTES)
+    commands_replay.add_arguments(c, count, BYTES, draft)
 
     c = command(commands_quantize.quantize, "Store the weights of a model in fewer bits, in a directory that serving engines load.")
     c.add_argument("--model", default="smollm2-135m", metavar="M", help="as for `generate`")

@@ -128,11 +128,19 @@ def machine_of(name: str) -> Machine:
 def generate(args: argparse.Namespace) -> int:
     from clawdemy_infer import model
     from clawdemy_infer.calibrate import default_device
+    from clawdemy_infer.quantization import is_quantized, load_quantized, running
     from clawdemy_infer.speculative import draft_named, speculate
 
     sampling = model.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)  # refused before the model is loaded
-    loaded = model.load_model(args.model, device=default_device())
-    decoder = model.with_weights(loaded, args.weights)
+    if is_quantized(args.model):
+        if args.weights != "fp32":
+            raise ValueError(f"weights={args.weights!r}: {args.model} is quantized already; leave it out")
+        if args.compile:
+            raise ValueError("compile: a model whose weights are floats is accepted; this one is quantized already")
+        loaded = decoder = running(load_quantized(args.model))
+    else:
+        loaded = model.load_model(args.model, device=default_device())
+        decoder = model.compiled(loaded, args.weights) if args.compile else model.with_weights(loaded, args.weights)
     prompt = args.prompt
     if args.chat:
         if decoder.tokenizer is None:
@@ -140,15 +148,19 @@ def generate(args: argparse.Namespace) -> int:
         prompt = decoder.tokenizer.chat([{"role": "user", "content": prompt}])
     more = {"stop": args.stop, "cache": args.cache, "on_token": None if args.json else lambda piece: print(piece, end="", flush=True)}
     if args.draft:
-        draft = draft_named(args.draft, decoder if args.draft.startswith("exit") else loaded)          # an early exit is the model's own
+        # A copy in fewer bits is made of the weights as they were; the others read what the model itself computes.
+        draft = draft_named(args.draft, loaded if args.draft.startswith("int") else decoder)
         result = speculate(decoder, prompt, draft, args.max_tokens, sampling, gamma=args.gamma, **more)
     else:
         result = model.generate(decoder, prompt, args.max_tokens, sampling, **more)
     if args.json:
         rounds = {"rounds": [each._asdict() for each in result.rounds]} if args.draft else {}
-        emit(vars(result) | {"prompt_tokens": len(result.prompt_tokens)} | rounds)
+        compiling = {"compile_s": decoder.compile_s} if args.compile else {}
+        emit(vars(result) | {"prompt_tokens": len(result.prompt_tokens)} | rounds | compiling)
     else:
         print(flush=True)
+        if args.compile:
+            say(f"compiled in {si(decoder.compile_s, 's')}, before the clock of the rest began")
         say(f"{len(result.prompt_tokens)} prompt tokens, {len(result.tokens)} generated (ended by: {result.finish_reason}); "
             f"TTFT {si(result.ttft_s, 's')}, TPOT {si(result.tpot_s, 's')}")
         if args.draft:

@@ -17,7 +17,7 @@ def bench(args: argparse.Namespace) -> int:
     import psutil
 
     load = psutil.getloadavg()[0]           # before we add to it ourselves
-    from clawdemy_infer.bench import SLOW, card, measure
+    from clawdemy_infer.bench import SLOW, card, errors, measure
     from clawdemy_infer.breakdown import breakdown
     from clawdemy_infer.calibrate import default_device, this_machine
     from clawdemy_infer.linear import computes_in
@@ -31,7 +31,10 @@ def bench(args: argparse.Namespace) -> int:
     for weights in args.weights:
         if weights not in machine.peak_flops:
             raise ValueError(f"weights={weights!r}: {machine.name} is calibrated for {', '.join(machine.peak_flops)}")
-    model = load_model(args.model, device=device, weights=args.weights[0])
+    if args.compile and args.breakdown:
+        raise ValueError("compile: the parts of a step are not told apart in compiled code; leave --compile or --breakdown out")
+    model = load_model(args.model, device=device, weights=args.weights[0], compile=args.compile)
+    compile_s = {args.weights[0]: model.compile_s}
     shape = model.config.shape
     wanted = [(phase, weights, batch, context) for weights, phase in product(args.weights, args.phase)
               for batch, context in product(args.batch, args.context or PHASES[phase])]
@@ -47,7 +50,8 @@ def bench(args: argparse.Namespace) -> int:
         feasible = [row for row in allowed if row["weights"] == weights and row["fits"]]
         if feasible and model.weights != weights:
             del model                       # before the next one takes its place
-            model = load_model(args.model, device=device, weights=weights)
+            model = load_model(args.model, device=device, weights=weights, compile=args.compile)
+            compile_s[weights] = model.compile_s
         for row in measure(model, machine, feasible):
             say(f"{row.phase} {row.weights} B={row.batch} S={row.context}: {si(row.measured_s, 's')}")
             rows.append(row)
@@ -67,12 +71,20 @@ def bench(args: argparse.Namespace) -> int:
     if any(row.fraction_of_bound > 1 for row in rows):
         notes.append("A row is faster than its bound, which cannot be: the machine was slower while it was calibrated. Calibrate again.")
     notes += losers(rows)
+    if args.compile:
+        notes.append("Decode of batch 1 ran compiled code, for which its seconds were: "
+                     + ", ".join(f"{weights} {si(seconds, 's')}" for weights, seconds in compile_s.items()) + ".")
+    off = errors(rows) if rows else {}
     if not args.json:
         print()
         show(rows_table(rows), *(breakdown_table(row, of) for row, of in parts), *notes)
+        if off:
+            show(f"Prediction of {off['rows']} rows: median error {off['median']:.0%}, worst {off['worst']:.0%} ({off['worst_row']}).")
     result = {"card": {"model": shape.name, "machine": machine.name, "memory_bytes": memory, "bandwidth": machine.bandwidth_at(),
                        "peak_flops": machine.peak_flops, "fixed_s_per_op": machine.fixed_s_per_op, "rows": allowed},
-              "rows": [row.as_dict() for row in rows], "notes": notes}
+              "rows": [row.as_dict() for row in rows], "notes": notes, "errors": off}
+    if args.compile:
+        result["compile_s"] = compile_s
     if args.breakdown:
         result["breakdown"] = [{"phase": row.phase, "weights": row.weights, "batch": row.batch, "context": row.context,
                                 "parts": [vars(part) | {"residual_s": part.residual_s} for part in of]} for row, of in parts]

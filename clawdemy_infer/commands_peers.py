@@ -1,16 +1,20 @@
-"""The command `bench`: ours alone, or with `--peers` beside other engines on the same work."""
+"""The command `bench`: ours alone, or with `--peers` beside other engines, `--drafts` beside itself, `--kernels` the Triton kernels."""
 
 from __future__ import annotations
 
 import argparse
 
-from clawdemy_infer import commands_bench
+from clawdemy_infer import commands_bench, commands_drafts, commands_kernels
 from clawdemy_infer.commands import emit, say, show
 
 PEERS = ("transformers", "llama.cpp", "vllm")
 
 
 def bench(args: argparse.Namespace) -> int:
+    if args.drafts:
+        return commands_drafts.beside_drafts(args)
+    if args.kernels or args.checks:
+        return commands_kernels.bench_kernels(args)
     return commands_bench.bench(args) if args.peers is None else beside_peers(args)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from clawdemy_infer.commands import emit, machine_of, say, shape_of, show
@@ -21,8 +21,8 @@ LINES = {
 }
 
 
-def add_arguments(c: argparse.ArgumentParser, count, formats) -> None:
-    """The options of `replay`; `count` reads a whole number, `formats` are those of weights and caches."""
+def add_arguments(c: argparse.ArgumentParser, count, formats, draft) -> None:
+    """The options of `replay`; `count` reads a whole number, `formats` are those of weights and caches, `draft` reads a draft's name."""
     c.add_argument("trace", metavar="TRACE", help="a file of JSON lines, or one of sharegpt, alpaca, code, conversation, uniform")
     c.add_argument("--on", type=place, default="simulator", metavar="WHERE",
                    help="engine: run the model; simulator: charge what the roofline says (default); or the URL of an OpenAI-compatible "
@@ -37,6 +37,9 @@ def add_arguments(c: argparse.ArgumentParser, count, formats) -> None:
     c.add_argument("--preemption", choices=("recompute", "swap"), default="recompute", help="how to give way (default: recompute)")
     c.add_argument("--prefix-caching", action="store_true", help="prompts that begin alike share blocks")
     c.add_argument("--reserve", action="store_true", help="take all the blocks that a request might need at once")
+    c.add_argument("--draft", type=draft, metavar="D", help="speculate with this draft, as of `generate`; a simulation needs --alpha too")
+    c.add_argument("--gamma", type=count, default=4, metavar="N", help="most tokens that are drafted at a time (default: 4)")
+    c.add_argument("--alpha", type=float, metavar="A", help="for the simulator: the chance that a drafted token stands")
     c.add_argument("--kv-bytes", type=float, metavar="BYTES", help="for the cache (default: engine 1 GiB, simulator what fits)")
     c.add_argument("--weights", choices=formats, help="of weights, cache and activations (default: fp32 on `this` machine, else bf16)")
     c.add_argument("--tp", type=count, default=1, metavar="N", help="for the simulator: devices that share every matrix")
@@ -62,8 +65,9 @@ def replay(args: argparse.Namespace) -> int:
     from clawdemy_infer.batching import SLO, Policy, load_trace, save_trace, workload, workload_names
 
     options = {name: getattr(args, name) for name in ("max_batch", "order", "preemption", "prefix_caching", "reserve")}
-    budget = {"token_budget": args.token_budget} if args.token_budget else {}
-    policy, slo = Policy(**POLICIES[args.policy] | options | budget), SLO(args.slo_ttft, args.slo_tpot)
+    options |= {"token_budget": args.token_budget} if args.token_budget else {}
+    options |= {"gamma": args.gamma} if args.draft else {}
+    policy, slo = Policy(**POLICIES[args.policy] | options), SLO(args.slo_ttft, args.slo_tpot)
     if Path(args.trace).is_file():
         requests = load_trace(args.trace)
     elif args.trace in workload_names():
@@ -95,14 +99,16 @@ def _engine(args: argparse.Namespace, policy):
     from clawdemy_infer.batching.torch_executor import engine
     from clawdemy_infer.calibrate import default_device
     from clawdemy_infer.model import load_model
-    from clawdemy_infer.probes import DTYPES
 
-    if args.weights and args.weights not in DTYPES:
-        raise ValueError(f"weights={args.weights!r}: the engine runs in {', '.join(DTYPES)}")
     device = default_device()
-    decoder = load_model(args.model, DTYPES[args.weights or "fp32"], device)
-    memory = args.kv_bytes or 2**30
-    return engine(decoder, policy, kv_bytes=memory, host_bytes=memory), device
+    decoder = load_model(args.model, device=device, weights=None if args.weights == "fp32" else args.weights)
+    memory = {"kv_bytes": args.kv_bytes or 2**30, "host_bytes": args.kv_bytes or 2**30}
+    if args.draft:
+        from clawdemy_infer.speculative import draft_named
+        from clawdemy_infer.speculative.engine import engine as speculating
+
+        return speculating(decoder, draft_named(args.draft, decoder), policy, **memory), device
+    return engine(decoder, policy, **memory), device
 
 
 def _simulator(args: argparse.Namespace, policy):
@@ -115,8 +121,15 @@ def _simulator(args: argparse.Namespace, policy):
         from clawdemy_infer.batching.torch_executor import operations_of
 
         operations = operations_of(shape, policy)
+    draft = None
+    if args.draft and args.draft != "lookup":               # which costs nothing
+        from clawdemy_infer.batching import StepCost
+
+        bits = {"weights": args.draft} if args.draft in ("int8", "int4") else {}
+        layers = int(args.draft[5:]) if args.draft.startswith("exit:") else 1 if args.draft == "trained" else shape.L
+        draft = StepCost(replace(shape, L=layers), machine, **formats | bits, operations=operations if layers == shape.L else None)
     server = simulator(shape, machine, policy, tp=args.tp, kv_bytes=args.kv_bytes, host_bytes=args.kv_bytes or 2**30, operations=operations,
-                       **formats)
+                       alpha=args.alpha, draft=draft, **formats)
     return server, machine.name
 
 
@@ -173,6 +186,7 @@ def on_paper(result: dict) -> list[Table | str]:
     for name, (key, unit) in LINES.items():
         spread = [summary[f"{key}_p{p}"] for p in (50, 95, 99)] if f"{key}_p50" in summary else [summary[key], "", ""]
         rows.append((name, *(value if value == "" else _shown(value, unit) for value in spread)))
+    spoken = [f"{summary['accepted']:,} of {summary['drafted']:,} drafted tokens were accepted."] if summary["drafted"] else []
     counts = ", ".join(f"{summary[outcome]} {outcome}" for outcome in OUTCOMES if summary[outcome] or outcome == "finished")
     clock = f" ({result['on']})" if result["on"] in ("engine", "simulator") else ""
     steps = f", {summary['steps']:,} steps" if summary["steps"] else ""
@@ -181,6 +195,7 @@ def on_paper(result: dict) -> list[Table | str]:
     if result["on"] == "simulator":
         rate = len(result["requests"]) / result["wall_s"]
         blocks.append(f"Simulated in {si(result['wall_s'], 's')}: {number(rate)} requests a second of this machine's time.")
+    blocks += spoken
     failed = [row for row in result["requests"] if row["outcome"] in ("refused", "failed")]
     return blocks + [f"{row['id']} {'was ' * (row['outcome'] == 'refused')}{row['outcome']}: {row['reason']}." for row in failed[:5]]
 

@@ -6,27 +6,33 @@ Each is a kind of work of known size that no cache can help, and none is a piece
     peak FLOP/s         a large square matrix product
     GEMM rate by M      X[M, k] @ W[k, n] with W fresh from memory each time, for each format of W, by the kernel that was chosen for it:
                         at small M the rate is the reading of W; and the same for a wide W, as heads have
-    attention rate by M the fused attention kernel with M query rows to each KV head
+    attention rate by M `attend` with M query rows to each KV head: of one sequence or many, over few keys or many
     element-wise rate   norms, gates and sums between products: bound by memory on a GPU, by arithmetic and conversion on many CPUs
     fixed cost          a decoder layer without its matrix products: what PyTorch and Python charge to start an operation
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from clawdemy_infer.attention import MANY, attend
+from clawdemy_infer.backends import choose
 from clawdemy_infer.linear import FLOATS, FORMATS, PackedLinear, computes_in, copy_of, packable
 from clawdemy_infer.timing import alternate, count_ops, rates, stopwatch
 
 DTYPES = FLOATS
 GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 HEAD_ROWS = [1, 4, 16, 64]
-ATTENTION_ROWS = [1, 4, 16, 48, 192, 768, 3072]
+ATTENTION_ROWS = [1, 2, 4, 8, 16, 48, 192, 768, 3072]
+ATTENTION_KEYS = [64, 384, 2048]
+GLUE_LAYERS = 32
+"""Each with four matrices of a million numbers: in int4 too more than caches hold."""
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
 """(inputs, outputs) of the weights in the GEMM probe: square, wide and tall, of a small model's size but of no model's."""
 HEAD_SHAPES = [(640, 40960)]
@@ -48,7 +54,7 @@ def read_bandwidth(sizes: list[int], device: str, rounds: int = 7) -> list[tuple
 
 def formats(device: str) -> list[str]:
     """The formats of weights that the device has kernels for."""
-    return list(FORMATS if device == "cpu" else FLOATS)
+    return list(FORMATS if device == "cpu" or choose(device) == "triton" else FLOATS)
 
 
 def gemm_weights(format: str, device: str, numbers: int = 2**27, shapes: Sequence[tuple[int, int]] = SHAPES) -> list[PackedLinear]:
@@ -83,28 +89,41 @@ def gemm_rates(format: str, device: str) -> dict[str, list[tuple[float, float]]]
     return curves
 
 
-def attention_rates(dtype: str, device: str, kv_heads: int = 4, head_dim: int = 64) -> list[tuple[float, float]]:
-    """(M, FLOP/s) of scaled dot-product attention, M query rows to each KV head.
+def attention_of(sequences: int, kv_heads: int, context: int) -> str:
+    """The name under which a calibration has the rate of a decode step's attention: that of one sequence or of many, and over the
+    number of keys, of `ATTENTION_KEYS`, that is nearest to `context`."""
+    keys = min(ATTENTION_KEYS, key=lambda keys: abs(math.log(keys / context)))
+    return f"attention of {'many' if sequences * kv_heads >= MANY else 'one'} over {keys} keys"
 
-    Few rows are a decode step: the query heads of a group, over 1,024 keys. Many are a prefill: three heads to a group, and
-    M/3 positions that see each other causally.
+
+def attention_rates(dtype: str, device: str, kv_heads: int = 4, head_dim: int = 64) -> dict[str, list[tuple[float, float]]]:
+    """(M, FLOP/s) of attention, M query rows to each KV head, by the names of `attention_of`, and "attention" for any.
+
+    Few rows are a decode step, the query heads of a group; of one sequence and of 16, and over few keys and many, of which "attention"
+    has those in the middle. Many are a prefill: three heads to a group, and M/3 positions that see each other causally.
     """
     def tensor(*shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, head_dim, device=device).to(DTYPES[dtype])
+        return torch.randn(*shape, head_dim, device=device).to(DTYPES[dtype])
 
-    def at(m: int):
-        T = 1 if m <= 16 else m // 3
-        queries, context, pairs = (m, 1024, m * 1024) if T == 1 else (T, T, 3 * T * (T + 1) / 2)
-        q = tensor(kv_heads if T == 1 else 3 * kv_heads, queries)
-        caches = [(tensor(kv_heads, context), tensor(kv_heads, context)) for _ in range(32)]
+    @cache
+    def kept(batch: int, context: int) -> list[torch.Tensor]:
+        return [tensor(2, batch, kv_heads, context) for _ in range(32 // batch)]
+
+    def at(m: int, batch: int, keys: int):
+        T, group = (1, m) if keys else (m // 3, 3)
+        q, caches = tensor(batch * T, group * kv_heads), kept(batch, keys or T)
 
         def one(i: int) -> int:
-            F.scaled_dot_product_attention(q, *caches[i % 32], is_causal=T > 1, enable_gqa=T > 1)
-            return 4 * kv_heads * head_dim * pairs
+            attend(q, *caches[i % len(caches)])
+            return 4 * kv_heads * head_dim * batch * group * (keys or T * (T + 1) / 2)
         return one
 
-    measured = rates({str(m): at(m) for m in ATTENTION_ROWS})
-    return [(m, measured[str(m)]) for m in ATTENTION_ROWS]
+    few = [m for m in ATTENTION_ROWS if m <= 16]
+    steps = {(attention_of(batch, kv_heads, keys), m): at(m, batch, keys) for batch in (1, 16) for keys in ATTENTION_KEYS for m in few}
+    measured = rates(steps | {("attention", m): at(m, 1, 0) for m in ATTENTION_ROWS if m > 16}, sample_s=0.015)
+    curves = {name: [(m, measured[name, m]) for m in few] for name, _ in steps}
+    middle = curves[attention_of(1, kv_heads, ATTENTION_KEYS[1])]
+    return curves | {"attention": middle + [(m, measured["attention", m]) for m in ATTENTION_ROWS if m > 16]}
 
 
 class Norm(nn.Module):
@@ -160,11 +179,11 @@ class Glue(nn.Module):
     Four `products`, whose results it does not use, run where a layer has its own.
     """
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, dtype: torch.dtype):
         super().__init__()
-        self.norm, self.mlp_norm = Norm(device), Norm(device)
-        self.cos, self.sin = torch.randn(2, 64, device=device)
-        self.cache = torch.zeros(1, 2, 16, 64, device=device)
+        self.norm, self.mlp_norm = Norm(device).to(dtype), Norm(device).to(dtype)
+        self.cos, self.sin = torch.randn(2, 64, device=device).to(dtype)
+        self.cache = torch.zeros(1, 2, 16, 64, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, products: list[Callable[[], object]]) -> torch.Tensor:
         qkv, out, gate_up, down = products
@@ -184,15 +203,18 @@ class Glue(nn.Module):
 
 
 @torch.inference_mode()
-def fixed_cost(device: str) -> float:
-    """Seconds to start one operation in the mix of a decode step, Python included: the mean over `Glue`.
+def fixed_cost(device: str, format: str = "fp32") -> float:
+    """Seconds to start one operation in the mix of a decode step with weights in `format`, Python included: the mean over `Glue`.
 
     The time of the products alone is taken off. What is left is more than the glue would cost in a loop of its own:
-    after a weight has gone through them, the caches hold nothing that the glue needs, and the other threads have gone to sleep.
+    after a weight has gone through them, the caches hold nothing that the glue needs, and the other threads have gone to sleep. The
+    fewer bytes a weight has, the less of that.
     """
-    layers, x, row = [Glue(device) for _ in range(16)], torch.randn(1, 1, 512, device=device), torch.randn(1, 1024, device=device)
-    weights = gemm_weights("fp32", device, 2**26, [(1024, 1024)])
-    products = [[partial(w, row) for w in weights[i: i + 4]] for i in range(0, 64, 4)]
+    dtype = DTYPES[computes_in(format, device)]
+    layers = [Glue(device, dtype) for _ in range(GLUE_LAYERS)]
+    x, row = torch.randn(1, 1, 512, device=device).to(dtype), torch.randn(1, 1024, device=device).to(dtype)
+    weights = gemm_weights(format, device, 4 * GLUE_LAYERS * 2**20, [(1024, 1024)])
+    products = [[partial(w, row) for w in weights[i: i + 4]] for i in range(0, len(weights), 4)]
 
     def products_alone() -> None:
         for four in products:
@@ -203,7 +225,7 @@ def fixed_cost(device: str) -> float:
         for layer, four in zip(layers, products, strict=True):
             layer(x, four)
 
-    times = alternate({"products": products_alone, "both": with_glue}, repeats=21)
+    times = alternate({"products": products_alone, "both": with_glue}, repeats=11)
     ops = count_ops(with_glue) - count_ops(products_alone)
     return max(0.0, times["both"].median - times["products"].median) / ops
 

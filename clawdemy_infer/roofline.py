@@ -66,9 +66,11 @@ class Machine:
     bandwidth       read bandwidth by working set, (bytes, bytes/s); one point for a data sheet
     peak_flops      dense FLOP/s by dtype, with fp32 accumulation (int32 for integers)
     memory          bytes that weights and cache may occupy
-    rates           FLOP/s by kernel ("gemm", "attention", and the "head") and format, as (rows M, FLOP/s); empty for a data sheet
+    rates           FLOP/s by kernel ("gemm", "attention") or by name (the "head", …), and by format, as (rows M, FLOP/s); empty for a
+                    data sheet
     elementwise     bytes/s at which element-wise operations go through arrays, by dtype; empty for a data sheet
     fixed_s_per_op  seconds that an operation costs whatever its size
+    fixed           the same by format of the weights between which it runs, where that was measured
 
     What only some data sheets tell, for one device:
 
@@ -86,6 +88,7 @@ class Machine:
     rates: dict[str, dict[str, Curve]] = field(default_factory=dict)
     elementwise: dict[str, float] = field(default_factory=dict)
     fixed_s_per_op: float = 0.0
+    fixed: dict[str, float] = field(default_factory=dict)
     source: str = ""
     peak_flops_fp16_accumulation: dict[str, float] = field(default_factory=dict)
     cache_bytes: float | None = None
@@ -110,7 +113,7 @@ class Machine:
 
     def flops_at(self, op: Work) -> float:
         """FLOP/s that `op` can reach: its kernel's measured rate at that format or dtype and M, or the peak where none was measured.
-        Rates of its own may also have what has a name: the head, which is as wide as the vocabulary."""
+        Rates of its own may also have what has a name: the head, which is as wide as the vocabulary, or attention to few keys."""
         rates = self.rates.get(op.name) or self.rates.get(op.kernel, {})
         curve = rates.get(op.weights) or rates.get(op.dtype)
         return interpolate(curve, op.rows) if curve else self.peak(op.dtype)
@@ -123,6 +126,10 @@ class Machine:
     def operation_s(self, op: Work, working_set: float) -> float:
         """Seconds of one operation, among others that read `working_set` bytes with it, without its fixed cost."""
         return max(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, working_set))
+
+    def fixed_s(self, work: Work) -> float:
+        """Seconds that each operation of `work` costs whatever its size."""
+        return self.fixed.get(next((op.weights for op in work.operations() if op.weights), ""), self.fixed_s_per_op)
 
     def ridge(self, dtype: str) -> float:
         """The ridge point, FLOPs per byte: below it memory is the limit, above it compute."""
@@ -139,7 +146,7 @@ class Machine:
         The working set is the whole of the work: before a step comes back to the same bytes it has read all the others.
         """
         terms = [(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, work.bytes)) for op in work.operations()]
-        fixed = ops * self.fixed_s_per_op
+        fixed = ops * self.fixed_s(work)
         seconds = sum(max(term) for term in terms) + fixed + communication_s
         return Prediction(seconds, sum(c for c, _ in terms), sum(m for _, m in terms), fixed, communication_s)
 

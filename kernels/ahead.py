@@ -90,12 +90,21 @@ def compiled(launch: Callable[[], object], target: str) -> list[Code]:
 
     Raises RuntimeError in the interpreter, which has nothing to compile: set TRITON_INTERPRET=0 before the kernels are imported.
     """
+    return [_read(kernel, target) for kernel in _compile(launch, target)]
+
+
+def listing(launch: Callable[[], object], target: str) -> dict[str, str]:
+    """What Triton hands to the assembler, by kernel: PTX for NVIDIA, AMD's own language for AMD. Raises RuntimeError as `compiled`."""
+    return {kernel.name: kernel.asm.get("ptx") or kernel.asm["amdgcn"] for kernel in _compile(launch, target)}
+
+
+def _compile(launch: Callable[[], object], target: str) -> list:
     if INTERPRETED:
         raise RuntimeError("kernels are interpreted here; set TRITON_INTERPRET=0 before they are imported, in a process of its own")
     found = []
     with _compiling(TARGETS[target], found):
         launch()
-    return [_read(kernel, target) for kernel in found]
+    return found
 
 
 def _read(kernel, target: str) -> Code:
@@ -126,9 +135,10 @@ def _bytes(modifiers: str) -> int:
 
 
 def main(targets: list[str]) -> None:
-    """One JSON object a kernel and target, for all `examples`."""
+    """One JSON object with Triton's version, then one a kernel and target, for all `examples`."""
     from clawdemy_kernels.examples import examples
     seen = set()
+    print(json.dumps({"triton": triton.__version__}), flush=True)
     for target in targets or TARGETS:
         for launch in examples().values():
             for code in compiled(launch, target):

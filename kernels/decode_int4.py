@@ -8,7 +8,10 @@ one row of key scales, so that row goes into the queries and the keys are multip
 
     q · key[s] = (q * scale_k) · code[s]  +  q · low_k
 
-    bytes asked for = 2 * K * S * (H / 2 + 4 * H / g)  instead of  2 * K * S * H * 2          2.7 times less at g = 32, H = 64
+    bytes asked for = 2 * K * S * (H / 2 + 4 * H / g)  instead of  2 * K * S * H * 2          3.2 times less at g = 32
+                      and the queries and parts of decode_split
+
+Parts are those of `decode_split`. The newest tokens, which wait unrounded until they are a group, are one more part.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from __future__ import annotations
 import torch
 
 from clawdemy_kernels.decode_naive import decode_reference
-from clawdemy_kernels.launch import FLOATS, LOG2_E, check, check_heads, power_of_2, tl, triton
+from clawdemy_kernels.decode_split import decode_split_kernel, empty_parts, join_parts, multiprocessors, parts_for
+from clawdemy_kernels.launch import FLOATS, LOG2_E, at_least_1, check, check_attention, check_heads, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
 
 
@@ -36,11 +40,13 @@ def _scaled(codes, scale, low, known, g: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, out, lengths, scale,
-                       q_b, q_n, k_head, ks_head, v_head, vs_head, out_b, out_n, K: tl.constexpr,
+def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, acc_out, largest_out, total_out, lengths, scale, parts,
+                       q_b, q_n, k_head, ks_head, v_head, vs_head, N: tl.constexpr, K: tl.constexpr,
                        G: tl.constexpr, G_BLOCK: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, S_BLOCK: tl.constexpr):
-    b, head = tl.program_id(0), tl.program_id(1)
+    b, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + b)
+    share = tl.cdiv(tl.cdiv(length, S_BLOCK), parts) * S_BLOCK
+    begin, end = part * share, tl.minimum(part * share + share, length)
     each = (b * K + head).to(tl.int64)
     dtype = q.dtype.element_ty                                              # the products are taken in, and summed in fp32
     g, i = tl.arange(0, G_BLOCK), tl.arange(0, HALF)                        # i: a byte of H/2, that is channels i and i + H/2
@@ -55,9 +61,9 @@ def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, out, lengths, sc
     total = tl.zeros([G_BLOCK], tl.float32)
     acc_lo = tl.zeros([G_BLOCK, HALF], tl.float32)
     acc_hi = tl.zeros([G_BLOCK, HALF], tl.float32)
-    for start in range(0, length, S_BLOCK):                                 # S_BLOCK is the group of the keys
+    for start in range(begin, end, S_BLOCK):                                # S_BLOCK is the group of the keys
         s = start + tl.arange(0, S_BLOCK)
-        here = (s < length)[:, None] & real[None, :]
+        here = (s < end)[:, None] & real[None, :]
         row = each * ks_head + start // S_BLOCK * H + i                     # of the keys' scales: 4 * H bytes for S_BLOCK tokens
         scale_lo = tl.load(k_scale + row, mask=real, other=0.0).to(tl.float32)
         scale_hi = tl.load(k_scale + row + H // 2, mask=real, other=0.0).to(tl.float32)
@@ -67,28 +73,32 @@ def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, out, lengths, sc
         scores = tl.dot((q_lo * scale_lo[None, :]).to(dtype), tl.trans(_number(codes & 15, dtype)), input_precision="ieee")
         scores += tl.dot((q_hi * scale_hi[None, :]).to(dtype), tl.trans(_number(codes >> 4, dtype)), input_precision="ieee")
         scores += tl.sum(q_lo * low_lo[None, :] + q_hi * low_hi[None, :], 1)[:, None]
-        scores = tl.where((s < length)[None, :], scores * scale, -float("inf"))
+        scores = tl.where((s < end)[None, :], scores * scale, -float("inf"))
         weights, shrink, largest, total = rescale(scores, largest, total)
 
         codes = tl.load(v + each * v_head + s[:, None] * (H // 2) + i[None, :], mask=here, other=0)
         row = each * vs_head + s[:, None] * (H // S_BLOCK) + t[None, :]                                     # H / g scales a token
-        known = (s < length)[:, None] & (t < H // 2 // S_BLOCK)[None, :]
+        known = (s < end)[:, None] & (t < H // 2 // S_BLOCK)[None, :]
         lo = _scaled(codes & 15, v_scale + row, v_low + row, known, S_BLOCK, HALF).to(dtype)
         row += H // 2 // S_BLOCK
         hi = _scaled(codes >> 4, v_scale + row, v_low + row, known, S_BLOCK, HALF).to(dtype)
         acc_lo = acc_lo * shrink[:, None] + tl.dot(weights.to(dtype), lo, input_precision="ieee")
         acc_hi = acc_hi * shrink[:, None] + tl.dot(weights.to(dtype), hi, input_precision="ieee")
 
-    at = out + b * out_b + (head * G + g)[:, None] * out_n + i[None, :]
-    tl.store(at, (acc_lo / total[:, None]).to(out.dtype.element_ty), mask=mine)
-    tl.store(at + H // 2, (acc_hi / total[:, None]).to(out.dtype.element_ty), mask=mine)
+    row = (part * tl.num_programs(0) + b) * N + head * G + g
+    tl.store(acc_out + row[:, None] * H + i[None, :], acc_lo, mask=mine)
+    tl.store(acc_out + row[:, None] * H + H // 2 + i[None, :], acc_hi, mask=mine)
+    tl.store(largest_out + row, largest, mask=g < G)
+    tl.store(total_out + row, total, mask=g < G)
 
 
 def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: torch.Tensor,
-                v: torch.Tensor, v_scale: torch.Tensor, v_low: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+                v: torch.Tensor, v_scale: torch.Tensor, v_low: torch.Tensor, lengths: torch.Tensor, parts: int | None = None,
+                tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
     """q [B, N, H]; k, v [B, K, S, H/2] of uint8; k_scale, k_low [B, K, S/g, H] and v_scale, v_low [B, K, S, H/g] of fp16, each head's
-    part in one piece; lengths [B] of int32 -> [B, N, H]. Raises ValueError for tensors that do not fit together, and for an H of which
-    a half is not whole groups of g.
+    part in one piece; lengths [B] of int32 -> [B, N, H]. A `tail` is keys and values [B, K, any, H] that come behind and are not rounded,
+    and how many of them count, [B] of int32; `lengths` may then be 0. Raises ValueError for tensors that do not fit together, and for
+    an H of which a half is not whole groups of g.
     """
     check("q", q, (None, None, None), FLOATS)
     B, N, H = q.shape
@@ -105,13 +115,23 @@ def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: 
         check(name, tensor, (B, K, S, H // g), (torch.float16,), like=q)
     check("lengths", lengths, (B,), (torch.int32,), like=q)
     check_heads(N, K)
+    at_least_1(parts=parts)
+    if tail is not None:
+        check_attention(q, *tail)
+    parts = parts or parts_for(B * K, S, 64, multiprocessors(q.device))
     k, k_scale, k_low, v, v_scale, v_low = (x.contiguous() for x in (k, k_scale, k_low, v, v_scale, v_low))
-    G, out = N // K, torch.empty_like(q)
-    decode_int4_kernel[(B, K)](
-        q, k, k_scale, k_low, v, v_scale, v_low, out, lengths, LOG2_E * H ** -0.5, *q.stride()[:2],
-        k.stride(1), k_scale.stride(1), v.stride(1), v_scale.stride(1), *out.stride()[:2], K=K,
+    G, (acc, largest, total) = N // K, empty_parts(q, parts + (tail is not None))
+    decode_int4_kernel[(B, K, parts)](
+        q, k, k_scale, k_low, v, v_scale, v_low, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, *q.stride()[:2],
+        k.stride(1), k_scale.stride(1), v.stride(1), v_scale.stride(1), N=N, K=K,
         G=G, G_BLOCK=power_of_2(G, least=16), H=H, HALF=power_of_2(H // 2, least=16), S_BLOCK=g, num_warps=4)
-    return out
+    if tail is not None:
+        keys, values, waiting = tail
+        decode_split_kernel[(B, K, 1)](
+            q, keys, values, acc[-1], largest[-1], total[-1], waiting, LOG2_E * H ** -0.5, 1,
+            *q.stride()[:2], *keys.stride()[:3], *values.stride()[:3], N=N,
+            G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), S_BLOCK=32, num_warps=4)
+    return join_parts(acc, largest, total, q.dtype)
 
 
 def decode_int4_reference(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: torch.Tensor,

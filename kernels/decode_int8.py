@@ -14,18 +14,21 @@ import torch
 
 from clawdemy_kernels.decode_paged import decode_paged_reference
 from clawdemy_kernels.decode_split import empty_parts, join_parts, multiprocessors, parts_for, store_part
-from clawdemy_kernels.launch import LOG2_E, at_least_1, check, check_heads, power_of_2, tl, triton
+from clawdemy_kernels.launch import LOG2_E, at_least_1, block_and_tile, check, check_heads, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
 
 
 @triton.jit
-def decode_int8_kernel(q, k, v, k_scale, v_scale, table, acc_out, largest_out, total_out, lengths, scale, parts,
-                       q_b, q_n, k_p, k_k, k_c, v_p, v_k, v_c, ks_p, ks_k, vs_p, vs_k, table_b, N: tl.constexpr, C: tl.constexpr,
+def decode_int8_kernel(q, k, v, k_scale, v_scale, table, acc_out, largest_out, total_out, lengths, scale, parts, window,
+                       q_b, q_n, k_p, k_k, k_c, v_p, v_k, v_c, ks_p, ks_k, vs_p, vs_k, table_b,
+                       N: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
                        G: tl.constexpr, G_BLOCK: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr):
     b, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + b)
-    share = tl.cdiv(tl.cdiv(length, S_BLOCK), parts) * S_BLOCK
-    begin, end = part * share, tl.minimum(part * share + share, length)
+    first = tl.maximum(length - window, 0)
+    share = tl.cdiv(tl.cdiv(length - first, S_BLOCK), parts) * S_BLOCK
+    begin = first + part * share
+    end = tl.minimum(begin + share, length)
     g, h = tl.arange(0, G_BLOCK), tl.arange(0, H_BLOCK)
     mine = (g < G)[:, None] & (h < H)[None, :]
     queries = tl.load(q + b * q_b + (head * G + g)[:, None] * q_n + h[None, :], mask=mine, other=0.0)
@@ -38,13 +41,15 @@ def decode_int8_kernel(q, k, v, k_scale, v_scale, table, acc_out, largest_out, t
         seen = s < end
         here = seen[:, None] & (h < H)[None, :]
         block = tl.load(table + b * table_b + s // C, mask=seen, other=0).to(tl.int64)
-        keys = tl.load(k + (block * k_p + head * k_k + (s % C) * k_c)[:, None] + h[None, :], mask=here, other=0)    # H bytes a key
-        key_scale = tl.load(k_scale + block * ks_p + head * ks_k + s % C, mask=seen, other=0.0).to(tl.float32)      # 2 bytes a key
+        slot = block * C + s % C
+        tile, row = slot // TILE, slot % TILE
+        keys = tl.load(k + (tile * k_p + head * k_k + row * k_c)[:, None] + h[None, :], mask=here, other=0)         # H bytes a key
+        key_scale = tl.load(k_scale + tile * ks_p + head * ks_k + row, mask=seen, other=0.0).to(tl.float32)         # 2 bytes a key
         scores = tl.dot(queries, tl.trans(keys.to(tl.float32).to(queries.dtype)), input_precision="ieee") * key_scale[None, :] * scale
         scores = tl.where(seen[None, :], scores, -float("inf"))
         weights, shrink, largest, total = rescale(scores, largest, total)
-        values = tl.load(v + (block * v_p + head * v_k + (s % C) * v_c)[:, None] + h[None, :], mask=here, other=0)
-        value_scale = tl.load(v_scale + block * vs_p + head * vs_k + s % C, mask=seen, other=0.0).to(tl.float32)
+        values = tl.load(v + (tile * v_p + head * v_k + row * v_c)[:, None] + h[None, :], mask=here, other=0)
+        value_scale = tl.load(v_scale + tile * vs_p + head * vs_k + row, mask=seen, other=0.0).to(tl.float32)
         scaled = (weights * value_scale[None, :]).to(queries.dtype)
         acc = acc * shrink[:, None] + tl.dot(scaled, values.to(tl.float32).to(queries.dtype), input_precision="ieee")
 
@@ -52,9 +57,10 @@ def decode_int8_kernel(q, k, v, k_scale, v_scale, table, acc_out, largest_out, t
 
 
 def decode_int8(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torch.Tensor, v_scale: torch.Tensor,
-                table: torch.Tensor, lengths: torch.Tensor, parts: int | None = None) -> torch.Tensor:
+                table: torch.Tensor, lengths: torch.Tensor, parts: int | None = None,
+                block_size: int | None = None, window: int | None = None) -> torch.Tensor:
     """q [B, N, H]; k, v [blocks, K, C, H] of int8; k_scale, v_scale [blocks, K, C] of fp16; table [B, most], lengths [B] of int32
-    -> [B, N, H]. Raises ValueError for tensors that do not fit together, and for `parts` below 1.
+    -> [B, N, H]. `block_size` and `window` as in `decode_paged`. Raises ValueError as that does.
     """
     check("q", q, (None, None, None))
     B, N, H = q.shape
@@ -64,21 +70,23 @@ def decode_int8(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torc
         check(name, tensor, tuple(k.shape[:3]), (torch.float16,), like=q)
     check("table", table, (B, None), (torch.int32,), like=q)
     check("lengths", lengths, (B,), (torch.int32,), like=q)
-    (_, K, C, _), S_BLOCK = k.shape, 64
+    (_, K, TILE, _), S_BLOCK = k.shape, 64
+    C, TILE = block_and_tile(TILE, block_size, table)
     check_heads(N, K)
-    at_least_1(parts=parts)
+    at_least_1(parts=parts, window=window)
     if parts is None:
-        parts = parts_for(B * K, table.shape[1] * C, S_BLOCK, multiprocessors(q.device))
+        parts = parts_for(B * K, min(table.shape[1] * C, window or 2**30), S_BLOCK, multiprocessors(q.device))
     G, (acc, largest, total) = N // K, empty_parts(q, parts)
     decode_int8_kernel[(B, K, parts)](
-        q, k, v, k_scale, v_scale, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2], table.stride(0), N=N, C=C,
+        q, k, v, k_scale, v_scale, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, window or 2**30,
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2], table.stride(0),
+        N=N, C=C, TILE=TILE,
         G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), S_BLOCK=S_BLOCK, num_warps=4)
     return join_parts(acc, largest, total, q.dtype)
 
 
 def decode_int8_reference(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torch.Tensor, v_scale: torch.Tensor,
-                          table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+                          table: torch.Tensor, lengths: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """The same in plain PyTorch: make numbers of the codes first."""
     keys, values = (codes.to(q.dtype) * scale.to(q.dtype)[..., None] for codes, scale in ((k, k_scale), (v, v_scale)))
-    return decode_paged_reference(q, keys, values, table, lengths)
+    return decode_paged_reference(q, keys, values, table, lengths, window)

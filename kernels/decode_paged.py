@@ -15,7 +15,7 @@ import torch
 
 from clawdemy_kernels.decode_naive import decode_reference
 from clawdemy_kernels.decode_split import empty_parts, join_parts, multiprocessors, parts_for, store_part
-from clawdemy_kernels.launch import LOG2_E, at_least_1, check, check_attention, power_of_2, tl, triton
+from clawdemy_kernels.launch import LOG2_E, at_least_1, block_and_tile, check, check_attention, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
 
 
@@ -65,9 +65,7 @@ def decode_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch
     check("table", table, (len(q), None), (torch.int32,), like=q)
     at_least_1(window=window, parts=parts)
     (B, N, H), (_, K, TILE, _), S_BLOCK = q.shape, k.shape, 64
-    C = block_size or TILE
-    if C < 1 or TILE % C:
-        raise ValueError(f"block_size={block_size}: what divides the {TILE} tokens of a tile is accepted")
+    C, TILE = block_and_tile(TILE, block_size, table)
     tokens = table.shape[1] * C
     if parts is None:
         parts = parts_for(B * K, min(tokens, window or tokens), S_BLOCK, multiprocessors(q.device))

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-INTERPRETED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "0"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1") == "1"
 """Do kernels run in the interpreter? With no GPU they do, unless TRITON_INTERPRET=0 says that they are only to be compiled."""
 
 if INTERPRETED:
@@ -58,7 +58,7 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtypes
         raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} lies on {tensor.device}: {like.device} is accepted, where the other tensors lie")
-    if torch.cuda.is_available() and tensor.device.type != "cuda":
+    if not INTERPRETED and torch.cuda.is_available() and tensor.device.type != "cuda":
         raise ValueError(f"{name} lies on {tensor.device}: a CUDA device is accepted")
 
 
@@ -83,6 +83,19 @@ def at_least_1(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name}={number}: 1 or more is accepted")
+
+
+def block_and_tile(tile: int, block_size: int | None, table: torch.Tensor) -> tuple[int, int]:
+    """Tokens of a block, and of the tile in which the pool keeps one or several; ValueError for a `block_size` that does not divide it.
+
+    Kernels are compiled for these. A sequence of one block has nothing behind it, so that any larger number will do: the power of two,
+    or else every length of a contiguous cache would be compiled for.
+    """
+    if block_size is not None and (block_size < 1 or tile % block_size):
+        raise ValueError(f"block_size={block_size}: what divides the {tile} tokens of a tile is accepted")
+    if block_size is None and table.shape[1] == 1:
+        return (power_of_2(tile),) * 2
+    return block_size or tile, tile
 
 
 def power_of_2(size: int, least: int = 1) -> int:

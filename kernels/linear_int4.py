@@ -68,14 +68,24 @@ def linear_int4(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zer
         raise ValueError(f"scales is {list(scales.shape)} for K={K} inputs: groups of a power of 2 from 32 on are accepted")
     if zeros.stride(0) != scales.stride(0):
         raise ValueError(f"zeros has strides {zeros.stride()}: those of scales, {scales.stride()}, are accepted")
-    M_BLOCK, N_BLOCK = power_of_2(min(M, 64), least=16), 32
-    programs = triton.cdiv(N, N_BLOCK) * triton.cdiv(M, M_BLOCK)
-    parts = max(1, min(len(scales) // 4, 4 * multiprocessors(x.device) // programs))    # four programs each, four groups in each part
+    M_BLOCK, N_BLOCK = rows_of(M), 32
+    parts = parts_of(len(scales), M, N, x.device)
     sums = x.new_empty((parts, M, N), dtype=torch.float32)
     linear_int4_kernel[(triton.cdiv(N, N_BLOCK), triton.cdiv(M, M_BLOCK), parts)](
         x, packed, scales, zeros, sums, x.stride(0), packed.stride(0), scales.stride(0), M, N, K=K, g=g,
         M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, HALF=g // 2, num_warps=2, num_stages=4)
     return (sums[0] if parts == 1 else sums.sum(0)).to(x.dtype)
+
+
+def rows_of(M: int) -> int:
+    """Rows of a block: `tl.dot` wants 16 at least, and 64 are enough to keep a tensor core busy."""
+    return power_of_2(min(M, 64), least=16)
+
+
+def parts_of(groups: int, M: int, N: int, device: torch.device) -> int:
+    """Among how many programs the groups are dealt out: enough for four on each multiprocessor, and at least four groups in a part."""
+    programs = triton.cdiv(N, 32) * triton.cdiv(M, rows_of(M))
+    return max(1, min(groups // 4, 4 * multiprocessors(device) // programs))
 
 
 def linear_int4_reference(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:

@@ -7,19 +7,19 @@ Rotary embedding (Su et al. 2021) turns the pairs (x[i], x[i + H/2]) by an angle
 qkv [M, N + 2K, H] is what one product left. The slot of token m is the place of its keys in the pool: block slots[m] // C at
 slots[m] % C. One program for each row and head; the angles [M, H/2] are read by each of them, from L2 after the first.
 
-    bytes asked for = M * (N + 2K) * H * e * (1 read + 1 write) + M * (N + K) * H * 4 (cos and sin) + 8 * M * 2K (the slots)
+    bytes asked for = M * (N + 2K) * H * e * (1 read + 1 write) + M * (N + K) * H * e' (cos and sin) + 8 * M * 2K (the slots)
 """
 
 from __future__ import annotations
 
 import torch
 
-from clawdemy_kernels.launch import check, power_of_2, tl, triton
+from clawdemy_kernels.launch import FLOATS, check, power_of_2, tl, triton
 
 
 @triton.jit
-def rope_append_kernel(qkv, cos, sin, slots, q, k, v, qkv_m, qkv_n, q_m, q_n, k_p, k_k, k_c, v_p, v_k, v_c,
-                       N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def rope_append_kernel(qkv, cos, sin, slots, q, k, v, qkv_m, qkv_n, cos_m, sin_m, q_m, q_n, k_p, k_k, k_c, v_p, v_k, v_c, C,
+                       N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     m, n = tl.program_id(0), tl.program_id(1)
     i = tl.arange(0, BLOCK)
     real = i < HALF
@@ -27,8 +27,8 @@ def rope_append_kernel(qkv, cos, sin, slots, q, k, v, qkv_m, qkv_n, q_m, q_n, k_
     low = tl.load(source, mask=real, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=real, other=0.0).to(tl.float32)
     if n < N + K:                                                           # values are not turned
-        c = tl.load(cos + m * HALF + i, mask=real, other=0.0)
-        s = tl.load(sin + m * HALF + i, mask=real, other=0.0)
+        c = tl.load(cos + m * cos_m + i, mask=real, other=0.0).to(tl.float32)
+        s = tl.load(sin + m * sin_m + i, mask=real, other=0.0).to(tl.float32)
         low, high = low * c - high * s, high * c + low * s
     if n < N:
         target = q + m * q_m + n * q_n + i
@@ -44,7 +44,7 @@ def rope_append_kernel(qkv, cos, sin, slots, q, k, v, qkv_m, qkv_n, q_m, q_n, k_
 
 def rope_append(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor,
                 k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """qkv [M, N + 2K, H], cos and sin [M, H/2] of fp32, slots [M] of int64, k and v [blocks, K, C, H], which are written to.
+    """qkv [M, N + 2K, H], cos and sin [M, H/2] of any float, slots [M] of int64, k and v [blocks, K, C, H], which are written to.
 
     Returns the turned queries [M, N, H]. Raises ValueError for tensors that do not fit together; a slot outside the pool is the
     caller's to avoid, for a GPU cannot be asked before the launch.
@@ -56,13 +56,13 @@ def rope_append(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: 
     (_, K, C, _), N = k.shape, heads - 2 * k.shape[1]
     if N < 1 or N % K or H % 2:
         raise ValueError(f"qkv is {list(qkv.shape)}: an even H, and a multiple of K={K} query heads beside 2K others are accepted")
-    check("cos", cos, (M, H // 2), (torch.float32,), like=qkv)
-    check("sin", sin, (M, H // 2), (torch.float32,), like=qkv)
+    check("cos", cos, (M, H // 2), FLOATS, like=qkv)
+    check("sin", sin, (M, H // 2), FLOATS, like=qkv)
     check("slots", slots, (M,), (torch.int64,), like=qkv)
     q = qkv.new_empty(M, N, H)
     rope_append_kernel[(M, N + 2 * K)](
-        qkv, cos.contiguous(), sin.contiguous(), slots, q, k, v, *qkv.stride()[:2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        N=N, K=K, C=C, HALF=H // 2, BLOCK=power_of_2(H // 2), num_warps=1)
+        qkv, cos, sin, slots, q, k, v, *qkv.stride()[:2], cos.stride(0), sin.stride(0), *q.stride()[:2],
+        *k.stride()[:3], *v.stride()[:3], C, N=N, K=K, HALF=H // 2, BLOCK=power_of_2(H // 2), num_warps=1)
     return q
 
 

@@ -32,12 +32,11 @@ class Tensor:
 
     asked: int = 0
     sectors: int = 0
-    size: int = 0
-    addresses: list[np.ndarray] = field(default_factory=list, repr=False)
+    addresses: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)    # by the bytes of a number
 
     @property
     def distinct(self) -> int:
-        return self.size * len(np.unique(np.concatenate(self.addresses))) if self.addresses else 0
+        return sum(size * len(np.unique(np.concatenate(touched))) for size, touched in self.addresses.items())
 
 
 @dataclass
@@ -55,16 +54,24 @@ class Traffic:
     def asked(self) -> int:
         return sum(each.asked for each in self.tensors.values())
 
+    @property
+    def distinct(self) -> int:
+        return sum(each.distinct for each in self.tensors.values())
+
+    @property
+    def sectors(self) -> int:
+        return sum(each.sectors for each in self.tensors.values())
+
     def count(self, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
         """One instruction: the addresses of a block, of which those under the mask are touched, each of `size` bytes."""
-        touched = np.broadcast_to(pointers, mask.shape)[mask] if mask.shape != pointers.shape else pointers[mask]
+        pointers, mask = np.broadcast_arrays(pointers, mask.astype(bool))       # the interpreter has masks of 0 and 1 too
+        touched = pointers[mask]
         if not len(touched):
             return
         tensor = self[next((name for name, (begin, end) in self.places.items() if begin <= touched[0] < end), "other")]
         tensor.asked += size * len(touched)
         tensor.sectors += SECTOR * len(np.unique(touched // SECTOR))
-        tensor.size = size
-        tensor.addresses.append(touched)
+        tensor.addresses.setdefault(size, []).append(touched)
 
 
 @contextmanager

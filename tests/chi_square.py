@@ -35,7 +35,7 @@ class Chain:
     an accepted one, gives other distributions.
     """
 
-    tokenizer, dtype, device = None, torch.float64, torch.device("cpu")
+    tokenizer, dtype, device, backend = None, torch.float64, torch.device("cpu"), "torch"
 
     def __init__(self, V: int, seed: int, near: "Chain | None" = None) -> None:
         logits = torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

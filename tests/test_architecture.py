@@ -24,21 +24,23 @@ MAY_IMPORT = {
     "parallel": ["arithmetic", "roofline"],
     "napkin": ["arithmetic", "roofline", "parallel"],
     "timing": [],
-    "linear": ["paths", "timing"],
-    "probes": ["timing", "linear"],
+    "backends": [],
+    "attention": [],
+    "linear": ["paths", "timing", "backends"],
+    "probes": ["timing", "backends", "attention", "linear"],
     "calibrate": ["paths", "arithmetic", "roofline", "catalog", "timing", "linear", "probes"],
     "ledger": ["paths"],
     "tables": ["ledger"],
     "published": ["arithmetic", "roofline", "catalog", "parallel", "tables"],
     "paper": ["arithmetic", "roofline", "tables"],
-    "attention": [],
-    "kv_cache": ["attention"],
-    "model": ["paths", "arithmetic", "from_config", "timing", "attention", "kv_cache", "linear"],
+    "kv_cache": ["backends", "attention"],
+    "model": ["paths", "arithmetic", "from_config", "timing", "attention", "backends", "kv_cache", "linear"],
     "batching": ["arithmetic", "roofline", "parallel", "timing", "calibrate", "kv_cache", "model"],
-    "bench": ["arithmetic", "roofline", "catalog", "timing", "calibrate", "linear", "kv_cache", "model"],
+    "bench": ["arithmetic", "roofline", "catalog", "timing", "probes", "calibrate", "linear", "kv_cache", "model"],
+    "bench_kernels": ["arithmetic", "roofline", "tables"],
     "breakdown": ["arithmetic", "roofline", "timing", "linear", "kv_cache", "model", "bench"],
-    "quantization": ["paths", "arithmetic", "roofline", "timing", "tables", "attention", "kv_cache", "linear", "model"],
-    "speculative": ["arithmetic", "roofline", "timing", "kv_cache", "model"],
+    "quantization": ["arithmetic", "roofline", "timing", "calibrate", "tables", "kv_cache", "linear", "model", "bench"],
+    "speculative": ["arithmetic", "roofline", "timing", "backends", "linear", "kv_cache", "model", "batching", "quantization"],
     "peers": ["arithmetic", "roofline", "tables", "timing", "kv_cache", "model", "batching"],
     "lesson": EVERYTHING,
     "plots": EVERYTHING,
@@ -47,9 +49,11 @@ MAY_IMPORT = {
     "doctor": EVERYTHING,
     "commands": EVERYTHING,
     "commands_bench": EVERYTHING,
+    "commands_kernels": EVERYTHING,
     "commands_published": EVERYTHING,
     "commands_quantize": EVERYTHING,
     "commands_replay": EVERYTHING,
+    "commands_drafts": EVERYTHING,
     "commands_peers": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
@@ -120,6 +124,7 @@ TEXTS = [
     path
     for pattern in ("*.md", "*.toml", "*.txt", "Makefile", ".ci/run", "clawdemy_infer/**/*.py", "data/*.*", "notebooks/**/*.py")
     for path in sorted(REPOSITORY.glob(pattern))
+    if path.suffix != ".safetensors"
 ]
 
 

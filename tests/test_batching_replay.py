@@ -73,10 +73,13 @@ def test_what_cannot_be_done_gets_one_line(run, arguments, code, words):
 def test_the_engine_serves_the_real_model(run, smollm, monkeypatch, tmp_path):
     from clawdemy_infer import model
 
-    monkeypatch.setattr(model, "load_model", lambda *_: smollm)
+    asked = []
+    monkeypatch.setattr(model, "load_model", lambda *_, weights, **__: asked.append(weights) or smollm)
     path = tmp_path / "trace.jsonl"
     save_trace([Request("a", "The capital of France is", 4, 0.0), Request("b", 9, 3, 0.0)], path)
     code, out, _ = run(path, "--on", "engine", "--kv-bytes", 2**25, "--json")
+    run(path, "--on", "engine", "--kv-bytes", 2**25, "--weights", "fp16")
+    assert asked == [None, "fp16"]                          # each format on its own kernels
     found = json.loads(out)
     assert code == 0 and [row["tokens"] for row in sorted(found["requests"], key=lambda row: row["id"])] == [4, 3]
     assert found["summary"]["ttft_p50"] > 0

@@ -21,7 +21,7 @@ class ByHand:
     def visible(self, contexts):
         return [sum(contexts)]
 
-    def seconds(self, decodes, visible, chunks):
+    def seconds(self, decodes, visible, chunks, drafted=0):
         return float(decodes + sum(T for T, _ in chunks))
 
     def rectangle(self, B, T, S):
@@ -38,13 +38,14 @@ class WithKeys(ByHand):
         return B * T + B * S / 64
 
 
-def engine(policy, blocks=64, block_size=4, host=None, executor=RooflineExecutor, numbered=False, max_context=None, cost=ByHand):
+def engine(policy, blocks=64, block_size=4, host=None, executor=RooflineExecutor, numbered=False, max_context=None, cost=ByHand,
+           **options):
     """An engine on the clock of `cost`."""
     if numbered or policy.prefix_caching:
         tables = BlockTables(BlockPool(blocks, block_size), host and BlockPool(host, block_size), policy.prefix_caching)
     else:
         tables = CountedBlocks(Pool(blocks, block_size), host and Pool(host, block_size))
-    made, steps = Engine(scheduler_for(policy, tables, max_context), executor(cost(), tables)), counter()
+    made, steps = Engine(scheduler_for(policy, tables, max_context), executor(cost(), tables, **options)), counter()
 
     def step():
         assert next(steps) < 20_000, "it goes round and round"
@@ -165,11 +166,35 @@ def test_what_can_never_run_is_refused_on_arrival_with_the_numbers(prompt, most,
 @pytest.mark.parametrize("wrong, named", [
     ({"batching": "magic"}, "batching='magic'"), ({"max_batch": 0}, "max_batch=0"), ({"token_budget": 15}, "token_budget=15"),
     ({"order": "lifo"}, "order='lifo'"), ({"preemption": "drop"}, "preemption='drop'"),
-    ({"batching": "static", "prefix_caching": True}, "prefix_caching=True"),
+    ({"batching": "static", "prefix_caching": True}, "prefix_caching=True"), ({"batching": "static", "gamma": 2}, "gamma=2"),
+    ({"gamma": -1}, "gamma=-1"),
 ])
 def test_a_policy_that_makes_no_sense_is_refused(wrong, named):
     with pytest.raises(ValueError, match=named):
         Policy(**wrong)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_run_comes_at_once_and_nothing_is_drafted_beyond_the_end(caching):
+    policy = Policy(max_batch=1, gamma=3, prefix_caching=caching)
+    # The prompt takes 4 s. All stand: twice four rows, 4 s, bring four tokens. None stands: the same 4 s bring one, until fewer are left.
+    all_stand, none_stands = (engine(policy, alpha=alpha).run([Request("a", 4, 9, 0.0)]) for alpha in (1.0, 0.0))
+    assert times(all_stand) == {"a": [4, 8, 8, 8, 8, 12, 12, 12, 12]}
+    assert times(none_stands) == {"a": [4, 8, 12, 16, 20, 24, 27, 29, 30]}
+    assert [report.summary["wasted"] for report in (all_stand, none_stands)] == pytest.approx([0, 1 - 12 / 30])
+    assert [(report.summary["drafted"], report.summary["accepted"]) for report in (all_stand, none_stands)] == [(6, 6), (18, 0)]
+
+
+def test_guesses_take_what_blocks_and_budget_leave_and_nobody_gives_way_for_one():
+    requests = [Request("a", 3, 6, 0.0), Request("b", 3, 3, 0.0)]
+    report = engine(Policy(max_batch=2, gamma=4), blocks=3, alpha=1.0).run(requests)
+    # Three blocks of four tokens. The prompts, 6 s, leave a place in each of two. a guesses four and takes the third block for them;
+    # one guess would be of use to b, but its own place is for its own token. Six rows, 6 s, end a, and b has its last a second later.
+    assert times(report) == {"a": [6, 12, 12, 12, 12, 12], "b": [6, 12, 13]}
+    assert report.summary["preemptions"] == 0
+    # Four tokens a step. A prompt goes first: a row of a's and three of b's prompt. Then a's row and b's leave two for a's guesses.
+    report = engine(Policy(max_batch=2, token_budget=4, gamma=4), alpha=0.0).run([Request("a", 2, 5, 0.0), Request("b", 3, 2, 1.0)])
+    assert times(report) == {"a": [2, 6, 10, 12, 13], "b": [6, 10]}
 
 
 def test_an_id_is_used_once_and_an_unknown_one_is_not_cancelled():
@@ -189,8 +214,8 @@ class Remembers(RooflineExecutor):
     can be read back from them. It can be made to break off a step, before its tokens count or after.
     """
 
-    def __init__(self, cost, tables):
-        super().__init__(cost, tables)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.memory, self.host_memory, self.breaks = {}, {}, None
 
     def tokens(self, request):
@@ -198,15 +223,19 @@ class Remembers(RooflineExecutor):
 
     def run(self, plan, repeats, until):
         tables, size, brought, emitted = self.tables, self.tables.pool.block_size, {}, {}
-        tables.reserve(plan.new)
+        tables.reserve({sequence: count + plan.guesses.get(sequence, 0) for sequence, count in plan.new.items()})
         for sequence, count in plan.new.items():
-            begin = tables.lengths[sequence]
-            brought[sequence] = sequence.ids[begin:begin + count]
+            begin, most, guess = tables.lengths[sequence], plan.guesses.get(sequence, 0), []
+            for i in range(most):               # right, but for one in three
+                guess.append(following(sequence.ids + guess) + (sequence.total + i) % 3 // 2)
+            brought[sequence] = sequence.ids[begin:begin + count] + guess
             for i, token in enumerate(brought[sequence], begin):
                 self.memory[tables.blocks[sequence][i // size], i % size] = token
-            held = [self.memory[tables.blocks[sequence][i // size], i % size] for i in range(begin + count)]
+            held = [self.memory[tables.blocks[sequence][i // size], i % size] for i in range(begin + count + most)]
             if begin + count == sequence.total:
-                emitted[sequence] = Emission([following(held)])
+                said = [following(held[:begin + count + i]) for i in range(most + 1)]
+                stood = next((i for i in range(most) if guess[i] != said[i]), most)
+                emitted[sequence] = Emission(said[:stood + 1], run=stood + 1, drafted=most)
         self._maybe("before")
         self.time += len(plan.new)
         tables.commit(brought)
@@ -250,7 +279,7 @@ BLOCKS = 7
 policies = st.builds(
     Policy, batching=st.just("continuous"), max_batch=st.integers(1, 5), token_budget=st.none() | st.integers(5, 9),
     order=st.sampled_from(["fcfs", "priority"]), preemption=st.sampled_from(["recompute", "swap"]), prefix_caching=st.booleans(),
-    reserve=st.booleans(),
+    reserve=st.booleans(), gamma=st.integers(0, 5),
 ) | st.builds(Policy, batching=st.just("static"), max_batch=st.integers(1, 5))
 prompts = st.lists(st.integers(0, 2), max_size=20)                              # few different tokens: prefixes meet
 events = st.lists(

@@ -133,6 +133,29 @@ def test_a_small_cache_preempts_and_swapping_computes_less():
     assert work[0] > work[1] == sum(s.prompt_tokens + s.generated - 1 for s in swap.sequences)
 
 
+def test_speculation_gains_what_the_paper_says_alone_and_loses_it_in_a_batch():
+    """Leviathan et al. 2023, theorem 3.8, with c = 0 and v as the roofline has it: 1 for one sequence on an H100, and more for many."""
+    shape, alpha, gamma, speedups = catalog.model("llama-3-8b"), 0.6, 4, {}
+    for batch in (1, 16, 256):
+        requests = workload(uniform(10, 10), uniform(41, 41) if batch > 1 else uniform(401, 401), requests=max(batch, 10), seed=0)
+        plain, drafted = (simulate(shape, H100, requests, Policy(max_batch=batch, gamma=most), alpha=alpha).summary["seconds"]
+                          for most in (0, gamma))
+        speedups[batch] = plain / drafted
+    assert speedups[1] == pytest.approx((1 - alpha**5) / (1 - alpha), rel=0.04)
+    assert speedups[1] > speedups[16] > speedups[256] and speedups[256] < 1
+    # The same model as its own draft: γ steps more, and each round gains at most its own cost.
+    one = workload(uniform(10, 10), uniform(401, 401), requests=5, seed=0)
+    free, own = (simulate(shape, H100, one, Policy(max_batch=1, gamma=gamma), alpha=1.0, draft=draft).summary["seconds"]
+                 for draft in (None, StepCost(shape, H100)))
+    assert own / free == pytest.approx(gamma + 1, rel=0.03)
+
+
+def test_a_simulation_with_guesses_must_be_told_how_many_stand():
+    for alpha in (None, 1.5):
+        with pytest.raises(ValueError, match=f"alpha={alpha}"):
+            simulator(catalog.model("llama-3-8b"), H100, Policy(gamma=2), alpha=alpha)
+
+
 def test_a_system_prompt_is_found_by_all_but_the_first():
     requests = with_tokens(workload(uniform(600, 700), uniform(1, 20), requests=50, rate=5.0), 1000, shared=512)
     report = simulate(catalog.model("llama-3-8b"), H100, requests, Policy(prefix_caching=True))

@@ -134,6 +134,8 @@ def small(cache, monkeypatch):
     monkeypatch.setattr(probes, "SHAPES", [(64, 64), (64, 96), (96, 64)])
     monkeypatch.setattr(probes, "HEAD_SHAPES", [(64, 1024)])
     monkeypatch.setattr(probes, "ATTENTION_ROWS", [2, 34])
+    monkeypatch.setattr(probes, "ATTENTION_KEYS", [5, 9, 17])
+    monkeypatch.setattr(probes, "GLUE_LAYERS", 1)
     monkeypatch.setattr(calibrate, "WORKING_SETS", [2**14, 2**18])
     return cache
 

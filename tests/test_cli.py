@@ -20,7 +20,7 @@ from clawdemy_infer.roofline import Machine
 from clawdemy_infer.timing import Timing
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ["doctor", "calibrate", "napkin", "generate", "bench", "published", "replay", "course"]
+COMMANDS = ["doctor", "calibrate", "napkin", "generate", "bench", "published", "replay", "quantize", "evaluate", "course"]
 NAPKIN = ["napkin", "--model", "llama-2-13b", "--machine", "h100-sxm", "--context", "1024"]
 
 
@@ -444,7 +444,7 @@ def tiny(monkeypatch):
 
     loaded = []
 
-    def load(name, device, weights):
+    def load(name, device, weights, compile=False):
         torch.manual_seed(1)
         loaded.append(weights)
         return model.with_weights(Decoder(ModelConfig(TINY)).eval(), weights)

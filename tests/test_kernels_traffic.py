@@ -9,6 +9,7 @@ if torch.cuda.is_available():
     pytest.skip("on a GPU kernels are compiled, and the interpreter counts nothing", allow_module_level=True)
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_kernels import checks
 from clawdemy_kernels.decode_grouped import decode_grouped
 from clawdemy_kernels.decode_int4 import decode_int4
 from clawdemy_kernels.decode_int8 import decode_int8
@@ -33,6 +34,15 @@ S = sum(LENGTHS)
 def problem(dtype=torch.float32):
     q, k, v = torch.randn(B, N, H).to(dtype), torch.randn(B, K, max(LENGTHS), H).to(dtype), torch.randn(B, K, max(LENGTHS), H).to(dtype)
     return q, k, v, torch.tensor(LENGTHS, dtype=torch.int32)
+
+
+def test_every_kernel_asks_for_what_its_envelope_says_to_the_byte():
+    """All tensors together, outputs and partial results and tables among them: the traffic table of `bench --kernels`."""
+    rows = checks.traffic(torch.float32)
+    assert len(rows) == 14
+    for row in rows:
+        assert row["asked"] == row["envelope"] and row["distinct"] <= row["asked"], row
+        assert row["sectors"] <= 1.2 * row["asked"], row                    # no layout drags in what it does not ask for
 
 
 @pytest.mark.parametrize("dtype, e", [(torch.float32, 4), (torch.bfloat16, 2)])

@@ -50,24 +50,40 @@ def forked(blocks, size):
 
 
 @pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(("blocks", "size"), [(64, 4), (48, 5), (190, 1), (43, 7)])
 @pytest.mark.parametrize("lie", [scattered, in_order, forked])
-def test_each_query_sees_its_own_tokens_wherever_they_lie(lie, blocks, size, window):
+def test_each_query_sees_its_own_tokens_up_to_itself_wherever_they_lie(lie, blocks, size, T, window):
     store, tables = store_of(blocks, size), lie(blocks, size)
-    spans = [(max(0, length - window) if window else 0, length) for length in LENGTHS]
-    q = torch.randn(len(LENGTHS), K * G, H, generator=torch.Generator().manual_seed(2))
-    ours = attend_tiles(q, store, 1, plan(tables, spans, store))
-    expected = torch.stack([in_fp64(one, store, 1, table, *span) for one, table, span in zip(q, tables, spans, strict=True)])
-    torch.testing.assert_close(ours, expected, **LOGITS[torch.float32])
+    rows = [i for i, length in enumerate(LENGTHS) if length >= T]
+    past = [LENGTHS[i] - T for i in rows]
+    q = torch.randn(len(rows), T, K * G, H, generator=torch.Generator().manual_seed(2))
+    ours = attend_tiles(q.flatten(0, 1), store, 1, plan([tables[i] for i in rows], past, T, G, window, store))
+    expected = []
+    for queries, i, before in zip(q, rows, past, strict=True):
+        for t, query in enumerate(queries):
+            end = before + t + 1
+            expected.append(in_fp64(query, store, 1, tables[i], max(0, end - window) if window else 0, end))
+    torch.testing.assert_close(ours, torch.stack(expected), **LOGITS[torch.float32])
 
 
-def test_a_tile_is_cut_into_blocks_where_its_owners_have_a_block_each_and_only_there():
+def test_no_token_is_computed_for_two_who_do_not_share_it_and_shared_tiles_are_computed_once():
+    store, past = store_of(64, 4), [length - 1 for length in LENGTHS]
+    [product] = plan(scattered(64, 4), past, 1, G, None, store).products
+    assert product.owners.shape == (8, K, 8, 1)                         # every block is a piece, with one owner
+    [product] = plan([list(range(16))] * 7, [63] * 7, 1, G, None, store).products
+    assert product.owners.shape == (2, K, 1, 7)                         # seven see all of both tiles: two pieces, not sixteen
+    alone, shared = plan([[*range(8), 8 * i] for i in range(2, 6)], [35] * 4, 1, G, None, store).products
+    assert alone.owners.shape == (4, K, 1, 1) and shared.owners.shape == (1, K, 1, 4)
+
+
+def test_neighbouring_tiles_are_read_where_they_lie_and_tiles_far_apart_are_copied_together():
     store = store_of(64, 4)
-    runs = plan(scattered(64, 4), [(0, length) for length in LENGTHS], store)
-    assert sum(run.mask.numel() for run in runs) <= 64 * 4              # no token is computed for two who do not share it
-    shared = [list(range(16))] * 7
-    [run] = plan(shared, [(0, 64)] * 7, store)
-    assert run.mask.shape == (2, 1, 1, 7, 1, 32)                        # seven see all of both tiles: two products, not sixteen
+    [near] = plan([[8, 9], [16], [32]], [7, 3, 3], 1, G, None, store).products
+    assert near.tiles == slice(1, 5)                                    # one tile of four is read along
+    assert store.tiles(1, near.tiles)[0].data_ptr() == store.keys[1, 1].data_ptr()
+    [far] = plan([[8, 9], [48]], [7, 3], 1, G, None, store).products
+    assert far.tiles.tolist() == [1, 6]
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -143,6 +143,24 @@ def test_forks_share_codes_and_the_tail_until_one_writes():
     assert tables.pool.used == 4 and len(store.tail_of) == 1            # the second has filled its block
 
 
+def test_ctrl_c_while_a_block_becomes_full_rounds_nothing(monkeypatch):
+    """The step has not happened, so the tokens before it still wait in full precision."""
+    cache, alone, text = paged(), contiguous(), list(range(1, SIZE))
+    cache.add("one")
+    for each, name in ((cache, "one"), (alone, 0)):
+        bring(each, {name: text}, {name: []})
+
+    def pressed(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache.tables, "commit", pressed)
+        bring(cache, {"one": [7]}, {"one": text})
+    for more in ([7], [8]):
+        torch.testing.assert_close(bring(cache, {"one": more}, {"one": text}), bring(alone, {0: more}, {0: text}))
+        text = text + more
+
+
 def test_a_prefix_hit_and_the_whole_text_find_the_same_codes():
     twins = Twins(paged(prefix_caching=True))
     text = list(range(13))

@@ -140,7 +140,7 @@ def test_an_unknown_format_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"weights='int5'.*fp32, fp16, bf16, int8, int4"):
         PackedLinear("int5", normal(3, 4))
     with pytest.raises(ValueError, match="CUDA"):
-        computes_in("int4", "cuda")
+        computes_in("int5", "cuda")
 
 
 # ---- the choice ----

@@ -9,6 +9,7 @@ from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.quantization import IntFormat, Quantized, awq, format_named, on_kernels, round_to_nearest
 from clawdemy_infer.quantization.awq import SINK, _ordinary, _with_own_weights, best_scales, clipped, fold, shared
 
+NO_SINKS = torch.zeros(200, dtype=torch.bool)
 TOKENS = torch.randint(0, 101, (3, 31), generator=torch.Generator().manual_seed(1))
 
 
@@ -65,11 +66,11 @@ def test_the_search_finds_a_channel_that_matters_and_never_does_worse_than_no_sc
     linear, x, format = torch.nn.Linear(64, 24, bias=False).requires_grad_(False), torch.randn(200, 64), format_named("int3-g16-asym")
     x[:, 9] *= 50
     exact, before = linear(x), linear.weight.clone()
-    s = best_scales(linear, x.abs().mean(0), format, lambda: linear(x), torch.ones(200, dtype=torch.bool))
+    s = best_scales(linear, x.abs().mean(0), format, lambda: linear(x), NO_SINKS)
     assert torch.equal(linear.weight, before) and s.argmax() == 9
     scaled, plain = (x @ w.T for w in (Quantized.of(format, before * s).dequantize() / s, Quantized.of(format, before).dequantize()))
     assert (scaled - exact).square().mean() < 0.5 * (plain - exact).square().mean()
-    calm = best_scales(linear, torch.ones(64), format, lambda: linear(x), torch.ones(200, dtype=torch.bool))
+    calm = best_scales(linear, torch.ones(64), format, lambda: linear(x), NO_SINKS)
     assert torch.equal(calm, torch.ones(64))
 
 
@@ -87,7 +88,7 @@ def test_a_sink_among_the_tokens_does_not_move_the_scales():
     found = []
     for sink in (1.0, 1e4):
         x[0] = sink
-        found.append(best_scales(linear, x[ordinary].abs().mean(0), format, lambda: linear(x), ordinary))
+        found.append(best_scales(linear, x[ordinary].abs().mean(0), format, lambda: linear(x), ~ordinary))
     assert torch.equal(*found)
 
 
@@ -95,7 +96,7 @@ def test_a_sink_among_the_tokens_does_not_move_the_scales():
 def test_clipping_lowers_the_error_of_every_group_or_leaves_it(name):
     torch.manual_seed(6)
     weight, x, format = torch.randn(20, 64) ** 3, torch.randn(300, 64), format_named(name)
-    kept = clipped(weight, x, format)
+    kept = clipped(weight, x, format, torch.zeros(300, dtype=torch.bool))
     assert (kept.abs() <= weight.abs()).all() and not torch.equal(kept, weight)
     g = format.group
     for group in range(64 // g):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from clawdemy_infer import cli
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.model import Decoder, ModelConfig
+from clawdemy_infer.model import Decoder, ModelConfig, generate
 from clawdemy_infer.model.rope import Llama3Scaling
 from clawdemy_infer.model.weights import destinations
 from clawdemy_infer.quantization import (
@@ -162,6 +162,32 @@ def test_a_config_survives_the_way_to_hugging_face_and_back(more):
     assert AutoConfig.for_model(**said).architectures == said["architectures"]
 
 
+PACKED = ["nf4", "mxfp4", "nvfp4", "fp8-e4m3", "fp8-e4m3-tensor", "int8-tensor", "int5-g32", "int4-g32-float"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_no_engine_reads_is_saved_packed_and_loaded_code_for_code(name, tmp_path):
+    model = tiny(D=64, N=4, F=128)                                      # nf4's groups are of 64
+    result = round_to_nearest(model, format_named(name))
+    directory = save_quantized(result, tmp_path / "out")
+    assert json.loads((directory / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "packed", "format": name, "method": "RTN"}
+    loaded = load_quantized(directory)
+    assert loaded.format == result.format and loaded.bits_per_weight == result.bits_per_weight
+    for key, tensor in result.tensors.items():
+        assert torch.equal(loaded.tensors[key].dequantize(), tensor.dequantize()), key
+    others = sum(tensor.nbytes for tensor in load_file(directory / "model.safetensors").values()) - 2 * (101 * 64 + 5 * 64)
+    parts = 7 / 4 if "outer" in result.tensors["layers.0.qkv"].packed() or name.endswith("tensor") else 1      # one number for Q, K and V
+    assert 0 <= others - result.matrix_bytes <= 8 * 4 * (parts - 1) * 4
+
+
+def test_awq_in_nf4_is_found_again(tmp_path):
+    result = awq(tiny(D=64, N=4, F=128), TOKENS, format_named("nf4"))
+    loaded = load_quantized(save_quantized(result, tmp_path / "out"))
+    expected = result.decoder(TOKENS)
+    torch.testing.assert_close(loaded.decoder(TOKENS) / expected.std(), expected / expected.std(), **LOGITS[torch.float16])
+
+
 # ---- what is refused ----
 
 
@@ -223,6 +249,16 @@ def test_missing_tensors_and_directories_are_named(tmp_path):
         load_quantized(directory)
 
 
+@pytest.mark.parametrize("format, key", [("int4-g32", "self_attn.q_proj.scales"), ("nvfp4", "mlp.up_proj.scale")])
+def test_a_matrix_without_its_scales_is_named(format, key, tmp_path):
+    directory = save_quantized(round_to_nearest(tiny(), format_named(format)), tmp_path / "out")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[f"model.layers.1.{key}"]
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.layers.1.{key}: missing"):
+        load_quantized(directory)
+
+
 # ---- the commands ----
 
 
@@ -249,9 +285,23 @@ def test_quantize_and_evaluate_keep_their_contract(method, small_model, tmp_path
     assert {"kl", "kl_se", "perplexity", "top1", "reference"} <= result.keys() and 0 < result["kl"] < 1
 
 
+def test_a_format_by_name_is_saved_and_generates(small_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["quantize", "--model", str(small_model), "--method", "rtn", "--format", "mxfp4", "--out", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["format"], result["layout"], result["bits_effective"]) == ("mxfp4", "packed", 4.25)
+    ask = ["generate", "--model", str(out), "--prompt", "Hello", "--max-tokens", "3", "--json"]
+    assert cli.main(ask) == 0
+    expected = generate(load_quantized(out).decoder, "Hello", 3)
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected.tokens
+    assert cli.main([*ask, "--weights", "int8"]) == 2
+    assert "weights='int8'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, code, said", [
+    (["--format", "nf5"], 2, "format='nf5' is not known; near ones: nf4"), (["--format", "int4-g48"], 2, "format=int4-g48"),
     (["--group", "48"], 2, "group=48"), (["--bits", "9"], 2, "bits"), (["--group", "0"], 2, "group"), (["--method", "best"], 2, "method"),
-    (["--calibration", "nowhere.txt"], 2, "calibration='nowhere.txt': no such file"), (["--bits", "3", "--layout", "awq"], 1, "awq layout"),
+    (["--calibration", "nowhere.txt"], 2, "calibration='nowhere.txt': no such file"), (["--bits", "3", "--layout", "awq"], 2, "awq layout"),
 ])
 def test_wrong_usage_is_one_line_that_names_the_argument(arguments, code, said, small_model, tmp_path, capsys):
     command = ["quantize", "--model", str(small_model), "--out", str(tmp_path / "out"), "--group", "32", *arguments]

@@ -1,9 +1,9 @@
 """Batching: one scheduler, two clocks.
 
-In reading order: `request` (what is asked for, and how far it has come), `policy`, `scheduler` (who runs, who waits, who gives
-way), `static` (the baseline), `metrics`, `engine` (the loop), `counted_blocks`, `step_cost` and `simulator` (time by the roofline),
-`workload`, `trace`, `timeline`. None of these needs torch. `torch_executor` runs the model, `endpoint` asks somebody else's server, and
-`compare` sets servers side by side; import them by their names.
+In reading order: `request` (what is asked for, and how far it has come), `policy`, `plan` (a step), `scheduler` (who runs, who waits,
+who gives way), `static` (the baseline), `metrics`, `engine` (the loop), `counted_blocks`, `step_cost` and `simulator` (time by the
+roofline), `workload`, `trace`, `timeline`. None of these needs torch. `torch_executor` runs the model, `endpoint` asks somebody else's
+server, and `compare` sets servers side by side; import them by their names.
 """
 
 from clawdemy_infer.batching.engine import Engine

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from clawdemy_infer.batching.metrics import Report
+from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.request import Request, Sequence
-from clawdemy_infer.batching.scheduler import Emission, Plan, Scheduler
+from clawdemy_infer.batching.scheduler import Scheduler
 
 
 class Executor(Protocol):
@@ -33,8 +34,8 @@ class Executor(Protocol):
     def run(self, plan: Plan, repeats: int, until: float) -> tuple[list[float], Mapping[Sequence, Emission]]:
         """One step, or up to `repeats` equal ones of which the last is the first to end at `until` or later.
 
-        Commits the tokens to the block tables. Returns when each step ended, and for each sequence that has come to the end of
-        its tokens what follows: one token for each step.
+        Commits the tokens to the block tables, drafted ones too. Returns when each step ended, and for each sequence that has come
+        to the end of its tokens what follows: one token for each step, or a run.
         """
 
     def forget(self, sequence: Sequence) -> None:
@@ -136,6 +137,9 @@ class Engine:
             ended = self.scheduler.update(emitted, times)
             counted, shape = sum(plan.new.values()), plan.rectangle
             computed = len(shape.rows) * shape.T if shape else counted
+            if plan.guesses:
+                counted += sum(emission.run - 1 for emission in emitted.values())
+                computed += sum(emission.drafted for emission in emitted.values())
             self.steps.append(StepRecord(start, times[-1], len(times), len(plan.new), counted, computed, blocks))
             for sequence in ended:
                 self.executor.forget(sequence)

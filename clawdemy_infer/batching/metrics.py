@@ -112,6 +112,8 @@ class Report:
             "goodput": self.goodput(), **self._of_steps,
             "cached": sum(s.cached for s in self.finished) / prompts if prompts else 0.0,
             "preemptions": sum(sequence.preemptions for sequence in self.sequences),
+            "drafted": sum(sequence.drafted for sequence in self.sequences),
+            "accepted": sum(sequence.accepted for sequence in self.sequences),
         }
 
     @property

@@ -20,6 +20,8 @@ class Policy:
     prefix_caching   prompts that begin alike share blocks
     reserve          a sequence takes all the blocks it might ever need when it joins, as if there were no paging: nobody
                      is preempted, and few run
+    gamma            most tokens that are drafted for a decoding sequence in a step, and verified in the same step (Leviathan et al.
+                     2023). They take what budget and blocks are left over; 0: none
 
     Raises ValueError naming the argument.
     """
@@ -31,6 +33,7 @@ class Policy:
     preemption: str = "recompute"
     prefix_caching: bool = False
     reserve: bool = False
+    gamma: int = 0
 
     def __post_init__(self) -> None:
         accepted = {"batching": ("static", "continuous"), "order": ("fcfs", "priority"), "preemption": ("recompute", "swap")}
@@ -41,6 +44,8 @@ class Policy:
             raise ValueError(f"max_batch={self.max_batch}: at least 1")
         if self.token_budget is not None and self.token_budget < self.max_batch:
             raise ValueError(f"token_budget={self.token_budget}: at least max_batch={self.max_batch}, a token for each that decodes")
-        if self.batching == "static" and (self.token_budget or self.prefix_caching):
-            name = "token_budget" if self.token_budget else "prefix_caching"
-            raise ValueError(f"{name}={getattr(self, name)}: a static batch is one padded rectangle; only continuous batching has this")
+        if type(self.gamma) is not int or self.gamma < 0:
+            raise ValueError(f"gamma={self.gamma}: a whole number, 0 (draft nothing) or more, is accepted")
+        for name in ("token_budget", "prefix_caching", "gamma"):
+            if self.batching == "static" and (value := getattr(self, name)):
+                raise ValueError(f"{name}={value}: a static batch is one padded rectangle; only continuous batching has this")

@@ -75,6 +75,7 @@ class Sequence:
     token_times     when each generated token was there, in seconds on the engine's clock
     history         (seconds, state) whenever the state changed
     cached          tokens of the prompt that were found in the prefix cache on admission
+    drafted         tokens that a draft proposed for it; `accepted` of them it has taken
     reason          why it ended: length, eos, stop, cancelled, or what was wrong with it
     text            what was generated, where there is a tokenizer
     """
@@ -90,7 +91,7 @@ class Sequence:
         self.state = State.WAITING
         self.token_times: list[float] = []
         self.history: list[tuple[float, State]] = []
-        self.preemptions = self.cached = 0
+        self.preemptions = self.cached = self.drafted = self.accepted = 0
         self.reason = self.text = ""
 
     def __repr__(self) -> str:

@@ -17,37 +17,10 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Mapping
 from math import inf
-from typing import NamedTuple
 
+from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.policy import Policy
 from clawdemy_infer.batching.request import Sequence, State
-
-
-class Rectangle(NamedTuple):
-    """A padded step: all of `rows` are computed, `T` tokens each over a context of `S`, whoever of them is still alive."""
-
-    rows: list[Sequence]
-    T: int
-    S: int
-
-
-class Plan(NamedTuple):
-    """One step: how many tokens each sequence brings, those that decode first. `rectangle` where it is padded.
-
-    `steady`: nobody has come or gone, and all bring one token and get one. The next step will then be decided in the same way.
-    """
-
-    new: dict[Sequence, int]
-    rectangle: Rectangle | None = None
-    steady: bool = False
-
-
-class Emission(NamedTuple):
-    """What a sequence got: token ids (None where nobody needs them), why it ends with the last of them, or "", and their text."""
-
-    ids: list[int] | None = None
-    reason: str = ""
-    text: str = ""
 
 
 class Scheduler:
@@ -113,17 +86,21 @@ class Scheduler:
         while not self.tables.can_append(new := self._next()):
             self._preempt(self.running[-1], now)
             preempted = True
-        self.tables.reserve(new)
+        lengths = self.tables.lengths
+        self.tables.reserve({each: each.longest - lengths[each] for each in self.running} if self.policy.reserve else new)
         before = len(self.running)
         if not preempted:
             self._admit(new, now)
-        return Plan(new, steady=not preempted and len(self.running) == before == sum(new.values()))
+        guesses = self._guesses(new) if self.policy.gamma else {}
+        return Plan(new, None, not (preempted or guesses) and len(self.running) == before == sum(new.values()), guesses)
 
     def update(self, emitted: Mapping[Sequence, Emission], times: list[float]) -> list[Sequence]:
-        """Take what came out, a token at each of `times`. Returns the sequences that have ended with the last of them."""
+        """Take what came out, a run at each of `times`. Returns the sequences that have ended with the last of them."""
         ended = []
-        for sequence, (ids, reason, text) in emitted.items():
-            sequence.extend(times, ids, text)
+        for sequence, (ids, reason, text, run, drafted) in emitted.items():
+            sequence.extend(times * run, ids, text)
+            sequence.drafted += drafted
+            sequence.accepted += run - 1
             if reason or sequence.generated >= sequence.limit:
                 self._end(sequence, State.FINISHED, reason or "length", times[-1])
                 ended.append(sequence)
@@ -148,7 +125,9 @@ class Scheduler:
             if missing > 1:
                 prompts.append((sequence, missing))
             else:
-                if not missing:         # interrupted between the step and its `update`: the token is lost, so bring its cause again
+                # Drafted tokens that fell are forgotten here; or the step was interrupted before its `update`, the token is lost, and
+                # its cause is brought again.
+                if missing < 1 or self.policy.gamma:
                     self.tables.truncate(sequence.total - 1, sequence)
                 new[sequence] = 1
         left = self._left(new)
@@ -161,6 +140,20 @@ class Scheduler:
     def _left(self, new: dict[Sequence, int]) -> float:
         """Tokens of the budget that `new` does not use."""
         return self.policy.token_budget - sum(new.values()) if self.policy.token_budget else inf
+
+    def _guesses(self, new: dict[Sequence, int]) -> dict[Sequence, int]:
+        """Room for drafted tokens, of what is left: nobody waits or gives way for a guess."""
+        tables, guesses, left = self.tables, {}, self._left(new)
+        for sequence in new:
+            if sequence.total - tables.lengths[sequence] == 1:
+                most = min(self.policy.gamma, sequence.limit - sequence.generated - 1, left)    # one token is the model's own in any case
+                while most > 0 and not tables.can_append({sequence: 1 + most}):
+                    most -= 1
+                if most > 0:
+                    tables.reserve({sequence: 1 + most})
+                    guesses[sequence] = most
+                    left -= most
+        return guesses
 
     def _admit(self, new: dict[Sequence, int], now: float) -> None:
         """Let those in who wait, in their order, as long as there is room for all that they bring."""

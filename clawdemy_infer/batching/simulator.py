@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import count as counter
 from math import inf
+from random import Random
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.batching.counted_blocks import CountedBlocks, Pool
 from clawdemy_infer.batching.engine import Engine
 from clawdemy_infer.batching.metrics import SLO, Report
+from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.policy import Policy
 from clawdemy_infer.batching.request import Request, Sequence
-from clawdemy_infer.batching.scheduler import Emission, Plan, Scheduler
+from clawdemy_infer.batching.scheduler import Scheduler
 from clawdemy_infer.batching.static import StaticScheduler
 from clawdemy_infer.batching.step_cost import Operations, StepCost
 from clawdemy_infer.parallel import Layout, fits
@@ -31,10 +33,15 @@ class RooflineExecutor:
 
     Equal steps that follow one another are charged one by one, but decided and booked together: that is what makes simulation fast,
     and it changes no figure.
+
+    Of drafted tokens each stands with chance `alpha` if all before it do. A `draft` that runs a model is charged a step of it for
+    each; None costs nothing, as a lookup.
     """
 
-    def __init__(self, cost: StepCost, tables, block_bytes: float = 0.0, swap_bytes_per_s: float = inf) -> None:
+    def __init__(self, cost: StepCost, tables, block_bytes: float = 0.0, swap_bytes_per_s: float = inf, alpha: float | None = None,
+                 draft: StepCost | None = None) -> None:
         self.cost, self.tables = cost, tables
+        self.alpha, self.draft, self.random = alpha, draft, Random(0)
         self.block_bytes, self.swap_bytes_per_s = block_bytes, swap_bytes_per_s
         self.time = 0.0
         self.swapper = self
@@ -56,6 +63,8 @@ class RooflineExecutor:
         return tokens, [-1 - next(self.unknown)] * tokens if isinstance(request.prompt, int) else list(request.prompt)
 
     def run(self, plan: Plan, repeats: int, until: float) -> tuple[list[float], Mapping[Sequence, Emission]]:
+        if plan.guesses:
+            return self._verify(plan)
         lengths, new, shape = self.tables.lengths, plan.new, plan.rectangle
         times, now = [], self.time
         if shape:
@@ -101,6 +110,32 @@ class RooflineExecutor:
         self.tables.commit(brought)
         return emitted
 
+    def _verify(self, plan: Plan) -> tuple[list[float], dict[Sequence, Emission]]:
+        """One step in which drafted tokens are read behind those that are known: each such sequence brings a small chunk."""
+        lengths, guesses, cost = self.tables.lengths, plan.guesses, self.cost
+        for i in range(max(guesses.values()) if self.draft else 0):
+            contexts = [lengths[sequence] + 1 + i for sequence, most in guesses.items() if most > i]
+            self.time += self.draft.seconds(len(contexts), self.draft.visible(contexts))
+        read = {sequence: count + guesses.get(sequence, 0) for sequence, count in plan.new.items()}
+        contexts = [lengths[sequence] + 1 for sequence, count in read.items() if count == 1]
+        chunks = [(count, lengths[sequence] + count) for sequence, count in read.items() if count > 1]
+        self.time += cost.seconds(len(contexts), cost.visible(contexts), chunks, sum(guesses.values()))
+        brought, emitted = {}, {}
+        for sequence, count in plan.new.items():
+            begin, most, stood = lengths[sequence], guesses.get(sequence, 0), 0
+            if begin + count == sequence.total:
+                while stood < most and self.random.random() < self.alpha:
+                    stood += 1
+                emitted[sequence] = Emission(run=stood + 1, drafted=most)
+            brought[sequence] = range(count + most)
+            if self.tables.prefix:
+                unlike = [-2**32 - sequence.serial] * (most + 1)        # nobody else's tokens, as in `_with_ids`
+                brought[sequence] = sequence.ids[begin:begin + count] + unlike[:most]
+                if sequence in emitted:
+                    emitted[sequence] = emitted[sequence]._replace(ids=unlike[:stood + 1])
+        self.tables.commit(brought)
+        return [self.time], emitted
+
     def forget(self, sequence: Sequence) -> None:
         """Nothing is kept."""
 
@@ -135,14 +170,18 @@ def scheduler_for(policy: Policy, tables, max_context: int | None = None) -> Sch
 
 def simulator(shape: ModelShape, machine: Machine, policy: Policy | None = None, *, weights="bf16", kv="bf16", activations="bf16",
               tp: int = 1, memory: float | None = None, kv_bytes: float | None = None, block_size: int = 16, host_bytes: float = 0.0,
-              swap_bytes_per_s: float = 25e9, operations: Operations | None = None) -> Engine:
+              swap_bytes_per_s: float = 25e9, operations: Operations | None = None, alpha: float | None = None,
+              draft: StepCost | None = None) -> Engine:
     """An engine that serves `shape` on `tp` devices like `machine` in the time that the roofline says.
 
     The cache gets what the weights leave of `memory` bytes a device (default: nine tenths of what it has; the rest is for activations), or
-    `kv_bytes` of each device. `host_bytes` is where sequences are swapped to, at `swap_bytes_per_s`. Raises ValueError where weights and
-    one block do not fit, or as `StepCost` does.
+    `kv_bytes` of each device. `host_bytes` is where sequences are swapped to, at `swap_bytes_per_s`. A policy with a `gamma` needs
+    `alpha`, the chance that a drafted token stands, and the cost of the `draft` that proposes it; its memory is not counted. Raises
+    ValueError where weights and one block do not fit, for an alpha that is no chance, or as `StepCost` does.
     """
     policy, layout = policy or Policy(), Layout(tp)
+    if policy.gamma and not (alpha is not None and 0 <= alpha <= 1):
+        raise ValueError(f"alpha={alpha}: the chance, 0 to 1, that one of the gamma={policy.gamma} drafted tokens stands is needed")
     cost = StepCost(shape, machine, weights, kv, activations, operations, layout)
     memory = 0.9 * machine.memory if memory is None else memory
     free = memory - fits(shape, layout, memory, 1, 1, weights, kv).weight_bytes - policy.max_batch * cost.shape.state_bytes(kv)
@@ -155,7 +194,7 @@ def simulator(shape: ModelShape, machine: Machine, policy: Policy | None = None,
     host_blocks = max(1, int(host_bytes // block_bytes)) if policy.preemption == "swap" else 0
     tables = tables_for(policy, blocks, block_size, host_blocks)
     scheduler = scheduler_for(policy, tables, shape.max_context)
-    return Engine(scheduler, RooflineExecutor(cost, tables, block_bytes, swap_bytes_per_s), block_bytes)
+    return Engine(scheduler, RooflineExecutor(cost, tables, block_bytes, swap_bytes_per_s, alpha, draft), block_bytes)
 
 
 def simulate(shape: ModelShape, machine: Machine, requests: Iterable[Request], policy: Policy | None = None, slo: SLO | None = None,

@@ -7,8 +7,9 @@ generate. In return nothing moves: one plain cache, one shape.
 
 from __future__ import annotations
 
+from clawdemy_infer.batching.plan import Plan, Rectangle
 from clawdemy_infer.batching.request import Sequence, State
-from clawdemy_infer.batching.scheduler import Plan, Rectangle, Scheduler
+from clawdemy_infer.batching.scheduler import Scheduler
 
 
 class StaticScheduler(Scheduler):

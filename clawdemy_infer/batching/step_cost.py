@@ -30,7 +30,8 @@ class Operations:
     which only the data sheet is known.
 
     step in any case, decode if somebody decodes, chunk for each chunk of a prompt, mixed where there are both, resumed for each
-    chunk before which others came.
+    chunk before which others came. Resumed chunks of up to `few` tokens, as of drafts, are computed like tokens that are decoded:
+    all that bring as many together.
     """
 
     step: int = 0
@@ -38,12 +39,15 @@ class Operations:
     chunk: int = 0
     mixed: int = 0
     resumed: int = 0
+    few: int = 0
 
     def of(self, decodes: int, chunks: list[tuple[int, int]]) -> int:
         """Operations of one step; arguments as of `StepCost.seconds`."""
-        mixed = self.mixed if decodes and chunks else 0
-        resumed = self.resumed * sum([S > T for T, S in chunks])
-        return self.step + (self.decode if decodes else 0) + self.chunk * len(chunks) + mixed + resumed
+        few = {T for T, S in chunks if T <= self.few and S > T}
+        many = [(T, S) for T, S in chunks if T not in few or S == T]
+        together = len(few) + bool(decodes)
+        mixed = self.mixed if together + bool(many) > 1 else 0
+        return self.step + self.decode * together + self.chunk * len(many) + mixed + self.resumed * sum([S > T for T, S in many])
 
 
 class StepCost:
@@ -74,11 +78,12 @@ class StepCost:
         contexts = list(contexts)
         return [sum(contexts) if window is None else sum(min(S, window) for S in contexts) for window in self.windows]
 
-    def seconds(self, decodes: int, visible: list[int], chunks: Iterable[tuple[int, int]] = ()) -> float:
+    def seconds(self, decodes: int, visible: list[int], chunks: Iterable[tuple[int, int]] = (), drafted: int = 0) -> float:
         """One step in which `decodes` sequences bring a token each and see `visible` keys, their own included, and for each of
-        `chunks` a sequence brings T tokens and then has S."""
+        `chunks` a sequence brings T tokens and then has S. Of a chunk the last token alone needs logits; with drafted tokens in
+        chunks of their own, `drafted` more."""
         chunks, terms = list(chunks), []
-        rows = decodes + sum([T for T, _ in chunks]), decodes + len(chunks)
+        rows = decodes + sum([T for T, _ in chunks]), decodes + len(chunks) + drafted
         for chunk in chunks:
             terms += self._chunk(*chunk)
         if decodes:

@@ -8,7 +8,7 @@ there is to run one.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from random import Random
 
@@ -17,12 +17,13 @@ import torch
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.batching.counted_blocks import CountedBlocks, Pool
 from clawdemy_infer.batching.engine import Engine
+from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.policy import Policy
 from clawdemy_infer.batching.request import Request, Sequence
-from clawdemy_infer.batching.scheduler import Emission, Plan
 from clawdemy_infer.batching.simulator import scheduler_for
 from clawdemy_infer.batching.step_cost import Operations
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
+from clawdemy_infer.kv_cache.paged import FEW
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, sample
 from clawdemy_infer.model.tokenizer import TextStream
 from clawdemy_infer.timing import count_ops, now
@@ -77,7 +78,7 @@ class TorchExecutor:
         greedy = logits.argmax(-1).tolist()
         done = [(i, sequence) for i, sequence in enumerate(sequences)
                 if sequence in plan.new and self.tables.lengths[sequence] == sequence.total]
-        emitted = {sequence: self._emission(sequence, greedy[i], logits[i]) for i, sequence in done}
+        emitted = {sequence: self._emission(sequence, [self._chosen(sequence, greedy[i], logits[i])]) for i, sequence in done}
         return [self.now()], emitted
 
     def _brought(self, plan: Plan) -> dict[Sequence, list[int]]:
@@ -102,25 +103,35 @@ class TorchExecutor:
         self.tables.commit(self._brought(plan))
         return logits
 
-    def _emission(self, sequence: Sequence, greedy: int, logits: torch.Tensor) -> Emission:
+    def _chosen(self, sequence: Sequence, greedy: int, logits: torch.Tensor) -> int:
         """The next token of one sequence, as `model.generate` would choose it."""
-        request = sequence.request
-        token = greedy if request.sampling is None else self._draw(sequence, logits, request.sampling)
-        last, forced = sequence.generated + 1 >= sequence.limit, request.output_tokens is not None
-        eos = token in self.model.config.eos_ids and not forced
-        if self.model.tokenizer is None:
-            return Emission([token], "eos" if eos else "")
-        stream = self.streams.setdefault(sequence, TextStream(self.model.tokenizer, () if forced else request.stop))
-        text = stream.push(token)
-        if not stream.stopped and (eos or last):
-            text += stream.close()
-        return Emission([token], "stop" if stream.stopped else "eos" if eos else "", text)
+        sampling = sequence.request.sampling
+        return greedy if sampling is None else int(sample(logits[None], sampling, self._generator(sequence), self.model.backend))
 
-    def _draw(self, sequence: Sequence, logits: torch.Tensor, sampling: Sampling) -> int:
-        """From a generator of its own, so that neighbours change nothing."""
+    def _generator(self, sequence: Sequence) -> torch.Generator:
+        """Its own, so that neighbours change nothing."""
         if sequence not in self.generators:
-            self.generators[sequence] = sampling.generator(self.model.device)
-        return int(sample(logits[None], sampling, self.generators[sequence]))
+            self.generators[sequence] = (sequence.request.sampling or Sampling()).generator(self.model.device)
+        return self.generators[sequence]
+
+    def _emission(self, sequence: Sequence, run: list[int], drafted: int = 0) -> Emission:
+        """What these tokens mean for it, as far as its text goes on."""
+        request, tokenizer, text, reason = sequence.request, self.model.tokenizer, "", ""
+        forced = request.output_tokens is not None
+        if tokenizer and sequence not in self.streams:
+            self.streams[sequence] = TextStream(tokenizer, () if forced else request.stop)
+        stream = self.streams.get(sequence)
+        for count, token in enumerate(run, 1):
+            eos = token in self.model.config.eos_ids and not forced
+            ends = eos or sequence.generated + count >= sequence.limit
+            if stream:
+                text += stream.push(token)
+                if not stream.stopped and ends:
+                    text += stream.close()
+            reason = "stop" if stream and stream.stopped else "eos" if eos else ""
+            if reason or ends:
+                break
+        return Emission(run[:count], reason, text, count, drafted)
 
     def forget(self, sequence: Sequence) -> None:
         self.generators.pop(sequence, None)
@@ -128,12 +139,15 @@ class TorchExecutor:
 
 
 def engine(model: Decoder, policy: Policy | None = None, *, kv_bytes: float = 2**30, host_bytes: float = 0.0,
-           block_size: int = 16) -> Engine:
+           block_size: int = 16, executor: Callable[..., TorchExecutor] = TorchExecutor) -> Engine:
     """An engine that serves `model`, with `kv_bytes` of cache, and `host_bytes` to swap sequences to.
 
-    Raises ValueError where not even one tile of blocks fits.
+    Raises ValueError where not even one tile of blocks fits, or for drafted tokens (`policy.gamma`) without an `executor` that
+    drafts: `speculative.engine` has one.
     """
     policy, shape = policy or Policy(), model.config.shape
+    if policy.gamma and executor is TorchExecutor:
+        raise ValueError(f"gamma={policy.gamma}: drafted tokens need a draft, as `speculative.engine` takes one")
     block_bytes = block_size * shape.kv_bytes_per_token(model.dtype.itemsize)
     blocks = int(kv_bytes // block_bytes) // 8 * 8                  # whole tiles, which attention reads in one go
     if blocks < 8:
@@ -144,7 +158,7 @@ def engine(model: Decoder, policy: Policy | None = None, *, kv_bytes: float = 2*
     else:
         host = BlockPool(host_blocks, block_size) if host_blocks else None
         tables = BlockTables(BlockPool(blocks, block_size), host, policy.prefix_caching)
-    return Engine(scheduler_for(policy, tables, shape.max_context), TorchExecutor(model, tables), block_bytes)
+    return Engine(scheduler_for(policy, tables, shape.max_context), executor(model, tables), block_bytes)
 
 
 def operations_of(shape: ModelShape, policy: Policy) -> Operations:
@@ -167,16 +181,16 @@ def count_operations(model: Decoder, policy: Policy) -> Operations:
         cache.truncate(2, 1)                                        # rows of different lengths, under a mask
         decode = count_ops(lambda: model(torch.tensor([[1], [2]], device=model.device), cache, last_only=True))
         return Operations(0, decode, prompt)
-    cache = PagedCache.over(model, BlockTables(BlockPool(8, 16)))
-    for sequence in range(5):
+    cache, many = PagedCache.over(model, BlockTables(BlockPool(64, 16))), FEW + 1            # enough tiles for each to have its own
+    for sequence in range(4):
         cache.add(sequence)
 
     def ops(**new: int) -> int:
-        """Of a step that brings so many tokens of sequence a, b, c, d and e."""
-        return count_ops(lambda: model.step({"abcde".index(name): [1] * count for name, count in new.items()}, cache))
+        """Of a step that brings so many tokens of sequence a, b, c and d."""
+        return count_ops(lambda: model.step({"abcd".index(name): [1] * count for name, count in new.items()}, cache))
 
-    one, two = ops(a=3), ops(b=3, c=2)
-    resumed = ops(a=2) - one
-    chunk, decode, mixed = two - one, ops(a=1, b=1, c=1), ops(a=1, b=1, c=1, d=3)
+    one, two = ops(a=many), ops(b=many, c=many)
+    resumed = ops(a=many) - one
+    chunk, decode, mixed = two - one, ops(a=1, b=1, c=1), ops(a=1, b=1, c=1, d=many)
     step = one - chunk
-    return Operations(step, decode - step, chunk, mixed - decode - chunk, resumed)
+    return Operations(step, decode - step, chunk, mixed - decode - chunk, resumed, FEW)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from clawdemy_infer.backends import kernel
 from clawdemy_infer.kv_cache.rectangles import RectangularStep, Stretch
 from clawdemy_infer.kv_cache.step import at_least_1
 
@@ -19,6 +20,8 @@ class ContiguousCache:
     """
 
     span = None
+    backend = "torch"
+    """Who computes decode attention. `for_model` takes the model's."""
 
     def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
@@ -33,22 +36,34 @@ class ContiguousCache:
     def for_model(cls, model, batch: int, capacity: int) -> ContiguousCache:
         """An empty cache in the shape, dtype and place of `model`, a `Decoder`."""
         shape = model.config.shape
-        return cls(shape.L, batch, shape.K, shape.H, capacity, model.dtype, model.device)
+        cache = cls(shape.L, batch, shape.K, shape.H, capacity, model.dtype, model.device)
+        cache.backend = model.backend
+        return cache
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that is kept, each [L, B, K, capacity, any]."""
         return self.keys, self.values
 
-    def remember(self, layer: int, stretches: Sequence[Stretch], k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v [B*T, K, H] behind the past of `layer`; return all keys and values that may be seen, [B, K, S, H].
-
-        There is one stretch for each of `tensors`: the part of it that belongs to these sequences in this step.
+    def keep(self, layer: int, stretches: Sequence[Stretch], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k, v [B*T, K, H] behind the past of `layer`. There is one stretch for each of `tensors`: the part of it that belongs to
+        these sequences in this step.
         """
+        for stretch, x in zip(stretches, (k, v), strict=True):
+            stretch.write(layer, x)
+
+    def remember(self, layer: int, stretches: Sequence[Stretch], k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`keep` k and v; return all keys and values that may be seen, [B, K, S, H]."""
+        self.keep(layer, stretches, k, v)
         keys, values = stretches
-        keys.write(layer, k)
-        values.write(layer, v)
         return keys.read(layer), values.read(layer)
+
+    def decode(self, layer: int, q: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, window: int | None) -> torch.Tensor:
+        """Attention of one token for each of B sequences by a kernel, to which this cache is a pool of one block a sequence.
+
+        q [B, N, H]; `table` [B, 1], which sequences, and `lengths` [B], how long they are, both of int32 -> [B, N*H].
+        """
+        return kernel("decode_paged")(q, self.keys[layer], self.values[layer], table, lengths, window).flatten(1)
 
     def can_append(self, new: Mapping[int, int]) -> bool:
         """Does each sequence stay within the capacity?"""

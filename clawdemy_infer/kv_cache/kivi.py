@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clawdemy_infer.attention import attend, causal_mask
+from clawdemy_infer.backends import kernel
 from clawdemy_infer.kv_cache.contiguous import ContiguousCache
 from clawdemy_infer.kv_cache.runs import NOTHING, Run, RunStep, mask_by_position, runs
 from clawdemy_infer.kv_cache.step import Step, at_least_1
@@ -99,7 +100,16 @@ class KiviCache(ContiguousCache):
     def for_model(cls, model, batch: int, capacity: int, bits: int = 4, group: int = 32) -> KiviCache:
         """An empty cache in the shape, dtype and place of `model`, a `Decoder`."""
         shape = model.config.shape
-        return cls(shape.L, batch, shape.K, shape.H, capacity, bits, group, model.dtype, model.device)
+        cache = cls(shape.L, batch, shape.K, shape.H, capacity, bits, group, model.dtype, model.device)
+        cache.backend = model.backend
+        return cache
+
+    @property
+    def decodes(self) -> bool:
+        """Is the backend a kernel, and takes these codes? It wants 4 bits, a power of two for a group, and halves of heads in groups."""
+        bits, S, H = self.keys.bits, self.keys.codes.shape[-2], self.key_tail.shape[-1]
+        fit = bits == 4 and S > 0 and self.group >= 16 and self.group & (self.group - 1) == 0 and H // 2 % self.group == 0
+        return self.backend == "triton" and fit
 
     def rounded(self, length: int) -> int:
         """How many of `length` tokens are kept as codes; the rest is in the tail."""
@@ -137,6 +147,8 @@ class _Step(RunStep):
 class CodesAndTails:
     """What one run sees. Where codes and tails lie, and how new tokens come to lie there, a subclass says: `read` and `commit`."""
 
+    by_kernel = False
+
     def __init__(self, cache, run: Run, window: int | None) -> None:
         self.cache, self.run = cache, run
         self.alike = len(set(run.past)) == 1
@@ -156,6 +168,8 @@ class CodesAndTails:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k, v = (x.unflatten(0, (len(self.run.past), -1)).transpose(1, 2) for x in (k, v))   # [B, K, T, H]
         self.fresh[layer:] = [(k, v)]                       # a layer begun anew leaves no second copy
+        if self.by_kernel:
+            return self.decode(layer, q, k, v)
         keys = self.all(layer, self.cache.keys, self.cache.key_tail, k)
         values = self.all(layer, self.cache.values, self.cache.value_tail, v)
         return attend(q, keys, values, self.mask)
@@ -175,6 +189,25 @@ class CodesAndTails:
 
 class _Part(CodesAndTails):
     """The sequences of a `KiviCache` lie one behind the other."""
+
+    def __init__(self, cache: KiviCache, run: Run, window: int | None) -> None:
+        super().__init__(cache, run, window)
+        self.by_kernel = run.new == 1 and not window and cache.decodes
+        if self.by_kernel:
+            rounded = [cache.rounded(past) for past in run.past]
+            numbers = [rounded, [past - whole for past, whole in zip(run.past, rounded, strict=True)], [*range(len(rounded))]]
+            self.rounded, self.waiting, self.rows = torch.tensor(numbers, dtype=torch.int32, device=cache.device)
+
+    def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of one token for each sequence by a kernel that reads codes. New keys and values k, v [B, K, 1, H] go behind those
+        that wait, where nobody looks until they count."""
+        cache, mine = self.cache, self.run.sequences
+        tails = [tail[layer, mine] for tail in (cache.key_tail, cache.value_tail)]                      # views [B, K, group, H]
+        for tail, new in zip(tails, (k, v), strict=True):
+            tail[self.rows, :, self.waiting] = new[:, :, 0]
+        keys = cache.keys.codes[layer, mine], *(x[layer, mine].squeeze(-2) for x in (cache.keys.scale, cache.keys.low))
+        values = cache.values.codes[layer, mine], *(x[layer, mine].squeeze(-1) for x in (cache.values.scale, cache.values.low))
+        return kernel("decode_int4")(q, *keys, *values, self.rounded, tail=(*tails, self.waiting + 1)).flatten(1)
 
     def read(self, layer: int, codes: GroupedCodes, tail: torch.Tensor, out: torch.Tensor) -> None:
         codes.read(layer, self.run.sequences, 0, out=out[:, :, :self.codes])

@@ -7,30 +7,35 @@ that the decoder knows.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from clawdemy_infer.attention import attend, causal_mask, visible_keys
+from clawdemy_infer.backends import choose
 from clawdemy_infer.kv_cache.block_pool import BlockPool
 from clawdemy_infer.kv_cache.block_tables import BlockTables
-from clawdemy_infer.kv_cache.paged_attention import attend_tiles, plan
+from clawdemy_infer.kv_cache.paged_attention import Plan, attend_tiles, plan
 from clawdemy_infer.kv_cache.paged_store import PagedStore
-from clawdemy_infer.kv_cache.paged_triton import TableAttention, with_triton
+from clawdemy_infer.kv_cache.paged_triton import STORES, TableStep
 from clawdemy_infer.kv_cache.step import Step
+
+FEW = 16
+"""Tokens: a sequence that brings more is gathered. As many as this may bring the drafted tokens of a round."""
 
 
 class PagedCache:
     """The sequences of `tables`, whose bytes lie in `store`.
 
-    `attention` chooses how a decode step reads the pages: "tiles" where they lie; "triton" by a kernel that follows the tables, the
-    default on a GPU; "gather" by copying each sequence together first, which is slow and easy to follow.
+    `attention` chooses how a decode step reads the pages: "tiles" where they lie; "triton" by kernels that follow the tables, the
+    default on a GPU (`over` and `for_model` ask the model's backend); "gather" by copying each sequence together first, which is slow
+    and easy to follow.
     """
 
     span = None
 
     def __init__(self, tables: BlockTables, store: PagedStore, capacity: int | None = None, attention: str | None = None) -> None:
-        attention = attention or ("triton" if with_triton(store) else "tiles")
+        attention = attention or ("triton" if choose(store.device) == "triton" and isinstance(store, STORES) else "tiles")
         if attention not in ("tiles", "triton", "gather"):
             raise ValueError(f"attention={attention!r}: tiles, triton, gather are accepted")
         self.tables, self.store, self.attention = tables, store, attention
@@ -52,6 +57,7 @@ class PagedCache:
         `PagedInt8Store`."""
         shape = model.config.shape
         kept = store(tables.pool, shape.L, shape.K, shape.H, model.dtype, model.device, tables.host)
+        options.setdefault("attention", "triton" if model.backend == "triton" and isinstance(kept, STORES) else "tiles")
         return cls(tables, kept, capacity, **options)
 
     @property
@@ -81,7 +87,7 @@ class PagedCache:
         """Begin a step that brings these tokens; ValueError where they do not fit. Takes blocks, and copies those shared ones
         that will be written to.
         """
-        return PagedStep(self, new, window)
+        return (TableStep if self.attention == "triton" else PagedStep)(self, new, window)
 
     def add(self, sequence: Hashable, ids: Sequence[int] = ()) -> int:
         """A new sequence; returns how many of its `ids` are cached already and need not be brought."""
@@ -111,62 +117,78 @@ class PagedCache:
         self.tables.swap_in(sequence, self.store.from_host)
 
 
+class Few(NamedTuple):
+    """Sequences that bring T tokens each: their rows of the packed step, block tables, and tokens before. Computed over the tiles."""
+
+    rows: slice | torch.Tensor
+    tables: list[list[int]]
+    past: list[int]
+    T: int
+
+
+class Chunk(NamedTuple):
+    """A sequence that brings many: its rows; those of the store to gather, unless nothing was there before; and its mask."""
+
+    rows: slice
+    gather: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
 class PagedStep(Step):
-    """Sequences that bring one token are computed together, over the tiles. Each of the others is gathered first: a prompt's
-    chunk does so much work per key that the copy hardly counts.
+    """Sequences that bring the same few tokens are computed together, over the tiles. Each of the others is gathered first: a
+    prompt's chunk does so much work per key that the copy hardly counts.
     """
 
     def __init__(self, cache: PagedCache, new: Mapping[Hashable, Sequence[int]], window: int | None) -> None:
         super().__init__(cache, new)
         store, tables, size = cache.store, cache.tables, cache.tables.pool.block_size
         tables.reserve({sequence: len(ids) for sequence, ids in new.items()}, store.copy)
-        ends = [past + T for past, T in zip(self.past, self.new, strict=True)]
-        begins = [end - visible_keys(T, end, window) for end, T in zip(ends, self.new, strict=True)]
         blocks = [tables.blocks[sequence] for sequence in self.sequences]
 
-        def slots(i: int, begin: int) -> torch.Tensor:
-            """Of tokens begin ... end - 1 of the i-th sequence."""
-            first = begin // size
-            mine = torch.tensor(blocks[i][first:], device=cache.device)[:, None] * size + torch.arange(size, device=cache.device)
-            return mine.flatten()[begin - first * size:ends[i] - first * size]
+        def slots(i: int, begin: int) -> list[int]:
+            """Of the i-th sequence's tokens from `begin` on."""
+            return [blocks[i][token // size] * size + token % size for token in range(begin, self.past[i] + self.new[i])]
 
-        if max(self.new) == 1:
-            last = [end - 1 for end in ends]
-            fresh = torch.tensor([mine[i // size] * size + i % size for mine, i in zip(blocks, last, strict=True)], device=cache.device)
-        else:
-            fresh = torch.cat([slots(i, past) for i, past in enumerate(self.past)])
-        self.fresh = store.rows(fresh)
-        self.chunks, decodes, decode_rows, at = [], [], [], 0
-        for i, T in enumerate(self.new):
-            if T == 1 and cache.attention != "gather":
-                decodes.append(i)
-                decode_rows.append(at)
+        def rows(slots: list[int]) -> torch.Tensor:
+            return store.rows(torch.tensor(slots, device=cache.device))
+
+        self.fresh = rows([slot for i, past in enumerate(self.past) for slot in slots(i, past)])
+        self.window, self.chunks, few, row = window, [], {}, 0
+        for i, (past, T) in enumerate(zip(self.past, self.new, strict=True)):
+            if cache.attention != "gather" and (T == 1 or past and T <= FEW):
+                few.setdefault(T, []).append((i, row))
             else:
-                mask = causal_mask(T, ends[i] - begins[i], window, cache.dtype, cache.device)
-                self.chunks.append((slice(at, at + T), store.rows(slots(i, begins[i])) if self.past[i] else None, mask))
-            at += T
-        self.decode, mine = None, [blocks[i] for i in decodes]
-        if decodes and cache.attention == "triton":
-            self.decode = TableAttention(mine, [ends[i] for i in decodes], window, store)
-        elif decodes:
-            self.decode = partial(attend_tiles, runs=plan(mine, [(begins[i], ends[i]) for i in decodes], store))
-        self.decode_rows = torch.tensor(decode_rows, device=cache.device)
+                seen = visible_keys(T, past + T, window)
+                gather = rows(slots(i, past + T - seen)) if past else None
+                self.chunks.append(Chunk(slice(row, row + T), gather, causal_mask(T, seen, window, cache.dtype, cache.device)))
+            row += T
+        self.few = [Few(_rows([row + t for _, row in members for t in range(T)], cache.device), [blocks[i] for i, _ in members],
+                        [self.past[i] for i, _ in members], T) for T, members in few.items()]
+        self.plans: list[Plan] = []
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        store = self.cache.store
+        store, (M, N, H) = self.cache.store, q.shape
         store.write(layer, self.fresh, k, v)
-        if not self.chunks:
-            return self.decode(q, store, layer)
-        out = q.new_empty(len(q), q.shape[1] * q.shape[2])
-        if self.decode:
-            out[self.decode_rows] = self.decode(q[self.decode_rows], store, layer)
-        for mine, past, mask in self.chunks:
-            if past is None:
-                keys, values = k[mine].transpose(0, 1), v[mine].transpose(0, 1)             # nothing to gather
+        if not self.plans:                                      # they are the same in every layer
+            self.plans = [plan(few.tables, few.past, few.T, N // store.kv_heads, self.window, store) for few in self.few]
+        if len(self.few) == 1 and not self.chunks:
+            return attend_tiles(q, store, layer, self.plans[0])
+        out = q.new_empty(M, N * H)
+        for few, its in zip(self.few, self.plans, strict=True):
+            out[few.rows] = attend_tiles(q[few.rows], store, layer, its)
+        for mine, gather, mask in self.chunks:
+            if gather is None:
+                keys, values = k[mine].transpose(0, 1), v[mine].transpose(0, 1)
             else:
-                keys, values = store.gather(layer, past)
+                keys, values = store.gather(layer, gather)
             out[mine] = attend(q[mine], keys[None], values[None], mask)
         return out
 
     def commit(self) -> None:
         self.cache.tables.commit(self.ids)
+
+
+def _rows(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+    """Rows of a step: a slice, which costs nothing to take, where they are neighbours."""
+    neighbours = rows[-1] - rows[0] == len(rows) - 1
+    return slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows, device=device)

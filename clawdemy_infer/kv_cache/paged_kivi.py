@@ -82,9 +82,9 @@ class PagedKiviStore:
             tokens, waiting = len(full) * self.size, 0
             for codes, x in zip(self.codes, new, strict=True):
                 codes.write(full, 0, x[:, :, :tokens].unflatten(2, (-1, self.size)).transpose(1, 2))            # [L, n, K, size, H]
-            for block in blocks[first:whole]:
-                self.tail_of.pop(block, None)
             new = [x[:, :, tokens:] for x in new]
+            if new[0].shape[2]:                                 # the rest needs a tail; else the old one stays until the tokens count
+                self.tail_of.pop(blocks[first], None)
         if rest := new[0].shape[2]:
             tail = self.open(blocks[whole])
             for tensor, x in zip(self.tail, new, strict=True):
@@ -202,6 +202,7 @@ class _Step(RunStep):
         for part in self.parts:
             part.commit()
         self.cache.tables.commit(self.ids)
+        self.cache.store.tidy()
 
 
 class _Part(CodesAndTails):

@@ -41,9 +41,9 @@ class PagedInt8Store:
         """Keys and values [K, S, H] of S slots, one behind the other."""
         return self._numbers(self.codes.gather(layer, rows), self.scales.gather(layer, rows))
 
-    def tiles(self, layer: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [P, K, C, H] of the neighbouring tiles first ... last - 1."""
-        return self._numbers(self.codes.tiles(layer, first, last), self.scales.tiles(layer, first, last))
+    def tiles(self, layer: int, which: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [P, K, C, H] of these tiles."""
+        return self._numbers(self.codes.tiles(layer, which), self.scales.tiles(layer, which))
 
     def _numbers(self, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (each.to(self.dtype).mul_(scale) for each, scale in zip(codes, scales, strict=True))

@@ -40,8 +40,9 @@ class PagedStore:
 
     def write(self, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k, v [M, K, H] into the slots whose `rows` are given."""
+        index = rows.view(-1)
         for of_layer, x in zip(self._rows, (k, v), strict=True):
-            of_layer[layer].index_copy_(0, rows.view(-1), x.reshape(-1, self.head_dim))
+            of_layer[layer].index_copy_(0, index, x.reshape(-1, self.head_dim))
 
     def gather(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [K, S, H] of S slots, copied together, one behind the other."""
@@ -49,9 +50,12 @@ class PagedStore:
         keys, values = (of_layer[layer].index_select(0, index).view(self.kv_heads, -1, self.head_dim) for of_layer in self._rows)
         return keys, values
 
-    def tiles(self, layer: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [P, K, C, H] of the neighbouring tiles first ... last - 1, where they lie."""
-        keys, values = (tensor[layer][first:last] for tensor in self._tiles)
+    def tiles(self, layer: int, which: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [P, K, C, H] of neighbouring tiles, where they lie; or of any, copied together."""
+        if isinstance(which, slice):
+            keys, values = (tensor[layer][which] for tensor in self._tiles)
+        else:
+            keys, values = (tensor[layer].index_select(0, which) for tensor in self._tiles)
         return keys, values
 
     # ---- whole blocks, in all layers at once: each a strided copy, which is read once and written once ----

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from clawdemy_infer.backends import kernel
 from clawdemy_infer.kv_cache.contiguous import ContiguousCache
 from clawdemy_infer.kv_cache.rectangles import Stretch
 from clawdemy_infer.kv_cache.step import at_least_1
@@ -30,7 +31,8 @@ class Int8Cache(ContiguousCache):
     """A `ContiguousCache` of H bytes and a 16-bit scale for each key and value: 2 * L * B * K * capacity * (H + 2) bytes.
 
     Attention sees what was kept: of the new tokens, too, only what 8 bits hold. It is PyTorch's, which reads no integers, so
-    one layer at a time becomes `dtype` again, in memory. On a CPU that costs more time than the bytes save.
+    one layer at a time becomes `dtype` again, in memory. On a CPU that costs more time than the bytes save; a Triton kernel, where the
+    model's backend is "triton", scales in registers.
     """
 
     def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int,
@@ -47,12 +49,20 @@ class Int8Cache(ContiguousCache):
         """All that is kept, each [L, B, K, capacity, H or 1]."""
         return self.keys, self.key_scales, self.values, self.value_scales
 
+    def keep(self, layer: int, stretches: Sequence[Stretch], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Round k, v [B*T, K, H] and write them behind the past of `layer`."""
+        for stretch, rounded in zip(stretches, (*to_int8(k), *to_int8(v)), strict=True):
+            stretch.write(layer, rounded)
+
     def remember(self, layer: int, stretches: Sequence[Stretch], k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Round k, v [B*T, K, H] and write them behind the past of `layer`; return all that may be seen, as `dtype` [B, K, S, H]."""
-        seen = []
-        for (codes, scales), x in zip((stretches[:2], stretches[2:]), (k, v), strict=True):
-            for stretch, rounded in zip((codes, scales), to_int8(x), strict=True):
-                stretch.write(layer, rounded)
-            # 1 byte read, and 4 written and read again twice: what a kernel that scales in registers would spare
-            seen.append(codes.read(layer).to(self.dtype).mul_(scales.read(layer)))
-        return seen[0], seen[1]
+        """`keep` k and v; return all that may be seen, as `dtype` [B, K, S, H]."""
+        self.keep(layer, stretches, k, v)
+        keys, key_scales, values, value_scales = (stretch.read(layer) for stretch in stretches)
+        # 1 byte read, and 4 written and read again twice: what a kernel that scales in registers spares
+        return keys.to(self.dtype).mul_(key_scales), values.to(self.dtype).mul_(value_scales)
+
+    def decode(self, layer: int, q: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, window: int | None) -> torch.Tensor:
+        """As in a `ContiguousCache`, on the codes."""
+        keys, key_scales, values, value_scales = (tensor[layer] for tensor in self.tensors)
+        scales = key_scales.squeeze(-1), value_scales.squeeze(-1)                           # [B, K, capacity]
+        return kernel("decode_int8")(q, keys, scales[0], values, scales[1], table, lengths, window=window).flatten(1)

@@ -48,11 +48,16 @@ class Stretch:
 
 
 class Rectangle(NamedTuple):
-    """B neighbouring sequences that bring T tokens each: `rows` of the packed step."""
+    """B neighbouring sequences that bring T tokens each: `rows` of the packed step.
+
+    A kernel that decodes wants no mask, but which sequences they are, `table` [B, 1], and their `lengths` [B].
+    """
 
     rows: slice
     mask: torch.Tensor | None
     stretches: list[Stretch]
+    table: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
 
 class RectangularStep(Step):
@@ -60,15 +65,24 @@ class RectangularStep(Step):
 
     def __init__(self, cache, new: Mapping[int, Sequence[int]], window: int | None) -> None:
         super().__init__(cache, new)
-        self.rectangles = []
+        self.rectangles, self.window, fused = [], window, cache.backend == "triton"
+        slots = []                                              # to a kernel the cache is a pool of tiles, one for each sequence
         for run in runs(self):
+            stretches = [Stretch(tensor, run.first, run.past, run.new, window) for tensor in cache.tensors]
+            places = [*range(run.first, run.first + len(run.past))]
+            slots += [place * cache.capacity + past + i for place, past in zip(places, run.past, strict=True) for i in range(run.new)]
+            if fused and run.new == 1:
+                numbers = places, [past + 1 for past in run.past]
+                table, lengths = (torch.tensor(x, dtype=torch.int32, device=cache.device) for x in numbers)
+                self.rectangles.append(Rectangle(run.rows, None, stretches, table[:, None], lengths))
+                continue
             if len(set(run.past)) == 1:
                 past = run.past[0]
                 mask = causal_mask(run.new, visible_keys(run.new, past + run.new, window), window, cache.dtype, cache.device)
             else:
                 mask = ragged_mask(run.past, run.new, max(run.past) + run.new, window, cache.dtype, cache.device)
-            stretches = [Stretch(tensor, run.first, run.past, run.new, window) for tensor in cache.tensors]
             self.rectangles.append(Rectangle(run.rows, mask, stretches))
+        self.slots = torch.tensor(slots, device=cache.device) if fused and len(cache.tensors) == 2 else None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if len(self.rectangles) == 1:
@@ -76,5 +90,20 @@ class RectangularStep(Step):
         return torch.cat([self._attend(each, layer, q[each.rows], k[each.rows], v[each.rows]) for each in self.rectangles])
 
     def _attend(self, rectangle: Rectangle, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if rectangle.table is not None:
+            self.cache.keep(layer, rectangle.stretches, k, v)
+            return self.cache.decode(layer, q, rectangle.table, rectangle.lengths, self.window)
         keys, values = self.cache.remember(layer, rectangle.stretches, k, v)
         return attend(q, keys, values, rectangle.mask)
+
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        return None if self.slots is None else (self.slots, *(tensor[layer] for tensor in self.cache.tensors))
+
+    def look(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        out = []
+        for rows, mask, stretches, table, lengths in self.rectangles:
+            if table is not None:
+                out.append(self.cache.decode(layer, q[rows], table, lengths, self.window))
+            else:
+                out.append(attend(q[rows], *(stretch.read(layer) for stretch in stretches), mask))
+        return torch.cat(out) if len(out) > 1 else out[0]

@@ -89,6 +89,16 @@ class Step:
         """
         raise NotImplementedError
 
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Where a kernel may itself put the new keys and values: slots [M], and the layer's keys and values [tiles, K, C, H], of which
+        slot s lies in tile s // C at s % C. `look` then does the rest of `attend`. None where they are kept in another way.
+        """
+        return None
+
+    def look(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """`attend`, for new keys and values that lie in `pages` already."""
+        raise NotImplementedError
+
     def commit(self) -> None:
         """Count the new tokens. Once a step, after its last layer."""
         for sequence, count in zip(self.sequences, self.new, strict=True):

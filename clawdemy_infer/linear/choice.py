@@ -25,11 +25,13 @@ from clawdemy_infer.timing import rates
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ACTIVATIONS = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "fp32", "int4": "bf16"}
-"""What the activations are in, by format of the weights, on a CPU: what its kernels take. A GPU computes in fp16 where weights are."""
+"""What the activations are in, by format of the weights, on a CPU: what its kernels take."""
+ON_A_GPU = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "bf16", "int4": "bf16"}
+"""And on a GPU, which computes in 16 bits where weights are, or are less."""
 
 SHAPES = [(640, 640), (640, 2560), (1280, 640), (640, 16384)]
 """(inputs K, outputs N): square, wide, tall, and a head."""
-ROWS = [1, 4, 16, 64]
+ROWS = [1, 2, 4, 16, 64]
 EARNS = 0.85
 """Another layout of the weights than the one for M = 1 takes memory for a second copy: it must need less than this of the time."""
 WRONG = 0.03
@@ -39,7 +41,7 @@ UNTIL_THEN = {
     "int8": [(math.inf, "fbgemm_int8")], "int4": [(8, "weight_only_int4"), (math.inf, "bf16_copy")],
 }
 """(up to so many rows, kernel) where nothing was measured: what would be chosen on most."""
-KERNELS = 1
+KERNELS = 2
 """Raise it when the candidates change: older choices are then measured anew."""
 
 
@@ -54,11 +56,11 @@ def cpu_name() -> str:
 
 
 def computes_in(format: str, device: str) -> str:
-    """The name of the activations' dtype for weights in `format`. Raises ValueError where the device has no kernel for it."""
-    known = list(ACTIVATIONS) if device == "cpu" else list(FLOATS)
+    """The name of the activations' dtype for weights in `format`. Raises ValueError for an unknown one."""
+    known = ACTIVATIONS if device == "cpu" else ON_A_GPU
     if format not in known:
         raise ValueError(f"weights={format!r}: on a {device.upper()}, {', '.join(known)} are accepted")
-    return ACTIVATIONS[format] if device == "cpu" else format
+    return known[format]
 
 
 def packable(format: str, weight: torch.Tensor) -> torch.Tensor | Codes:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from clawdemy_infer.backends import kernel
 from clawdemy_infer.linear.codes import Codes
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
@@ -67,10 +68,15 @@ def fbgemm_int8(codes: Codes) -> Kernel:
     return product
 
 
+def in_bf16(run: Kernel) -> Kernel:
+    """A kernel for bf16, also for other activations. Even a conversion that has nothing to do costs a microsecond, so it is not asked."""
+    return lambda x: run(x) if x.dtype == torch.bfloat16 else run(x.bfloat16()).to(x.dtype)
+
+
 def weight_only_int8(codes: Codes) -> Kernel:
     """8-bit weights, bf16 activations."""
     weight, scales = codes.codes, codes.scales.bfloat16()
-    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), weight, scales).to(x.dtype)
+    return in_bf16(lambda x: torch._weight_int8pack_mm(x, weight, scales))
 
 
 def weight_only_int4(codes: Codes) -> Kernel:
@@ -81,15 +87,30 @@ def weight_only_int4(codes: Codes) -> Kernel:
     zeros = (8 - codes.zeros.float()) * codes.scales.float()
     both = torch.stack((codes.scales.float(), zeros), dim=-1).transpose(0, 1).contiguous().bfloat16()      # [K/group, N, 2]
     run = torch._weight_int4pack_mm_for_cpu
-    return lambda x: run(x.bfloat16(), packed, group, both).to(x.dtype)
+    return in_bf16(lambda x: run(x, packed, group, both))
 
 
 def bf16_copy(codes: Codes) -> Kernel:
     """A bf16 copy of the weights, for so many rows that reading them is not what costs."""
-    inner = onednn(codes.dequantized().bfloat16())
-    return lambda x: inner(x.bfloat16()).to(x.dtype)
+    return in_bf16(onednn(codes.dequantized().bfloat16()))
 
 
+def triton_int8(codes: Codes) -> Kernel:
+    """Our own, for a GPU: codes become numbers on their way from memory."""
+    scales, run = codes.scales.float(), kernel("linear_int8")
+    return lambda x: run(x, codes.codes, scales)
+
+
+def triton_int4(codes: Codes) -> Kernel:
+    """Our own, for a GPU: two codes a byte, scale and zero of each group in fp16."""
+    packed = kernel("linear_int4", "pack_int4")(codes.codes, codes.codes.shape[1] // codes.scales.shape[1])
+    scales, zeros = (x.half().T.contiguous() for x in (codes.scales, codes.zeros))           # [K/group, N]
+    run = kernel("linear_int4")
+    return lambda x: run(x, packed, scales, zeros)
+
+
+TRITON = {"int8": triton_int8, "int4": triton_int4}
+"""By format; floats are PyTorch's own there, whose library has had GPUs in mind for longer."""
 FALLBACK: dict[str, Callable[..., Kernel]] = {
     "fp32": plain, "fp16": half_to_float, "bf16": plain, "int8": dequantized, "int4": dequantized,
 }

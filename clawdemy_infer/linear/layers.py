@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clawdemy_infer.linear.choice import by_rows, computes_in, packable
+from clawdemy_infer.backends import choose
+from clawdemy_infer.linear.choice import FLOATS, by_rows, computes_in, packable
 from clawdemy_infer.linear.codes import Codes
-from clawdemy_infer.linear.kernels import CANDIDATES, FALLBACK, plain
+from clawdemy_infer.linear.kernels import CANDIDATES, FALLBACK, TRITON, plain
 
 SMALL = 2**17
 """A matrix of fewer numbers stays in the nearest caches, and is multiplied as it is."""
@@ -19,14 +20,19 @@ SMALL = 2**17
 class Product:
     """x [M, K] -> x Wᵀ [M, N] by the kernel that was chosen for this format, this shape and M. Layouts are packed when first needed."""
 
-    def __init__(self, format: str, source: torch.Tensor | Codes) -> None:
+    def __init__(self, format: str, source: torch.Tensor | Codes, backend: str | None = None) -> None:
         self.source = source
         matrix = source.codes if isinstance(source, Codes) else source
         N, K = matrix.shape
-        on_cpu = matrix.device.type == "cpu"
-        self.steps = by_rows(format, K, N) if on_cpu else [(math.inf, "plain")]
         self.fallback = FALLBACK[format]
-        self.makers = {make.__name__: make for make in [plain, FALLBACK[format], *CANDIDATES[format]]}
+        if format in TRITON and choose(matrix.device, backend) == "triton":
+            self.steps = [(math.inf, TRITON[format].__name__)]
+        elif matrix.device.type == "cpu":
+            self.steps = by_rows(format, K, N)
+        else:
+            self.steps = [(math.inf, "plain" if format in FLOATS else self.fallback.__name__)]
+        ours = [TRITON[format]] if format in TRITON else []
+        self.makers = {make.__name__: make for make in [plain, FALLBACK[format], *CANDIDATES[format], *ours]}
         self.kernels = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,10 +96,11 @@ class PackedLinear(nn.Module):
     """A linear layer of which only packed weights are kept, in `format`: fp32, fp16, bf16, int8 or int4.
 
     `source` is a float weight [N, K], which is rounded to nearest for integers, or the `Codes` of any method that finds better
-    ones. Raises ValueError for an unknown format, or for codes of another width.
+    ones. `backend` says whose kernels multiply integers (`backends`). Raises ValueError for an unknown format or backend, or for codes
+    of another width.
     """
 
-    def __init__(self, format: str, source: torch.Tensor | Codes, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, format: str, source: torch.Tensor | Codes, bias: torch.Tensor | None = None, backend: str | None = None) -> None:
         super().__init__()
         computes_in(format, (source.codes if isinstance(source, Codes) else source).device.type)       # refuses what it does not know
         if isinstance(source, Codes) and format != f"int{source.bits}":
@@ -101,7 +108,7 @@ class PackedLinear(nn.Module):
         self.format, self.bias = format, bias
         matrix = source.codes if isinstance(source, Codes) else source
         (self.out_features, self.in_features), self.device = matrix.shape, matrix.device
-        self.product = Product(format, source if isinstance(source, Codes) else packable(format, source.detach()))
+        self.product = Product(format, source if isinstance(source, Codes) else packable(format, source.detach()), backend)
         self.product.drop_source()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ the heads of Q and K. What one family has and another has not is a field of the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -94,6 +95,10 @@ class Decoder(nn.Module):
         self.config = config
         self.tokenizer = None
         self.packed: str | None = None
+        self.backend = "torch"                              # what its caches ask; `with_backend` changes it, and the parts below
+        self.compiled_step: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None      # for one row: see `compiled`
+        # Called with each step and what its last layer left, [M, D]: a draft that was trained on these vectors reads them here.
+        self.observer: Callable[[Step, torch.Tensor], None] | None = None
         # Uniform, not nn.Embedding's normal: on the meta device, where `load_model` builds, that one costs an import of 2 s.
         self.embed = nn.Embedding.from_pretrained(torch.empty(shape.V, shape.D).uniform_(-1, 1))
         self.layers = nn.ModuleList(Layer(shape, config.norm_eps) for _ in range(shape.L))
@@ -115,6 +120,11 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
+    @property
+    def compile_s(self) -> float:
+        """Seconds that were spent on compiling it; 0 where nothing was compiled."""
+        return self.compiled_step.compile_s if self.compiled_step else 0.0
+
     def forward(self, tokens: torch.Tensor, cache: KVCache | None = None, last_only: bool = False) -> torch.Tensor:
         """Logits [B, T, V] of tokens [B, T], which follow on whatever `cache` holds; [B, 1, V] of the last if `last_only`.
 
@@ -131,10 +141,10 @@ class Decoder(nn.Module):
         new = dict(zip(cache.lengths, tokens.tolist(), strict=True))
         return self._run(new, tokens.flatten(), cache, last_only).view(B, -1, shape.V)
 
-    def step(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache, last_only: bool = True) -> torch.Tensor:
+    def step(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache, last_only: bool | Sequence[int] = True) -> torch.Tensor:
         """One forward pass over `new`, the token ids that each of some sequences brings: as many as it likes, and each its own
         number. Returns the logits that follow each sequence, [B, V] in the order of `new`; of all M rows, [M, V], if not
-        `last_only`.
+        `last_only`; or of the last so many rows of each sequence, if that is a list.
 
         The cache counts the tokens only when the whole step is done, so an interrupted step can simply be run again. Logits
         come out of inference mode: `clone()` them to write into them. Raises ValueError, before any work, for an unknown
@@ -144,22 +154,31 @@ class Decoder(nn.Module):
         return self._run(new, torch.tensor(tokens, dtype=torch.int64, device=self.device), cache, last_only)
 
     @torch.inference_mode()
-    def _run(self, new: Mapping[Hashable, Sequence[int]], tokens: torch.Tensor, cache: KVCache, last_only: bool) -> torch.Tensor:
+    def _run(self, new: Mapping[Hashable, Sequence[int]], tokens: torch.Tensor, cache: KVCache,
+             last_only: bool | Sequence[int]) -> torch.Tensor:
         self._check(new, cache)
         step = cache.begin(new, self.config.shape.window)
-        self.frequencies = self.frequencies.to(self.device)
-        rope = rope_tables(self.frequencies, step.positions, self.dtype)
-
-        x = self.embed(tokens)                                                              # [M, D]
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, step, index)
-        if last_only and len(x) > len(step.new):
-            x = x[torch.tensor(step.new, device=self.device).cumsum(0) - 1]                 # [B, D]
-        x = self.norm(x)
-        logits = self.head(x) if self.head is not None else self.tied_head(x, self.embed.weight)
-
+        run = self.compiled_step if self.compiled_step and len(tokens) == 1 else self._layer_by_layer
+        x, logits = run(tokens, step, last_only)
+        if self.observer:
+            self.observer(step, x)
         step.commit()
         return logits
+
+    def _layer_by_layer(self, tokens: torch.Tensor, step: Step, last_only: bool | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last layer leaves, [M, D], and the logits that are wanted of it."""
+        self.frequencies = self.frequencies.to(self.device)
+        rope = rope_tables(self.frequencies, step.positions, self.dtype)
+        x = left = self.embed(tokens)                                                       # [M, D]
+        for index, layer in enumerate(self.layers):
+            x = left = layer(x, rope, step, index)
+        if last_only is True and len(x) > len(step.new):
+            x = x[torch.tensor(step.new, device=self.device).cumsum(0) - 1]                 # [B, D]
+        elif last_only and len(x) > len(step.new):
+            ends = accumulate(step.new)
+            x = x[[row for end, count in zip(ends, last_only, strict=True) for row in range(end - count, end)]]
+        x = self.norm(x)
+        return left, self.head(x) if self.head is not None else self.tied_head(x, self.embed.weight)
 
     def _check(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache) -> None:
         shape = self.config.shape

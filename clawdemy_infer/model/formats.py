@@ -25,15 +25,15 @@ def with_weights(model: Decoder, weights: str) -> Decoder:
     if model.packed:
         raise ValueError(f"model: its weights are packed in {model.packed}; a model with float weights is accepted")
     made = twin(model)
-    made.packed = weights
-    made.head = PackedLinear(weights, model.embed.weight if model.head is None else model.head.weight)
+    made.packed, made.compiled_step = weights, None
+    made.head = PackedLinear(weights, model.embed.weight if model.head is None else model.head.weight, backend=model.backend)
     made.embed, made.norm = in_dtype(model.embed, dtype), in_dtype(model.norm, dtype)
     made.layers = nn.ModuleList(twin(layer) for layer in model.layers)
     for layer in made.layers:
         for name, part in list(layer.named_children()):
             if name in MATRICES:
                 bias = None if part.bias is None else part.bias.to(dtype)
-                setattr(layer, name, PackedLinear(weights, part.weight, bias))
+                setattr(layer, name, PackedLinear(weights, part.weight, bias, model.backend))
             elif name.endswith("norm"):
                 setattr(layer, name, in_dtype(part, dtype))
             else:

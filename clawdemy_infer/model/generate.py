@@ -84,7 +84,7 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64, 
         fresh = ids                                                     # prefill: the whole prompt at once
         while len(tokens) < max_tokens:
             step = torch.tensor([fresh if cached else ids + tokens], device=model.device)
-            token = int(sample(model(step, cache, last_only=True)[:, -1], sampling, generator))
+            token = int(sample(model(step, cache, last_only=True)[:, -1], sampling, generator, model.backend))
             times.append(now())
             tokens.append(token)
             fresh = [token]                                             # decode: one token a step

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from clawdemy_infer.backends import choose
 from clawdemy_infer.linear import computes_in
+from clawdemy_infer.model.compiled import compiled, compiler
 from clawdemy_infer.model.converted import converted
 from clawdemy_infer.model.decoder import Decoder
 from clawdemy_infer.model.formats import with_weights
+from clawdemy_infer.model.on_triton import with_backend
 from clawdemy_infer.model.weights import read_directory
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -27,10 +30,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-               weights: str | None = None) -> Decoder:
+               weights: str | None = None, backend: str | None = None, compile: bool = False) -> Decoder:
     """A `Decoder` with its weights in `dtype` on `device`, and its `tokenizer`.
 
-    With `weights`, a format of `with_weights`, only the packed weights are kept, whatever the `dtype` says.
+    With `weights`, a format of `with_weights`, only the packed weights are kept, whatever the `dtype` says. `backend` says who
+    computes, "torch" or "triton"; by default `backends.choose` does. With `compile`, one sequence
+    is decoded by compiled code: see `compiled`.
 
     `model` is "smollm2-135m", the path of a .gguf file or of a Hugging Face directory, or a name "org/model" on the Hugging
     Face hub. A GGUF is converted once and kept in the user's cache; whatever is kept is checked before it is used.
@@ -39,9 +44,14 @@ def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.flo
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: accepted are {', '.join(str(dtype) for dtype in DTYPES)}")
+    if compile:
+        compiler()                                                          # there is one, or it says so before it reads
+        return compiled(load_model(model, dtype, device, backend="torch"), weights)
     if weights is not None:
         computes_in(weights, torch.device(device).type)                    # refuses before it reads
-        return with_weights(load_model(model, torch.float32, device), weights)
+        return with_weights(load_model(model, torch.float32, device, backend=backend), weights)
+    if choose(device, backend) == "triton":
+        return with_backend(load_model(model, dtype, device, backend="torch"), "triton")
     name, path = str(model), Path(model).expanduser()
     if name in PACKAGED:
         package, file, digest = PACKAGED[name]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from clawdemy_infer.backends import choose, kernel
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -53,6 +55,11 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return _filtered(logits, sampling).softmax(-1)
+
+
+def _filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits over the temperature, and -inf where a filter struck a token out."""
     # Shifted so that the largest is 0: a tiny temperature then cannot overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
@@ -67,11 +74,14 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.min_p is not None:
         # p / p_max >= min_p, and p / p_max = exp(logit - largest), whose largest is 0 by now.
         logits = logits.masked_fill(logits.exp() < sampling.min_p, -torch.inf)
-    return logits.softmax(-1)
+    return logits
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw one token for each row: logits [B, V] -> ids [B]."""
+def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None, backend: str | None = None) -> torch.Tensor:
+    """Draw one token for each row: logits [B, V] -> ids [B]. The same seed draws other tokens with another `backend` (`backends`)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    if choose(logits.device, backend) == "triton":
+        uniform = torch.rand(len(logits), generator=generator, device=logits.device)
+        return kernel("sample")(_filtered(logits.float(), sampling), uniform).long()
     return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)

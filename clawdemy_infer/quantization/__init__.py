@@ -4,13 +4,13 @@ In reading order: `format` is the interface, `integers` and `floats` (on `minifl
 by name; `quantized` is a matrix of codes, `packing` puts them into bytes; `linears` finds a model's matrices and rounds them to nearest.
 Both sides in 8 bits: `int8_activations`, `llm_int8`, `smoothquant`. `text` and `evaluate` judge, `report` puts bytes, quality and
 speed side by side, `fast` runs the codes. Better codes: `gptq`, and better scales: `awq`. `checkpoint` (on `layouts` and `hf_config`)
-writes and reads the files of serving engines.
+writes and reads the files of serving engines. `grid` is all of this in one large table, `clock` its times, `kept` the table on disk.
 """
 
 from clawdemy_infer.quantization.awq import awq
-from clawdemy_infer.quantization.checkpoint import load_quantized, save_quantized
+from clawdemy_infer.quantization.checkpoint import is_quantized, load_quantized, save_quantized
 from clawdemy_infer.quantization.evaluate import Quality, Reference, kl_by_layer, output_errors
-from clawdemy_infer.quantization.fast import on_kernels
+from clawdemy_infer.quantization.fast import on_kernels, running
 from clawdemy_infer.quantization.format import TENSOR, Format, Scales
 from clawdemy_infer.quantization.formats import format_named
 from clawdemy_infer.quantization.gptq import gptq
@@ -25,7 +25,7 @@ from clawdemy_infer.quantization.text import calibration_tokens, evaluation_toke
 
 __all__ = [
     "TENSOR", "Format", "IntFormat", "Quality", "Quantized", "QuantizedModel", "Reference", "Row", "Scales", "awq",
-    "calibration_tokens", "compare", "draw", "evaluation_tokens", "format_named", "gptq", "int8_activations", "kl_by_layer", "linears",
-    "llm_int8", "load_quantized", "observe", "on_kernels", "output_errors", "own_samples", "round_to_nearest", "save_quantized",
-    "smoothed", "smoothquant", "table", "with_matrices", "with_modules",
+    "calibration_tokens", "compare", "draw", "evaluation_tokens", "format_named", "gptq", "int8_activations", "is_quantized",
+    "kl_by_layer", "linears", "llm_int8", "load_quantized", "observe", "on_kernels", "output_errors", "own_samples", "round_to_nearest",
+    "running", "save_quantized", "smoothed", "smoothquant", "table", "with_matrices", "with_modules",
 ]

@@ -36,9 +36,13 @@ RATIOS = tuple(i / 10 for i in range(11))
 CLIPS = tuple(1 - 0.05 * i for i in range(1, 11))
 """Parts of a group's range to which its weights are clipped, beside all of it."""
 
+JUDGES = 512
+"""Tokens whose output judges an exponent where each token goes through a block alone. Attention takes all: they look at one another."""
+
 SINK = 4
 """A token whose vector is so many times longer than the median one is a sink: attention rests on it and reads nothing from it. Its
-few huge channels would otherwise be all that the statistics see (Sun et al. 2024, Massive activations)."""
+few huge channels would otherwise be all that the statistics see (Sun et al. 2024, Massive activations). But they must come out right,
+or no token has anywhere to rest: so sinks are judged by themselves, and count as much as all other tokens together."""
 
 
 def awq(model: Decoder, tokens: torch.Tensor, format: Format, *, clip: bool = True, progress: bool = False) -> QuantizedModel:
@@ -56,21 +60,22 @@ def awq(model: Decoder, tokens: torch.Tensor, format: Format, *, clip: bool = Tr
         x, rope, step, i = arguments
         if not torch.isfinite(y).all():
             raise ValueError(f"tokens: the output of layer {i} that they lead to is not finite, and AWQ needs its size")
-        layer, ordinary = copy.layers[i], _ordinary(x) & _ordinary(y)   # [M]
+        layer, sink = copy.layers[i], ~(_ordinary(x) & _ordinary(y))    # [M]
+        some = torch.cat(((~sink).nonzero()[::-(-len(sink) // JUDGES)], sink.nonzero())).squeeze(1)
         for name, h in seen.items():
             # Q, K and V are judged by what attention makes of them, gate and up by the MLP; out and down end their blocks.
-            linear = getattr(layer, name)
-            block = {"qkv": lambda h=h: layer.attention(h, rope, step, i), "gate_up": lambda h=h: layer.mlp(h)}.get(
-                name, lambda h=h, linear=linear: linear(h))
-            size = shared(layer, name, h[ordinary].float().abs().mean(dim=0))
-            scales[name] = best_scales(linear, size, format, block, ordinary)
+            linear, few = getattr(layer, name), h[some]
+            block = {"qkv": lambda h=h: layer.attention(h, rope, step, i), "gate_up": lambda few=few: layer.mlp(few)}.get(
+                name, lambda few=few, linear=linear: linear(few))
+            size = shared(layer, name, h[~sink].float().abs().mean(dim=0))
+            scales[name] = best_scales(linear, size, format, block, sink if name == "qkv" else sink[some])
             fold(layer, name, scales[name])
         for name, h in seen.items():
             weight = getattr(layer, name).weight
             if clip:
                 # Not Q and K: their errors meet in a product before the softmax, and a row's own error says little there.
                 rows = slice((layer.N + layer.K) * layer.H if name == "qkv" else 0, None)
-                weight[rows] = clipped(weight[rows], h[ordinary] / scales[name], format)
+                weight[rows] = clipped(weight[rows], h / scales[name], format, sink)
             tensors[f"layers.{i}.{name}"] = Quantized.of(format, weight)
         bar.update()
 
@@ -87,21 +92,30 @@ def awq(model: Decoder, tokens: torch.Tensor, format: Format, *, clip: bool = Tr
 
 
 def best_scales(linear: nn.Linear, size: torch.Tensor, format: Format, block: Callable[[], torch.Tensor],
-                ordinary: torch.Tensor) -> torch.Tensor:
+                sink: torch.Tensor) -> torch.Tensor:
     """s [K]: size^a for the a of `RATIOS` that changes the output of `block()`, [M, D], least when `linear` is rounded to `format`
-    under it; over the `ordinary` [M] rows. `size` [K] is how large the inputs are.
+    under it. `size` [K] is how large the inputs are, `sink` [M] which rows are sinks (see `shares`).
     """
-    weight, exact = linear.weight.clone(), block()[ordinary]
+    weight, exact = linear.weight.clone(), block()
+    counts = shares(exact, sink)
     best, least = torch.ones_like(size), None
     for ratio in RATIOS:
         s = size.clamp(min=1e-4) ** ratio
         s = s / (s.max() * s.min()).sqrt()                              # around 1: only the ratios between channels matter
         linear.weight.copy_(Quantized.of(format, weight * s).dequantize() / s)
-        error = F.mse_loss(block()[ordinary], exact).item()
+        error = float(((block() - exact).square() * counts).sum())
         if least is None or error < least:
             best, least = s, error
     linear.weight.copy_(weight)
     return best
+
+
+def shares(y: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """[M, 1]: what the squared error of each row of y [M, D] counts, so that sinks and others are each judged by their own size."""
+    counts = torch.zeros(len(y), 1, device=y.device)
+    for rows in (sink, ~sink):
+        counts[rows] = 1 / y[rows].float().square().sum().clamp(min=1e-20)
+    return counts
 
 
 def fold(layer: nn.Module, name: str, s: torch.Tensor) -> None:
@@ -128,14 +142,16 @@ def shared(layer: nn.Module, name: str, size: torch.Tensor) -> torch.Tensor:
     return heads.mean(dim=1, keepdim=True).expand_as(heads).reshape(-1)
 
 
-def clipped(weight: torch.Tensor, x: torch.Tensor, format: Format) -> torch.Tensor:
-    """weight [N, K] with each group clipped to the part of its range (`CLIPS`) that changes its share of the output least, on x [M, K].
+def clipped(weight: torch.Tensor, x: torch.Tensor, format: Format, sink: torch.Tensor) -> torch.Tensor:
+    """weight [N, K] with each group clipped to the part of its range (`CLIPS`) that changes its share of the output least, on x [M, K],
+    of which the rows `sink` [M] are sinks.
 
     A group's share is x_g · w_g, and its squared error over all tokens (w - q) H (w - q)ᵀ with H = X_gᵀ X_g, [g, g].
     """
     w = format.grouped(weight.float())                                  # [N, G, g]
-    x = x.float().unflatten(-1, w.shape[1:]).transpose(0, 1)            # [G, M, g]
-    H = x.transpose(1, 2) @ x / x.shape[1]                              # [G, g, g]
+    x = x.float() * shares(F.linear(x, weight), sink).sqrt()
+    x = x.unflatten(-1, w.shape[1:]).transpose(0, 1)                    # [G, M, g]
+    H = x.transpose(1, 2) @ x                                           # [G, g, g]
     low, high = w.amin(dim=-1, keepdim=True), w.amax(dim=-1, keepdim=True)
     best, least = w, None
     for part in (1.0, *CLIPS):

@@ -4,7 +4,8 @@
     model.safetensors    for each matrix its codes and scales (see `layouts`), everything else in fp16
     tokenizer.json       and its settings
 
-Q, K and V are stored apart, as are gate and up: the rows of a quantized matrix do not know of each other.
+Q, K and V are stored apart, as are gate and up: the rows of a quantized matrix do not know of each other. What neither of their two
+layouts can hold, nf4 or mxfp4, is stored as `Quantized.packed` says, the layout "packed", for us alone to read.
 """
 
 from __future__ import annotations
@@ -20,18 +21,23 @@ from safetensors.torch import load_file, save_file
 
 from clawdemy_infer.model import Decoder, ModelConfig, Tokenizer
 from clawdemy_infer.model.weights import destinations, weight_files
-from clawdemy_infer.quantization.format import Format
+from clawdemy_infer.quantization.format import TENSOR, Format
+from clawdemy_infer.quantization.formats import format_named
 from clawdemy_infer.quantization.hf_config import to_hf
 from clawdemy_infer.quantization.integers import IntFormat
-from clawdemy_infer.quantization.layouts import accepts, from_awq, from_gptq, gptq_version, to_awq, to_gptq
+from clawdemy_infer.quantization.layouts import accepts, from_awq, from_gptq, gptq_version, holds, to_awq, to_gptq
 from clawdemy_infer.quantization.linears import QuantizedModel, linears, with_matrices
 from clawdemy_infer.quantization.quantized import Quantized
 
-LAYOUTS = ("gptq", "awq")
+LAYOUTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales"),
+           "packed": ("codes", "scale", "zero", "outer", "group_of")}
+"""What each stores of a matrix: codes first."""
+OPTIONAL = ("g_idx", "zero", "outer", "group_of")
 
 
 def save_quantized(model: QuantizedModel, directory: str | Path, layout: str | None = None) -> Path:
-    """Write `model` to a new directory, and return it. `layout` is "gptq" or "awq" (unless given: "awq" for AWQ in 4 bits, else "gptq").
+    """Write `model` to a new directory, and return it. `layout` is "gptq", "awq" or "packed"; unless given, "awq" for AWQ in 4 bits, and
+    "packed" for what "gptq" cannot hold.
 
     All of the directory is there, or nothing. Raises ValueError for a directory that exists, and for a format that the layout
     cannot hold.
@@ -42,8 +48,9 @@ def save_quantized(model: QuantizedModel, directory: str | Path, layout: str | N
     version = gptq_version(list(parts.values()))
     stored = {name: tensor.half().contiguous() for name, tensor in destinations(model.decoder).items()
               if name.removesuffix(".weight") not in parts}
+    write = {"gptq": lambda tensor: to_gptq(tensor, version), "awq": to_awq, "packed": Quantized.packed}[layout]
     for name, tensor in parts.items():
-        stored |= {f"{name}.{key}": value for key, value in (to_awq(tensor) if layout == "awq" else to_gptq(tensor, version)).items()}
+        stored |= {f"{name}.{key}": value.clone() for key, value in write(tensor).items()}      # nvfp4's Q, K and V share a number
     settings = _settings(model, layout, version)
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +72,9 @@ def save_quantized(model: QuantizedModel, directory: str | Path, layout: str | N
 
 
 def layout_for(method: str, format: Format) -> str:
-    """The layout in which others expect what `method` found."""
+    """The layout in which others expect what `method` found, or "packed" where they know none."""
+    if not holds("gptq", format):
+        return "packed"
     return "awq" if method == "AWQ" and format.bits == 4 else "gptq"
 
 
@@ -83,8 +92,14 @@ def can_save(model: Decoder, format: Format, directory: str | Path, layout: str)
     return Path(directory)
 
 
+def is_quantized(directory: str | Path) -> bool:
+    """Does a config.json there say that its weights are quantized?"""
+    config = Path(directory) / "config.json"
+    return config.is_file() and '"quantization_config"' in config.read_text("utf-8")
+
+
 def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) -> QuantizedModel:
-    """The model in a directory of the GPTQ or AWQ layout, ours or another program's; `.decoder` computes in `dtype`.
+    """The model in a directory of the GPTQ or AWQ layout, ours or another program's, or of our own; `.decoder` computes in `dtype`.
 
     Raises ValueError for a directory that holds something else, naming what.
     """
@@ -104,16 +119,20 @@ def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) ->
             found |= load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged, or not in safetensors format ({error})") from error
-    stems = {name.removesuffix(".qweight") for name in found if name.endswith(".qweight")}
-    parts = {}
-    for stem in stems:
-        stored = {key: found.pop(f"{stem}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{key}" in found}
-        parts[stem] = from_awq(stored, format) if layout == "awq" else from_gptq(stored, format, version)
-
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder = decoder.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
-    wanted = {name: place for name, place in destinations(decoder).items() if name.removesuffix(".weight") not in stems}
+    wanted = destinations(decoder)
+    keys, parts = LAYOUTS[layout], {}
+    read = {"gptq": lambda stored, shape: from_gptq(stored, format, version), "awq": lambda stored, shape: from_awq(stored, format),
+            "packed": lambda stored, shape: Quantized.unpacked(format, shape, stored)}[layout]
+    for stem in [name.removesuffix(f".{keys[0]}") for name in found if name.endswith(f".{keys[0]}")]:
+        stored = {key: found.pop(f"{stem}.{key}") for key in keys if f"{stem}.{key}" in found}
+        if absent := [key for key in keys if key not in stored and key not in OPTIONAL]:
+            raise ValueError(f"{directory}: {stem}.{absent[0]}: missing")
+        if f"{stem}.weight" not in wanted:
+            raise ValueError(f"{directory}: {stem}: without a place in this model")
+        parts[stem] = read(stored, wanted.pop(f"{stem}.weight").shape)
     found = {name: tensor for name, tensor in found.items() if not (name == "lm_head.weight" and config.shape.tied)}
     if wanted.keys() != found.keys():
         raise ValueError(f"{directory}: {', '.join(sorted(wanted.keys() ^ found.keys())[:5])}: missing, or without a place in this model")
@@ -160,9 +179,11 @@ def _together(parts: dict[str, Quantized], config: ModelConfig) -> dict[str, Qua
             first = rows[0]
             if any(not _same(first.group_of, row.group_of) for row in rows):
                 raise ValueError(f"model.layers.{index}: {', '.join(names)} read one input, but their g_idx differ")
-            tensors[f"layers.{index}.{kind}"] = replace(
-                first, codes=torch.cat([row.codes for row in rows]), scale=torch.cat([row.scale for row in rows]),
-                zero=None if first.zero is None else torch.cat([row.zero for row in rows]))
+            tensors[f"layers.{index}.{kind}"] = first = replace(first, codes=torch.cat([row.codes for row in rows]))
+            if first.format.group != TENSOR:                            # else all have the same one
+                tensors[f"layers.{index}.{kind}"] = replace(
+                    first, scale=torch.cat([row.scale for row in rows]),
+                    zero=None if first.zero is None else torch.cat([row.zero for row in rows]))
     return tensors
 
 
@@ -175,6 +196,8 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def _settings(model: QuantizedModel, layout: str, version: int) -> dict:
     format = model.format
+    if layout == "packed":
+        return {"quant_method": layout, "format": format.name, "method": model.method}
     group = -1 if format.group is None else format.group
     common = {"quant_method": layout, "bits": format.bits, "group_size": group, "method": model.method}
     if layout == "awq":
@@ -184,10 +207,12 @@ def _settings(model: QuantizedModel, layout: str, version: int) -> dict:
                      "checkpoint_format": "gptq" if version == 1 else "gptq_v2", "lm_head": False}
 
 
-def _format_of(said: dict) -> tuple[IntFormat, str, int]:
+def _format_of(said: dict) -> tuple[Format, str, int]:
     layout, versions = said.get("quant_method"), {"gptq": 1, "gptq_v2": 2}
     if layout not in LAYOUTS:
         raise ValueError(f"quantization_config: quant_method={layout!r}: accepted are {', '.join(LAYOUTS)}")
+    if layout == "packed":
+        return format_named(str(said.get("format"))), layout, 1
     if layout == "awq" and str(said.get("version", "gemm")).lower() != "gemm":
         raise ValueError(f"quantization_config: version={said['version']!r}: 'gemm' is accepted")
     if said.get("checkpoint_format", "gptq") not in versions:

@@ -9,6 +9,7 @@ comes next, and it may even fall by luck.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,7 @@ BLOCK = 64
 @dataclass(frozen=True, eq=False)
 class Quality:
     """Against the reference, on the same text. `kl` is in nats per token, with its standard error; `top1` the share of positions
-    where both put the same token first. `kls` [B, T] keeps the KL of each position."""
+    where both put the same token first. `kls` [B, T] keeps the KL of each position, or [B, 1] of each sequence."""
 
     kl: float
     kl_se: float
@@ -68,8 +69,9 @@ class Reference:
         return F.linear(self.vectors[index], head).float()
 
     @torch.inference_mode()
-    def judge(self, model: Decoder) -> Quality:
-        """`model` on the same tokens. Raises ValueError where its logits are not finite."""
+    def judge(self, model: Callable[[torch.Tensor], torch.Tensor]) -> Quality:
+        """`model`, a decoder or whatever makes logits [1, T, V] of tokens [1, T], on the same tokens. Raises ValueError where its
+        logits are not finite."""
         kls, losses, agreed = [], [], []
         for index, row in enumerate(self.tokens):
             logits, expected = model(row[None])[0].float(), self.logits(index)              # [T, V]

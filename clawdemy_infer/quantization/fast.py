@@ -16,15 +16,27 @@ def on_kernels(quantized: QuantizedModel) -> Decoder:
     another format. The kernels round what they like: int4's keeps scales in bf16, int8's puts the activations into 8 bits too. So the
     logits differ a little from those of `quantized.decoder`, and a judgement of what runs is a judgement of this decoder.
     """
-    fits = isinstance(quantized.format, IntFormat) and (
-        (quantized.format.bits, quantized.format.group, quantized.format.zero) == (8, None, "none")
-        or (quantized.format.bits == 4 and quantized.format.group in (32, 64, 128, 256)))
-    if not fits or any(each.group_of is not None for each in quantized.tensors.values()):
+    if not has_kernel(quantized):
         raise ValueError(f"format={quantized.format.name}: no kernel runs it here; int8, int4-g32, -g64, -g128 (and -asym, -float) are "
                          "accepted, with groups of neighbouring columns")
     modules = {name: PackedLinear(f"int{quantized.format.bits}", codes(tensor), quantized.decoder.get_submodule(name).bias)
                for name, tensor in quantized.tensors.items()}
-    return with_modules(quantized.decoder, modules)
+    decoder = with_modules(quantized.decoder, modules)
+    decoder.packed = quantized.format.name
+    return decoder
+
+
+def has_kernel(quantized: QuantizedModel) -> bool:
+    """Is there a kernel that reads these codes?"""
+    format = quantized.format
+    fits = isinstance(format, IntFormat) and ((format.bits, format.group, format.zero) == (8, None, "none")
+                                              or (format.bits == 4 and format.group in (32, 64, 128, 256)))
+    return fits and all(each.group_of is None for each in quantized.tensors.values())
+
+
+def running(quantized: QuantizedModel) -> Decoder:
+    """A decoder to use: on the kernels where there are some, else one that has the codes' numbers in floating point."""
+    return on_kernels(quantized) if has_kernel(quantized) else quantized.decoder
 
 
 def codes(tensor: Quantized) -> Codes:

@@ -42,7 +42,7 @@ class NormalFloat:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         levels = self.levels.to(x.device)
-        return torch.bucketize(x.float().contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        return torch.bucketize(x.float().contiguous(), (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         return self.levels.to(codes.device)[codes.int()]

@@ -26,12 +26,22 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 """Which of eight outputs lies in each four bits of a word, from the lowest: a GPU takes them apart in pairs."""
 
 
+BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+
+
+def holds(layout: str, format: Format) -> bool:
+    """Can `layout`, "gptq" or "awq", say what `format` means?"""
+    return isinstance(format, IntFormat) and format.bits in BITS[layout] and format.group != TENSOR and format.zero != "float"
+
+
 def accepts(layout: str, format: Format, N: int, K: int) -> None:
-    """ValueError where `layout` ("gptq" or "awq") cannot hold a matrix [N, K] of `format` without loss, naming which of them."""
-    bits = (4,) if layout == "awq" else (2, 3, 4, 8)
-    if not isinstance(format, IntFormat) or format.bits not in bits or format.group == TENSOR or format.zero == "float":
-        raise ValueError(f"format={format.name}: the {layout} layout holds integers of {', '.join(map(str, bits))} bits, symmetric or with "
-                         "a whole zero point, with a scale for each row or group")
+    """ValueError where `layout` ("gptq", "awq" or "packed") cannot hold a matrix [N, K] of `format` without loss, naming which of them."""
+    if layout == "packed":
+        format.width(K)
+        return
+    if not holds(layout, format):
+        raise ValueError(f"format={format.name}: the {layout} layout holds integers of {', '.join(map(str, BITS[layout]))} bits, symmetric "
+                         "or with a whole zero point, with a scale for each row or group; the layout packed holds any format")
     whole = 32 // format.bits if 32 % format.bits == 0 else 32          # so many codes end where a word ends
     for size, what in ((N, "outputs"), (K, "inputs")):
         if size % whole:

@@ -63,10 +63,10 @@ class Minifloat:
         """
         x, finite = x.float().contiguous(), self._finite.to(x.device)
         between = (finite[1:] + finite[:-1]) / 2                                            # exact: one bit more than a mantissa has
-        code = torch.bucketize(x.abs(), between)                                            # on a border: the lower code
-        tie = x.abs() == between[code.clamp(max=len(between) - 1)]
-        code += tie & (code % 2 == 1)
-        return (code + (x.signbit() << (self.bits - 1))).to(torch.uint8)
+        # On a border a number gets the lower code; where that is odd, the border is moved below it by the least there is.
+        between[1::2] = torch.nextafter(between[1::2], torch.zeros_like(between[1::2]))
+        code = torch.bucketize(x.abs(), between, out_int32=True).to(torch.uint8)
+        return code + (x.signbit() * 2 ** (self.bits - 1)).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """fp32 of codes (uint8)."""

@@ -20,7 +20,7 @@ class Row:
 
     `bits` is the effective number for each weight of the layers' matrices. `stored` is the bytes of the whole model; `streamed` those
     that a decode step reads, without an embedding table that is only looked up. `predicted` and `measured` are seconds for each step of
-    a decode, by batch; empty where nothing was timed.
+    a decode, by batch; empty where nothing was timed, and where nothing can be, `untimed` says why.
     """
 
     method: str
@@ -31,6 +31,7 @@ class Row:
     quality: Quality
     predicted: Mapping[int, float] = field(default_factory=dict)
     measured: Mapping[int, float] = field(default_factory=dict)
+    untimed: str = ""
 
 
 def row_of(reference: Reference, quantized: QuantizedModel) -> Row:
@@ -75,6 +76,16 @@ def table(rows: Iterable[Row]) -> Table:
              f"{row.quality.perplexity:.2f}", f"{row.quality.top1:.1%}",
              *(si(getattr(row, name).get(batch), "s") for _, name, batch in timed)] for row in rows]
     return Table(header, body, numeric=header[2:])
+
+
+def untimed(rows: Iterable[Row]) -> list[str]:
+    """Why rows have no time, a sentence for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.untimed:
+            names = reasons.setdefault(row.untimed, [])
+            names += [name for name in (f"{row.method} {row.format}",) if name not in names]
+    return [f"Not timed: {', '.join(names)}: {why}." for why, names in reasons.items()]
 
 
 def draw(axes, rows: Iterable[Row], colours: list[str]) -> None:

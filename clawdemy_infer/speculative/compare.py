@@ -1,17 +1,22 @@
-"""Speculative beside plain decoding on the clock, and what its rounds should have gained by costs that were measured apart from it."""
+"""Speculative beside plain decoding on the clock, and what its rounds should have gained by costs that were known apart from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import Decoder, Sampling, generate
+from clawdemy_infer.roofline import Machine
 from clawdemy_infer.speculative import theory
-from clawdemy_infer.speculative.drafts import Draft, ModelDraft, PromptLookup
+from clawdemy_infer.speculative.drafts import DTYPES, Draft, PromptLookup
 from clawdemy_infer.speculative.rounds import Round, speculate_batch
-from clawdemy_infer.timing import alternate
+from clawdemy_infer.speculative.verification import verify_rows
+from clawdemy_infer.timing import alternate, count_ops
+
+Parts = dict[str | int, Callable[[], object]]
+"""What a round is made of: the target reading so many rows, and by name a step of each draft."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Costs:
         return self.drafting.get(draft, 0.0) / self.reading[1]
 
     def v(self, rows: int) -> float:
-        """A forward pass over so many rows, in steps of the target; between the measured numbers, on a straight line."""
+        """A forward pass over so many rows, in steps of the target; between the known numbers, on a straight line."""
         known = sorted(self.reading)
         above = next((each for each in known if each >= rows), known[-1])
         below = max((each for each in known if each <= rows), default=known[0])
@@ -34,27 +39,69 @@ class Costs:
         return ((1 - share) * self.reading[below] + share * self.reading[above]) / self.reading[1]
 
 
-def measure_costs(model: Decoder, drafts: Mapping[str, Draft], context: int, rows: Sequence[int] = (1, 2, 4, 8), batch: int = 1,
-                  repeats: int = 7) -> Costs:
-    """Time the parts of a round, in turn, behind `context` tokens: none of them is a round."""
-    models = {name: draft.model for name, draft in drafts.items() if isinstance(draft, ModelDraft)}
-    work = {}
+def parts(model: Decoder, drafts: Mapping[str, Draft], context: int, rows: Sequence[int] = (1, 2, 5, 9), batch: int = 1,
+          sampling: Sampling | None = None) -> Parts:
+    """The parts of a round behind `context` tokens, with the choosing that belongs to each; none of them is a round."""
+    sampling = sampling or Sampling()
+    generator = Sampling(seed=0).generator(model.device)
+    made: Parts = {}
 
-    def step(decoder: Decoder, new: int):
-        cache = ContiguousCache.for_model(decoder, batch, context + new)
-        decoder.step({sequence: [1] * context for sequence in range(batch)}, cache)
+    def reading(new: int) -> Callable[[], object]:
+        cache = ContiguousCache.for_model(model, batch, context + new)
+        model.step({sequence: [1] * context for sequence in range(batch)}, cache)
 
         def run() -> None:
             cache.truncate(context)
-            decoder.step({sequence: [1] * new for sequence in range(batch)}, cache, last_only=False)
+            logits = model.step({sequence: [1] * new for sequence in range(batch)}, cache, last_only=False)
+            verify_rows(logits, [[1] * (new - 1)] * batch, None, sampling, generator)
+        return run
+
+    def drafting(draft: Draft) -> Callable[[], object]:
+        cache = ContiguousCache.for_model(model, batch, context + 16)
+        texts = {sequence: [1] * (context + 1) for sequence in range(batch)}
+
+        def run() -> None:
+            draft.propose(texts, dict.fromkeys(texts, 1), sampling, generator)
+
+        def begin() -> None:
+            draft.begin(model, cache, texts)
+            model.step({sequence: text[:-1] for sequence, text in texts.items()}, cache)
+            run()                               # the first reads what it may not have read yet
+        begin()
         return run
 
     for new in sorted({1, *rows}):
-        work[new] = step(model, new)
-    for name, decoder in models.items():
-        work[name] = step(decoder, 1)
-    seconds = {name: timing.median for name, timing in alternate(work, repeats).items()}
-    return Costs({new: seconds[new] for new in work if isinstance(new, int)}, {name: seconds[name] for name in models})
+        made[new] = reading(new)
+    for name, draft in drafts.items():
+        if not isinstance(draft, PromptLookup):
+            made[name] = drafting(draft)
+    return made
+
+
+def _costs(seconds: Mapping[str | int, float]) -> Costs:
+    return Costs({key: value for key, value in seconds.items() if isinstance(key, int)},
+                 {key: value for key, value in seconds.items() if isinstance(key, str)})
+
+
+def measure_costs(model: Decoder, drafts: Mapping[str, Draft], context: int, rows: Sequence[int] = (1, 2, 5, 9), batch: int = 1,
+                  repeats: int = 7, sampling: Sampling | None = None) -> Costs:
+    """Time the parts of a round, in turn."""
+    made = parts(model, drafts, context, rows, batch, sampling)
+    return _costs({name: timing.median for name, timing in alternate(made, repeats).items()})
+
+
+def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft], context: int, rows: Sequence[int] = (1, 2, 5, 9),
+                  batch: int = 1, sampling: Sampling | None = None) -> Costs:
+    """The same by the roofline: the work of each part, and the operations that it dispatches, which are counted and not timed."""
+    seconds: dict[str | int, float] = {}
+    shape, kept = model.config.shape, DTYPES[model.dtype]
+    for name, run in parts(model, drafts, context, rows, batch, sampling).items():
+        if isinstance(name, int):
+            work = theory.verification_work(shape, batch, name, context + name, model.weights, kept, kept)
+        else:
+            work = drafts[name].step_work(batch, context + 1)
+        seconds[name] = machine.time(work, count_ops(run)).seconds
+    return _costs(seconds)
 
 
 @dataclass(frozen=True)
@@ -72,11 +119,18 @@ class Row:
     predicted: float
     measured: float
     identical: bool | None
+    plain_s: float
+    """Seconds per token of plain decoding, and the tokens that came out last of the first copy."""
+    tokens: list[int]
 
     @property
     def alpha(self) -> float:
         """Share of the drafted tokens that stood, of those that were looked at."""
         return theory.mean_acceptance(self.rounds)
+
+    @property
+    def drafted_per_round(self) -> float:
+        return sum(len(each.drafted) for each in self.rounds) / len(self.rounds)
 
     @property
     def tokens_per_round(self) -> float:
@@ -110,5 +164,6 @@ def compare(model: Decoder, drafts: Mapping[str, Draft], prompts: Mapping[str, s
             measured = median(plain / fast for plain, fast in zip(seconds[""], seconds[name], strict=True))
             predicted = theory.speedup_of(rounds[name], costs.c(name), costs.v)
             identical = tokens[name] == tokens[""] if sampling.temperature == 0 else None
-            rows.append(Row(name, kind, gamma, rounds[name], costs.c(name), costs.v(gamma + 1), predicted, measured, identical))
+            rows.append(Row(name, kind, gamma, rounds[name], costs.c(name), costs.v(gamma + 1), predicted, measured, identical,
+                            median(seconds[""]), tokens[name][0]))
     return rows

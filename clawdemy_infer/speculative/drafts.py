@@ -3,6 +3,7 @@
     PromptLookup    what followed the last time these words came: costs nothing, and knows nothing new
     ModelDraft      another model: a smaller one, or the target itself in fewer bits
     EarlyExit       the target's own first layers, on the target's own KV cache
+    TrainedDraft    one layer that goes on from the target's last vectors: in `trained`
 
 A draft returns its tokens together with q, the distribution that it drew them from, out of one function. Verification divides
 by q, so a q that is almost what was sampled from makes an output that is almost right, and no test of the text will tell.
@@ -15,9 +16,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from clawdemy_infer.kv_cache import ContiguousCache, KVCache
+from clawdemy_infer.arithmetic import Work
+from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.model import Decoder, Sampling, probabilities, with_weights
 from clawdemy_infer.model.pruning import without_layers
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Texts = Mapping[Hashable, Sequence[int]]
 """Token ids by sequence: the prompt and what was generated."""
@@ -36,6 +40,12 @@ class Draft(Protocol):
 
     def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
         """A new generation of `target` with these prompts, whose keys and values are kept in `cache`, still empty."""
+
+    def join(self, sequence: Hashable) -> None:
+        """One more sequence, that was not among the prompts: an engine begins with none."""
+
+    def leave(self, sequence: Hashable) -> None:
+        """It has ended, or gives way; then it may join again."""
 
     def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
         """At most counts[sequence] tokens to follow each text, drawn as `sampling` says.
@@ -59,6 +69,12 @@ class PromptLookup:
     def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
         self.ends: dict[Hashable, dict[tuple[int, ...], int]] = {sequence: {} for sequence in prompts}      # where each n-gram ended last
         self.known = dict.fromkeys(prompts, 0)
+
+    def join(self, sequence: Hashable) -> None:
+        self.ends[sequence], self.known[sequence] = {}, 0
+
+    def leave(self, sequence: Hashable) -> None:
+        del self.ends[sequence], self.known[sequence]
 
     def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
         return Proposal([self._copy(sequence, text, counts[sequence]) for sequence, text in texts.items()])
@@ -95,22 +111,39 @@ class ModelDraft:
         if mine.tokenizer and theirs.tokenizer and mine.tokenizer is not theirs.tokenizer:
             if mine.tokenizer.backend.get_vocab() != theirs.tokenizer.backend.get_vocab():
                 raise ValueError("draft: its tokens are not those of the target, though it has as many")
-        limit = mine.config.shape.max_context
-        if limit and cache.capacity > limit:
-            raise ValueError(f"draft: its context is {limit} tokens, and {cache.capacity} may be needed")
-        self.cache = ContiguousCache.for_model(mine, len(prompts), cache.capacity)
+        limit, needed = mine.config.shape.max_context, min(cache.capacity, theirs.config.shape.max_context or cache.capacity)
+        if limit and needed > limit:
+            raise ValueError(f"draft: its context is {limit} tokens, and {needed} may be needed")
         self.places = {sequence: place for place, sequence in enumerate(prompts)}
+        if not prompts:                     # an engine's: as many blocks as the target has, and whoever comes gets of them
+            pool = cache.tables.pool
+            self.cache = PagedCache.over(mine, BlockTables(BlockPool(pool.blocks, pool.block_size)))
+            return
+        self.cache = ContiguousCache.for_model(mine, len(prompts), cache.capacity)
         # Read the prompts now: that belongs to the time to the first token. The last token of each is brought by `propose`.
         self._step({sequence: ids[:-1] for sequence, ids in prompts.items() if len(ids) > 1})
 
+    def join(self, sequence: Hashable) -> None:
+        self.cache.add(sequence)
+        self.places[sequence] = sequence
+
+    def leave(self, sequence: Hashable) -> None:
+        self.cache.free(sequence)
+        del self.places[sequence]
+
     def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
-        new = {}
+        new, room, counts = {}, {}, dict(counts)
         for sequence, text in texts.items():
             # Of all but the last token the cache holds what the target accepted of our own; what lies behind was rejected.
             place = self.places[sequence]
             held = min(self.cache.lengths[place], len(text) - 1)
             self.cache.truncate(held, place)
             new[sequence] = text[held:]
+            if isinstance(self.cache, PagedCache):
+                # Where the target's sequences share blocks and ours do not, ours may run short: then there is no guess.
+                room[place] = len(text) - held + counts[sequence] - 1
+                if not self.cache.can_append(room):
+                    room[place] = counts[sequence] = 0
         most = max(counts[sequence] for sequence in texts)
         shape = (len(texts), most, self.model.config.shape.V)
         drafted: dict[Hashable, list[int]] = {sequence: [] for sequence in texts}
@@ -131,6 +164,11 @@ class ModelDraft:
                 new[sequence] = [token]
         return Proposal(list(drafted.values()), q)
 
+    def step_work(self, batch: int, context: int) -> Work:
+        """What it takes to draft a token for each of `batch` sequences."""
+        shape, kept = self.model.config.shape, DTYPES[self.model.dtype]
+        return shape.decode(batch, context, weights=self.model.weights, kv=kept, activations=kept)
+
     def _step(self, new: Texts) -> torch.Tensor | None:
         return self.model.step({self.places[sequence]: ids for sequence, ids in new.items()}, self.cache) if new else None
 
@@ -149,7 +187,15 @@ class EarlyExit(ModelDraft):
         super().__init__(without_layers(model, range(layers, L)))
 
     def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
+        if isinstance(cache, PagedCache) and cache.tables.prefix:
+            raise ValueError("draft: blocks that the first layers alone filled must not be found again: prefix_caching=False is accepted")
         self.cache, self.places = cache, {sequence: sequence for sequence in prompts}
+
+    def join(self, sequence: Hashable) -> None:
+        self.places[sequence] = sequence            # in a cache that is the target's
+
+    def leave(self, sequence: Hashable) -> None:
+        del self.places[sequence]
 
     def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
         proposal = super().propose(texts, counts, sampling, generator)
@@ -159,11 +205,16 @@ class EarlyExit(ModelDraft):
 
 
 def draft_named(name: str, target: Decoder) -> Draft:
-    """"lookup", "int8" or "int4" (the target itself in so many bits) or "exit:K" (its first K layers). Raises ValueError for others."""
+    """"lookup", "int8" or "int4" (the target itself in so many bits), "exit:K" (its first K layers) or "trained" (the draft that is
+    shipped for the packaged model). Raises ValueError for others.
+    """
     if name == "lookup":
         return PromptLookup()
     if name in ("int8", "int4"):
         return ModelDraft(with_weights(target, name))
     if name.startswith("exit:") and name[5:].isdigit():
         return EarlyExit(target, int(name[5:]))
-    raise ValueError(f"draft={name!r}: accepted are lookup, int8, int4, exit:K for the first K layers")
+    if name == "trained":
+        from clawdemy_infer.speculative.trained import load_draft  # it builds on this file
+        return load_draft(target)
+    raise ValueError(f"draft={name!r}: accepted are lookup, int8, int4, trained, exit:K for the first K layers")

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
-from clawdemy_infer.model import Decoder, Generation, Sampling, probabilities, sample
+from clawdemy_infer.model import Decoder, Generation, Sampling, sample
 from clawdemy_infer.model.tokenizer import TextStream
 from clawdemy_infer.speculative.drafts import Draft
-from clawdemy_infer.speculative.verification import Verdict, verify, verify_greedy
+from clawdemy_infer.speculative.verification import verify_rows
 from clawdemy_infer.timing import now
 
 KEEPERS = {"contiguous": ContiguousCache.for_model, "paged": PagedCache.for_model}
@@ -75,7 +75,7 @@ def speculate_batch(model: Decoder, prompts: Sequence[str | Sequence[int]], draf
     prompts = {sequence: writing.ids for sequence, writing in writings.items()}
     try:
         draft.begin(model, cache, prompts)
-        first = sample(model.step(prompts, cache), sampling, generator).tolist()            # prefill
+        first = sample(model.step(prompts, cache), sampling, generator, model.backend).tolist()            # prefill
         for writing, token in zip(writings.values(), first, strict=True):
             writing.extend([token])
         while active := {sequence: writing for sequence, writing in writings.items() if not writing.reason}:
@@ -93,28 +93,12 @@ def _round(model: Decoder, active: dict, draft: Draft, gamma: int, sampling: Sam
     drafted, q = draft.propose(texts, counts, sampling, generator)
     logits = model.step({sequence: [text[-1], *guess] for (sequence, text), guess in zip(texts.items(), drafted, strict=True)},
                         cache, last_only=False)                                             # [M, V]
-    verdict = _verdict(logits, drafted, q, sampling, generator)
+    verdict = verify_rows(logits, drafted, q, sampling, generator, backend=model.backend)
     accepted, tokens = verdict.accepted.tolist(), verdict.token.tolist()
     for (sequence, writing), guess, count, token in zip(active.items(), drafted, accepted, tokens, strict=True):
         writing.rounds.append(Round(guess, count, token))
         writing.extend([*guess[:count], token])
         cache.truncate(len(writing.ids) - 1, sequence)                                      # all but the last token, as ever
-
-
-def _verdict(logits: torch.Tensor, drafted: list[list[int]], q: torch.Tensor | None, sampling: Sampling,
-             generator: torch.Generator) -> Verdict:
-    """Lay the packed rows [M, V] out as [B, G+1, V], filled up with each sequence's last row, and verify."""
-    counts, G, device = [len(guess) for guess in drafted], max(map(len, drafted)), logits.device
-    rows, first = [], 0
-    for count in counts:
-        rows.append([first + min(i, count) for i in range(G + 1)])
-        first += count + 1
-    rows = torch.tensor(rows, device=device)
-    guesses = torch.tensor([guess + [0] * (G - len(guess)) for guess in drafted], dtype=torch.int64, device=device)
-    counts = torch.tensor(counts, device=device)
-    if sampling.temperature == 0:
-        return verify_greedy(logits.argmax(-1)[rows], guesses, counts)
-    return verify(probabilities(logits, sampling)[rows], q if q is None else q[:, :G], guesses, counts, generator)
 
 
 class _Writing:

@@ -16,9 +16,14 @@ A bonus is the residual against a draft that said nothing: with q = 0, max(0, p 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+
+from clawdemy_infer.backends import choose, kernel
+from clawdemy_infer.model import Sampling, probabilities
 
 
 class Verdict(NamedTuple):
@@ -29,14 +34,17 @@ class Verdict(NamedTuple):
 
 
 def verify(p: torch.Tensor, q: torch.Tensor | None, drafted: torch.Tensor, counts: torch.Tensor,
-           generator: torch.Generator | None = None) -> Verdict:
+           generator: torch.Generator | None = None, backend: str | None = None) -> Verdict:
     """Rejection sampling for B sequences at once, of which each has its own number of drafted tokens.
 
     p [B, G+1, V] are the target's probabilities at the drafted tokens and behind the last; q [B, G, V] the probabilities that
     `drafted` [B, G] were drawn from, None where the draft was certain of each. Row b has drafted[b, :counts[b]]; what lies
-    behind is not looked at.
+    behind is not looked at. The same seed draws other numbers with another `backend` (`backends`).
     """
     B, G = drafted.shape
+    if G and choose(p.device, backend) == "triton":
+        u = torch.rand(B, G + 1, generator=generator, device=p.device)
+        return Verdict(*(x.long() for x in kernel("verify")(p.float(), q if q is None else q.float(), drafted, u, counts)))
     rows = torch.arange(B, device=p.device)
     if q is None:
         q = torch.zeros_like(p[:, :G]).scatter_(-1, drafted[..., None], 1.0)
@@ -63,3 +71,21 @@ def verify_greedy(likeliest: torch.Tensor, drafted: torch.Tensor, counts: torch.
     stands = (drafted == likeliest[:, :G]) & (torch.arange(G, device=drafted.device) < counts[:, None])
     accepted = stands.long().cumprod(-1).sum(-1)
     return Verdict(accepted, likeliest.gather(-1, accepted[:, None]).squeeze(-1))
+
+
+def verify_rows(logits: torch.Tensor, drafted: list[list[int]], q: torch.Tensor | None, sampling: Sampling, generator: torch.Generator,
+                firsts: Sequence[int] | None = None, backend: str | None = None) -> Verdict:
+    """The rows of a step, [M, V], laid out as `verify` wants them, [B, G+1, V], and verified.
+
+    Sequence b has len(drafted[b]) + 1 rows from `firsts[b]` on; if nothing is said, one sequence follows on the other. What it has
+    fewer than others is filled up with its last row.
+    """
+    counts, G, device = [len(guess) for guess in drafted], max(map(len, drafted)), logits.device
+    if firsts is None:
+        firsts = accumulate([count + 1 for count in counts[:-1]], initial=0)
+    rows = torch.tensor([[first + min(i, count) for i in range(G + 1)] for first, count in zip(firsts, counts, strict=True)], device=device)
+    guesses = torch.tensor([guess + [0] * (G - len(guess)) for guess in drafted], dtype=torch.int64, device=device)
+    counts = torch.tensor(counts, device=device)
+    if sampling.temperature == 0:
+        return verify_greedy(logits.argmax(-1)[rows], guesses, counts)
+    return verify(probabilities(logits[rows], sampling), q if q is None else q[:, :G], guesses, counts, generator, backend)

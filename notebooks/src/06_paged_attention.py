@@ -346,7 +346,7 @@ ops = {name: count_ops(lambda cache=cache: one_token(cache)) for name, cache in 
 work, kv = shape.decode(B, S, **FP32), shape.kv_bytes(B, S, "fp32")
 scores = shape.L * B * shape.N * S * 4
 predicted = {name: machine.time(work, count).seconds for name, count in ops.items()}
-predicted["paged"] += 7 * scores / machine.bandwidth_at()       # + mask: 2, max: 1, - max and exp: 2, sum: 1, into the product: 1
+predicted["paged"] += 9 * scores / machine.bandwidth_at()       # put in order: 2, + mask: 2, softmax: 2, put back: 2, into the product: 1
 predicted["gathered"] += 2 * kv / machine.bandwidth_at()        # each key and value read and written once more
 step_bytes = shape.streamed_bytes("fp32") + kv
 

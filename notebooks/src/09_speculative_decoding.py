@@ -29,12 +29,15 @@ import torch
 from IPython.display import Markdown
 
 from clawdemy_infer import catalog, plots, widgets
+from clawdemy_infer.batching import Operations, Policy, StepCost, simulate, uniform, workload
 from clawdemy_infer.bench import step_ops
 from clawdemy_infer.calibrate import this_machine
 from clawdemy_infer.lesson import Lesson
 from clawdemy_infer.model import Sampling, load_model
 from clawdemy_infer.speculative import draft_named, speculate, theory, verify
+from clawdemy_infer.speculative.adaptive import Adaptive
 from clawdemy_infer.speculative.compare import compare, measure_costs
+from clawdemy_infer.speculative.prompts import prompts_of
 from clawdemy_infer.tables import Table, si
 
 plots.use_style()
@@ -42,7 +45,7 @@ plt.rcParams["figure.dpi"] = 90
 machine = this_machine()
 lesson = Lesson("09 speculative_decoding", machine=machine)
 target = load_model("smollm2-135m")
-drafts = {name: draft_named(name, target) for name in ("lookup", "int8", "int4")}
+drafts = {name: draft_named(name, target) for name in ("lookup", "int8", "int4", "trained")}
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory and computes at most "
          f"{si(machine.peak('fp32'), 'FLOP/s')} in fp32.")
 
@@ -165,9 +168,9 @@ f"α = 0.8: {theory.expected_tokens(0.8, 5):.2f} tokens with γ = 5, and never m
 # $$\text{speed-up} = \frac{1 - \alpha^{\gamma+1}}{1-\alpha} \cdot \frac{1}{\gamma c + v} .$$
 #
 # ## Prediction
-# Three drafts. **lookup** looks whether the last words came before, and copies what followed them there: c is nothing. **int8** and **int4** are the target
+# Four drafts. **lookup** looks whether the last words came before, and copies what followed them there: c is nothing. **int8** and **int4** are the target
 # itself with its weights rounded. By their bytes their steps should cost a quarter, and a seventh (four bits, and a scale and a zero of 16 bits for each
-# 64 weights).
+# 64 weights). **trained** is a single layer, trained on the target's own texts to go on from what the target's last layer left; thirty layers have become one.
 #
 # First the price of the parts. Write your own guess over the dots if you like.
 
@@ -175,13 +178,15 @@ f"α = 0.8: {theory.expected_tokens(0.8, 5):.2f} tokens with γ = 5, and never m
 lesson.guess("a check of 5 tokens, in steps", ...)
 lesson.guess("an int8 draft step, in steps", ...)
 lesson.guess("an int4 draft step, in steps", ...)
+lesson.guess("a trained draft step, in steps", ...)
 
 ops = step_ops(target)
 v_roofline = {rows: theory.verification_cost(machine, shape, rows, 64, ops=ops, one_ops=ops) for rows in range(1, 10)}
-c_napkin = {"lookup": 0.0, "int8": 1 / 4, "int4": (1 / 2 + 4 / 64) / 4}
+c_napkin = {"lookup": 0.0, "int8": 1 / 4, "int4": (1 / 2 + 4 / 64) / 4, "trained": drafts["trained"].step_work(1, 64).bytes / plain.bytes}
+steps = {"int8": "an int8 draft step, in steps", "int4": "an int4 draft step, in steps", "trained": "a trained draft step, in steps"}
 lesson.predict("a check of 5 tokens, in steps", napkin=1.0, predicted=v_roofline[5], unit="×")
-for name in ("int8", "int4"):
-    lesson.predict(f"an {name} draft step, in steps", napkin=c_napkin[name], unit="×")
+for name, step in steps.items():
+    lesson.predict(step, napkin=c_napkin[name], unit="×")
 lesson.table()
 
 # %% [markdown]
@@ -191,24 +196,17 @@ lesson.table()
 # %% tags=["nbval-ignore-output"]
 costs = measure_costs(target, drafts, context=64, rows=(1, 2, 5, 9), repeats=7)
 lesson.measure("a check of 5 tokens, in steps", costs.v(5), "the library chooses a kernel by the number of rows; the calibration timed one kernel")
-for name in ("int8", "int4"):
-    lesson.measure(f"an {name} draft step, in steps", costs.c(name), "bytes are not all: starting a thousand operations costs the same in any format")
+for name, step in steps.items():
+    lesson.measure(step, costs.c(name), "bytes are not all: starting an operation costs the same in any format, and a draft must choose its token too")
 lesson.table()
 
 # %% [markdown]
 # Then α. It is a property of the two models and the text, not of the clock, so it can be *counted* beforehand. Three kinds of text: one that copies, code, prose.
 
 # %% tags=["nbval-ignore-output"]
-def chat(question: str) -> list[int]:
-    return target.tokenizer.chat([{"role": "user", "content": question}])
-
-
-prompts = {
-    "copying": chat("Repeat word for word: The quick brown fox jumps over the lazy dog while seven wizards quietly mix a strong potion of herbs."),
-    "code": "class Vector:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n    def add(self, other):\n        return",
-    "prose": "The history of the steam engine begins with",
-}
-tokens = 24
+prompts = prompts_of(target)
+talk = {"chat, T = 1": prompts.pop("chat")}
+tokens = 18
 counted = {(kind, name): speculate(target, prompt, draft, tokens, gamma=4).rounds
            for kind, prompt in prompts.items() for name, draft in drafts.items()}
 for (kind, name), rounds in counted.items():
@@ -236,11 +234,13 @@ Table(["text", "draft", "α", "by hand", "predicted", "measured"],
         f"{row.measured:.2f} ×"] for row in rows_greedy], numeric=["α", "by hand", "predicted", "measured"])
 
 # %% [markdown]
-# At temperature 1 the target is less predictable, even to its own copy: α is lower, and each round ends earlier.
+# At temperature 1 the target is less predictable, even to its own copy: α is lower, and each round ends earlier. Drawing and weighing 49,152 chances
+# takes time too, for each drafted token, so the prices are taken anew.
 
 # %% tags=["nbval-ignore-output"]
-rows_warm = compare(target, drafts, {"chat, T = 1": chat("Tell me about rivers.")}, costs, gamma=4, max_tokens=tokens,
-                    sampling=Sampling(temperature=1.0, seed=1), repeats=1)
+warm = Sampling(temperature=1.0, seed=1)
+rows_warm = compare(target, drafts, talk, measure_costs(target, drafts, 64, (1, 5), repeats=5, sampling=warm), gamma=4, max_tokens=tokens,
+                    sampling=warm, repeats=1)
 Table(["text", "draft", "α", "predicted", "measured"],
       [[row.prompt, row.draft, f"{row.alpha:.2f}", f"{row.predicted:.2f} ×", f"{row.measured:.2f} ×"] for row in rows_warm],
       numeric=["α", "predicted", "measured"])
@@ -250,8 +250,8 @@ Table(["text", "draft", "α", "predicted", "measured"],
 
 # %% tags=["nbval-ignore-output"]
 name, kind, sizes = "int8", "prose", [1, 2, 4, 8]
-measured = {size: compare(target, {name: drafts[name]}, {kind: prompts[kind]}, costs, gamma=size, max_tokens=tokens, repeats=1)[0].measured
-            for size in sizes}
+plain_s = np.median([speculate(target, prompts[kind], drafts["lookup"], tokens, gamma=0).tpot_s for _ in range(2)])
+measured = {size: plain_s / speculate(target, prompts[kind], drafts[name], tokens, gamma=size).tpot_s for size in sizes}
 alpha_of = theory.mean_acceptance(counted[kind, name])
 xs = list(range(9))
 fig, ax = plt.subplots(figsize=(6.6, 3.2))
@@ -264,6 +264,53 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
+# ### Let the text choose γ
+# A γ that is right for copying is wrong for prose. But after a few rounds we *know* how guesses fare at each position, and the formula says how many pay: α by
+# position, counted with a memory that fades; c and v as timed. `Adaptive` does that around any draft. The choice looks only at what is already written, so
+# the output stays exact.
+
+# %% tags=["nbval-ignore-output"]
+choosing = {"int4, γ = 4": (drafts["int4"], 4), "int4, γ = 8": (drafts["int4"], 8),
+            "int4, adaptive": (Adaptive(drafts["int4"], costs.c("int4"), costs.v), 8)}
+paid = []
+for text in ("copying", "prose"):
+    plain_s = speculate(target, prompts[text], drafts["lookup"], tokens, gamma=0).tpot_s
+    for label, (draft, most) in choosing.items():
+        done = speculate(target, prompts[text], draft, tokens, gamma=most)
+        paid.append([text, label, f"{sum(len(r.drafted) for r in done.rounds) / len(done.rounds):.1f}", f"{theory.mean_acceptance(done.rounds):.2f}",
+                     f"{plain_s / done.tpot_s:.2f} ×"])
+Table(["text", "draft", "guesses a round", "α", "speed-up"], paid, numeric=["guesses a round", "α", "speed-up"])
+
+# %% [markdown]
+# Where the best γ is flat, as the curve above is near its top, choosing it well gains little. Adaptive γ is an insurance: it is never far from the better of the
+# two fixed ones, and where a draft does not pay at all, it stops asking.
+#
+# ### Why not a tree?
+# If the first choice falls, the draft's *second* might have stood. It costs no draft step, only a row more in the check. So check a tree: beside each of γ = 4
+# guesses its runner-up as a leaf, 9 rows in place of 5. If a guess falls, which happens with chance 1 - α⁴, a leaf saves the round one more token with chance p₂.
+# We count p₂ over one text, by one pass of each model.
+
+# %% tags=["nbval-ignore-output"]
+text = torch.tensor([prompts["prose"] + speculate(target, prompts["prose"], drafts["int8"], 60).tokens])
+wants, offers = target(text)[0].argmax(-1), drafts["int4"].model(text)[0].topk(2, dim=-1).indices
+fell = wants != offers[:, 0]
+a, p2 = 1 - fell.float().mean().item(), (wants == offers[:, 1])[fell].float().mean().item()
+c4 = costs.c("int4")
+chain = theory.expected_tokens(a, 4), 4 * c4 + costs.v(5)
+tree = theory.expected_tokens(a, 4) + (1 - a**4) * p2, 4 * c4 + costs.v(9)
+Table(["checked", "rows", "tokens a round", "costs, in plain steps", "speed-up"],
+      [["chain", "5", f"{chain[0]:.2f}", f"{chain[1]:.2f}", f"{chain[0] / chain[1]:.2f} ×"],
+       ["tree", "9", f"{tree[0]:.2f}", f"{tree[1]:.2f}", f"{tree[0] / tree[1]:.2f} ×"],
+       ["tree, if rows were free", "9", f"{tree[0]:.2f}", f"{chain[1]:.2f}", f"{tree[0] / chain[1]:.2f} ×"]],
+      numeric=["rows", "tokens a round", "costs, in plain steps", "speed-up"])
+
+# %% tags=["nbval-ignore-output"]
+Markdown(f"With α = {a:.2f} and p₂ = {p2:.2f} the leaves bring {tree[0] / chain[0] - 1:+.0%} tokens, and four rows more cost {tree[1] / chain[1] - 1:+.0%} time: "
+         f"here the tree {'gains' if tree[0] / tree[1] > chain[0] / chain[1] else 'loses'}. "
+         f"A GPU far below its ridge has the rows for nothing, and there trees pay (Miao et al. 2024, SpecInfer). This machine's ridge is at "
+         f"{machine.ridge('fp32'):.0f}.")
+
+# %% [markdown]
 # ## Reconciliation: what a batch takes away, and other losses
 # Eight sequences at once stream the weights once for eight rows: batching has already taken some of the gift that speculation lives on. A check then reads
 # 8·(γ + 1) rows, and a machine with a low ridge has to compute for them. How much is left?
@@ -271,12 +318,44 @@ plt.show()
 # %% tags=["nbval-ignore-output"]
 batch = 8
 crowded = measure_costs(target, {"int8": drafts["int8"]}, context=64, rows=(1, 5), batch=batch, repeats=5)
-row = compare(target, {"int8": drafts["int8"]}, {"prose": prompts["prose"]}, crowded, gamma=4, max_tokens=20, batch=batch, repeats=1)[0]
+row = compare(target, {"int8": drafts["int8"]}, {"prose": prompts["prose"]}, crowded, gamma=4, max_tokens=12, batch=batch, repeats=1)[0]
 alone = next(each for each in rows_greedy if (each.draft, each.prompt) == ("int8", "prose"))
 Table(["batch", "rows of a check", "v by the roofline", "v", "c", "predicted", "measured"],
       [["1", "5", f"{v_roofline[5]:.2f}", f"{alone.v:.2f}", f"{alone.c:.2f}", f"{alone.predicted:.2f} ×", f"{alone.measured:.2f} ×"],
        [str(batch), str(5 * batch), f"{theory.verification_cost(machine, shape, 5, 64, batch, ops, ops):.2f}", f"{row.v:.2f}", f"{row.c:.2f}",
         f"{row.predicted:.2f} ×", f"{row.measured:.2f} ×"]], numeric=["batch", "rows of a check", "v by the roofline", "v", "c", "predicted", "measured"])
+
+# %% [markdown]
+# The simulator knows speculation as a policy: `Policy(gamma=4)`, with the α that we counted and the cost of the draft. So the whole curve can be predicted, for this
+# machine and for one that we do not have; the points are the two measurements above.
+
+# %% tags=["nbval-ignore-output"]
+def simulated(shape, machine, weights: str, draft_weights: str, alpha: float, batches: list[int]) -> list[float]:
+    """Speed-up of γ = 4 in a batch of each size: the same requests with and without a draft."""
+    kept = {"kv": weights, "activations": weights, "operations": Operations(step=ops)}
+    draft, found = StepCost(shape, machine, draft_weights, **kept), []
+    for B in batches:
+        requests = workload(uniform(64, 64), uniform(41, 41), requests=B)
+        plain, guessed = (simulate(shape, machine, requests, Policy(max_batch=B, gamma=most), weights=weights, kv_bytes=4e10, alpha=alpha, draft=draft,
+                                   memory=1e12, **kept).summary["tpot_p50"] for most in (0, 4))
+        found.append(plain / guessed)
+    return found
+
+
+batches, alpha_prose = [1, 2, 4, 8, 16, 32, 64, 128, 256], theory.mean_acceptance(counted["prose", "int8"])
+fig, ax = plt.subplots(figsize=(6.6, 3.2))
+for i, (label, curve) in enumerate({
+    "this machine, SmolLM2-135M in fp32": simulated(shape, machine, "fp32", "int8", alpha_prose, batches),
+    "H100, Llama 3 8B in bf16": simulated(catalog.model("llama-3-8b"), catalog.machine("h100-sxm"), "bf16", "int4", alpha_prose, batches),
+}.items()):
+    ax.plot(batches, curve, color=plots.COLOURS[i], label=label)
+ax.plot([1, batch], [alone.measured, row.measured], "o", color=plots.COLOURS[0], label="measured here")
+ax.axhline(1, color="black", linewidth=0.8)
+ax.set(xscale="log", xticks=batches, xticklabels=batches, xlabel="sequences in the batch", ylabel="speed-up", ylim=(0, 3.6),
+       title="A batch kills speculation, sooner where the ridge is low")
+ax.minorticks_off()
+ax.legend(loc="upper right")
+plt.show()
 
 # %% [markdown]
 # And a draft that loses on purpose: the target's own first ten layers, followed at once by its head. They have never been trained to name a word.
@@ -310,7 +389,7 @@ lesson.table()
 # %%
 def draw_rounds(draft: str, text: str, gamma: int) -> None:
     """Each line is a round: green stood, orange fell, blue is the target's own token."""
-    result = speculate(target, prompts[text], drafts[draft], 24, gamma=gamma)
+    result = speculate(target, prompts[text], drafts[draft], tokens, gamma=gamma)
     fig, ax = plt.subplots(figsize=(8.6, 0.5 + 0.3 * len(result.rounds)))
     for y, each in enumerate(result.rounds):
         cells = [(token, plots.COLOURS[2 if place < each.accepted else 1]) for place, token in enumerate(each.drafted)]
@@ -320,7 +399,7 @@ def draw_rounds(draft: str, text: str, gamma: int) -> None:
             ax.text(x, -y, word.strip(" ") or "␣", ha="center", va="center", fontsize=8, color="white", bbox={"color": colour, "pad": 2.5})
     share = sum(each.accepted for each in result.rounds) / max(1, sum(len(each.drafted) for each in result.rounds))
     ax.set(xlim=(-0.6, gamma + 0.6), ylim=(-len(result.rounds) + 0.4, 0.8),
-           title=f"{draft} on {text}: 24 tokens in {len(result.rounds)} rounds, {share:.0%} of the guesses used")
+           title=f"{draft} on {text}: {tokens} tokens in {len(result.rounds)} rounds, {share:.0%} of the guesses used")
     ax.axis("off")
     plt.show()
 
@@ -477,4 +556,5 @@ lesson.exercise(
 # the text is the target's own, whatever the draft is. The gain is (1 - α^(γ+1)) / (1 - α) tokens for γ c + v, and it is c, a draft step as it really runs, and v, a
 # check as it really runs, that decide. The fuller the batch, the less is left.
 #
-# Further reading: Leviathan, Kalman and Matias 2023 and Chen et al. 2023 (the rule); Saxena 2023 (prompt lookup); Elhoushi et al. 2024 (early exit, trained).
+# Further reading: Leviathan, Kalman and Matias 2023 and Chen et al. 2023 (the rule); Saxena 2023 (prompt lookup); Elhoushi et al. 2024 (early exit, trained);
+# Miao et al. 2024 (trees).

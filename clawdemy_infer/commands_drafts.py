@@ -1,0 +1,98 @@
+"""`bench --drafts`: speculative beside plain decoding, draft by draft and text by text, and `transformers` on the same prompts."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from math import isnan
+
+from clawdemy_infer.commands import emit, say, show
+from clawdemy_infer.tables import MISSING, Table, number, si
+
+CONTEXT, MOST, SIZES = 64, 8, (1, 2, 3, 5, 9)
+"""Tokens behind which the parts are timed; most tokens drafted at a time where γ adapts; rows of a check that are timed."""
+
+
+def beside_drafts(args: argparse.Namespace) -> int:
+    """First what the parts of a round should cost and do; then plain and speculative decoding in turn, greedily and at temperature 1."""
+    from clawdemy_infer.calibrate import default_device, this_machine
+    from clawdemy_infer.model import Sampling, load_model
+    from clawdemy_infer.speculative import theory
+    from clawdemy_infer.speculative.adaptive import Adaptive
+    from clawdemy_infer.speculative.beside_transformers import transformers_rows
+    from clawdemy_infer.speculative.compare import compare, measure_costs, predict_costs
+    from clawdemy_infer.speculative.drafts import draft_named
+    from clawdemy_infer.speculative.prompts import prompts_of
+
+    say("Looking at this machine; up to a minute if it must be calibrated …")
+    device = default_device()
+    machine, model = this_machine(device), load_model(args.model, device=device)
+    drafts = {name: draft_named(name, model) for name in args.drafts}
+    prompts, directory = prompts_of(model), weights_directory(args.model)
+    card, found, theirs, notes = [], [], [], []
+    for mode, sampling in (("greedy", Sampling()), ("T = 1", Sampling(temperature=1.0, seed=1))):
+        said = predict_costs(machine, model, drafts, CONTEXT, SIZES, sampling=sampling)
+        timed = measure_costs(model, drafts, CONTEXT, SIZES, sampling=sampling)
+        shares = [(f"a check of {rows} tokens", said.v(rows), timed.v(rows)) for rows in SIZES[1:]]
+        shares += [(f"a step of {name}", said.c(name), timed.c(name)) for name in drafts]
+        card += [{"mode": mode, "part": part, "predicted": predicted, "timed": took} for part, predicted, took in shares]
+        show(Table((mode, "predicted", "timed"), [(part, number(predicted), number(took)) for part, predicted, took in shares],
+                   ("predicted", "timed")),
+             f"All in plain steps: {si(said.reading[1], 's')} predicted, {si(timed.reading[1], 's')} timed.", stderr=args.json)
+        guessing = drafts if args.gamma else {name: Adaptive(draft, timed.c(name), timed.v, MOST) for name, draft in drafts.items()}
+        for row in compare(model, guessing, prompts, said, args.gamma or MOST, args.tokens, sampling, repeats=args.rounds):
+            say(f"{mode}, {row.draft} on {row.prompt}: {row.measured:.2f} ×")
+            found.append({
+                "mode": mode, "draft": row.draft, "prompt": row.prompt, "gamma": args.gamma or "adaptive",
+                "alpha": None if isnan(row.alpha) else row.alpha,
+                "alpha_by_position": theory.acceptance(row.rounds), "drafted_per_round": row.drafted_per_round,
+                "tokens_per_round": row.tokens_per_round, "c": timed.c(row.draft), "predicted": row.predicted,
+                "from_parts": theory.speedup_of(row.rounds, timed.c(row.draft), timed.v), "measured": row.measured,
+                "identical": row.identical, "plain_s": row.plain_s, "tokens": row.tokens,
+            })
+        if directory:
+            say("transformers …")
+            for row in transformers_rows(directory, prompts, model.config.eos_ids, args.gamma or 4, args.tokens, sampling, args.rounds):
+                plain = next(each for each in found if (each["mode"], each["prompt"]) == (mode, row.prompt))
+                same = row.tokens == plain["tokens"] if mode == "greedy" else None
+                theirs.append({"mode": mode, **asdict(row), "identical": same, "ours_plain_s": plain["plain_s"]})
+    if any(row["identical"] is False for row in found):
+        notes.append("WARNING: greedy tokens with a draft are not those of plain decoding.")
+    if not args.json:
+        show(ours_table(found), *([theirs_table(theirs)] if theirs else []), *notes)
+    emit({"machine": machine.name, "model": model.config.shape.name, "context": CONTEXT, "tokens": args.tokens, "card": card,
+          "rows": found, "transformers": theirs, "notes": notes})
+    return 0 if not notes else 1
+
+
+def ours_table(rows: list[dict]) -> Table:
+    columns = ("α", "tokens a round", "c", "predicted", "from its parts", "measured", "predicted ÷ measured")
+    return Table(("", "text", "draft", *columns, "same tokens"),
+                 [(row["mode"], row["prompt"], row["draft"], MISSING if row["alpha"] is None else number(row["alpha"]),
+                   number(row["tokens_per_round"]), number(row["c"]),
+                   *(f"{row[key]:.2f} ×" for key in ("predicted", "from_parts", "measured")),
+                   number(row["predicted"] / row["measured"]), _yes(row["identical"])) for row in rows], columns)
+
+
+def theirs_table(rows: list[dict]) -> Table:
+    columns = ("seconds a token", "over its own plain", "our plain ÷ this")
+    names = {"": "transformers, plain", "lookup": "transformers, lookup", "bf16": "transformers, bf16 assistant"}
+    return Table(("", "text", "", *columns, "our tokens"),
+                 [(row["mode"], row["prompt"], names[row["draft"]], si(row["tpot_s"], "s"), f"{row['speedup']:.2f} ×",
+                   number(row["ours_plain_s"] / row["tpot_s"]), _yes(row["identical"])) for row in rows], columns)
+
+
+def _yes(same: bool | None) -> str:
+    return MISSING if same is None else "yes" if same else "NO"
+
+
+def weights_directory(model: str):
+    """Where `transformers` finds these weights; None if nowhere."""
+    from pathlib import Path
+
+    from clawdemy_infer.model.load import PACKAGED, converted, packaged_file
+
+    if model in PACKAGED:
+        package, file, digest = PACKAGED[model]
+        return converted(packaged_file(package, file), digest)
+    return Path(model) if Path(model).is_dir() else None

@@ -1,0 +1,154 @@
+"""The same model on PyTorch and on the Triton kernels, which are interpreted where there is no GPU: the same logits, the same choices."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+import torch
+from tolerances import KERNEL, LOGITS
+
+from clawdemy_infer import backends
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.kv_cache import ContiguousCache, Int8Cache, KiviCache, PagedCache, PagedInt8Store
+from clawdemy_infer.linear import PackedLinear, int4_codes, int8_codes
+from clawdemy_infer.linear.kernels import dequantized
+from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate, load_model, probabilities, sample, with_backend, with_weights
+from clawdemy_infer.speculative.verification import verify
+
+pytest.importorskip("triton", reason="there is no Triton for this system")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEEPERS = {
+    "contiguous": lambda model: ContiguousCache.for_model(model, 2, 30),
+    "int8": lambda model: Int8Cache.for_model(model, 2, 30),
+    "int4": lambda model: KiviCache.for_model(model, 2, 32, group=16),
+    "paged": lambda model: PagedCache.for_model(model, 2, 30, block_size=5),
+    "paged int8": lambda model: PagedCache.for_model(model, 2, 30, block_size=5, store=PagedInt8Store),
+}
+# One sequence passes the 16 tokens of a group, the other begins with one; a ragged decode; a chunk beside a decode.
+STEPS = [{0: list(range(3, 18)), 1: [7]}, {0: [5], 1: [6]}, {0: [9], 1: [1, 8]}]
+
+
+def small(**more) -> Decoder:
+    torch.manual_seed(0)
+    shape = ModelShape(**{"name": "small", "D": 32, "F": 48, "N": 2, "K": 1, "H": 32, "L": 2, "V": 61, "tied": False} | more)
+    return with_backend(Decoder(ModelConfig(shape)).eval().requires_grad_(False).to(DEVICE), "torch")
+
+
+@pytest.mark.parametrize("keeper, more", [*((name, {}) for name in KEEPERS), ("contiguous", {"window": 4, "qk_norm": True})],
+                         ids=[*KEEPERS, "window, norms on Q and K"])
+def test_a_model_gives_the_same_logits_on_the_kernels_whatever_keeps_its_keys_and_values(keeper, more):
+    plain = small(**more)
+    models = plain, with_backend(plain, "triton")
+    caches = [KEEPERS[keeper](model) for model in models]
+    for new in STEPS if not more else STEPS[1:]:
+        wanted, got = (model.step(new, cache) for model, cache in zip(models, caches, strict=True))
+        torch.testing.assert_close(got, wanted, **LOGITS[torch.float32])
+
+
+def test_the_kernels_are_what_ran(monkeypatch):
+    """Each operator of a decode step is asked of `kernel`: rms_norm, rope_append, decode_paged and swiglu in each of two layers."""
+    used, plain = [], backends.kernel
+
+    def counted(name, *rest):
+        used.append(name)
+        return plain(name, *rest)
+    for room in ("model.on_triton", "kv_cache.paged_triton"):
+        monkeypatch.setattr(f"clawdemy_infer.{room}.kernel", counted)
+    model = with_backend(small(), "triton")
+    model.step({0: [3]}, PagedCache.for_model(model, 1, 8))
+    assert used == 2 * ["rms_norm", "rope_append", "decode_paged", "rms_norm", "swiglu"] + ["rms_norm"]
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_packed_weights_follow_the_model_to_the_kernels(weights):
+    plain = small(D=64, F=64)
+    packed = with_weights(with_backend(plain, "triton"), weights)
+    assert packed.layers[0].down.product.steps[0][1] == f"triton_{weights}" and packed.backend == "triton"
+    assert generate(packed, [3], 2).tokens == generate(with_weights(plain, weights), [3], 2).tokens
+
+
+@pytest.mark.parametrize("make, format", [(int8_codes, "int8"), (int4_codes, "int4")])
+def test_a_linear_layer_of_integers_is_the_product_with_what_the_codes_stand_for(make, format):
+    codes, x = make(torch.randn(70, 192, device=DEVICE)), torch.randn(3, 192, device=DEVICE)
+    layer = PackedLinear(format, codes, backend="triton")
+    torch.testing.assert_close(layer(x).double(), dequantized(codes)(x.double()), **KERNEL[torch.float16])
+
+
+def test_a_draw_by_the_kernel_comes_from_the_filtered_distribution():
+    logits, sampling, n = torch.randn(1, 40, device=DEVICE), Sampling(temperature=0.8, top_k=5, seed=1), 100
+    drawn = sample(logits.expand(n, -1), sampling, sampling.generator(DEVICE), "triton")
+    wanted = probabilities(logits, sampling)[0]
+    counts = drawn.bincount(minlength=40)
+    assert counts[wanted == 0].sum() == 0
+    assert ((counts - n * wanted).square() / (n * wanted))[wanted > 0].sum() < 18.5         # chi-square of 4 degrees, 1 in 1,000
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_verification_by_the_kernel_keeps_what_stands_of_each_sequence_s_own_draft(certain):
+    """p = q stands always, p(drafted) = 0 never; what lies behind a sequence's count is not looked at."""
+    p, q = torch.zeros(3, 3, 8, device=DEVICE), torch.zeros(3, 2, 8, device=DEVICE)
+    p[..., 2] = q[..., 2] = 1
+    p[1, 0, 2], p[1, 0, 6], p[:, 2], p[2, 1] = 0, 1, torch.eye(8)[5], torch.eye(8)[4]
+    drafted, counts = torch.full((3, 2), 2, device=DEVICE), torch.tensor([2, 2, 1], device=DEVICE)
+    verdict = verify(p, None if certain else q, drafted, counts, backend="triton")
+    assert verdict.accepted.tolist() == [2, 0, 1] and verdict.token.tolist() == [5, 6, 4]
+
+
+# ---- the choice ----
+
+
+def test_a_gpu_gets_the_kernels_and_a_cpu_pytorch_unless_one_is_named(monkeypatch):
+    assert (backends.choose("cuda"), backends.choose("cpu")) == ("triton", "torch")
+    assert (backends.choose("cuda", "torch"), backends.choose("cpu", "triton")) == ("torch", "triton")
+    with pytest.raises(ValueError, match="backend='cuda': torch, triton are accepted"):
+        backends.choose("cpu", "cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert backends.choose("cuda") == "torch"
+    with pytest.raises(ValueError, match="backend='triton': Triton is not installed"):
+        backends.choose("cpu", "triton")
+
+
+def test_the_backend_is_refused_before_a_model_is_read():
+    with pytest.raises(ValueError, match="backend='fast'"):
+        load_model("no such model", backend="fast")
+
+
+def test_twins_share_their_weights_and_there_is_a_way_back():
+    plain = small()
+    fused = with_backend(plain, "triton")
+    back = with_backend(fused, "torch")
+    assert type(back.layers[0]) is type(plain.layers[0]) is not type(fused.layers[0])
+    assert fused.layers[0].qkv.weight is plain.layers[0].qkv.weight and plain.backend == back.backend == "torch"
+    with pytest.raises(ValueError, match="packed in int8"):
+        with_backend(with_weights(plain, "int8"), "triton")
+
+
+def test_bench_says_what_a_gpu_would_need_where_there_is_none_and_counts_its_bytes(monkeypatch, capsys):
+    from clawdemy_infer.cli import main
+    from clawdemy_kernels import checks
+
+    if DEVICE == "cuda":
+        pytest.skip("there is a GPU")
+    counted = {"kernel": "swiglu", "envelope": 6, "asked": 6, "distinct": 6, "sectors": 32, "flops": 0, "dot_flops": 0, "ok": True}
+    monkeypatch.setattr(checks, "traffic", lambda: [counted])
+    assert main(["bench", "--kernels", "--machine", "a100-80gb-sxm"]) == 0
+    out = capsys.readouterr().out
+    assert "There is no GPU here" in out and "A100" in out
+    result = json.loads(out.splitlines()[-1])
+    rows = {row["kernel"]: row for row in result["rows"]}
+    keys_and_values = 2 * 8 * 1024 * 8 * 128 * 2
+    assert rows["decode_naive"]["asked"] > 4 * keys_and_values > rows["decode_paged"]["asked"] > keys_and_values
+    assert rows["decode_paged"]["predicted_s"] == rows["decode_paged"]["bytes"] / result["card"]["bandwidth"]
+    assert result["traffic"] == [counted] and rows["swiglu"]["measured_s"] is None
+    counted["ok"] = False
+    assert main(["bench", "--kernels", "--json"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_table_names_every_kernel_but_the_steps_that_lead_to_them():
+    rows = [re.split(r"\s{2,}", line.strip()) for line in backends.__doc__.splitlines() if line.startswith("    ")][2:]
+    named = {name for *_, kernels in rows for name in kernels.split(", ")}
+    assert all(callable(backends.kernel(name)) for name in named)
+    assert len(named) == 11
