@@ -50,7 +50,7 @@ def beside_peers(args: argparse.Namespace) -> int:
         notes.append(sentence)
 
     settings = {"threads": torch.get_num_threads(), "batch": max(work.batch for work in works),
-                "context": max(work.context + work.new for work in works)}
+                "context": max(work.context + work.new for work in works), "compile": args.compile}
     workers: dict[who.Contestant, Worker] = {}
     rows = []
     try:

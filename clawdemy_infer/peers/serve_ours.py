@@ -16,9 +16,9 @@ from clawdemy_infer.timing import now
 class Ours:
     version = __version__
 
-    def __init__(self, model: str, weights: str, threads: int, **_):
+    def __init__(self, model: str, weights: str, threads: int, compile: bool = False, **_):
         torch.set_num_threads(threads)
-        self.model = load_model(model, weights=weights)
+        self.model = load_model(model, weights=weights, compile=compile)
 
     def generate(self, prompts: list[list[int]], new: int) -> dict:
         cache = ContiguousCache.for_model(self.model, len(prompts), len(prompts[0]) + new)

@@ -12,7 +12,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 
 class VLLM:
-    def __init__(self, model: str, weights: str, threads: int, batch: int, context: int):
+    def __init__(self, model: str, weights: str, threads: int, batch: int, context: int, **_):
         import vllm
 
         self.version, self.sampling = vllm.__version__, vllm.SamplingParams
