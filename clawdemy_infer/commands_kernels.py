@@ -18,7 +18,10 @@ def bench_kernels(args: argparse.Namespace) -> int:
     from clawdemy_infer.calibrate import this_machine
 
     choose("cpu", "triton")                     # a clear word where Triton is not installed
-    gpu = torch.cuda.is_available()
+    from clawdemy_kernels import checks
+    from clawdemy_kernels.launch import INTERPRETED
+
+    gpu = torch.cuda.is_available() and not INTERPRETED
     notes = []
     if args.machine or not gpu:
         machine = catalog.machine(args.machine or WITHOUT_A_GPU)
@@ -26,21 +29,21 @@ def bench_kernels(args: argparse.Namespace) -> int:
         say("Looking at this machine; up to a minute if it must be calibrated …")
         machine = this_machine("cuda")
     if not gpu:
-        notes.append("There is no GPU here, so no kernel is timed: bytes are counted in Triton's interpreter, and the seconds are those "
+        notes.append("Kernels are interpreted here, so none is timed: bytes are counted in Triton's interpreter, and the seconds are those "
                      f"that {machine.name} needs at least. On a machine with a GPU the same command measures.")
     copy = bench.copy_bandwidth() if gpu else None
     rows = bench.rows(machine, copy)
     show(bench.card_table(rows, machine), stderr=args.json)
     result = {"card": {"machine": machine.name, "bandwidth": machine.bandwidth_at(), "sizes": "Llama-3-8B, batch 8, context 1024, bf16"},
               "device": torch.cuda.get_device_name(0) if gpu else None, "copy_bytes_per_s": copy, "rows": [row.as_dict() for row in rows]}
-    blocks = [bench.timed_table(rows, copy)] if gpu else []
-
-    from clawdemy_kernels import checks
-
-    say("Counting bytes in the interpreter …")
-    result["traffic"] = checks.traffic()
-    blocks.append(bench.traffic_table(result["traffic"]))
-    right = all(row["ok"] for row in result["traffic"])
+    if gpu:
+        blocks, right = [bench.timed_table(rows, copy)], True
+        notes.append("Bytes are counted in Triton's interpreter: TRITON_INTERPRET=1 before the same command counts them here.")
+    else:
+        say("Counting bytes in the interpreter …")
+        result["traffic"] = checks.traffic()
+        blocks = [bench.traffic_table(result["traffic"])]
+        right = all(row["ok"] for row in result["traffic"])
     if args.checks:
         say("Computing in three dtypes beside fp64 …")
         result["values"] = checks.values(device="cuda" if gpu else "cpu")
