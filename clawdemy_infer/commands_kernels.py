@@ -29,7 +29,8 @@ def bench_kernels(args: argparse.Namespace) -> int:
         say("Looking at this machine; up to a minute if it must be calibrated …")
         machine = this_machine("cuda")
     if not gpu:
-        notes.append("Kernels are interpreted here, so none is timed: bytes are counted in Triton's interpreter, and the seconds are those "
+        why = "Kernels are interpreted here" if torch.cuda.is_available() else "There is no GPU here"
+        notes.append(f"{why}, so none is timed: bytes are counted in Triton's interpreter, and the seconds are those "
                      f"that {machine.name} needs at least. On a machine with a GPU the same command measures.")
     copy = bench.copy_bandwidth() if gpu else None
     rows = bench.rows(machine, copy)
