@@ -70,22 +70,18 @@ def test_tokens_are_those_of_a_request_alone(small, policy):
         assert report.summary["cached"] > 0
 
 
-@given(st.sampled_from(list(POLICIES)), st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None, derandomize=True)
-def test_a_storm_on_the_model_leaks_no_block_and_changes_no_token(small, name, random):
-    served, added = made(small, POLICIES[name], blocks=8), []
-    layer, broken = small.layers[1], []
-    original = layer.forward
+def storm(served, layer, random, rounds):
+    """Requests come, go and are cancelled, and now and then Ctrl-C falls into the middle of a step. Returns all sequences, all over."""
+    added, original = [], layer.forward
 
     def breaks(*args):
         if random.random() < 0.1:
-            broken.append(1)
             raise KeyboardInterrupt
         return original(*args)
 
     layer.forward = breaks
     try:
-        for _ in range(30):
+        for _ in range(rounds):
             for _ in range(random.choice([0, 0, 1, 2])):
                 prompt = [random.randrange(3) for _ in range(random.randrange(24))]
                 added.append(served.add(Request(len(added), prompt, random.randint(1, 14))))
@@ -99,6 +95,14 @@ def test_a_storm_on_the_model_leaks_no_block_and_changes_no_token(small, name, r
         served.run()
     finally:
         layer.__dict__.pop("forward", None)
+    return added
+
+
+@given(st.sampled_from(list(POLICIES)), st.randoms(use_true_random=False))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_a_storm_on_the_model_leaks_no_block_and_changes_no_token(small, name, random):
+    served = made(small, POLICIES[name], blocks=8)
+    added = storm(served, small.layers[1], random, rounds=30)
     tables = served.scheduler.tables
     assert tables.pool.free == 8 and not tables.lengths and not tables.swapped and all(sequence.over for sequence in added)
     for sequence in added:

@@ -10,7 +10,7 @@ import torch
 from chi_square import FALSE_ALARM, p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batching_engine import BLOCK, POLICIES, alone, small  # noqa: F401
+from test_batching_engine import BLOCK, POLICIES, alone, small, storm  # noqa: F401
 
 from clawdemy_infer import cli
 from clawdemy_infer.arithmetic import ModelShape
@@ -65,31 +65,8 @@ def test_a_storm_leaks_no_block_and_changes_no_token(small, name, drafting, rand
     if drafting == "exit" and name == "prefixes":
         return
     draft = draft_of(drafting, small)
-    served, added = made(small, POLICIES[name], draft, blocks=8), []
-    layer = small.layers[1]
-    original = layer.forward
-
-    def breaks(*args):
-        if random.random() < 0.1:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    layer.forward = breaks
-    try:
-        for _ in range(25):
-            for _ in range(random.choice([0, 0, 1, 2])):
-                prompt = [random.randrange(3) for _ in range(random.randrange(24))]
-                added.append(served.add(Request(len(added), prompt, random.randint(1, 14))))
-            if added and random.random() < 0.15:
-                served.cancel(random.randrange(len(added)))
-            try:
-                served.step()
-            except KeyboardInterrupt:
-                pass
-        layer.forward = original
-        served.run()
-    finally:
-        layer.__dict__.pop("forward", None)
+    served = made(small, POLICIES[name], draft, blocks=8)
+    added = storm(served, small.layers[1], random, rounds=25)
     tables = served.scheduler.tables
     assert tables.pool.free == 8 and not tables.lengths and not tables.swapped and all(sequence.over for sequence in added)
     if drafting in ("itself", "other"):
