@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
+from clawdemy_infer.model import probabilities
+
 FALSE_ALARM = 1e-4
 """A correct sampler fails a test with this probability, over seeds. The seeds are fixed, so here it fails always or never."""
 
@@ -81,3 +83,14 @@ def triples(texts: list[list[int]], V: int) -> torch.Tensor:
         t = torch.tensor(text)
         counts += torch.bincount((t[:-2] * V + t[1:-1]) * V + t[2:], minlength=V**3)
     return counts.view(V, V, V)
+
+
+def triple_chances(model, prompt: list[int], V: int, sampling) -> torch.Tensor:
+    """The chance of each three tokens after the prompt, as the product of the model's conditional ones: [V, V, V] in float64."""
+    chances = torch.ones(V, V, V, dtype=torch.float64)
+    for a in range(V):
+        chances[a] *= probabilities(model(torch.tensor([prompt]))[0, -1], sampling)[a]
+        for b in range(V):
+            after = probabilities(model(torch.tensor([[*prompt, a]]))[0, -1], sampling)
+            chances[a, b] *= after[b] * probabilities(model(torch.tensor([[*prompt, a, b]]))[0, -1], sampling)
+    return chances

@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 import torch
-from chi_square import FALSE_ALARM, p_value
+from chi_square import FALSE_ALARM, p_value, triple_chances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batching_engine import BLOCK, POLICIES, alone, small, storm  # noqa: F401
@@ -16,7 +16,7 @@ from clawdemy_infer import cli
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.batching import Policy, Request, State, uniform, with_tokens, workload
 from clawdemy_infer.batching import torch_executor as plain
-from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate, probabilities
+from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
 from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup
 from clawdemy_infer.speculative.engine import engine
 
@@ -100,12 +100,7 @@ def test_samples_of_requests_with_and_without_a_seed_are_the_targets_own(draft, 
             counts[tuple(sequence.tokens)] += 1
         else:
             assert sequence.tokens == generate(model, prompt, 3).tokens
-    chances = torch.ones(5, 5, 5, dtype=torch.float64)
-    for a in range(5):
-        chances[a] *= probabilities(model(torch.tensor([prompt]))[0, -1], plainly)[a]
-        for b in range(5):
-            after = probabilities(model(torch.tensor([[*prompt, a], [*prompt, a]]))[0, -1], plainly)
-            chances[a, b] *= after[b] * probabilities(model(torch.tensor([[*prompt, a, b]]))[0, -1], plainly)
+    chances = triple_chances(model, prompt, 5, plainly)
     assert p_value(counts.flatten(), chances.flatten()) > FALSE_ALARM
 
 

@@ -6,7 +6,7 @@ that a correct sampler fails. Every planted bug must fail by far more than that.
 
 import pytest
 import torch
-from chi_square import FALSE_ALARM, Chain, Lengths, p_value, triples
+from chi_square import FALSE_ALARM, Chain, Lengths, p_value, triple_chances, triples
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import PagedCache
@@ -202,10 +202,5 @@ def test_early_exit_draws_from_the_whole_model_on_a_shared_cache(keeper, dtype):
         done = speculate_batch(model, [prompt] * batch, EarlyExit(model, 1), 3, seeded, gamma=2, cache=cache)
         texts += [each.tokens for each in done]
         rounds += sum(len(each.rounds) for each in done)
-    chances = torch.ones(5, 5, 5, dtype=torch.float64)
-    for a in range(5):
-        chances[a] *= probabilities(model(torch.tensor([prompt]))[0, -1], sampling)[a]
-        for b in range(5):
-            after = probabilities(model(torch.tensor([[*prompt, a], [*prompt, a]]))[0, -1], sampling)
-            chances[a, b] *= after[b] * probabilities(model(torch.tensor([[*prompt, a, b]]))[0, -1], sampling)
+    chances = triple_chances(model, prompt, 5, sampling)
     assert p_value(triples(texts, 5).flatten(), chances.flatten()) > FALSE_ALARM

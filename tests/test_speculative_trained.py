@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chi_square import FALSE_ALARM, p_value, triples
+from chi_square import FALSE_ALARM, p_value, triple_chances, triples
 from safetensors import safe_open
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
-from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate, probabilities
+from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
 from clawdemy_infer.model.load import PACKAGED
 from clawdemy_infer.speculative import draft_named, draft_samples, speculate, speculate_batch, train_draft
 from clawdemy_infer.speculative.trained import SHIPPED, FeatureLayer, TrainedDraft, load_draft
@@ -42,12 +42,7 @@ def test_tokens_are_distributed_as_the_targets_own_though_the_draft_lacks_one(ke
         done = speculate_batch(model, [prompt] * 1000, random_draft(model), 3, replace(sampling, seed=rounds), gamma=2, cache=cache)
         texts += [each.tokens for each in done]
         rounds += sum(len(each.rounds) for each in done)
-    chances = torch.ones(5, 5, 5, dtype=torch.float64)
-    for a in range(5):
-        chances[a] *= probabilities(model(torch.tensor([prompt]))[0, -1], sampling)[a]
-        for b in range(5):
-            after = probabilities(model(torch.tensor([[*prompt, a]]))[0, -1], sampling)
-            chances[a, b] *= after[b] * probabilities(model(torch.tensor([[*prompt, a, b]]))[0, -1], sampling)
+    chances = triple_chances(model, prompt, 5, sampling)
     assert p_value(triples(texts, 5).flatten(), chances.flatten()) > FALSE_ALARM
 
 
