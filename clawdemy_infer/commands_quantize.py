@@ -100,7 +100,6 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from clawdemy_infer.model import load_model
     from clawdemy_infer.quantization import Reference, evaluation_tokens
     from clawdemy_infer.quantization.checkpoint import load_quantized
 
@@ -114,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> int:
     name = args.reference or json.loads((Path(args.directory) / "config.json").read_text("utf-8")).get("_name_or_path")
     if not name:
         raise ValueError(f"reference: {args.directory} does not say what it was made of; name that model")
-    model = load_model(name)
+    model = _reference(name)
     if (theirs := model.config.shape.V) != (ours := quantized.decoder.config.shape.V):
         raise ValueError(f"reference={name!r}: it has {theirs} tokens and {args.directory} {ours}; the model it was made of is accepted")
     tokens = evaluation_tokens(model.tokenizer, args.sequences or 8, args.length, _text("text", args.text))
@@ -139,13 +138,12 @@ def evaluate_table(args: argparse.Namespace) -> int:
         raise ValueError(f"directory={args.directory!r}: --table makes its own models; leave one of the two out")
     from tqdm import tqdm
 
-    from clawdemy_infer.model import load_model
     from clawdemy_infer.quantization import Reference, calibration_tokens, evaluation_tokens, kept
     from clawdemy_infer.quantization.grid import cells
     from clawdemy_infer.quantization.report import table, untimed
 
     name = args.reference or "smollm2-135m"
-    model = load_model(name)
+    model = _reference(name)
     tokens = evaluation_tokens(model.tokenizer, args.sequences or 4, args.length, _text("text", args.text))
     source, rows = _source(name, tokens), []
     if args.table and Path(args.table).exists():
@@ -187,6 +185,16 @@ def _source(name: str, tokens) -> dict:
     digest = f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens, crc32 {zlib.crc32(tokens.numpy().tobytes()):08x}"
     return {"command": "clawdemy-infer evaluate --table", "model": name, "text": digest, "machine": cpu_name(), "date": today(),
             **versions()}
+
+
+def _reference(name: str):
+    """The model `name`; what is wrong with the name is said of --reference, the option that gave it."""
+    from clawdemy_infer.model import load_model
+
+    try:
+        return load_model(name)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace(f"model={name!r}", f"reference={name!r}")) from error
 
 
 def _text(name: str, file: str | None) -> Path | None:

@@ -313,6 +313,13 @@ def test_wrong_usage_is_one_line_that_names_the_argument(arguments, code, said, 
     assert found == code and said in error and error.count("\n") == 0 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("arguments", [["{out}"], ["--table"]])
+def test_a_wrong_reference_is_called_by_its_option(arguments, small_model, tmp_path, capsys):
+    out = save_quantized(round_to_nearest(tiny(V=49152, D=64, N=4, K=2, F=96), IntFormat(4, 32)), tmp_path / "out")
+    assert cli.main(["evaluate", *(each.format(out=out) for each in arguments), "--reference", "smollm3"]) == 2
+    assert capsys.readouterr().err.startswith("clawdemy-infer evaluate: reference='smollm3' is not known here; near matches: smollm2-135m")
+
+
 def test_an_empty_calibration_text_is_refused(small_model, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     command = ["quantize", "--model", str(small_model), "--out", str(tmp_path / "out"), "--group", "32"]
