@@ -1,4 +1,5 @@
-"""Our GPTQ beside that of llm-compressor, vLLM's own tool, on the same matrices, Hessians and grids. Nothing else in the project needs it.
+"""Our GPTQ beside that of llm-compressor, vLLM's own tool, on the same matrices, Hessians and grids; and our number formats beside
+those of compressed-tensors, which it stores them in. Nothing else in the project needs them.
 
     make peer-llmcompressor
     .peers/llm-compressor/bin/python -m clawdemy_infer.quantization.peer
@@ -24,6 +25,15 @@ from clawdemy_infer.timing import now
 LAYERS = ("layers.4.out", "layers.9.down", "layers.14.qkv")
 FORMAT = format_named("int4-g64")
 
+FORMATS = {
+    "int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+    "int4-g64": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64},
+    "int4-g64-asym": {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 64},
+    "fp8-e4m3": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+    "nvfp4": {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16},
+}
+"""Formats that both have, by our name, as compressed-tensors describes them."""
+
 
 def theirs(weight: torch.Tensor, hessian: torch.Tensor, format: Format, act_order: bool) -> torch.Tensor:
     """weight [N, K] by llm-compressor, as the numbers that its codes mean. It works on a batch of matrices: here of one."""
@@ -35,6 +45,29 @@ def theirs(weight: torch.Tensor, hessian: torch.Tensor, format: Format, act_orde
                                 actorder="weight" if act_order else None)
     zeros = torch.zeros_like(scale, dtype=torch.int8)
     return quantize_weight(weight[None].clone(), hessian[None].clone(), scale[None], zeros[None], None, settings)[0][0]
+
+
+def rounded(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """weight [N, K] rounded to nearest by compressed-tensors, with the scales and zeros that ours has found."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    ours = Quantized.of(format_named(name), weight)
+    zero = None if ours.zero is None else (ours.zero - 2 ** (ours.format.bits - 1)).to(torch.int8)      # theirs counts from the middle
+    outer = None if ours.outer is None else 1 / ours.outer
+    return fake_quantize(weight, ours.scale, zero, QuantizationArgs(**FORMATS[name]), global_scale=outer)
+
+
+def formats_table(weight: torch.Tensor) -> Table:
+    """In how many weights the two differ: those half-way between two numbers, which may become either."""
+    rows = []
+    for name in FORMATS:
+        ours, other = Quantized.of(format_named(name), weight).dequantize(), rounded(weight, name)
+        errors = [float((each - weight).norm() / weight.norm()) for each in (ours, other)]
+        differ = int(((ours - other).abs() > 1e-6 * weight.abs().max()).sum())
+        rows.append([name, *(f"{error:.4%}" for error in errors), f"{differ:,} of {weight.numel():,}"])
+    header = ["format", "error, ours", "theirs", "weights that differ"]
+    return Table(header, rows, numeric=header[1:], title="Rounding to nearest, beside compressed-tensors")
 
 
 def main() -> None:
@@ -61,6 +94,7 @@ def main() -> None:
                          f"{errors[1] / errors[2]:.5f}", *(si(each, "s") for each in seconds)])
     header = ["matrix", "columns", "error of RTN", "ours", "theirs", "ours ÷ theirs", "time, ours", "time, theirs"]
     print(Table(header, rows, numeric=header[2:], title=f"GPTQ, {FORMAT}, beside llm-compressor {__version__}"))
+    print(formats_table(linears(model)[LAYERS[0]].weight))
 
 
 if __name__ == "__main__":
