@@ -132,7 +132,7 @@ def test_awq_takes_a_tenth_off_the_kl_of_rounding_whatever_text_it_saw(name, smo
     for seed in range(3):
         quality = reference.judge(awq(smollm, calibration_tokens(smollm.tokenizer, 4, seed=seed), format).decoder)
         gain, error = quality.difference(nearest)
-        print(f"{name}, seed {seed}: KL {quality.kl:.4f}, nearest {nearest.kl:.4f}, less by {gain / nearest.kl:.1%} ± {error / nearest.kl:.1%}")
+        print(f"{name}, seed {seed}: KL {quality.kl:.4f}, nearest {nearest.kl:.4f}, -{gain / nearest.kl:.1%} ± {error / nearest.kl:.1%}")
         assert gain - 2 * error > 0.1 * nearest.kl
 
 
