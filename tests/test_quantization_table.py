@@ -149,6 +149,8 @@ def test_the_kept_table_meets_what_is_said_of_it():
     quality = {(row.method, row.format): row.quality for row in rows}
     assert quality["GPTQ act-order", "int4-g64"].kl <= 0.16
     assert quality["GPTQ act-order", "int4-g64"].kl < quality["GPTQ", "int4-g64"].kl < quality["RTN", "int4-g64"].kl
+    assert all(quality["AWQ", name].kl < 0.9 * quality["RTN", name].kl for name in ("int4-g64", "int3-g64"))
+    assert [(row.method, row.format) for row in rows] == [(cell.method, cell.format) for cell in cells()]
     assert {row.bits for row in rows if row.format == "int4-g64"} == {4.25}
     assert source["model"] == "smollm2-135m" and source["command"] == "clawdemy-infer evaluate --table"
 
