@@ -2,10 +2,14 @@
 
 The sizes are those of Llama-3-8B (`clawdemy_kernels.examples`): a batch of 8 with 1,024 tokens each, whose keys and values in one layer
 are 32 MiB; one row against 4096 x 4096 weights. The envelope of a kernel is the bytes that must come from memory or go there once.
+
+    clawdemy-infer bench --kernels --checks --json > h100.json         on a GPU: the whole run as data, with the machine that made it
 """
 
 from __future__ import annotations
 
+import datetime
+import platform
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,8 +23,9 @@ from clawdemy_infer.tables import Table, number, si
 class KernelRow:
     """`bytes` must move, `asked` are named by the kernel's loads and stores (what is asked for twice may come from a cache).
 
-    On a GPU `measured_s` and `torch_s` are medians, each run with cold caches; `of_copy` is bytes / measured_s as a fraction of the
-    bandwidth that a copy reaches there. None without a GPU, or where PyTorch has nothing alike.
+    On a GPU `measured_s` and `torch_s` are medians, each run with cold caches and without the time that Python takes to launch;
+    `of_copy` is bytes / measured_s as a fraction of the bandwidth that a copy reaches there. None without a GPU, or where PyTorch has
+    nothing alike.
     """
 
     kernel: str
@@ -45,10 +50,20 @@ def copy_bandwidth(size: int = 2**30) -> float:
 
 
 def seconds(work) -> float:
-    """The median time of `work()` on the GPU. Between two runs other data goes through the caches."""
-    from triton.testing import do_bench
+    """As `clawdemy_kernels.clock`, which is imported when first needed, for Triton takes a second."""
+    from clawdemy_kernels import clock
 
-    return do_bench(work, warmup=50, rep=200, return_mode="median") / 1000
+    return clock.seconds(work)
+
+
+def gpu() -> dict:
+    """What a run on this GPU means something for."""
+    import triton
+
+    of = torch.cuda.get_device_properties(0)
+    return {"name": of.name, "multiprocessors": of.multi_processor_count, "memory_bytes": of.total_memory,
+            "capability": f"{of.major}.{of.minor}", "torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip,
+            "triton": triton.__version__, "system": platform.platform(), "date": datetime.date.today().isoformat()}
 
 
 @torch.inference_mode()

@@ -18,11 +18,11 @@ def bench_kernels(args: argparse.Namespace) -> int:
     from clawdemy_infer.calibrate import this_machine
 
     choose("cpu", "triton")                     # a clear word where Triton is not installed
+    from clawdemy_kernels import blocks as block_sizes
     from clawdemy_kernels import checks
-    from clawdemy_kernels.launch import INTERPRETED
+    from clawdemy_kernels.launch import on_gpu
 
-    gpu = torch.cuda.is_available() and not INTERPRETED
-    notes = []
+    gpu, copy, chosen, notes = on_gpu(), None, None, []
     if args.machine or not gpu:
         machine = catalog.machine(args.machine or WITHOUT_A_GPU)
     else:
@@ -32,11 +32,13 @@ def bench_kernels(args: argparse.Namespace) -> int:
         why = "Kernels are interpreted here" if torch.cuda.is_available() else "There is no GPU here"
         notes.append(f"{why}, so none is timed: bytes are counted in Triton's interpreter, and the seconds are those "
                      f"that {machine.name} needs at least. On a machine with a GPU the same command measures.")
-    copy = bench.copy_bandwidth() if gpu else None
+    else:
+        say("The clock chooses block sizes; a minute or two, most of it the compiler's …")
+        copy, chosen = bench.copy_bandwidth(), block_sizes.choose_all(bench.seconds)
     rows = bench.rows(machine, copy)
     show(bench.card_table(rows, machine), stderr=args.json)
     result = {"card": {"machine": machine.name, "bandwidth": machine.bandwidth_at(), "sizes": "Llama-3-8B, batch 8, context 1024, bf16"},
-              "device": torch.cuda.get_device_name(0) if gpu else None, "copy_bytes_per_s": copy, "rows": [row.as_dict() for row in rows]}
+              "device": torch.cuda.get_device_name() if gpu else None, "gpu": bench.gpu() if gpu else None, "blocks": chosen, "copy_bytes_per_s": copy, "rows": [row.as_dict() for row in rows]}
     if gpu:
         blocks, right = [bench.timed_table(rows, copy)], True
         notes.append("Bytes are counted in Triton's interpreter: TRITON_INTERPRET=1 before the same command counts them here.")

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from clawdemy_kernels import launch as machine
 from clawdemy_kernels.launch import INTERPRETED, triton
 
 TARGETS = {
@@ -78,10 +79,11 @@ def _compiling(target: GPUTarget, found: list):
 
     JITFunction.run = compile_only
     driver.set_active(Elsewhere(target))
+    machine.ELSEWHERE = True
     try:
         yield
     finally:
-        JITFunction.run = run
+        JITFunction.run, machine.ELSEWHERE = run, False
         driver.set_active(active)
 
 

@@ -31,12 +31,13 @@ def values(dtypes: tuple[torch.dtype, ...] = tuple(KERNEL), device: str = "cpu")
         for name, example in examples(SMALL, device, dtype).items():
             if name == "verify" and dtype != torch.float32:
                 continue                                        # probabilities are fp32
-            error, share = _error(example, **KERNEL[dtype] if name not in WHOLE else {"rtol": 0.0, "atol": 1e-9})
-            rows.append({"kernel": name, "dtype": str(dtype).removeprefix("torch."), "error": error, "share": share, "ok": share <= 1})
+            largest, share = error(example, **KERNEL[dtype] if name not in WHOLE else {"rtol": 0.0, "atol": 1e-9})
+            rows.append({"kernel": name, "dtype": str(dtype).removeprefix("torch."), "error": largest, "share": share, "ok": share <= 1})
     return rows
 
 
-def _error(example: Example, rtol: float, atol: float) -> tuple[float, float]:
+def error(example: Example, rtol: float, atol: float) -> tuple[float, float]:
+    """The largest error of `launch()` against `reference()` in fp64, and the largest share of what may be."""
     got, wanted = (x if isinstance(x, tuple) else (x,) for x in (example.launch(), example.reference()))
     pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(got, wanted, strict=True)]
     errors = [((a - b).abs(), atol + rtol * b.abs()) for a, b in pairs]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from clawdemy_kernels.blocks import blocks
 from clawdemy_kernels.decode_paged import decode_paged_reference
 from clawdemy_kernels.decode_split import empty_parts, join_parts, multiprocessors, parts_for, store_part
 from clawdemy_kernels.launch import LOG2_E, at_least_1, block_and_tile, check, check_heads, power_of_2, tl, triton
@@ -70,18 +71,18 @@ def decode_int8(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torc
         check(name, tensor, tuple(k.shape[:3]), (torch.float16,), like=q)
     check("table", table, (B, None), (torch.int32,), like=q)
     check("lengths", lengths, (B,), (torch.int32,), like=q)
-    (_, K, TILE, _), S_BLOCK = k.shape, 64
+    _, K, TILE, _ = k.shape
     C, TILE = block_and_tile(TILE, block_size, table)
     check_heads(N, K)
     at_least_1(parts=parts, window=window)
     if parts is None:
-        parts = parts_for(B * K, min(table.shape[1] * C, window or 2**30), S_BLOCK, multiprocessors(q.device))
+        parts = parts_for(B * K, min(table.shape[1] * C, window or 2**30), 64, multiprocessors(q.device))
     G, (acc, largest, total) = N // K, empty_parts(q, parts)
     decode_int8_kernel[(B, K, parts)](
         q, k, v, k_scale, v_scale, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, window or 2**30,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2], table.stride(0),
         N=N, C=C, TILE=TILE,
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), S_BLOCK=S_BLOCK, num_warps=4)
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_int8", H))
     return join_parts(acc, largest, total, q.dtype)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from clawdemy_kernels.blocks import blocks
 from clawdemy_kernels.decode_naive import decode_reference
 from clawdemy_kernels.decode_split import empty_parts, join_parts, multiprocessors, parts_for, store_part
 from clawdemy_kernels.launch import LOG2_E, at_least_1, block_and_tile, check, check_attention, power_of_2, tl, triton
@@ -64,16 +65,16 @@ def decode_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch
     check_attention(q, k, v, lengths)
     check("table", table, (len(q), None), (torch.int32,), like=q)
     at_least_1(window=window, parts=parts)
-    (B, N, H), (_, K, TILE, _), S_BLOCK = q.shape, k.shape, 64
+    (B, N, H), (_, K, TILE, _) = q.shape, k.shape
     C, TILE = block_and_tile(TILE, block_size, table)
     tokens = table.shape[1] * C
     if parts is None:
-        parts = parts_for(B * K, min(tokens, window or tokens), S_BLOCK, multiprocessors(q.device))
+        parts = parts_for(B * K, min(tokens, window or tokens), 64, multiprocessors(q.device))
     G, (acc, largest, total) = N // K, empty_parts(q, parts)
     decode_paged_kernel[(B, K, parts)](
         q, k, v, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, window or 2**30,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0), N=N, C=C, TILE=TILE,
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), S_BLOCK=S_BLOCK, num_warps=4)
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_paged", H * q.element_size()))
     return join_parts(acc, largest, total, q.dtype)
 
 

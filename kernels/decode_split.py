@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from clawdemy_kernels.blocks import blocks
 from clawdemy_kernels.launch import LOG2_E, at_least_1, check_attention, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
 
@@ -89,14 +90,21 @@ def decode_split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tor
     """
     check_attention(q, k, v, lengths)
     at_least_1(parts=parts)
-    (B, N, H), K, S_BLOCK = q.shape, k.shape[1], 64
     if parts is None:
-        parts = parts_for(B * K, k.shape[2], S_BLOCK, multiprocessors(q.device))
-    G, (acc, largest, total) = N // K, empty_parts(q, parts)
+        parts = parts_for(len(q) * k.shape[1], k.shape[2], 64, multiprocessors(q.device))
+    made = empty_parts(q, parts)
+    launch_parts(q, k, v, lengths, parts, *made)
+    return join_parts(*made, q.dtype)
+
+
+def launch_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, parts: int,
+                 acc: torch.Tensor, largest: torch.Tensor, total: torch.Tensor) -> None:
+    """Fill acc [P, B, N, H], largest and total [P, B, N]. A sequence of length 0 leaves parts that weigh nothing."""
+    (B, N, H), K = q.shape, k.shape[1]
+    G = N // K
     decode_split_kernel[(B, K, parts)](
         q, k, v, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], N=N,
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), S_BLOCK=S_BLOCK, num_warps=4)
-    return join_parts(acc, largest, total, q.dtype)
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_split", H * q.element_size()))
 
 
 def empty_parts(q: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

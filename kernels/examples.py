@@ -20,6 +20,7 @@ from clawdemy_kernels.decode_int4 import decode_int4, decode_int4_reference
 from clawdemy_kernels.decode_int8 import decode_int8, decode_int8_reference
 from clawdemy_kernels.decode_naive import decode_naive, decode_reference
 from clawdemy_kernels.decode_paged import decode_paged, decode_paged_reference
+from clawdemy_kernels.decode_sinks import decode_sinks, decode_sinks_reference
 from clawdemy_kernels.decode_split import decode_split, multiprocessors, parts_for
 from clawdemy_kernels.linear_int4 import linear_int4, linear_int4_reference, pack_int4, parts_of
 from clawdemy_kernels.linear_int8 import linear_int8, linear_int8_reference
@@ -52,6 +53,7 @@ class Sizes:
 
 LLAMA_3_8B = Sizes()
 SMALL = Sizes(B=2, S=96, M=20, T=3, D=192, F=40, N=6, K=2, H=64, V=1500, C=16)
+SINKS = 4
 PARTS = 2
 """For small sizes, which would not be split."""
 GROUP = 32
@@ -98,14 +100,22 @@ def examples(sizes: Sizes = LLAMA_3_8B, device: torch.device | str = "cpu", dtyp
     pool_k, pool_v = normal(B * S // C, K, C, H), normal(B * S // C, K, C, H)
     parts = PARTS if small else parts_for(B * K, S, 64, multiprocessors(q.device))
     queries, cache = B * N * H * e, 2 * B * S * K * H * e
-    joined = 2 * parts * B * N * (H + 2) * 4                                            # partial results, written and read
-    split = parts * queries + queries + joined + 4 * B * K * parts                      # and the lengths
+
+    def split_among(parts: int) -> int:
+        """Bytes beside those of the cache: queries once a part, the output, partial results written and read, and the lengths."""
+        return (parts + 1) * queries + 2 * parts * B * N * (H + 2) * 4 + 4 * B * K * parts
+
+    split = split_among(parts)
     attention = {"flops": 4 * B * N * S * H, "least": cache + 2 * queries,
                  "torch": lambda: F.scaled_dot_product_attention(q.view(B, K, N // K, H), k, v)}
     reference = wide(decode_reference, q, k, v, lengths)
     made["decode_naive"] = Example(lambda: decode_naive(q, k, v, lengths), reference, N // K * cache + 2 * queries + 4 * B * N, **attention)
     made["decode_grouped"] = Example(lambda: decode_grouped(q, k, v, lengths), reference, cache + 2 * queries + 4 * B * K, **attention)
     made["decode_split"] = Example(lambda: decode_split(q, k, v, lengths, parts), reference, cache + split, **attention)
+    turned = normal(B, N, H)
+    made["decode_sinks"] = Example(lambda: decode_sinks(q, turned, k, v, lengths, SINKS, parts),
+                                   wide(decode_sinks_reference, q, turned, k, v, lengths, sinks=SINKS), cache + split_among(parts + 1),
+                                   **attention | {"least": cache + 3 * queries, "torch": None})
     made["decode_paged"] = Example(lambda: decode_paged(q, pool_k, pool_v, table, lengths, parts=parts),
                                    wide(decode_paged_reference, q, pool_k, pool_v, table, lengths),
                                    cache + split + 4 * K * B * S, **attention)
@@ -115,11 +125,13 @@ def examples(sizes: Sizes = LLAMA_3_8B, device: torch.device | str = "cpu", dtyp
     made["decode_int8"] = Example(lambda: decode_int8(q, *pages, parts=parts), wide(decode_int8_reference, q, *pages),
                                   2 * B * S * K * (H + 2) + split + 4 * K * B * S,
                                   **attention | {"least": 2 * B * S * K * (H + 2) + 2 * queries})
-    in4 = [codes(0, 256, B, K, S, H // 2, dtype=torch.uint8) for _ in "kv"]
-    by_channel, by_token = [halves(B, K, S // GROUP, H) for _ in "sl"], [halves(B, K, S, H // GROUP) for _ in "sl"]
-    nibbles, of_4_bits = (in4[0], *by_channel, in4[1], *by_token, lengths), B * S * K * (H + 8 * H // GROUP)
+    few = B * S // GROUP                                                                # blocks of one group each
+    in4 = [codes(0, 256, few, K, GROUP, H // 2, dtype=torch.uint8) for _ in "kv"]
+    by_channel, by_token = [halves(few, K, 1, H) for _ in "sl"], [halves(few, K, GROUP, H // GROUP) for _ in "sl"]
+    groups = torch.randperm(few, device=device).int().view(B, -1)
+    nibbles, of_4_bits = (in4[0], *by_channel, in4[1], *by_token, groups, lengths), B * S * K * (H + 8 * H // GROUP)
     made["decode_int4"] = Example(lambda: decode_int4(q, *nibbles, parts=parts), wide(decode_int4_reference, q, *nibbles),
-                                  of_4_bits + split, **attention | {"least": of_4_bits + 2 * queries})
+                                  of_4_bits + split + 4 * K * few, **attention | {"least": of_4_bits + 2 * queries})
     # ---- a chunk of a prompt, the last M of S tokens ----
     chunk = normal(M, N, H)
     starts, past = torch.tensor([0, M], dtype=torch.int32, device=device), torch.full((1,), S - M, dtype=torch.int32, device=device)

@@ -14,6 +14,9 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1") == "1"
 """Do kernels run in the interpreter? With no GPU they do, unless TRITON_INTERPRET=0 says that they are only to be compiled."""
 
+ELSEWHERE = False
+"""Are kernels being compiled for a GPU that is not this machine's? `ahead` says so while it compiles."""
+
 if INTERPRETED:
     # Triton decides while it is imported, for its own functions too, and torch does not import it by itself.
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
@@ -42,6 +45,11 @@ LOG2_E = 1.4426950408889634
 """exp(x) = exp2(x * log2(e)): a GPU has an instruction for exp2. The factor goes into the scale of the scores."""
 
 
+def on_gpu() -> bool:
+    """Do kernels run on a GPU of this machine?"""
+    return not INTERPRETED and not ELSEWHERE and torch.cuda.is_available()
+
+
 def check(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...] = FLOATS,
           like: torch.Tensor | None = None) -> None:
     """ValueError naming the tensor unless it has this shape (None: any size), one of `dtypes`, numbers of the last dimension one
@@ -58,7 +66,7 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtypes
         raise ValueError(f"{name} has strides {tensor.stride()}: the last must be 1")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} lies on {tensor.device}: {like.device} is accepted, where the other tensors lie")
-    if not INTERPRETED and torch.cuda.is_available() and tensor.device.type != "cuda":
+    if tensor.device.type != "cuda" and on_gpu():
         raise ValueError(f"{name} lies on {tensor.device}: a CUDA device is accepted")
 
 

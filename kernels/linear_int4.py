@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from clawdemy_kernels.blocks import blocks
 from clawdemy_kernels.decode_split import multiprocessors
 from clawdemy_kernels.launch import check, power_of_2, tl, triton
 
@@ -24,7 +25,7 @@ from clawdemy_kernels.launch import check, power_of_2, tl, triton
 def linear_int4_kernel(x, packed, scales, zeros, out, x_m, packed_n, scales_g, M, N, K: tl.constexpr, g: tl.constexpr,
                        M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, HALF: tl.constexpr):
     """One group of g inputs at a time; HALF is g/2."""
-    m = tl.program_id(1) * M_BLOCK + tl.arange(0, M_BLOCK)
+    m = (tl.program_id(1) * M_BLOCK + tl.arange(0, M_BLOCK)).to(tl.int64)
     n = tl.program_id(0) * N_BLOCK + tl.arange(0, N_BLOCK)
     j = tl.arange(0, HALF)
     acc = tl.zeros([M_BLOCK, N_BLOCK], tl.float32)
@@ -73,7 +74,7 @@ def linear_int4(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zer
     sums = x.new_empty((parts, M, N), dtype=torch.float32)
     linear_int4_kernel[(triton.cdiv(N, N_BLOCK), triton.cdiv(M, M_BLOCK), parts)](
         x, packed, scales, zeros, sums, x.stride(0), packed.stride(0), scales.stride(0), M, N, K=K, g=g,
-        M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, HALF=g // 2, num_warps=2, num_stages=4)
+        M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, HALF=g // 2, **blocks("linear_int4"))
     return (sums[0] if parts == 1 else sums.sum(0)).to(x.dtype)
 
 

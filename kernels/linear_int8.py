@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import torch
 
+from clawdemy_kernels.blocks import blocks
 from clawdemy_kernels.launch import check, power_of_2, tl, triton
 
 
 @triton.jit
 def linear_int8_kernel(x, codes, scales, out, x_m, codes_n, out_m, M, N, K,
                        M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
-    m = tl.program_id(1) * M_BLOCK + tl.arange(0, M_BLOCK)
+    m = (tl.program_id(1) * M_BLOCK + tl.arange(0, M_BLOCK)).to(tl.int64)
     n = tl.program_id(0) * N_BLOCK + tl.arange(0, N_BLOCK)
     acc = tl.zeros([M_BLOCK, N_BLOCK], tl.float32)
     for start in range(0, K, K_BLOCK):
@@ -39,7 +40,7 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> t
     out, M_BLOCK, N_BLOCK = x.new_empty(M, N), power_of_2(min(M, 64), least=16), 32
     linear_int8_kernel[(triton.cdiv(N, N_BLOCK), triton.cdiv(M, M_BLOCK))](
         x, codes, scales, out, x.stride(0), codes.stride(0), out.stride(0), M, N, K,
-        M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, K_BLOCK=128, num_warps=4, num_stages=4)
+        M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, **blocks("linear_int8"))
     return out
 
 

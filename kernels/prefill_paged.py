@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from clawdemy_kernels.blocks import blocks
 from clawdemy_kernels.decode_paged import decode_paged_reference
 from clawdemy_kernels.launch import LOG2_E, at_least_1, block_and_tile, check, check_attention, power_of_2, tl, triton
 from clawdemy_kernels.online_softmax import rescale
@@ -31,7 +32,7 @@ def prefill_paged_kernel(q, k, v, table, out, starts, past, scale, window,
     r, h = tl.arange(0, R_BLOCK), tl.arange(0, H_BLOCK)                     # row r: token first + r // G, query head r % G
     token = first + r // G
     mine = ((r < Q_BLOCK * G) & (token < stop - start))[:, None] & (h < H)[None, :]
-    at = (start + token)[:, None]
+    at = (start + token).to(tl.int64)[:, None]
     heads = (head * G + r % G)[:, None]
     queries = tl.load(q + at * q_m + heads * q_n + h[None, :], mask=mine, other=0.0)
     position = before + token
@@ -73,7 +74,8 @@ def prefill_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torc
     prefill_paged_kernel[(len(past), K, -(-longest // q_block))](
         q, k, v, table, out, starts, past, LOG2_E * H ** -0.5, window or 2**30,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0), *out.stride()[:2], C=C, TILE=TILE,
-        G=G, H=H, H_BLOCK=power_of_2(H, least=16), Q_BLOCK=q_block, R_BLOCK=power_of_2(q_block * G, least=16), S_BLOCK=64, num_warps=8)
+        G=G, H=H, H_BLOCK=power_of_2(H, least=16), Q_BLOCK=q_block, R_BLOCK=power_of_2(q_block * G, least=16),
+        **blocks("prefill_paged", H * q.element_size()))
     return out
 
 

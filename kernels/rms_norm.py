@@ -17,7 +17,7 @@ from clawdemy_kernels.launch import check, power_of_2, tl, triton
 
 @triton.jit
 def rms_norm_kernel(x, residual, weight, out, eps, x_m, residual_m, out_m, D: tl.constexpr, D_BLOCK: tl.constexpr, ADD: tl.constexpr):
-    m = tl.program_id(0)
+    m = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D_BLOCK)
     y = tl.load(x + m * x_m + d, mask=d < D, other=0.0).to(tl.float32)
     if ADD:

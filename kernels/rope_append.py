@@ -20,7 +20,7 @@ from clawdemy_kernels.launch import FLOATS, check, power_of_2, tl, triton
 @triton.jit
 def rope_append_kernel(qkv, cos, sin, slots, q, k, v, qkv_m, qkv_n, cos_m, sin_m, q_m, q_n, k_p, k_k, k_c, v_p, v_k, v_c, C,
                        N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    m, n = tl.program_id(0), tl.program_id(1)
+    m, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK)
     real = i < HALF
     source = qkv + m * qkv_m + n * qkv_n + i

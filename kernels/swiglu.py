@@ -14,7 +14,7 @@ from clawdemy_kernels.launch import check, tl, triton
 
 @triton.jit
 def swiglu_kernel(x, out, x_m, out_m, F, F_BLOCK: tl.constexpr):
-    m = tl.program_id(0)
+    m = tl.program_id(0).to(tl.int64)                   # a prompt of 75,000 rows has more than 2^31 numbers here
     f = tl.program_id(1) * F_BLOCK + tl.arange(0, F_BLOCK)
     gate = tl.load(x + m * x_m + f, mask=f < F, other=0.0).to(tl.float32)
     up = tl.load(x + m * x_m + F + f, mask=f < F, other=0.0).to(tl.float32)

@@ -22,7 +22,7 @@ from clawdemy_kernels.launch import check, tl, triton
 @triton.jit
 def verify_kernel(p, q, drafted, counts, uniform, kept_out, token_out, p_b, p_t, q_b, q_t, V,
                   T: tl.constexpr, CERTAIN: tl.constexpr, BLOCK: tl.constexpr):
-    b = tl.program_id(0)
+    b = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + b)
     kept, going = 0, True
     for i in range(T):

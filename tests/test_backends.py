@@ -10,7 +10,7 @@ from tolerances import KERNEL, LOGITS
 
 from clawdemy_infer import backends
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.kv_cache import ContiguousCache, Int8Cache, KiviCache, PagedCache, PagedInt8Store
+from clawdemy_infer.kv_cache import ContiguousCache, Int8Cache, KiviCache, PagedCache, PagedInt8Store, PagedKiviCache, SlidingWindowCache
 from clawdemy_infer.linear import PackedLinear, int4_codes, int8_codes
 from clawdemy_infer.linear.kernels import dequantized
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate, load_model, probabilities, sample, with_backend, with_weights
@@ -25,6 +25,9 @@ KEEPERS = {
     "int4": lambda model: KiviCache.for_model(model, 2, 32, group=16),
     "paged": lambda model: PagedCache.for_model(model, 2, 30, block_size=5),
     "paged int8": lambda model: PagedCache.for_model(model, 2, 30, block_size=5, store=PagedInt8Store),
+    "paged int4": lambda model: PagedKiviCache.for_model(model, 2, 32, block_size=16),
+    "ring": lambda model: SlidingWindowCache.for_model(model, 2, window=9),
+    "ring with sinks": lambda model: SlidingWindowCache.for_model(model, 2, window=6, sinks=3),
 }
 # One sequence passes the 16 tokens of a group, the other begins with one; a ragged decode; a chunk beside a decode.
 STEPS = [{0: list(range(3, 18)), 1: [7]}, {0: [5], 1: [6]}, {0: [9], 1: [1, 8]}]
@@ -47,18 +50,23 @@ def test_a_model_gives_the_same_logits_on_the_kernels_whatever_keeps_its_keys_an
         torch.testing.assert_close(got, wanted, **LOGITS[torch.float32])
 
 
-def test_the_kernels_are_what_ran(monkeypatch):
-    """Each operator of a decode step is asked of `kernel`: rms_norm, rope_append, decode_paged and swiglu in each of two layers."""
+@pytest.mark.parametrize("keeper, between", [
+    ("contiguous", ["rope_append", "decode_paged"]), ("paged", ["rope_append", "decode_paged"]), ("int8", ["decode_int8"]),
+    ("paged int8", ["decode_int8"]), ("int4", ["decode_int4"]), ("paged int4", ["decode_int4"]),
+    ("ring", ["decode_split"]),
+])
+def test_the_kernels_are_what_ran(monkeypatch, keeper, between):
+    """Each operator of a decode step is asked of `kernel`, in each of two layers."""
     used, plain = [], backends.kernel
 
     def counted(name, *rest):
         used.append(name)
         return plain(name, *rest)
-    for room in ("model.on_triton", "kv_cache.paged_triton"):
+    for room in ("model.on_triton", "kv_cache.paged_triton", "kv_cache.contiguous", "kv_cache.quantized", "kv_cache.kivi", "kv_cache.sliding"):
         monkeypatch.setattr(f"clawdemy_infer.{room}.kernel", counted)
     model = with_backend(small(), "triton")
-    model.step({0: [3]}, PagedCache.for_model(model, 1, 8))
-    assert used == 2 * ["rms_norm", "rope_append", "decode_paged", "rms_norm", "swiglu"] + ["rms_norm"]
+    model.step({0: [3], 1: [4]}, KEEPERS[keeper](model))
+    assert used == 2 * ["rms_norm", *between, "rms_norm", "swiglu"] + ["rms_norm"]
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -151,4 +159,4 @@ def test_the_table_names_every_kernel_but_the_steps_that_lead_to_them():
     rows = [re.split(r"\s{2,}", line.strip()) for line in backends.__doc__.splitlines() if line.startswith("    ")][2:]
     named = {name for *_, kernels in rows for name in kernels.split(", ")}
     assert all(callable(backends.kernel(name)) for name in named)
-    assert len(named) == 11
+    assert len(named) == 13

@@ -5,17 +5,21 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
-if torch.cuda.is_available():
-    pytest.skip("on a GPU kernels are compiled, and the interpreter counts nothing", allow_module_level=True)
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.arithmetic.attention import Attention
+from clawdemy_infer.arithmetic.feed_forward import MLP
+from clawdemy_infer.arithmetic.work import Pass, matmul
 from clawdemy_kernels import checks
+from clawdemy_kernels.blocks import using
 from clawdemy_kernels.decode_grouped import decode_grouped
 from clawdemy_kernels.decode_int4 import decode_int4
 from clawdemy_kernels.decode_int8 import decode_int8
 from clawdemy_kernels.decode_naive import decode_naive
 from clawdemy_kernels.decode_paged import decode_paged
 from clawdemy_kernels.decode_split import decode_split
+from clawdemy_kernels.examples import GROUP, PARTS, SMALL
+from clawdemy_kernels.launch import INTERPRETED, tl, triton
 from clawdemy_kernels.linear_int4 import linear_int4
 from clawdemy_kernels.linear_int8 import linear_int8
 from clawdemy_kernels.prefill_paged import prefill_paged
@@ -25,6 +29,9 @@ from clawdemy_kernels.sample import sample
 from clawdemy_kernels.swiglu import swiglu
 from clawdemy_kernels.traffic import counting
 from clawdemy_kernels.verify import verify
+
+if not INTERPRETED:
+    pytest.skip("kernels are compiled here; with TRITON_INTERPRET=1 they are interpreted and counted", allow_module_level=True)
 
 B, N, K, H = 3, 6, 2, 64
 LENGTHS = [5, 150, 77]
@@ -39,7 +46,7 @@ def problem(dtype=torch.float32):
 def test_every_kernel_asks_for_what_its_envelope_says_to_the_byte():
     """All tensors together, outputs and partial results and tables among them: the traffic table of `bench --kernels`."""
     rows = checks.traffic(torch.float32)
-    assert len(rows) == 14
+    assert len(rows) == 15
     for row in rows:
         assert row["asked"] == row["envelope"] and row["distinct"] <= row["asked"], row
         assert row["sectors"] <= 1.2 * row["asked"], row                    # no layout drags in what it does not ask for
@@ -74,6 +81,61 @@ def test_arithmetic_and_the_counter_agree_on_the_cache_s_bytes():
     with counting(k=k, v=v) as traffic:
         decode_grouped(q, k, v, lengths)
     assert traffic["k"].asked + traffic["v"].asked == S * shape.kv_bytes_per_token("bf16")
+
+
+def test_arithmetic_and_the_counter_agree_to_the_byte_on_every_kernel():
+    """What the envelope of the course says that an operation moves, and what a kernel asks for beside it, and why."""
+    B, S, M, _, D, F, N, K, H, *_ = vars(SMALL).values()
+    e = 2
+    decode, attend = Pass(B, 1, S), Attention(D, N, K, H).attend            # all in bf16
+    again, parts = B * N * H * e, 2 * PARTS * B * N * (H + 2) * 4           # the queries once more; partial results, written and read
+    table, split = 4 * K * B * S, (PARTS - 1) * again + parts + 4 * B * K * PARTS       # each program asks for its sequence's length
+    seen = [S - M + min(at + 16, M) for at in range(0, M, 16)]              # a tile of 16 tokens reads all keys that its last one sees
+    chunk = Pass(1, M, S)
+    wanted = {
+        "decode_naive": attend(decode._replace(shared=False)).bytes + 4 * B * N,
+        "decode_grouped": attend(decode).bytes + 4 * B * K,
+        "decode_split": attend(decode).bytes + split,
+        "decode_sinks": attend(decode).bytes + split + again + parts / PARTS + 4 * B * K,
+        "decode_paged": attend(decode).bytes + split + table,
+        "decode_int8": attend(decode._replace(kv=1 + 2 / H)).bytes + split + table,
+        "decode_int4": attend(decode._replace(kv=1 / 2 + 4 / GROUP)).bytes + split + table // GROUP,
+        "prefill_paged": attend(chunk).bytes + (sum(seen) - S) * 2 * K * H * e + 4 * K * sum(seen) + 12 * K * len(seen),
+        # A norm and a sum apart move 2 and 3 times the residual stream; fused they spare one read, and read the weights for each row.
+        "rms_norm": Pass(1, M, M).elementwise("norm and sum", (2 + 3 - 1) * M * D).bytes + M * D * e,
+        "swiglu": MLP(D, F).activation(chunk, M).bytes,
+        # Beside queries and keys the kernel moves the values; cos and sin are fp32, the slots 8 bytes.
+        "rope_append": chunk.elementwise("rope", 2 * M * (N + K) * H + 2 * M * K * H).bytes + M * (N + K) * H * 4 + 8 * M * 2 * K,
+        # Every 32 outputs read the row anew; int4 leaves sums in fp32 and rounds them later.
+        "linear_int8": matmul(1, D, D, weights=1 + 4 / D, activations="bf16").bytes + (D // 32 - 1) * D * e,
+        "linear_int4": matmul(1, D, D, weights=1 / 2 + 4 / 64, activations="bf16").bytes + (D // 32 - 1) * D * e + (4 - e) * D,
+    }
+    counted = {row["kernel"]: row["asked"] for row in checks.traffic() if row["kernel"] in wanted}
+    assert counted == wanted
+
+
+def test_a_group_of_3_padded_to_16_rows_does_5_7_times_its_own_work():
+    """Counted by hand: 16 rows for 3, and 304 tokens in blocks of 16 for 282."""
+    N, K, H, lengths = 9, 3, 64, torch.tensor([5, 200, 77], dtype=torch.int32)
+    pool, table = torch.zeros(2, 39, K, 16, H), torch.arange(39).view(3, 13).int()
+    with using("decode_paged", {"S_BLOCK": 16, "num_warps": 4}), counting() as traffic:
+        decode_paged(torch.zeros(3, N, H), *pool, table, lengths)
+    assert (traffic.flops, 4 * N * H * 282) == (3_735_552, 649_728) and round(3_735_552 / 649_728, 1) == 5.7
+
+
+@triton.jit
+def _scales_of(scales, out, stride_n, stride_g, N_BLOCK: tl.constexpr):
+    n = tl.program_id(0) * N_BLOCK + tl.arange(0, N_BLOCK)
+    tl.store(out + n, tl.load(scales + n * stride_n + tl.program_id(1) * stride_g))
+
+
+def test_scales_kept_output_by_output_would_drag_in_nine_times_their_bytes():
+    """Why `linear_int4` wants [K/g, N]: the same numbers, asked for by the same programs, from both layouts of 576 x 576 weights."""
+    scales, out = torch.ones(576, 9).half(), torch.empty(576).half()
+    for kept, sectors in ((scales, 93_312), (scales.T.contiguous().T, 10_368)):
+        with counting(scales=kept) as traffic:
+            _scales_of[(18, 9)](kept, out, *kept.stride(), N_BLOCK=32)
+        assert (traffic["scales"].asked, traffic["scales"].sectors) == (10_368, sectors)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -115,13 +177,15 @@ def test_8_bit_pages_are_read_at_a_byte_a_number_and_2_for_each_scale():
 
 def test_4_bit_keys_are_read_at_half_a_byte_and_a_row_of_scales_for_each_group():
     q, _, _, lengths = problem(torch.bfloat16)
-    k, v = torch.zeros(2, B, K, 160, H // 2, dtype=torch.uint8)
-    by_channel, by_token = torch.ones(4, B, K, 5, H).half(), torch.ones(2, B, K, 160, 2).half()
-    with counting(k=k, v=v, k_scale=by_channel[0], v_scale=by_token[0]) as traffic:
-        decode_int4(q, k, by_channel[0], by_channel[1], v, by_token[0], by_token[1], lengths)
+    groups = sum(-(-length // 32) for length in LENGTHS)
+    k, v, table = *torch.zeros(2, 15, K, 32, H // 2, dtype=torch.uint8), torch.randperm(15).view(B, 5).int()
+    by_channel, by_token = torch.ones(4, 15, K, 1, H).half(), torch.ones(2, 15, K, 32, 2).half()
+    with counting(k=k, v=v, k_scale=by_channel[0], v_scale=by_token[0], table=table) as traffic:
+        decode_int4(q, k, by_channel[0], by_channel[1], v, by_token[0], by_token[1], table, lengths)
     assert traffic["k"].asked == traffic["v"].asked == S * K * H // 2
-    assert traffic["k_scale"].asked == 2 * K * H * sum(-(-length // 32) for length in LENGTHS)
+    assert traffic["k_scale"].asked == 2 * K * H * groups
     assert traffic["v_scale"].asked == 2 * K * S * H // 32
+    assert (traffic["table"].asked, traffic["table"].distinct) == (4 * K * groups, 4 * groups)
 
 
 def test_a_prompt_reads_its_keys_once_for_each_tile_of_queries():

@@ -16,6 +16,7 @@ from clawdemy_kernels import (  # noqa: E402
     decode_int8,
     decode_naive,
     decode_paged,
+    decode_sinks,
     decode_split,
     linear_int4,
     linear_int8,
@@ -136,6 +137,23 @@ def test_decode_equals_fp64_and_writes_nothing_beside_its_output(guarded, kernel
     assert guarded()
 
 
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_sinks_are_seen_by_queries_that_were_turned_back_and_all_else_by_the_others(guarded, dtype):
+    """Sequences with a full ring, with a few tokens behind the sinks, and with not even all the sinks."""
+    B, N, K, S, H, sinks = 3, 6, 2, 90, 24, 5
+    q, turned = normal(B, N, H, dtype=dtype), normal(B, N, H, dtype=dtype)
+    k, v, lengths = normal(B, S, K, H, dtype=dtype).transpose(1, 2), normal(B, K, S, H, dtype=dtype), lengths_of(B, S)
+    lengths[1:] = torch.tensor([9, 3])
+    got = decode_sinks.decode_sinks(q, turned, k, v, lengths, sinks, parts=2)
+    for b, length in enumerate(lengths.tolist()):
+        keys, values = (x[b, :, :length].double().repeat_interleave(N // K, 0) for x in (k, v))         # [N, length, H]
+        theirs = torch.where(torch.arange(length, device=DEVICE)[:, None] < sinks, turned[b, :, None].double(), q[b, :, None].double())
+        weights = ((theirs * keys).sum(-1) / H ** 0.5).softmax(-1)
+        agree(got[b], (weights[..., None] * values).sum(1), dtype)
+    agree(got, decode_sinks.decode_sinks_reference(q.double(), turned.double(), k.double(), v.double(), lengths, sinks), dtype)
+    assert guarded()
+
+
 @pytest.mark.parametrize("C", [1, 7, 16, 64])
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize("dtype", FLOATS[:2])
@@ -181,33 +199,42 @@ def test_pages_of_several_blocks_are_read_as_the_blocks_they_are():
     agree(decode_paged.decode_paged(q, k, v, one, few), wanted, torch.float32)
 
 
-@pytest.mark.parametrize("H, g", [(64, 32), (96, 16)])
+def nibbles(blocks, K, C, H, g):
+    """Codes, scales and lowest values of 4-bit keys and values in `blocks` of C tokens, as `decode_int4` takes them."""
+    made = []
+    for groups in ((blocks, K, C // g, H), (blocks, K, C, H // g)):         # of keys by channel, of values by token
+        codes = torch.randint(0, 256, (blocks, K, C, H // 2), dtype=torch.uint8, device=DEVICE)
+        made += [codes, (torch.rand(groups, device=DEVICE) / 8).half(), -torch.rand(groups, device=DEVICE).half()]
+    return made
+
+
+@pytest.mark.parametrize("C, H, g", [(32, 64, 32), (64, 128, 32), (96, 96, 16)])
 @pytest.mark.parametrize("dtype", FLOATS[:2])
-def test_decode_on_4_bit_keys_and_values_equals_fp64_on_what_the_codes_stand_for(guarded, H, g, dtype):
+def test_decode_on_4_bit_keys_and_values_equals_fp64_on_what_the_codes_stand_for(guarded, C, H, g, dtype):
     B, N, K, S = 2, 6, 2, 96
-    k, v = (integers(0, 256, (B, K, S, H // 2), torch.uint8) for _ in "kv")
-    by_channel, by_token = (B, K, S // g, H), (B, K, S, H // g)
-    k_scale, v_scale = ((torch.rand(shape, device=DEVICE) / 8).half() for shape in (by_channel, by_token))
-    k_low, v_low = (-torch.rand(shape, device=DEVICE).half() for shape in (by_channel, by_token))
+    most = -(-S // C)
+    codes, table = nibbles(7, K, C, H, g), torch.randperm(7, device=DEVICE)[:B * most].view(B, most).int()
     q, lengths = normal(B, N, H, dtype=dtype), lengths_of(B, S - 1)
-    wanted = decode_int4.decode_int4_reference(q.double(), k, k_scale, k_low, v, v_scale, v_low, lengths)
-    agree(decode_int4.decode_int4(q, k, k_scale, k_low, v, v_scale, v_low, lengths, parts=2), wanted, dtype)
+    wanted = decode_int4.decode_int4_reference(q.double(), *codes, table, lengths)
+    agree(decode_int4.decode_int4(q, *codes, table, lengths, parts=2), wanted, dtype)
     assert guarded()
 
 
 def test_tokens_that_wait_unrounded_are_one_more_part_of_4_bit_attention():
-    """One sequence has codes and a tail, the other a tail alone; codes of 0 with scale 0 stand for the lowest value."""
-    B, N, K, S, H, g, W = 2, 4, 2, 32, 64, 16, 9
-    q, tail_k, tail_v = torch.randn(B, N, H, device=DEVICE), *torch.randn(2, B, K, W, H, device=DEVICE)
-    k, v = torch.zeros(2, B, K, S, H // 2, dtype=torch.uint8, device=DEVICE)
-    by_channel, by_token = torch.randn(B, K, S // g, H, device=DEVICE).half(), torch.randn(B, K, S, H // g, device=DEVICE).half()
-    rounded, waiting = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([19, 0], [4, 9]))
-    got = decode_int4.decode_int4(q, k, 0 * by_channel, by_channel, v, 0 * by_token, by_token, rounded, tail=(tail_k, tail_v, waiting))
-    keys, values = by_channel.double().repeat_interleave(g, dim=2), by_token.double().repeat_interleave(g, dim=3)
+    """One sequence has codes and a tail, the other a tail alone; each has its own tail of three, in no order."""
+    B, N, K, H, g, W = 2, 4, 2, 64, 16, 9
+    q, tail_k, tail_v = normal(B, N, H, dtype=torch.float32), *torch.randn(2, 3, K, W, H, device=DEVICE)
+    codes = nibbles(3, K, g, H, g)
+    table, which, rounded, waiting = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([[2, 1], [0, 0]], [2, 0], [19, 0], [4, 9]))
+    got = decode_int4.decode_int4(q, *codes, table, rounded, tail=(tail_k, tail_v, which, waiting))
+    halves = [torch.cat((of & 15, of >> 4), -1).double() for of in (codes[0], codes[3])]
+    keys = halves[0] * codes[1] + codes[2]                                  # [3, K, g, H], a scale for each channel of a block
+    values = (halves[1].unflatten(-1, (-1, g)) * codes[4][..., None] + codes[5][..., None]).flatten(-2)
     for b in range(B):
-        whole = [torch.cat((codes[b:b + 1, :, :rounded[b]], tail[b:b + 1, :, :waiting[b]].double()), dim=2)
-                 for codes, tail in ((keys, tail_k), (values, tail_v))]
-        agree(got[b:b + 1], decode_naive.decode_reference(q[b:b + 1].double(), *whole, (rounded + waiting)[b:b + 1]), torch.float32)
+        whole = [torch.cat((of[table[b].long()].transpose(0, 1).flatten(1, 2)[:, :rounded[b]], tail[which[b], :, :waiting[b]]), dim=1)
+                 for of, tail in ((keys, tail_k), (values, tail_v))]
+        wanted = decode_naive.decode_reference(q[b:b + 1].double(), *(x[None].double() for x in whole), (rounded + waiting)[b:b + 1])
+        agree(got[b:b + 1], wanted, torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -221,6 +248,30 @@ def test_a_chunk_over_pages_equals_fp64_beside_chunks_of_other_lengths(guarded, 
     wanted = prefill_paged.prefill_paged_reference(q.double(), k.double(), v.double(), table, starts, past, window)
     agree(prefill_paged.prefill_paged(q, k, v, table, starts, past, longest=20, window=window, q_block=8), wanted, dtype)
     assert guarded()
+
+
+@pytest.mark.parametrize("G, H, C", [(1, 64, 1), (2, 80, 16), (3, 128, 64), (4, 64, 7), (5, 80, 1), (6, 128, 32), (7, 64, 64), (8, 80, 33)])
+def test_groups_of_1_to_8_heads_of_any_width_and_blocks_of_any_size_on_every_kernel_that_shares_a_read(G, H, C):
+    """Two sequences, of 1 and of 37 tokens."""
+    B, K, S, dtype = 2, 1, 37, torch.float32
+    q, turned, (k, v, table) = normal(B, G, H, dtype=dtype), normal(B, G, H, dtype=dtype), pages(B, K, S, C, H, dtype)
+    lengths, wide = torch.tensor([37, 1], dtype=torch.int32, device=DEVICE), [x.double() for x in (q, k, v)]
+    agree(decode_paged.decode_paged(q, k, v, table, lengths, parts=2), decode_paged.decode_paged_reference(*wide, table, lengths), dtype)
+    starts, past = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE), lengths - 1
+    agree(prefill_paged.prefill_paged(q, k, v, table, starts, past, longest=1),
+          prefill_paged.prefill_paged_reference(*wide, table, starts, past), dtype)
+    codes, scale = integers(-127, 128, k.shape, torch.int8), (torch.rand(k.shape[:3], device=DEVICE) / 50).half()
+    in8 = codes, scale, codes.flip(0).contiguous(), scale.flip(0), table, lengths
+    agree(decode_int8.decode_int8(q, *in8, parts=2), decode_int8.decode_int8_reference(wide[0], *in8), dtype)
+    k, v = normal(B, K, S, H, dtype=dtype), normal(B, S, K, H, dtype=dtype).transpose(1, 2)
+    wide = wide[0], k.double(), v.double()
+    agree(decode_grouped.decode_grouped(q, k, v, lengths), decode_naive.decode_reference(*wide, lengths), dtype)
+    agree(decode_split.decode_split(q, k, v, lengths, parts=2), decode_naive.decode_reference(*wide, lengths), dtype)
+    agree(decode_sinks.decode_sinks(q, turned, k, v, lengths, 3),
+          decode_sinks.decode_sinks_reference(wide[0], turned.double(), *wide[1:], lengths, 3), dtype)
+    if H != 80:                                                             # half of which, 40, is not whole groups of 16
+        in4 = *nibbles(5, K, 32, H, 32), torch.tensor([[3, 0], [1, 1]], dtype=torch.int32, device=DEVICE), lengths
+        agree(decode_int4.decode_int4(q, *in4, parts=2), decode_int4.decode_int4_reference(wide[0], *in4), dtype)
 
 
 # ---- what lies between the products ----

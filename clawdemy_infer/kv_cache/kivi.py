@@ -77,6 +77,16 @@ class GroupedCodes:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.codes, self.scale, self.low
 
+    @property
+    def decodes(self) -> bool:
+        """Is there a kernel for these codes? It wants 4 bits, groups of 16, 32, 64 ... tokens, and halves of heads in groups."""
+        S, H = self.codes.shape[-2], self.scale.shape[-1] if self.along == -2 else self.scale.shape[-2] * self.group
+        return self.bits == 4 and S > 0 and self.group >= 16 and self.group & (self.group - 1) == 0 and H // 2 % self.group == 0
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, scales and lowest values as the kernel takes them: without the dimension of 1."""
+        return self.codes[layer], *(x[layer].squeeze(self.along) for x in (self.scale, self.low))
+
 
 class KiviCache(ContiguousCache):
     """Keys and values of `batch` sequences, 0 to B-1, in `bits` bits each, and a tail of `group` tokens in `dtype`.
@@ -103,13 +113,6 @@ class KiviCache(ContiguousCache):
         cache = cls(shape.L, batch, shape.K, shape.H, capacity, bits, group, model.dtype, model.device)
         cache.backend = model.backend
         return cache
-
-    @property
-    def decodes(self) -> bool:
-        """Is the backend a kernel, and takes these codes? It wants 4 bits, a power of two for a group, and halves of heads in groups."""
-        bits, S, H = self.keys.bits, self.keys.codes.shape[-2], self.key_tail.shape[-1]
-        fit = bits == 4 and S > 0 and self.group >= 16 and self.group & (self.group - 1) == 0 and H // 2 % self.group == 0
-        return self.backend == "triton" and fit
 
     def rounded(self, length: int) -> int:
         """How many of `length` tokens are kept as codes; the rest is in the tail."""
@@ -145,9 +148,8 @@ class _Step(RunStep):
 
 
 class CodesAndTails:
-    """What one run sees. Where codes and tails lie, and how new tokens come to lie there, a subclass says: `read` and `commit`."""
-
-    by_kernel = False
+    """What one run sees. Where codes and tails lie, and how new tokens come to lie there, a subclass says: `read` and `commit`; and
+    `places` for a kernel, which takes runs of one token."""
 
     def __init__(self, cache, run: Run, window: int | None) -> None:
         self.cache, self.run = cache, run
@@ -156,6 +158,10 @@ class CodesAndTails:
         tails = [past - rounded for past, rounded in zip(run.past, codes, strict=True)]
         self.codes, self.tail = max(codes), max(tails)
         self.fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.by_kernel = run.new == 1 and not window and cache.backend == "triton" and cache.keys.decodes
+        if self.by_kernel:
+            self.numbers = [torch.tensor(x, dtype=torch.int32, device=cache.device) for x in (*self.places(), codes, tails)]
+            return
         if self.alike and not window:
             self.mask = causal_mask(run.new, run.past[0] + run.new, None, cache.dtype, cache.device)
             return
@@ -174,6 +180,16 @@ class CodesAndTails:
         values = self.all(layer, self.cache.values, self.cache.value_tail, v)
         return attend(q, keys, values, self.mask)
 
+    def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """By a kernel that reads codes. New keys and values k, v [B, K, 1, H] go behind those that wait, where nobody looks until they
+        count."""
+        cache, (blocks, which, rounded, waiting) = self.cache, self.numbers
+        tails = cache.key_tail[layer], cache.value_tail[layer]
+        for tail, new in zip(tails, (k, v), strict=True):
+            tail[which, :, waiting] = new[:, :, 0]
+        codes = *cache.keys.of_layer(layer), *cache.values.of_layer(layer)
+        return kernel("decode_int4")(q, *codes, blocks, rounded, tail=(*tails, which, waiting + 1)).flatten(1)
+
     def all(self, layer: int, codes: GroupedCodes, tail: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """[B, K, S, H] of all that is kept, and the new."""
         (B, K, T, H), past = new.shape, self.codes + self.tail
@@ -190,24 +206,10 @@ class CodesAndTails:
 class _Part(CodesAndTails):
     """The sequences of a `KiviCache` lie one behind the other."""
 
-    def __init__(self, cache: KiviCache, run: Run, window: int | None) -> None:
-        super().__init__(cache, run, window)
-        self.by_kernel = run.new == 1 and not window and cache.decodes
-        if self.by_kernel:
-            rounded = [cache.rounded(past) for past in run.past]
-            numbers = [rounded, [past - whole for past, whole in zip(run.past, rounded, strict=True)], [*range(len(rounded))]]
-            self.rounded, self.waiting, self.rows = torch.tensor(numbers, dtype=torch.int32, device=cache.device)
-
-    def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of one token for each sequence by a kernel that reads codes. New keys and values k, v [B, K, 1, H] go behind those
-        that wait, where nobody looks until they count."""
-        cache, mine = self.cache, self.run.sequences
-        tails = [tail[layer, mine] for tail in (cache.key_tail, cache.value_tail)]                      # views [B, K, group, H]
-        for tail, new in zip(tails, (k, v), strict=True):
-            tail[self.rows, :, self.waiting] = new[:, :, 0]
-        keys = cache.keys.codes[layer, mine], *(x[layer, mine].squeeze(-2) for x in (cache.keys.scale, cache.keys.low))
-        values = cache.values.codes[layer, mine], *(x[layer, mine].squeeze(-1) for x in (cache.values.scale, cache.values.low))
-        return kernel("decode_int4")(q, *keys, *values, self.rounded, tail=(*tails, self.waiting + 1)).flatten(1)
+    def places(self) -> tuple[list[list[int]], list[int]]:
+        """Each sequence is one block, and has its own tail."""
+        mine = range(self.run.first, self.run.first + len(self.run.past))
+        return [[sequence] for sequence in mine], [*mine]
 
     def read(self, layer: int, codes: GroupedCodes, tail: torch.Tensor, out: torch.Tensor) -> None:
         codes.read(layer, self.run.sequences, 0, out=out[:, :, :self.codes])

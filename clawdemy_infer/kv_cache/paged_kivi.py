@@ -14,6 +14,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
+from clawdemy_infer.backends import choose
 from clawdemy_infer.kv_cache.block_pool import BlockPool
 from clawdemy_infer.kv_cache.block_tables import BlockTables
 from clawdemy_infer.kv_cache.kivi import CodesAndTails, GroupedCodes
@@ -141,11 +142,13 @@ class PagedKiviStore:
 class PagedKiviCache(PagedCache):
     """The sequences of `tables` in `bits` bits, a block of tokens at a time; what a `KiviCache` of groups of block_size computes.
 
-    Neighbours in a step that bring equally many tokens are computed as one rectangle, as far as the longest.
+    Neighbours in a step that bring equally many tokens are computed as one rectangle, as far as the longest. On the backend "triton"
+    those that bring one are computed by a kernel that follows the tables.
     """
 
-    def __init__(self, tables: BlockTables, store: PagedKiviStore, capacity: int | None = None) -> None:
+    def __init__(self, tables: BlockTables, store: PagedKiviStore, capacity: int | None = None, backend: str | None = None) -> None:
         super().__init__(tables, store, capacity)
+        self.backend = choose(store.device, backend)
         (self.keys, self.values), (self.key_tail, self.value_tail) = store.codes, store.tail
 
     @classmethod
@@ -158,7 +161,8 @@ class PagedKiviCache(PagedCache):
         """A cache for `model` over tables that a scheduler made. `tails` sequences may be in the middle of a block at a time: as
         many as there will ever be at once are enough."""
         shape = model.config.shape
-        return cls(tables, PagedKiviStore(tables, shape.L, shape.K, shape.H, tails, bits, model.dtype, model.device), capacity)
+        store = PagedKiviStore(tables, shape.L, shape.K, shape.H, tails, bits, model.dtype, model.device)
+        return cls(tables, store, capacity, model.backend)
 
     def rounded(self, length: int) -> int:
         """How many of `length` tokens are kept as codes; the rest is in a tail."""
@@ -209,16 +213,19 @@ class _Part(CodesAndTails):
     """Sequences whose codes and tails lie where their `tables`, lists of blocks, say."""
 
     def __init__(self, cache: PagedKiviCache, run: Run, window: int | None, tables: Sequence[Sequence[int]]) -> None:
+        self.tables, self.store = tables, cache.store
         super().__init__(cache, run, window)
-        self.tables, size, tail_of = tables, cache.store.size, cache.store.tail_of
-        most = self.codes // size
-        blocks, tails = [], []
-        for past, table in zip(run.past, tables, strict=True):
-            full, waiting = divmod(past, size)
-            blocks.append([*table[:full], *[0] * (most - full)])                            # the mask hides block 0, and tail 0
-            tails.append(tail_of[table[full]] if waiting else 0)
-        self.blocks = torch.tensor(blocks, dtype=torch.int64, device=cache.device)          # [B, most]
-        self.tails = torch.tensor(tails, device=cache.device)
+        if not self.by_kernel:
+            self.blocks, self.tails = (torch.tensor(x, dtype=torch.int64, device=cache.device) for x in self.places())  # [B, most], [B]
+
+    def places(self) -> tuple[list[list[int]], list[int]]:
+        """The full blocks of each sequence, as many for all, and its tail. Nobody sees the blocks 0, and tails 0, that are nobody's."""
+        blocks, tails, most = [], [], self.codes // self.store.size or int(self.by_kernel)
+        for past, table in zip(self.run.past, self.tables, strict=True):
+            full, waiting = divmod(past, self.store.size)
+            blocks.append([*table[:full], *[0] * (most - full)])
+            tails.append(self.store.open(table[full]) if waiting or self.by_kernel else 0)  # the kernel puts the new token there
+        return blocks, tails
 
     def read(self, layer: int, codes: GroupedCodes, tail: torch.Tensor, out: torch.Tensor) -> None:
         in_blocks = out[:, :, :self.codes].unflatten(2, (self.blocks.shape[1], self.cache.store.size))          # [B, K, most, size, H]

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clawdemy_infer.attention import attend
+from clawdemy_infer.backends import kernel
 from clawdemy_infer.kv_cache.runs import NOTHING, Run, RunStep, mask_by_position, runs
 from clawdemy_infer.kv_cache.step import Step, at_least_1, positions
 
@@ -34,6 +35,9 @@ class SlidingWindowCache:
     sliding window itself (Jiang et al. 2023, Mistral), and exact for one. Sinks need `frequencies` [H/2], RoPE's radians per
     position. Raises ValueError for sizes below 1, negative sinks, and sinks without frequencies.
     """
+
+    backend = "torch"
+    """Whose attention a step of one token is, "torch" or "triton": the model's."""
 
     def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, window: int, sinks: int = 0,
                  frequencies: torch.Tensor | None = None, dtype: torch.dtype = torch.float32,
@@ -55,7 +59,9 @@ class SlidingWindowCache:
         shape = model.config.shape
         if (window or shape.window) is None:
             raise ValueError("window=None: this model has no window of its own, so say how many tokens to keep")
-        return cls(shape.L, batch, shape.K, shape.H, window or shape.window, sinks, model.frequencies, model.dtype, model.device)
+        cache = cls(shape.L, batch, shape.K, shape.H, window or shape.window, sinks, model.frequencies, model.dtype, model.device)
+        cache.backend = model.backend
+        return cache
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """Where the tokens at `positions` lie."""
@@ -136,6 +142,7 @@ class _OneToken:
         self.at = (torch.arange(run.first, run.first + len(past), device=cache.device), slice(None), cache.slots(past))
         self.filled = min(max(run.past) + 1, cache.sinks + cache.window)
         self.sight = _Sight(cache, past[:, None])
+        self.lengths = (past + 1).clamp(max=cache.span).int()
         self.mask = None
         if min(run.past) + 1 < self.filled:                     # some sequence has not yet written all the slots that are read
             slots = torch.arange(self.filled, device=cache.device)
@@ -146,6 +153,10 @@ class _OneToken:
         keys, values = self.cache.keys[layer], self.cache.values[layer]                     # [B, K, s + W, H]
         keys[self.at], values[self.at] = k, v
         keys, values = (x[self.run.sequences, :, :self.filled] for x in (keys, values))
+        if self.cache.backend == "triton":
+            if self.sight.turn is None:
+                return kernel("decode_split")(q, keys, values, self.lengths).flatten(1)
+            return kernel("decode_sinks")(q, self.sight.turned(q), keys, values, self.lengths, self.cache.sinks).flatten(1)
         return self.sight.attend(q, keys, values, self.mask)
 
     def commit(self) -> None:
@@ -198,14 +209,17 @@ class _Sight:
             cos, sin = angles.cos(), angles.sin()
             self.turn = torch.cat((cos, cos), -1).to(cache.dtype), torch.cat((-sin, sin), -1).to(cache.dtype)
 
+    def turned(self, q: torch.Tensor) -> torch.Tensor:
+        """RoPE once more, by a negative angle."""
+        cos, sin = self.turn
+        return torch.addcmul(q * cos, q.roll(q.shape[-1] // 2, dims=-1), sin)
+
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """q [B*T, N, H], keys and values [B, K, S, H] -> [B*T, N*H]."""
         if self.turn is None:
             return attend(q, keys, values, mask)
         (B, K), (M, N, H), s = keys.shape[:2], q.shape, self.sinks
-        cos, sin = self.turn
-        turned = torch.addcmul(q * cos, q.roll(H // 2, dims=-1), sin)                       # RoPE once more, by a negative angle
-        q, turned = (x.view(B, M // B, K, N // K, H).permute(0, 2, 3, 1, 4).flatten(2, 3) for x in (q, turned))         # [B, K, G*T, H]
+        q, turned = (x.view(B, M // B, K, N // K, H).permute(0, 2, 3, 1, 4).flatten(2, 3) for x in (q, self.turned(q)))     # [B, K, G*T, H]
         scores = torch.cat((turned @ keys[:, :, :s].mT, q @ keys[:, :, s:].mT), dim=-1) * H**-0.5
         if mask is not None:
             scores = (scores.unflatten(2, (N // K, M // B)) + mask[:, :, None]).flatten(2, 3)

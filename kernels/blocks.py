@@ -1,0 +1,122 @@
+"""How large a block, how many warps, how deep a pipeline: a rule says so everywhere, and on a GPU the clock may know better.
+
+    python -m clawdemy_kernels.blocks           on a GPU: time all candidates at the sizes of a real model, and keep the fastest
+
+Blocks change how fast a kernel is, not what it computes. By the rule a block of keys has 16 KiB, and 16 to 64 tokens: several of them are
+on their way from memory at once, and there is room for those in the shared memory of every GPU. The other candidates are smaller with a
+deeper pipeline, larger with more warps, or the same with more warps. What the clock chose lies beside Triton's compiled code, by GPU and
+Triton's version. In the interpreter, and where kernels are only compiled, nothing is timed and the rule decides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from math import inf
+from pathlib import Path
+
+import torch
+
+from clawdemy_kernels.launch import on_gpu, triton
+
+OTHERS = {
+    "linear_int8": [{"K_BLOCK": 128, "num_warps": 4, "num_stages": 4}, {"K_BLOCK": 256, "num_warps": 4, "num_stages": 3},
+                    {"K_BLOCK": 128, "num_warps": 8, "num_stages": 4}],
+    "linear_int4": [{"num_warps": 2, "num_stages": 4}, {"num_warps": 4, "num_stages": 4}, {"num_warps": 2, "num_stages": 6}],
+    "decode_int4": [{"num_warps": 4}, {"num_warps": 4, "num_stages": 4}, {"num_warps": 8}],     # whose block is the group of the codes
+}
+ASKED: set[tuple[str, int]] = set()
+"""The kernels that were launched so far, with the bytes of a row."""
+_using: dict[str, dict[str, int]] = {}
+
+
+def candidates(kernel: str, row: int) -> list[dict[str, int]]:
+    """What may be said to the compiler about `kernel`, whose rows of keys have `row` bytes. The first is what the rule says."""
+    if kernel in OTHERS:
+        return OTHERS[kernel]
+    size, warps = max(16, min(64, 2**14 // triton.next_power_of_2(row))), 8 if kernel == "prefill_paged" else 4
+    if kernel in ("decode_naive", "decode_grouped"):            # steps on the way, to be read; no model runs on them
+        return [{"S_BLOCK": size, "num_warps": warps}]
+    return [{"S_BLOCK": size, "num_warps": warps}, {"S_BLOCK": max(16, size // 2), "num_warps": 4, "num_stages": 4},
+            {"S_BLOCK": 2 * size, "num_warps": 8, "num_stages": 2}, {"S_BLOCK": size, "num_warps": 12 - warps}]
+
+
+def blocks(kernel: str, row: int = 0) -> dict[str, int]:
+    """The options of a launch: those of `using`, those that the clock chose on this GPU, or the rule's."""
+    ASKED.add((kernel, row))
+    kept = chosen(place()).get(f"{kernel} {row}") if on_gpu() else None
+    return _using.get(kernel) or kept or candidates(kernel, row)[0]
+
+
+@contextmanager
+def using(kernel: str, options: dict[str, int]) -> Iterator[None]:
+    """Launch `kernel` with these options, whatever was chosen."""
+    _using[kernel] = options
+    try:
+        yield
+    finally:
+        del _using[kernel]
+
+
+# ---- the clock's choice ----
+
+
+def choose(launch: Callable[[], object], seconds: Callable[[Callable], float]) -> dict[str, dict[str, int]]:
+    """Time `launch()` with every candidate of each kernel in it, keep the fastest for good, and return them. RuntimeError without a GPU."""
+    if not on_gpu():
+        raise RuntimeError("blocks are chosen by the clock of a GPU, and there is none here, or kernels are interpreted")
+    ASKED.clear()
+    launch()
+    found = {f"{kernel} {row}": fastest(kernel, row, launch, seconds) for kernel, row in sorted(ASKED)}
+    _keep(place(), found)
+    return found
+
+
+def fastest(kernel: str, row: int, launch: Callable[[], object], seconds: Callable[[Callable], float]) -> dict[str, int]:
+    """The candidate with which `launch()` takes the fewest seconds. One for which this GPU has no room takes forever."""
+    def time(options: dict[str, int]) -> float:
+        try:
+            with using(kernel, options):
+                return seconds(launch)
+        except triton.runtime.errors.OutOfResources:
+            return inf
+    return min(candidates(kernel, row), key=time)
+
+
+def place() -> tuple[Path, str]:
+    """The file of all choices, and this GPU's name in it."""
+    return Path(triton.knobs.cache.dir) / "clawdemy-blocks.json", f"{torch.cuda.get_device_name()}, Triton {triton.__version__}"
+
+
+@cache
+def chosen(place: tuple[Path, str]) -> dict[str, dict[str, int]]:
+    """By kernel and bytes of a row."""
+    file, gpu = place
+    return json.loads(file.read_text()).get(gpu, {}) if file.exists() else {}
+
+
+def _keep(place: tuple[Path, str], found: dict[str, dict[str, int]]) -> None:
+    file, gpu = place
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept[gpu] = kept.get(gpu, {}) | found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(kept, indent=1))
+    chosen.cache_clear()
+
+
+def choose_all(seconds: Callable[[Callable], float]) -> dict[str, dict[str, int]]:
+    """`choose` for all `examples` at the sizes of Llama-3-8B."""
+    from clawdemy_kernels.examples import examples
+    found = {}
+    for example in examples(device="cuda").values():
+        found |= choose(example.launch, seconds)
+    return found
+
+
+if __name__ == "__main__":
+    from clawdemy_kernels.blocks import choose_all        # this file's other self, which the kernels import
+    from clawdemy_kernels.clock import seconds
+    for kernel, options in choose_all(seconds).items():
+        print(kernel, options)

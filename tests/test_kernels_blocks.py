@@ -1,0 +1,107 @@
+"""Block sizes: the rule's without a GPU, the clock's on one. Every candidate computes the same, and compiles for every GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="there is no Triton for this system")
+
+from clawdemy_kernels import blocks, checks
+from clawdemy_kernels.examples import SMALL, examples
+from clawdemy_kernels.launch import triton
+from clawdemy_kernels.tolerance import KERNEL
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SMALLEST = 99 * 1024
+"""Bytes of shared memory that a program may have on sm_86 and sm_89 (RTX 3090 and 4090), as of all GPUs from sm_80 on the fewest."""
+TUNED = {"decode_split", "decode_sinks", "decode_paged", "decode_int8", "decode_int4", "prefill_paged", "linear_int8", "linear_int4"}
+
+
+def asked_by(example):
+    blocks.ASKED.clear()
+    example.launch()
+    return set(blocks.ASKED)
+
+
+@pytest.mark.parametrize("name", sorted(TUNED))
+def test_every_candidate_gives_what_fp64_gives(name):
+    torch.manual_seed(0)
+    example = examples(SMALL, DEVICE, torch.float32)[name]
+    for kernel, row in asked_by(example):
+        for options in blocks.candidates(kernel, row):
+            with blocks.using(kernel, options):
+                assert checks.error(example, **KERNEL[torch.float32])[1] <= 1, options
+
+
+def test_a_block_of_keys_has_16_KiB_and_16_to_64_tokens():
+    sizes = {row: blocks.candidates("decode_paged", row)[0]["S_BLOCK"] for row in (64, 128, 160, 256, 512, 1024, 4096)}
+    assert sizes == {64: 64, 128: 64, 160: 64, 256: 64, 512: 32, 1024: 16, 4096: 16}
+
+
+def test_without_a_gpu_nothing_is_timed_and_nothing_that_was_chosen_counts(monkeypatch):
+    monkeypatch.setattr(blocks, "chosen", lambda place: pytest.fail("it was looked at"))
+    monkeypatch.setattr(blocks, "on_gpu", lambda: False)
+    assert blocks.blocks("decode_paged", 128) == blocks.candidates("decode_paged", 128)[0]
+    with pytest.raises(RuntimeError, match="by the clock of a GPU, and there is none here"):
+        blocks.choose(lambda: None, lambda work: pytest.fail("it was timed"))
+
+
+def test_on_a_gpu_the_fastest_is_chosen_and_kept_for_that_gpu_and_one_without_room_is_not(monkeypatch, tmp_path):
+    here = {"gpu": "one"}
+    monkeypatch.setattr(blocks, "on_gpu", lambda: True)
+    monkeypatch.setattr(blocks, "place", lambda: (tmp_path / "triton" / "blocks.json", here["gpu"]))
+    rule, smaller, larger, _ = blocks.candidates("decode_paged", 128)
+
+    def seconds(launch):
+        options = launch()
+        if options == larger:
+            raise triton.runtime.errors.OutOfResources(300_000, 100_000, "shared memory")
+        return 1.0 if options == smaller else 2.0
+    assert blocks.choose(lambda: blocks.blocks("decode_paged", 128), seconds) == {"decode_paged 128": smaller}
+    assert blocks.blocks("decode_paged", 128) == smaller and blocks.blocks("decode_paged", 64) == blocks.candidates("decode_paged", 64)[0]
+    blocks.choose(lambda: blocks.blocks("linear_int4"), lambda launch: 1.0)
+    assert blocks.blocks("decode_paged", 128) == smaller                    # another choice does not undo it
+    with blocks.using("decode_paged", larger):
+        assert blocks.blocks("decode_paged", 128) == larger
+    here["gpu"] = "another"
+    assert blocks.blocks("decode_paged", 128) == rule
+
+
+SCRIPT = """
+import json, sys, torch
+from dataclasses import asdict
+from clawdemy_kernels.ahead import compiled
+from clawdemy_kernels.blocks import ASKED, candidates, using
+from clawdemy_kernels.examples import examples
+done = set()
+def show(launch, options):
+    for code in compiled(launch, sys.argv[1]):
+        print(json.dumps(asdict(code) | {"options": options}), flush=True)
+for name, example in examples().items():
+    ASKED.clear()
+    compiled(example.launch, sys.argv[1])
+    for kernel, row in set(ASKED) - done:
+        for options in candidates(kernel, row)[1:]:
+            with using(kernel, options):
+                show(example.launch, options)
+    done |= ASKED
+for name, example in examples(dtype=torch.float32).items():
+    show(example.launch, "fp32")
+"""
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_every_candidate_compiles_for_every_gpu_and_the_rule_in_fp32_too(target):
+    """Without spills, and within the shared memory; by the rule even within that of the smallest GPU."""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, target], capture_output=True, text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert ran.returncode == 0, ran.stderr
+    codes = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len({code["kernel"] for code in codes if code["options"] != "fp32"} & {f"{name}_kernel" for name in TUNED}) == 7
+    for code in codes:
+        assert code["spilled"] == 0 and code["shared"] <= min(SHARED[target], SMALLEST if code["options"] == "fp32" else 2**20), code
