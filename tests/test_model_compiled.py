@@ -9,7 +9,7 @@ from tolerances import KERNEL, LOGITS
 
 from clawdemy_infer.arithmetic import ModelShape, MoE
 from clawdemy_infer.bench import step_ops
-from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
 from clawdemy_infer.linear import FORMATS, Codes, packable
 from clawdemy_infer.model import Decoder, ModelConfig, compiled, generate, load_model, with_weights
 from clawdemy_infer.model.experts import decoder_with_experts
@@ -40,7 +40,7 @@ def both(eager, tmp_path_factory):
         pytest.skip("no C++ compiler here")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield eager, compiled(eager)
+        yield eager, compiled(eager, rows=(1, 4))
 
 
 @pytest.mark.parametrize("cache", ["contiguous", "paged", "int8", "paged-int8"])
@@ -58,16 +58,55 @@ def test_logits_of_every_step_are_those_of_a_pass_over_the_whole_text(both):
     torch.testing.assert_close(got / right.std(), right / right.std(), **LOGITS[torch.float32])
 
 
-def test_only_a_step_of_one_token_of_one_sequence_is_compiled_code(both, monkeypatch):
+@pytest.mark.parametrize("pieces", [[2, 3, 4, 1], [6, 2, 2], [3, 1, 3, 3]])
+def test_a_few_tokens_at_once_are_read_as_they_would_be_one_by_one(both, pieces):
+    """Fewer than there is code for are filled up, and what filled them up is in no cache. Rows that a window cuts go layer by layer."""
+    eager, fast = both
+    text = torch.randint(SHAPE.V, (20,), generator=torch.Generator().manual_seed(3)).tolist()
+    caches = [ContiguousCache.for_model(model, 2, 20) for model in both]
+    past = 0
+    for count in pieces:
+        new = {1: text[past:past + count]}
+        right, got = (model.step(new, cache, last_only=False) for model, cache in zip(both, caches, strict=True))
+        torch.testing.assert_close(got / right.std(), right / right.std(), **LOGITS[torch.float32])
+        past += count
+    assert [cache.lengths for cache in caches] == [{0: 0, 1: past}] * 2
+    torch.testing.assert_close(caches[1].keys[:, 1, :, :past], caches[0].keys[:, 1, :, :past], **KERNEL[torch.float32])
+    assert not caches[1].keys[:, 1, :, past:].any() and not caches[1].values[:, 0].any()
+
+
+@pytest.mark.parametrize("wanted", [True, False, [2]])
+def test_rows_that_are_wanted_are_the_last(both, wanted):
+    logits = []
+    for model in both:
+        cache = ContiguousCache.for_model(model, 1, 20)
+        model.step({0: PROMPT}, cache)
+        logits.append(model.step({0: [7, 8, 9]}, cache, last_only=wanted))
+    torch.testing.assert_close(*logits, **LOGITS[torch.float32])
+
+
+def test_only_a_step_of_one_sequence_for_which_there_is_code_is_compiled_code(both, monkeypatch):
     _, fast = both
-    runs = []
-    monkeypatch.setattr(fast, "compiled_step", lambda *arguments: runs.append(1) or type(fast)._layer_by_layer(fast, *arguments))
-    fast(torch.tensor([PROMPT]))
+    runs, takes = [], fast.compiled_step.takes
+
+    class Counted:
+        def __call__(self, tokens, step, last_only):
+            runs.append(len(tokens))
+            return fast._layer_by_layer(tokens, step, last_only)
+
+        def takes(self, step):
+            return takes(step)
+
+    monkeypatch.setattr(fast, "compiled_step", Counted())
+    fast(torch.tensor([PROMPT]))                            # more rows than there is code for, and no past
     fast(torch.tensor([[1], [2]]))
     assert runs == []
-    cache = ContiguousCache.for_model(fast, 2, 9)
-    fast.step({1: [5]}, cache)
-    assert runs == [1] and cache.lengths == {0: 0, 1: 1}
+    cache = ContiguousCache.for_model(fast, 2, 30)
+    for new in ({1: [5]}, {1: [6, 7]}, {1: [6, 7, 8, 9]}, {1: PROMPT}, {0: [5], 1: [6]}):
+        fast.step(new, cache)
+    assert runs == [1, 4] and cache.lengths == {0: 1, 1: 13}
+    fast.step({1: [5, 6]}, PagedCache.for_model(fast, 2, 30))
+    assert runs == [1, 4]
 
 
 def test_an_observer_sees_what_the_last_layer_leaves(both):
@@ -91,7 +130,8 @@ def test_a_product_is_that_of_the_weights_as_they_are_stored(format):
     weight, x = torch.randn(67, 96, generator=torch.Generator().manual_seed(2)), torch.linspace(-2, 3, 96)
     kept = packable(format, weight)
     meant = kept.dequantized() if isinstance(kept, Codes) else kept
-    right = meant.double() @ x.double()
+    x = torch.stack((x, x.flip(0) ** 2))
+    right = x.double() @ meant.double().T
     torch.testing.assert_close(product(stored(format, weight), x).double() / right.std(), right / right.std(), **KERNEL[torch.float32])
 
 
@@ -105,6 +145,8 @@ def test_a_stored_matrix_takes_the_bytes_of_its_format():
 def test_what_cannot_be_compiled_is_refused_before_anything_is_done(eager, monkeypatch):
     with pytest.raises(ValueError, match="weights='fp8'"):
         compiled(eager, "fp8")
+    with pytest.raises(ValueError, match="rows=\\(1, 0\\)"):
+        compiled(eager, rows=(1, 0))
     with pytest.raises(ValueError, match="packed weights"):
         compiled(with_weights(eager, "bf16"))
     with pytest.raises(ValueError, match="experts"):

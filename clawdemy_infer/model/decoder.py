@@ -158,7 +158,7 @@ class Decoder(nn.Module):
              last_only: bool | Sequence[int]) -> torch.Tensor:
         self._check(new, cache)
         step = cache.begin(new, self.config.shape.window)
-        run = self.compiled_step if self.compiled_step and len(tokens) == 1 else self._layer_by_layer
+        run = self.compiled_step if self.compiled_step and self.compiled_step.takes(step) else self._layer_by_layer
         x, logits = run(tokens, step, last_only)
         if self.observer:
             self.observer(step, x)

@@ -1,4 +1,4 @@
-"""The decoder's layer for one row of activations, written as sums and element-wise operations only.
+"""The decoder's layer for a few rows of activations, written as sums and element-wise operations only.
 
 At batch 1 a product is a sum over each row of the weight, y[n] = sum over k of W[n, k] x[k], and needs no matrix kernel. Said in this way
 the whole layer is something that a compiler of loops can turn into one loop nest: `compiled` has that done. Run as it stands it gives
@@ -30,7 +30,14 @@ def stored(format: str, weight: torch.Tensor) -> Parts:
 
 
 def product(parts: Parts, x: torch.Tensor) -> torch.Tensor:
-    """x [K] in fp32 by a stored matrix: [N] in fp32, whatever the weights are in."""
+    """x [M, K] in fp32 by a stored matrix: [M, N] in fp32, whatever the weights are in.
+
+    M sums over the same weights, said one by one: the compiler then makes them in one go, and what it has read of a weight serves all.
+    """
+    return torch.stack([_product(parts, row) for row in x.unbind()])
+
+
+def _product(parts: Parts, x: torch.Tensor) -> torch.Tensor:
     weight, *scales = parts
     if not scales:
         return (weight.float() * x).sum(-1)
@@ -54,33 +61,38 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def before_attention(x: torch.Tensor, layer: tuple, rope: Parts, N: int, K: int, eps: float, dtype: torch.dtype) -> Parts:
-    """q [1, N, H], k and v [1, K, H] of the residual stream x [D]."""
+    """q [M, N, H], k and v [M, K, H] of the residual stream x [M, D]."""
     gamma, qkv, bias, q_gamma, k_gamma = layer
     heads = product(qkv, norm(x, gamma, eps))
-    heads = (heads if bias is None else heads + bias).view(1, N + 2 * K, -1)
+    heads = (heads if bias is None else heads + bias).view(len(x), N + 2 * K, -1)
     q, k, v = heads.split((N, K, K), dim=1)
     if q_gamma is not None:
         q, k = norm(q, q_gamma, eps), norm(k, k_gamma, eps)
-    return rotate(q, *rope).to(dtype), rotate(k, *rope).to(dtype), v.to(dtype)
+    return rotate(q, *rope).to(dtype), rotate(k, *rope).to(dtype), v.to(dtype).contiguous()
 
 
 def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """What one new token sees: of itself, k and v [1, K, H], and of the P tokens before it, keys and values [K, P, H]. Returns [N*H]."""
-    K, _, H = keys.shape
-    q = q.view(K, -1, H).float() * H**-0.5                                                  # [K, G, H]
-    past = (q[:, :, None] * keys[:, None].float()).sum(-1)                                  # [K, G, P]
-    own = (q * k[0][:, None].float()).sum(-1, keepdim=True)                                 # [K, G, 1]
-    largest = torch.maximum(past.amax(-1, keepdim=True), own)
-    past, own = (past - largest).exp(), (own - largest).exp()
-    out = (past[..., None] * values[:, None].float()).sum(2) + own * v[0][:, None].float()  # [K, G, H]
-    return (out / (past.sum(-1, keepdim=True) + own)).flatten()
+    """What M new tokens see: of themselves, k and v [M, K, H], and of the P tokens before them, keys and values [K, P, H].
+    Returns [M, N*H].
+    """
+    M, K, H = k.shape
+    q = q.view(M, K, -1, H).float() * H**-0.5                                               # [M, K, G, H]
+    past = (q[:, :, :, None] * keys[:, None].float()).sum(-1)                               # [M, K, G, P]
+    own = (q[:, None] * k[:, :, None].float()).sum(-1)                                      # [M, M, K, G]
+    later = torch.arange(M) > torch.arange(M)[:, None]                                      # a token does not see those after it
+    own = own.masked_fill(later[:, :, None, None], -torch.inf)
+    largest = torch.maximum(past.amax(-1), own.amax(1))                                     # [M, K, G]
+    past, own = (past - largest[..., None]).exp(), (own - largest[:, None]).exp()
+    out = (past[..., None] * values[:, None].float()).sum(3) + (own[..., None] * v[:, :, None].float()).sum(1)
+    return once(out / (past.sum(-1) + own.sum(1))[..., None]).flatten(1)
 
 
 def after_attention(x: torch.Tensor, seen: Parts, layer: tuple, eps: float) -> torch.Tensor:
-    """The rest of the layer: x [D] to the next x [D]. `seen` is what `attended` needs, or [1, N*H] that has been worked out already."""
+    """The rest of the layer: x [M, D] to the next x [M, D]. `seen` is what `attended` needs, or [M, N*H] that has been worked out
+    already."""
     out, gamma, gate_up, down = layer
-    x = x + product(out, attended(*seen) if len(seen) > 1 else seen[0][0].float())
-    gate, up = product(gate_up, norm(x, gamma, eps)).chunk(2)
+    x = x + product(out, attended(*seen) if len(seen) > 1 else seen[0].float())
+    gate, up = product(gate_up, norm(x, gamma, eps)).chunk(2, -1)
     return x + product(down, once(F.silu(gate) * up))
 
 

@@ -18,7 +18,7 @@ import torch
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, KVCache, PagedCache
-from clawdemy_infer.model import Decoder, Sampling, probabilities, with_weights
+from clawdemy_infer.model import Decoder, Sampling, compiled, probabilities, with_weights
 from clawdemy_infer.model.pruning import without_layers
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -206,12 +206,13 @@ class EarlyExit(ModelDraft):
 
 def draft_named(name: str, target: Decoder) -> Draft:
     """"lookup", "int8" or "int4" (the target itself in so many bits), "exit:K" (its first K layers) or "trained" (the draft that is
-    shipped for the packaged model). Raises ValueError for others.
+    shipped for the packaged model). For a compiled target all but "exit" run compiled code too. Raises ValueError for others.
     """
     if name == "lookup":
         return PromptLookup()
     if name in ("int8", "int4"):
-        return ModelDraft(with_weights(target, name))
+        # Two rows: where all guesses stood, the last of them has not been read yet.
+        return ModelDraft(compiled(target, name, rows=(1, 2)) if target.compiled_step else with_weights(target, name))
     if name.startswith("exit:") and name[5:].isdigit():
         return EarlyExit(target, int(name[5:]))
     if name == "trained":

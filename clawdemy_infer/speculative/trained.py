@@ -12,7 +12,7 @@ the target's. What the layer keeps of its own features is forgotten after each r
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -26,9 +26,11 @@ from clawdemy_infer.arithmetic.work import Work, matmul, total
 from clawdemy_infer.kv_cache import KVCache, Step
 from clawdemy_infer.linear import Linear, PackedLinear
 from clawdemy_infer.model import Decoder, Sampling
+from clawdemy_infer.model.compiled import example_past, filled_up, keep, past_of, translated
 from clawdemy_infer.model.decoder import Layer
+from clawdemy_infer.model.loops import after_attention, before_attention, norm, parts_of, product, stored
 from clawdemy_infer.model.rope import rope_tables
-from clawdemy_infer.speculative.drafts import ModelDraft, Proposal, Texts
+from clawdemy_infer.speculative.drafts import DTYPES, ModelDraft, Proposal, Texts
 
 SHIPPED = Path(str(files("clawdemy_data"))) / "smollm2-135m.draft.safetensors"
 """The draft for the packaged model, made by `train_draft`."""
@@ -44,6 +46,7 @@ class FeatureLayer(nn.Module):
         self.tokenizer, self.backend, self.frequencies = target.tokenizer, target.backend, target.frequencies
         self.fc = Linear(2 * D, D)
         self.layer = Layer(self.config.shape, target.config.norm_eps)
+        self.compiled: CompiledLayer | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,22 +58,59 @@ class FeatureLayer(nn.Module):
 
     def forward(self, features: torch.Tensor, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
         """Features of the tokens before, and embeddings of these, each [M, D] -> what the target's norm makes features of, [M, D]."""
+        if self.compiled and self.compiled.takes(step):
+            return self.compiled(features, embeddings, step)
         D = features.shape[-1]
         # Each to its own scale: they are of different ones.
         pair = torch.cat((F.rms_norm(features, (D,)), F.rms_norm(embeddings, (D,))), -1).to(self.dtype)
         return self.layer(self.fc(pair), rope_tables(self.frequencies.to(self.device), step.positions, self.dtype), step, 0)
 
 
+class CompiledLayer:
+    """A `FeatureLayer` for a few tokens of one sequence as compiled code, behind a past in one piece: see `model.compiled`."""
+
+    @torch.inference_mode()
+    def __init__(self, layer: FeatureLayer, rows: Sequence[int]) -> None:
+        shape, eps, dtype = layer.config.shape, layer.config.norm_eps, layer.dtype
+        self.window, self.frequencies, self.rows, format = shape.window, layer.frequencies, rows, DTYPES[dtype]
+        self.weights = stored(format, layer.fc.weight), *parts_of(layer.layer, format)
+
+        def run(features, embeddings, rope, fc, into, out_of, past):
+            small = torch.finfo(torch.float32).eps
+            x = product(fc, torch.cat((norm(features, 1.0, small), norm(embeddings, 1.0, small)), -1))
+            q, k, v = before_attention(x, into, rope, shape.N, shape.K, eps, dtype)
+            return after_attention(x, (q, k, v, *past), out_of, eps), k, v
+
+        def code_for(M: int):
+            x, rope = torch.zeros(M, shape.D), rope_tables(self.frequencies, torch.zeros(M), torch.float32)
+            return translated(run, x, x, rope, *self.weights, example_past(shape, dtype))
+        self.code = {M: code_for(M) for M in rows}
+
+    def takes(self, step: Step) -> bool:
+        return len(step.new) == 1 and step.new[0] <= self.rows[-1] and bool(past_of(step, self.window))
+
+    def __call__(self, features: torch.Tensor, embeddings: torch.Tensor, step: Step) -> torch.Tensor:
+        M, (past,) = len(features), past_of(step, self.window)
+        filled = filled_up(M, self.rows)
+        rope = rope_tables(self.frequencies, step.positions[filled], torch.float32)
+        x, k, v = self.code[len(filled)](features[filled].float(), embeddings[filled].float(), rope, *self.weights, past)
+        keep(step, [(k, v)])
+        return x[:M]
+
+
 class TrainedDraft(ModelDraft):
     """Guesses with a `FeatureLayer` that was trained for `target`, and with a head over the `vocabulary` that it was trained on.
 
     A token outside has q = 0: it is never guessed, and comes from the residual. On a CPU the head is packed in int8: a guess may
-    be rough, as long as q is what it was drawn from. Raises ValueError, at `begin`, for any other target.
+    be rough, as long as q is what it was drawn from. A target that is compiled gets a draft that is. Raises ValueError, at `begin`,
+    for any other target.
     """
 
     def __init__(self, target: Decoder, layer: FeatureLayer, vocabulary: torch.Tensor) -> None:
         super().__init__(layer)
         self.target, self.vocabulary = target, vocabulary
+        if target.compiled_step:
+            layer.compiled = CompiledLayer(layer, target.compiled_step.rows)
         weight = (target.embed if target.config.shape.tied else target.head).weight[vocabulary].detach().float()
         self.head = PackedLinear("int8", weight) if weight.device.type == "cpu" else lambda x: F.linear(x, weight)
         self.observed: KVCache | None = None
