@@ -67,7 +67,8 @@ def quantize(args: argparse.Namespace) -> int:
         try:
             format.width(linear.weight.shape[1])
         except ValueError as error:
-            raise ValueError(f"{'format' if args.format else 'group'}={args.format or args.group}: {error}") from error
+            said = str(error).removeprefix(f"{format.name}: ")
+            raise ValueError(f"format={args.format}: {said}" if args.format else said) from error
     can_save(model, format, args.out, layout)
     tokens = None
     if args.method != "rtn":
