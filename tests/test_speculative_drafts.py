@@ -1,5 +1,6 @@
 """What drafts propose, worked out by hand, and what they refuse."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling
-from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup, draft_named
+from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup, SelfDraft, draft_named
 
 GREEDY = Sampling()
 
@@ -100,6 +102,27 @@ def test_a_draft_of_another_vocabulary_or_too_short_a_context_is_refused():
         ModelDraft(tiny(V=12)).begin(target, SimpleNamespace(capacity=9), prompts)
     with pytest.raises(ValueError, match="draft: its context is 8 tokens, and 9 may be needed"):
         ModelDraft(tiny(max_context=8)).begin(target, SimpleNamespace(capacity=9), prompts)
+
+
+def test_a_copy_of_the_target_guesses_from_the_targets_own_keys_and_values():
+    """Where they are in one piece and of its dtype; it leaves them as they were, and goes on from them whatever fell."""
+    target, rough, text = tiny(), tiny(), [1, 2, 3, 4]
+    with torch.no_grad():
+        rough.layers[0].down.weight.mul_(1.5)
+    cache = ContiguousCache.for_model(target, 1, 20)
+    draft = SelfDraft(rough)
+    draft.begin(target, cache, {0: text})
+    target.step({0: text[:-1]}, cache)
+    for _ in range(3):
+        guess = draft.propose({0: text}, {0: 3}, GREEDY, None).tokens[0]
+        assert cache.lengths == {0: len(text) - 1}
+        alone = copy.deepcopy(cache)
+        for token in [text[-1], *guess[:2]]:
+            assert int(rough.step({0: [token]}, alone).argmax()) == guess.pop(0)
+        target.step({0: [text[-1], 7, 8]}, cache)
+        text += [7, 8, 9]
+    draft.begin(target, PagedCache.for_model(target, 1, 20), {0: text})
+    assert draft.cache is not cache and draft.shared is None
 
 
 def test_an_exit_must_leave_layers_out_and_shares_those_it_keeps():

@@ -4,6 +4,8 @@ Chi-square tests in float64 on small vocabularies, of at least 20,000 rounds eac
 that a correct sampler fails. Every planted bug must fail by far more than that.
 """
 
+import copy
+
 import pytest
 import torch
 from chi_square import FALSE_ALARM, Chain, Lengths, p_value, triple_chances, triples
@@ -11,7 +13,7 @@ from chi_square import FALSE_ALARM, Chain, Lengths, p_value, triple_chances, tri
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import PagedCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, probabilities
-from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup, Proposal, Verdict, speculate_batch, verify
+from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup, Proposal, SelfDraft, Verdict, speculate_batch, verify
 
 V, G, ROUNDS = 7, 3, 40_000
 FILTERS = {
@@ -185,8 +187,21 @@ def test_a_target_that_keeps_rejected_tokens_is_seen_in_the_loop(monkeypatch):
     assert loop_p_value(draft, 4, 2_000) < FALSE_ALARM**2
 
 
-@pytest.mark.parametrize(("keeper", "dtype"), [("contiguous", torch.float64), ("paged", torch.float32)])
-def test_early_exit_draws_from_the_whole_model_on_a_shared_cache(keeper, dtype):
+def rounded(model):
+    """The same model with its weights in sixteenths."""
+    rough = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in rough.parameters():
+            weight.mul_(16).round_().div_(16)
+    return rough
+
+
+@pytest.mark.parametrize(("keeper", "dtype", "draft"), [
+    ("contiguous", torch.float64, lambda model: EarlyExit(model, 1)), ("paged", torch.float32, lambda model: EarlyExit(model, 1)),
+    ("contiguous", torch.float64, lambda model: SelfDraft(rounded(model))),
+    ("paged", torch.float32, lambda model: SelfDraft(rounded(model))),
+], ids=["exit", "exit, paged", "rounded self", "rounded self, paged"])
+def test_a_draft_on_the_targets_own_cache_leaves_its_distribution_as_it_is(keeper, dtype, draft):
     """A random decoder of three layers. All triples of tokens after one prompt, against the product of its conditional chances."""
     shape = ModelShape(name="tiny", L=3, D=8, N=2, K=1, H=4, F=16, V=5, tied=False)
     torch.manual_seed(0)
@@ -199,7 +214,7 @@ def test_early_exit_draws_from_the_whole_model_on_a_shared_cache(keeper, dtype):
         batch = 1000
         cache = "contiguous" if keeper == "contiguous" else PagedCache.for_model(model, batch, 8, block_size=4)
         seeded = Sampling(temperature=1.0, min_p=0.05, seed=rounds)
-        done = speculate_batch(model, [prompt] * batch, EarlyExit(model, 1), 3, seeded, gamma=2, cache=cache)
+        done = speculate_batch(model, [prompt] * batch, draft(model), 3, seeded, gamma=2, cache=cache)
         texts += [each.tokens for each in done]
         rounds += sum(len(each.rounds) for each in done)
     chances = triple_chances(model, prompt, 5, sampling)

@@ -1,5 +1,6 @@
 """The trained draft: exact with any weights, never confused about whose feature is whose, and made by a script that runs."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from safetensors import safe_open
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
-from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
+from clawdemy_infer.model import Decoder, ModelConfig, Sampling, compiled, generate
 from clawdemy_infer.model.load import PACKAGED
 from clawdemy_infer.speculative import draft_named, draft_samples, speculate, speculate_batch, train_draft
 from clawdemy_infer.speculative.trained import SHIPPED, FeatureLayer, TrainedDraft, load_draft
@@ -81,6 +82,39 @@ def test_guesses_do_not_depend_on_what_was_rejected_nor_on_the_neighbours():
         alone.begin(model, cache, {0: text})
         model.step({0: text[:-1]}, cache)
         torch.testing.assert_close(alone.propose({0: text}, {0: 1}, sampling, sampling.generator()).q[0, 0], q[0])
+
+
+def test_a_compiled_target_gets_a_compiled_draft_that_says_the_same():
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler here")
+    model, text = tiny(V=50, D=64, H=32), [1, 2, 3, 4, 1, 0, 2, 7, 9]
+    guesses = []
+    for target in (model, compiled(model, rows=(1, 3))):
+        draft, cache = random_draft(target, range(50)), ContiguousCache.for_model(target, 1, 20)
+        draft.begin(target, cache, {0: text})
+        calls = []
+        if draft.model.compiled:
+            draft.model.compiled = Watched(draft.model.compiled, calls)
+        target.step({0: text[:5]}, cache)
+        said = [draft.propose({0: text[:6]}, {0: 3}, Sampling(temperature=1.0), torch.Generator().manual_seed(0))]
+        target.step({0: text[5:8]}, cache)
+        said.append(draft.propose({0: text}, {0: 3}, Sampling(temperature=1.0), torch.Generator().manual_seed(1)))
+        guesses.append(said)
+    assert calls == [1, 1, 3, 1, 1]                         # the first read the prompt, and had no past
+    for eager, fast in zip(*guesses, strict=True):
+        assert eager.tokens == fast.tokens
+        torch.testing.assert_close(fast.q, eager.q, rtol=1e-4, atol=1e-5)
+
+
+class Watched:
+    """Compiled code, and how many rows it was called with."""
+
+    def __init__(self, code, calls):
+        self.code, self.calls, self.takes = code, calls, code.takes
+
+    def __call__(self, features, embeddings, step):
+        self.calls.append(len(features))
+        return self.code(features, embeddings, step)
 
 
 def test_a_prompt_may_come_in_pieces():

@@ -5,11 +5,11 @@ should gain, `adaptive` lets that choose γ, `compare` says what it does, on `pr
 serves many with it. `trained` is a draft that was trained for its target, by `train_draft` on `draft_samples`.
 """
 
-from clawdemy_infer.speculative.drafts import Draft, EarlyExit, ModelDraft, PromptLookup, Proposal, draft_named
+from clawdemy_infer.speculative.drafts import Draft, EarlyExit, ModelDraft, PromptLookup, Proposal, SelfDraft, draft_named
 from clawdemy_infer.speculative.rounds import Round, Speculation, speculate, speculate_batch
 from clawdemy_infer.speculative.verification import Verdict, verify, verify_greedy
 
 __all__ = [
-    "Draft", "EarlyExit", "ModelDraft", "PromptLookup", "Proposal", "Round", "Speculation", "Verdict", "draft_named", "speculate",
-    "speculate_batch", "verify", "verify_greedy",
+    "Draft", "EarlyExit", "ModelDraft", "PromptLookup", "Proposal", "Round", "SelfDraft", "Speculation", "Verdict", "draft_named",
+    "speculate", "speculate_batch", "verify", "verify_greedy",
 ]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import Decoder, Sampling, generate
+from clawdemy_infer.model.compiled import product_rate
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.drafts import DTYPES, Draft, PromptLookup
 from clawdemy_infer.speculative.rounds import Round, speculate_batch
+from clawdemy_infer.speculative.trained import FeatureLayer
 from clawdemy_infer.speculative.verification import verify_rows
 from clawdemy_infer.timing import alternate, count_ops
 
@@ -98,10 +100,24 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
     for name, run in parts(model, drafts, context, rows, batch, sampling).items():
         if isinstance(name, int):
             work = theory.verification_work(shape, batch, name, context + name, model.weights, kept, kept)
+            as_run, calls = compiled_products(machine, model, batch * name)
         else:
             work = drafts[name].step_work(batch, context + 1)
-        seconds[name] = machine.time(work, count_ops(run)).seconds
+            as_run, calls = compiled_products(machine, drafts[name].model, batch)
+        seconds[name] = as_run.time(work, count_ops(run) + calls).seconds
     return _costs(seconds)
+
+
+def compiled_products(machine: Machine, model: Decoder | FeatureLayer, rows: int) -> tuple[Machine, int]:
+    """The machine with the rate of compiled products for its GEMM, where `model` has code for so many rows, and how often that is
+    called in a step: what is compiled has no operations, but must be called."""
+    code = model.compiled if isinstance(model, FeatureLayer) else model.compiled_step
+    if not code or rows > code.rows[-1]:
+        return machine, 0
+    format = DTYPES[model.dtype] if isinstance(model, FeatureLayer) else model.weights
+    rate = {format: ((1, product_rate(format, next(each for each in code.rows if each >= rows))),)}
+    found = {kernel: machine.rates.get(kernel, {}) | rate for kernel in ("gemm", "head")}
+    return replace(machine, rates=machine.rates | found), model.config.shape.L + 1
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Drafts: who guesses the next tokens, and what a guess costs.
 
     PromptLookup    what followed the last time these words came: costs nothing, and knows nothing new
-    ModelDraft      another model: a smaller one, or the target itself in fewer bits
+    ModelDraft      another model with the same tokens
+    SelfDraft       the target itself in fewer bits, on the target's own KV cache
     EarlyExit       the target's own first layers, on the target's own KV cache
     TrainedDraft    one layer that goes on from the target's last vectors: in `trained`
 
@@ -173,11 +174,36 @@ class ModelDraft:
         return self.model.step({self.places[sequence]: ids for sequence, ids in new.items()}, self.cache) if new else None
 
 
-class EarlyExit(ModelDraft):
+class SelfDraft(ModelDraft):
+    """A copy of the target that computes roughly, on the target's own keys and values: better ones than its own, and read already.
+
+    What it adds to them while it guesses is forgotten. That needs a `ContiguousCache`, whose bytes it may overwrite, of its own
+    dtype; over any other cache it is a model with a cache of its own.
+    """
+
+    shared: KVCache | None = None
+
+    def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
+        if type(cache) is not ContiguousCache or cache.dtype != self.model.dtype:
+            self.shared = None
+            super().begin(target, cache, prompts)
+            return
+        self.cache = self.shared = cache
+        self.places = {sequence: sequence for sequence in prompts}
+
+    def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
+        proposal = super().propose(texts, counts, sampling, generator)
+        if self.shared:
+            for sequence, text in texts.items():        # the target brings these tokens again, and its own keys and values
+                self.shared.truncate(len(text) - 1, sequence)
+        return proposal
+
+
+class EarlyExit(SelfDraft):
     """The first `layers` layers of the target, then its own norm and head (Elhoushi et al. 2024, LayerSkip, without its training).
 
-    What these layers keep is what they would keep in the whole model, so the draft writes into the target's cache and has none
-    of its own: one that can be truncated, contiguous or paged. Raises ValueError for a number of layers that makes no sense.
+    What these layers keep is what they would keep in the whole model, so the draft writes into any cache of the target's that can be
+    truncated, contiguous or paged, and has none of its own. Raises ValueError for a number of layers that makes no sense.
     """
 
     def __init__(self, model: Decoder, layers: int) -> None:
@@ -189,19 +215,14 @@ class EarlyExit(ModelDraft):
     def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
         if isinstance(cache, PagedCache) and cache.tables.prefix:
             raise ValueError("draft: blocks that the first layers alone filled must not be found again: prefix_caching=False is accepted")
-        self.cache, self.places = cache, {sequence: sequence for sequence in prompts}
+        self.cache = self.shared = cache
+        self.places = {sequence: sequence for sequence in prompts}
 
     def join(self, sequence: Hashable) -> None:
         self.places[sequence] = sequence            # in a cache that is the target's
 
     def leave(self, sequence: Hashable) -> None:
         del self.places[sequence]
-
-    def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling, generator: torch.Generator) -> Proposal:
-        proposal = super().propose(texts, counts, sampling, generator)
-        for sequence, text in texts.items():        # the target brings these tokens again, through all of its layers
-            self.cache.truncate(len(text) - 1, sequence)
-        return proposal
 
 
 def draft_named(name: str, target: Decoder) -> Draft:
@@ -211,8 +232,8 @@ def draft_named(name: str, target: Decoder) -> Draft:
     if name == "lookup":
         return PromptLookup()
     if name in ("int8", "int4"):
-        # Two rows: where all guesses stood, the last of them has not been read yet.
-        return ModelDraft(compiled(target, name, rows=(1, 2)) if target.compiled_step else with_weights(target, name))
+        # Two rows: where all guesses stood, a draft with a cache of its own has not read the last of them.
+        return SelfDraft(compiled(target, name, rows=(1, 2)) if target.compiled_step else with_weights(target, name))
     if name.startswith("exit:") and name[5:].isdigit():
         return EarlyExit(target, int(name[5:]))
     if name == "trained":

@@ -28,7 +28,7 @@ from clawdemy_infer.linear import Linear, PackedLinear
 from clawdemy_infer.model import Decoder, Sampling
 from clawdemy_infer.model.compiled import example_past, filled_up, keep, past_of, translated
 from clawdemy_infer.model.decoder import Layer
-from clawdemy_infer.model.loops import after_attention, before_attention, norm, parts_of, product, stored
+from clawdemy_infer.model.loops import after_attention, before_attention, parts_of, product, stored
 from clawdemy_infer.model.rope import rope_tables
 from clawdemy_infer.speculative.drafts import DTYPES, ModelDraft, Proposal, Texts
 
@@ -76,14 +76,14 @@ class CompiledLayer:
         self.weights = stored(format, layer.fc.weight), *parts_of(layer.layer, format)
 
         def run(features, embeddings, rope, fc, into, out_of, past):
-            small = torch.finfo(torch.float32).eps
-            x = product(fc, torch.cat((norm(features, 1.0, small), norm(embeddings, 1.0, small)), -1))
+            x = product(fc, torch.cat([F.rms_norm(each, (shape.D,)) for each in (features, embeddings)], -1))
             q, k, v = before_attention(x, into, rope, shape.N, shape.K, eps, dtype)
             return after_attention(x, (q, k, v, *past), out_of, eps), k, v
 
         def code_for(M: int):
-            x, rope = torch.zeros(M, shape.D), rope_tables(self.frequencies, torch.zeros(M), torch.float32)
-            return translated(run, x, x, rope, *self.weights, example_past(shape, dtype))
+            features, embeddings = torch.zeros(M, shape.D), torch.zeros(M, shape.D)      # one tensor twice would be compiled as one
+            rope = rope_tables(self.frequencies, torch.zeros(M), torch.float32)
+            return translated(run, features, embeddings, rope, *self.weights, example_past(shape, dtype))
         self.code = {M: code_for(M) for M in rows}
 
     def takes(self, step: Step) -> bool:
