@@ -45,6 +45,7 @@ from clawdemy_infer.quantization import (
     smoothquant,
     table,
 )
+from clawdemy_infer.roofline import interpolate
 from clawdemy_infer.tables import Table, si
 
 plots.use_style()
@@ -227,7 +228,7 @@ for name, model in models.items():
     cards[name] = bench.card(shape, machine, 4e9, [(phase, name, batch, context) for phase, batch, context in SETTINGS])
     for row in cards[name]:
         phase, batch = row["phase"], row["batch"]
-        ops = bench.step_ops(model, new=2 if phase == "prefill" else 1)
+        ops = bench.step_ops(model, new=2) if phase == "prefill" else bench.step_ops(model, batch=batch)
         predicted = machine.time(bench.work_of(shape, phase, name, batch, row["context"]), ops).seconds
         lesson.predict(f"{name}, {said[phase, batch]}", row["napkin_s"], predicted, unit="s")
 lesson.guess("int4, decode, B = 1", ...)
@@ -323,7 +324,19 @@ for quantity in list(lesson.rows):
     lesson.explain(quantity, next(why for start, why in because.items() if quantity.startswith(start)))
 lesson.table()
 
+# %% [markdown]
+# What bits buy is bought by the kernel. From the calibration, products with matrices that no cache holds: how fast one row of activations goes through the codes, and what more rows make of it.
+
 # %% tags=["nbval-ignore-output"]
+rate = {name: {m: interpolate(machine.rates["gemm"][name], m) for m in (1, 8, 128)} for name in stored}
+read = {name: rate[name][1] / 2 * count / 8 for name, count in stored.items()}              # B/s: two FLOPs a weight
+Table(["products", "weights a second, 1 row", "that is read", "of the bandwidth", "1 row", "8 rows", "128 rows"],
+      [[name, f"{rate[name][1] / 2e9:.1f} G", si(read[name], "B/s"), f"{read[name] / machine.bandwidth_at():.0%}", *(si(each, "FLOP/s") for each in rate[name].values())]
+       for name in stored], numeric=["weights a second, 1 row", "that is read", "of the bandwidth", "1 row", "8 rows", "128 rows"])
+
+# %% tags=["nbval-ignore-output"]
+against_int8 = timed["int8", "decode", 1].measured_s / timed["int4", "decode", 1].measured_s
+verdict = "int4 **loses** to int8" if against_int8 < 0.97 else "int4 is no faster than int8" if against_int8 < 1.03 else "int4 does beat int8 here, by less than its bytes"
 quality = {(row.method, row.format): row.quality for row in rows}
 rtn = {name: quality["RTN", name] for name in FORMATS}
 plain, outliers, smooth = (quality[name, "int8"] for name in ("int8 activations", "LLM.int8", "SmoothQuant"))
@@ -332,6 +345,9 @@ Markdown(f"""**Speed.** Bytes promise {streamed['fp32'] / streamed['int8']:.1f} 
 {faster('int8', 'decode', 1):.1f} × and {faster('int4', 'decode', 1):.1f} ×. At batch 8 {faster('int8', 'decode', 8):.1f} × and {faster('int4', 'decode', 8):.1f} ×; in a prefill
 {faster('int8', 'prefill', 1):.1f} × and {faster('int4', 'prefill', 1):.1f} ×. Fewer bytes help who waits for bytes. A prefill waits for FLOPs, and a weight of 4 bits must be made a number before it is multiplied:
 work that was not there before.
+
+**4 bits against 8.** At batch 1 {verdict}: {against_int8:.2f} ×, where the bytes promise {streamed['int8'] / streamed['int4']:.1f} ×. The kernel's rate says why: with int8 it reads {read['int8'] / machine.bandwidth_at():.0%} of what
+the memory can deliver, with int4 {read['int4'] / machine.bandwidth_at():.0%}. It is busy taking codes apart, and would be no faster if they were free to read. At batch 8, {timed['int8', 'decode', 8].measured_s / timed['int4', 'decode', 8].measured_s:.2f} ×.
 
 **Weights.** int8 costs KL {rtn['int8'].kl:.4f}; fp8, with as many bits, {rtn['fp8-e4m3'].kl:.3f}: 3 bits of mantissa are a coarser step than 8 bits of integer for numbers that are all of one size. At 4 bits a zero
 point takes {zero_helps:.2f} ± {error:.2f} off the KL of int4-g64. The block-scaled floats: mxfp4 {rtn['mxfp4'].kl:.2f}, with scales that can only double; nvfp4 {rtn['nvfp4'].kl:.2f}, with twice as many and finer scales;

@@ -212,7 +212,7 @@ roundings = {
 far = {name: float((q.dequantize() - weight).square().sum() / weight.square().sum()) for name, q in roundings.items()}
 wrong = {name: output_error(weight, q.dequantize(), H_down) for name, q in roundings.items()}
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 2.6), sharey=True)
-for ax, values, title in zip(axes, (far, wrong), ("The weights end up further away …", "… and the output closer"), strict=True):
+for ax, values, title in zip(axes, (far, wrong), ("The weights move further …", "… and the output less"), strict=True):
     ax.barh(list(values), [100 * value for value in values.values()], color=plots.MEASURED, height=0.55)
     ax.set(title=title, xlabel="squared error, % of the whole")
     ax.grid(axis="y", visible=False)
@@ -248,6 +248,14 @@ Table(["format", "method", "KL", "±", "perplexity", "same first token"],
       numeric=["KL", "±", "perplexity", "same first token"])
 
 # %% tags=["nbval-ignore-output"]
+def plain_ticks(ax) -> None:
+    """0.1 and not 10⁻¹, on a logarithm of less than two decades."""
+    limits, ticks = ax.get_ylim(), (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.yaxis.minorticks_off()
+    ax.set_ylim(limits)
+
+
 fig, ax = plt.subplots(figsize=(7.2, 3.2))
 methods = ["nearest", "AWQ", "GPTQ act-order"]
 for shift, name in ((-0.2, "int4-g64"), (0.2, "int3-g64")):
@@ -255,6 +263,7 @@ for shift, name in ((-0.2, "int4-g64"), (0.2, "int3-g64")):
     ax.bar(np.arange(3) + shift, [q.kl for q in values], 0.36, yerr=[q.kl_se for q in values], label=name, capsize=3)
 ax.set_xticks(range(3), methods)
 ax.set(yscale="log", ylabel="KL, nats per token", title="The same bits, rounded with more care (three layers of thirty)")
+plain_ticks(ax)
 ax.legend()
 ax.grid(axis="x", visible=False)
 plt.show()
@@ -282,6 +291,7 @@ ax.set(xscale="log", yscale="log", xlabel="weights: squared distance from the or
 ax.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
 ax.xaxis.minorticks_off()
 ax.margins(y=0.25)
+plain_ticks(ax)
 ax.legend(loc="lower right")
 plt.show()
 
@@ -305,7 +315,8 @@ Markdown(f"The worst is `{worst}`, off by {errors[worst]:.1%} of its output; the
 
 # %% tags=["nbval-ignore-output"]
 short = Reference(decoder, evaluation_tokens(decoder.tokenizer, 1, 192))
-alone = kl_by_layer(short, round_to_nearest(decoder, g64))
+nearest_all = round_to_nearest(decoder, g64)
+alone = kl_by_layer(short, nearest_all)
 alone_gptq = kl_by_layer(short, results["int4-g64", "GPTQ act-order"])
 fig, ax = plt.subplots(figsize=(7.2, 3.0))
 ax.bar(list(alone), list(alone.values()), color=plots.COLOURS[0], label="nearest")
@@ -315,8 +326,9 @@ ax.legend()
 ax.grid(axis="x", visible=False)
 plt.show()
 hurts = max(alone, key=alone.get)
-Markdown(f"Layer {hurts} costs most, {alone[hurts]:.3f}; the cheapest {min(alone.values()):.4f}. All thirty, added up: {sum(alone.values()):.2f}. Rounded together they cost what the table below says: "
-         "nearly that, since small errors that know nothing of each other add up.")
+of_layer = [errors[f"layers.{hurts}.{kind}"] for kind in ("qkv", "out", "gate_up", "down")]
+Markdown(f"""Layer {hurts} costs most, {alone[hurts]:.3f}, the median layer {np.median(list(alone.values())):.3f}; and yet its outputs are off by {min(of_layer):.1%} to {max(of_layer):.1%}, like all others. What an error does
+depends on what is made of it. All thirty, added up: {sum(alone.values()):.2f}. Rounded together, on the same text: {short.judge(nearest_all.decoder).kl:.2f}.""")
 
 # %% [markdown]
 # Time and bytes, beside what was predicted. The checkpoint is written in the layout that vLLM and transformers read, and loaded again.
