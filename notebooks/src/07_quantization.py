@@ -220,7 +220,7 @@ Table(["input of", "largest", "columns that reach 6", "rounded to 0 in int8", "i
 
 # %% tags=["nbval-ignore-output"]
 models = {"fp32": decoder} | {name: with_weights(decoder, name) for name in ("bf16", "int8", "int4")}
-SETTINGS = [("decode", 1, 64), ("decode", 8, 64), ("prefill", 1, 128)]
+SETTINGS = [("decode", 1, 64), ("decode", 32, 64), ("prefill", 1, 128)]
 said = {(phase, batch): f"{phase}, B = {batch}" for phase, batch, _ in SETTINGS}
 
 cards = {}
@@ -307,15 +307,28 @@ plt.show()
 
 # %% [markdown]
 # ## Reconciliation
-# Time first: what the differences are made of.
+# Time first. What bits buy is bought by a kernel. From the calibration, products with matrices that no cache holds: how fast one row of activations goes through the weights, and how fast many are multiplied.
 
 # %% tags=["nbval-ignore-output"]
+rate = {name: {m: interpolate(machine.rates["gemm"][name], m) for m in (1, 32, 128)} for name in stored}
+read = {name: rate[name][1] / 2 * count / 8 for name, count in stored.items()}              # B/s: two FLOPs a weight
+header = ["weights a second, 1 row", "bytes read for them", "of the bandwidth", "1 row", "32 rows", "128 rows"]
+Table(["products", *header],
+      [[name, f"{rate[name][1] / 2e9:.1f} G", si(read[name], "B/s"), f"{read[name] / machine.bandwidth_at():.0%}", *(si(each, "FLOP/s") for each in rate[name].values())]
+       for name in stored], numeric=header)
+
+# %% tags=["nbval-ignore-output"]
+as_fast = {name: f"{rate[name][128] / rate['fp32'][128]:.1f} × as fast as fp32" for name in stored}
 because = {
-    "int4, prefill": "codes become bf16 before they are multiplied: no FLOP is saved",
-    "int8, prefill": "whole numbers are multiplied: the FLOPs are cheaper, the rounding of activations is new",
-    "bf16, prefill": "compute bound; without bf16 units no faster",
+    "int4, prefill": f"compute bound: codes become bf16 first, and are multiplied {as_fast['int4']}",
+    "int8, prefill": f"compute bound: whole numbers are multiplied {as_fast['int8']}, and activations must be rounded",
+    "bf16, prefill": f"compute bound: multiplied {as_fast['bf16']}",
     "fp32, prefill": "compute bound",
-    "int4": "unpacking a code takes longer than reading it",
+    "fp32, decode, B = 32": "32 rows share one reading of the weights: nearly compute bound",
+    "bf16, decode, B = 32": "32 rows share one reading of the weights, and the caches are read for each",
+    "int8, decode, B = 32": "the weights' bytes hardly matter any more",
+    "int4, decode, B = 32": "the weights' bytes hardly matter any more",
+    "int4": "taking codes apart takes as long as reading them, or longer",
     "int8": "what is not weights remains: cache, norms, a fixed price for each operation",
     "bf16": "half the bytes, and kernels below the bandwidth",
     "fp32": "products of one row read below the bandwidth",
@@ -323,16 +336,6 @@ because = {
 for quantity in list(lesson.rows):
     lesson.explain(quantity, next(why for start, why in because.items() if quantity.startswith(start)))
 lesson.table()
-
-# %% [markdown]
-# What bits buy is bought by the kernel. From the calibration, products with matrices that no cache holds: how fast one row of activations goes through the codes, and what more rows make of it.
-
-# %% tags=["nbval-ignore-output"]
-rate = {name: {m: interpolate(machine.rates["gemm"][name], m) for m in (1, 8, 128)} for name in stored}
-read = {name: rate[name][1] / 2 * count / 8 for name, count in stored.items()}              # B/s: two FLOPs a weight
-Table(["products", "weights a second, 1 row", "that is read", "of the bandwidth", "1 row", "8 rows", "128 rows"],
-      [[name, f"{rate[name][1] / 2e9:.1f} G", si(read[name], "B/s"), f"{read[name] / machine.bandwidth_at():.0%}", *(si(each, "FLOP/s") for each in rate[name].values())]
-       for name in stored], numeric=["weights a second, 1 row", "that is read", "of the bandwidth", "1 row", "8 rows", "128 rows"])
 
 # %% tags=["nbval-ignore-output"]
 against_int8 = timed["int8", "decode", 1].measured_s / timed["int4", "decode", 1].measured_s
@@ -342,12 +345,12 @@ rtn = {name: quality["RTN", name] for name in FORMATS}
 plain, outliers, smooth = (quality[name, "int8"] for name in ("int8 activations", "LLM.int8", "SmoothQuant"))
 zero_helps, error = rtn["int4-g64-asym"].difference(rtn["int4-g64"])
 Markdown(f"""**Speed.** Bytes promise {streamed['fp32'] / streamed['int8']:.1f} × for int8 and {streamed['fp32'] / streamed['int4']:.1f} × for int4. Measured at batch 1:
-{faster('int8', 'decode', 1):.1f} × and {faster('int4', 'decode', 1):.1f} ×. At batch 8 {faster('int8', 'decode', 8):.1f} × and {faster('int4', 'decode', 8):.1f} ×; in a prefill
-{faster('int8', 'prefill', 1):.1f} × and {faster('int4', 'prefill', 1):.1f} ×. Fewer bytes help who waits for bytes. A prefill waits for FLOPs, and a weight of 4 bits must be made a number before it is multiplied:
-work that was not there before.
+{faster('int8', 'decode', 1):.1f} × and {faster('int4', 'decode', 1):.1f} ×. At batch 32 {faster('int8', 'decode', 32):.1f} × and {faster('int4', 'decode', 32):.1f} ×; in a prefill
+{faster('int8', 'prefill', 1):.1f} × and {faster('int4', 'prefill', 1):.1f} ×. Fewer bytes help who waits for bytes. A prefill waits for FLOPs, and there bf16 alone gives {faster('bf16', 'prefill', 1):.1f} ×: of what int4 gains, the bits
+bring nothing, and the bf16 that its codes become brings all. Against bf16, int8 and int4 make a prefill {faster('int8', 'prefill', 1) / faster('bf16', 'prefill', 1):.2f} × and {faster('int4', 'prefill', 1) / faster('bf16', 'prefill', 1):.2f} × as fast.
 
-**4 bits against 8.** At batch 1 {verdict}: {against_int8:.2f} ×, where the bytes promise {streamed['int8'] / streamed['int4']:.1f} ×. The kernel's rate says why: with int8 it reads {read['int8'] / machine.bandwidth_at():.0%} of what
-the memory can deliver, with int4 {read['int4'] / machine.bandwidth_at():.0%}. It is busy taking codes apart, and would be no faster if they were free to read. At batch 8, {timed['int8', 'decode', 8].measured_s / timed['int4', 'decode', 8].measured_s:.2f} ×.
+**4 bits against 8.** At batch 1 {verdict}: {against_int8:.2f} ×, where the bytes promise {streamed['int8'] / streamed['int4']:.1f} ×. The kernels' rates say why: fp32 reads its weights at {read['fp32'] / machine.bandwidth_at():.0%} of what the memory
+delivers, int8 at {read['int8'] / machine.bandwidth_at():.0%}, int4 at {read['int4'] / machine.bandwidth_at():.0%}. The fewer the bytes of a weight, the more of its time goes into taking it out of them. At batch 32, {timed['int8', 'decode', 32].measured_s / timed['int4', 'decode', 32].measured_s:.2f} ×.
 
 **Weights.** int8 costs KL {rtn['int8'].kl:.4f}; fp8, with as many bits, {rtn['fp8-e4m3'].kl:.3f}: 3 bits of mantissa are a coarser step than 8 bits of integer for numbers that are all of one size. At 4 bits a zero
 point takes {zero_helps:.2f} ± {error:.2f} off the KL of int4-g64. The block-scaled floats: mxfp4 {rtn['mxfp4'].kl:.2f}, with scales that can only double; nvfp4 {rtn['nvfp4'].kl:.2f}, with twice as many and finer scales;
@@ -362,8 +365,8 @@ activations too, and pays for it as the table says.""")
 # %% [markdown]
 # When does quantization *lose*?
 #
-# - **Prefill and large batches.** They are bound by FLOPs. Weight-only formats save none.
-# - **A kernel that unpacks slowly.** 4 bits can be slower than 8, wherever the bytes come faster than they can be taken apart.
+# - **Prefill and large batches.** They are bound by FLOPs. Weight-only formats save none, and unpacking is work that was not there before.
+# - **A kernel that unpacks slowly.** 4 bits can be slower than 8, wherever the bytes come faster than they can be taken apart: another CPU than this one may say so in the table above.
 # - **Small models.** They use what bits they have. The same grid costs a model of 70 billion parameters far less than one of 135 million.
 # - **Outliers.** One large number in a group, or in a token, takes the precision of all others.
 #
