@@ -57,11 +57,12 @@ def timed(rows: Iterable[Row], model: Decoder, machine: Machine) -> Iterator[Row
 def times(model: Decoder, machine: Machine, format: str) -> tuple[dict[int, float], dict[int, float]]:
     """Seconds of a decode step at context `CONTEXT` with the matrices in `format`: predicted and measured, by batch."""
     running = with_weights(model, format) if format in ("fp32", "bf16") else on_kernels(round_to_nearest(model, format_named(format)))
-    weights, ops = format.partition("-")[0], step_ops(running)
+    weights = format.partition("-")[0]
     predicted, measured = {}, {}
     for batch in BATCHES:
         pulse = Pulse(machine, weights, batch, "cpu")
         timing = time_decode(running, filled_cache(running, batch, CONTEXT - 1), CONTEXT, watch=pulse.stopwatch)
+        ops = step_ops(running, batch=batch)
         predicted[batch] = machine.time(work_of(model.config.shape, weights, batch), ops).seconds / pulse.speed
         measured[batch] = timing.median
     return predicted, measured
