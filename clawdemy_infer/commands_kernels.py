@@ -38,7 +38,8 @@ def bench_kernels(args: argparse.Namespace) -> int:
     rows = bench.rows(machine, copy)
     show(bench.card_table(rows, machine), stderr=args.json)
     result = {"card": {"machine": machine.name, "bandwidth": machine.bandwidth_at(), "sizes": "Llama-3-8B, batch 8, context 1024, bf16"},
-              "device": torch.cuda.get_device_name() if gpu else None, "gpu": bench.gpu() if gpu else None, "blocks": chosen, "copy_bytes_per_s": copy, "rows": [row.as_dict() for row in rows]}
+              "device": torch.cuda.get_device_name() if gpu else None, "gpu": bench.gpu() if gpu else None, "blocks": chosen,
+              "copy_bytes_per_s": copy, "rows": [row.as_dict() for row in rows]}
     if gpu:
         blocks, right = [bench.timed_table(rows, copy)], True
         notes.append("Bytes are counted in Triton's interpreter: TRITON_INTERPRET=1 before the same command counts them here.")

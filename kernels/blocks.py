@@ -33,14 +33,18 @@ _using: dict[str, dict[str, int]] = {}
 
 
 def candidates(kernel: str, row: int) -> list[dict[str, int]]:
-    """What may be said to the compiler about `kernel`, whose rows of keys have `row` bytes. The first is what the rule says."""
+    """What may be said to the compiler about `kernel`, whose rows of keys have `row` bytes when they are multiplied. The first is the
+    rule's."""
     if kernel in OTHERS:
         return OTHERS[kernel]
-    size, warps = max(16, min(64, 2**14 // triton.next_power_of_2(row))), 8 if kernel == "prefill_paged" else 4
+    size = max(16, min(64, 2**14 // triton.next_power_of_2(row)))
+    smaller = {"S_BLOCK": max(16, size // 2), "num_warps": 4, "num_stages": 4}
+    larger = {"S_BLOCK": 2 * size, "num_warps": 8, "num_stages": 2}
     if kernel in ("decode_naive", "decode_grouped"):            # steps on the way, to be read; no model runs on them
-        return [{"S_BLOCK": size, "num_warps": warps}]
-    return [{"S_BLOCK": size, "num_warps": warps}, {"S_BLOCK": max(16, size // 2), "num_warps": 4, "num_stages": 4},
-            {"S_BLOCK": 2 * size, "num_warps": 8, "num_stages": 2}, {"S_BLOCK": size, "num_warps": 12 - warps}]
+        return [{"S_BLOCK": size, "num_warps": 4}]
+    if kernel == "prefill_paged":                               # whose queries are many, and need the registers of more warps
+        return [{"S_BLOCK": size, "num_warps": 8}, smaller, larger]
+    return [{"S_BLOCK": size, "num_warps": 4}, smaller, larger, {"S_BLOCK": size, "num_warps": 8}]
 
 
 def blocks(kernel: str, row: int = 0) -> dict[str, int]:
@@ -116,7 +120,8 @@ def choose_all(seconds: Callable[[Callable], float]) -> dict[str, dict[str, int]
 
 
 if __name__ == "__main__":
-    from clawdemy_kernels.blocks import choose_all        # this file's other self, which the kernels import
+    from clawdemy_kernels.blocks import choose_all  # this file's other self, which the kernels import
     from clawdemy_kernels.clock import seconds
+
     for kernel, options in choose_all(seconds).items():
         print(kernel, options)

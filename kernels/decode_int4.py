@@ -98,10 +98,11 @@ def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, table, acc_out, 
 
 def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: torch.Tensor,
                 v: torch.Tensor, v_scale: torch.Tensor, v_low: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
-                parts: int | None = None, tail: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-    """q [B, N, H]; k, v [blocks, K, C, H/2] of uint8; k_scale, k_low [blocks, K, C/g, H] and v_scale, v_low [blocks, K, C, H/g] of fp16,
-    each head's part in one piece; table [B, most], lengths [B] of int32 -> [B, N, H]. A `tail` is keys and values [tails, K, any, H] that
-    come behind and are not rounded, which of them is a sequence's, and how many tokens count, [B] of int32; `lengths` may then be 0.
+                parts: int | None = None, tail: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+    """q [B, N, H]; k, v [blocks, K, C, H/2] of uint8; k_scale, k_low [blocks, K, C/g, H] and v_scale, v_low [blocks, K, C, H/g] of fp16;
+    each head's part is in one piece; table [B, most], lengths [B] of int32 -> [B, N, H]. A `tail` is keys and values [tails, K, any, H]
+    that come behind and are not rounded, which of them is a sequence's, and how many tokens count, both [B] of int32; `lengths` may then
+    be 0.
     Raises ValueError for tensors that do not fit together, and for an H of which a half is not whole groups of g.
     """
     check("q", q, (None, None, None), FLOATS)
@@ -111,8 +112,8 @@ def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: 
     check("k_scale", k_scale, (len(k), K, None, H), (torch.float16,), like=q)
     g = C // k_scale.shape[2]
     if g < 16 or g * k_scale.shape[2] != C or (H // 2) % g or g & (g - 1):
-        raise ValueError(f"k_scale is {list(k_scale.shape)} for blocks of {C} tokens of H={H}: groups of 16, 32, 64 ... that divide a block "
-                         "and H/2 are accepted")
+        raise ValueError(f"k_scale is {list(k_scale.shape)} for blocks of {C} tokens of H={H}: groups of 16, 32, 64 ... that divide a "
+                         "block and H/2 are accepted")
     check("v", v, tuple(k.shape), (torch.uint8,), like=q)
     check("k_low", k_low, tuple(k_scale.shape), (torch.float16,), like=q)
     for name, tensor in (("v_scale", v_scale), ("v_low", v_low)):

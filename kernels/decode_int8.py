@@ -52,7 +52,9 @@ def decode_int8_kernel(q, k, v, k_scale, v_scale, table, acc_out, largest_out, t
         values = tl.load(v + (tile * v_p + head * v_k + row * v_c)[:, None] + h[None, :], mask=here, other=0)
         value_scale = tl.load(v_scale + tile * vs_p + head * vs_k + row, mask=seen, other=0.0).to(tl.float32)
         scaled = (weights * value_scale[None, :]).to(queries.dtype)
-        acc = acc * shrink[:, None] + tl.dot(scaled, values.to(tl.float32).to(queries.dtype), input_precision="ieee")
+        # Masked once more: codes that go to a product and nowhere else would be fetched in its layout, 8 bytes at a time.
+        values = tl.where(here, values, 0).to(tl.float32).to(queries.dtype)
+        acc = acc * shrink[:, None] + tl.dot(scaled, values, input_precision="ieee")
 
     store_part(acc_out, largest_out, total_out, acc, largest, total, (part * tl.num_programs(0) + b) * N + head * G, G, G_BLOCK, H, H_BLOCK)
 
@@ -82,7 +84,7 @@ def decode_int8(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torc
         q, k, v, k_scale, v_scale, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, window or 2**30,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2], table.stride(0),
         N=N, C=C, TILE=TILE,
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_int8", H))
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_int8", H * q.element_size()))
     return join_parts(acc, largest, total, q.dtype)
 
 

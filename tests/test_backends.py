@@ -62,8 +62,9 @@ def test_the_kernels_are_what_ran(monkeypatch, keeper, between):
     def counted(name, *rest):
         used.append(name)
         return plain(name, *rest)
-    for room in ("model.on_triton", "kv_cache.paged_triton", "kv_cache.contiguous", "kv_cache.quantized", "kv_cache.kivi", "kv_cache.sliding"):
-        monkeypatch.setattr(f"clawdemy_infer.{room}.kernel", counted)
+    monkeypatch.setattr("clawdemy_infer.model.on_triton.kernel", counted)
+    for keeps in ("paged_triton", "contiguous", "quantized", "kivi", "sliding"):
+        monkeypatch.setattr(f"clawdemy_infer.kv_cache.{keeps}.kernel", counted)
     model = with_backend(small(), "triton")
     model.step({0: [3], 1: [4]}, KEEPERS[keeper](model))
     assert used == 2 * ["rms_norm", *between, "rms_norm", "swiglu"] + ["rms_norm"]
@@ -153,6 +154,52 @@ def test_bench_says_what_a_gpu_would_need_where_there_is_none_and_counts_its_byt
     counted["ok"] = False
     assert main(["bench", "--kernels", "--json"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_bench_on_a_gpu_chooses_blocks_times_every_kernel_and_says_which_machine_it_was(monkeypatch, capsys):
+    """With a clock that says a millisecond for all, and a GPU that only has a name: what is computed from times, and what is kept."""
+    from clawdemy_infer import bench_kernels
+    from clawdemy_infer.catalog import machine
+    from clawdemy_infer.cli import main
+    from clawdemy_kernels import blocks, examples, launch
+
+    if DEVICE == "cuda":
+        pytest.skip("there is a GPU; `bench --kernels` itself says more")
+    monkeypatch.setattr(launch, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("clawdemy_infer.calibrate.this_machine", lambda device: machine("h100-sxm"))
+    monkeypatch.setattr(bench_kernels, "gpu", lambda: {"name": "a GPU", "triton": "3"})
+    monkeypatch.setattr(bench_kernels, "copy_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(bench_kernels, "seconds", lambda work: 1e-3)
+    monkeypatch.setattr(blocks, "choose_all", lambda seconds: {"decode_paged 256": {"S_BLOCK": 32}})
+    plain = examples.examples
+    monkeypatch.setattr(examples, "examples", lambda sizes, device: plain(sizes, "meta" if device == "cuda" else device))
+    assert main(["bench", "--kernels"]) == 0
+    out = capsys.readouterr().out
+    assert "A copy reaches 100 GB/s" in out and "times as fast as PyTorch" in out
+    result = json.loads(out.splitlines()[-1])
+    assert result["gpu"]["name"] == result["device"] == "a GPU" and result["blocks"] == {"decode_paged 256": {"S_BLOCK": 32}}
+    rows = {row["kernel"]: row for row in result["rows"]}
+    assert rows["decode_paged"]["of_copy"] == pytest.approx(rows["decode_paged"]["bytes"] / 1e-3 / 1e11)
+    assert rows["decode_paged"]["torch_s"] == 1e-3 and rows["decode_sinks"]["torch_s"] is None
+    assert "traffic" not in result                                          # which needs the interpreter
+
+
+def test_forks_of_4_bit_pages_part_on_the_kernels_as_in_torch():
+    """A fork in the middle of a block shares its tail, until one of the two writes."""
+    plain = small()
+    found = []
+    for model in (plain, with_backend(plain, "triton")):
+        cache = PagedKiviCache.for_model(model, 2, 48, block_size=16)
+        cache.free(1)
+        model.step({0: list(range(3, 23))}, cache)                          # a block of codes, and 4 tokens that wait
+        cache.fork(0, "fork")
+        out = [model.step({0: [5], "fork": [6]}, cache), model.step({0: [7], "fork": [8]}, cache)]
+        cache.truncate(20, "fork")
+        out += [model.step({"fork": [9]}, cache), model.step({"fork": list(range(3, 15))}, cache), model.step({0: [1], "fork": [2]}, cache)]
+        found.append(torch.cat(out))
+    torch.testing.assert_close(*found, **LOGITS[torch.float32])
+    assert (found[0][0] - found[0][1]).abs().max() > 0.01                   # the two have gone their own ways
 
 
 def test_the_table_names_every_kernel_but_the_steps_that_lead_to_them():

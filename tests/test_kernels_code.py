@@ -45,10 +45,16 @@ def test_no_kernel_spills_or_takes_more_shared_memory_than_there_is(codes):
 
 
 def test_the_streams_are_loaded_16_bytes_at_a_time(codes):
+    """Keys, values and weights: at least four fifths of what a kernel's loads fetch; the rest are scales and tables. On AMD, where a warp
+    has 64 threads, a small block leaves 8 bytes for each."""
     for code in codes:
-        widest = max(map(int, code["loads"]), default=0)
-        least = 8 if code["target"] == "gfx942" else 16
-        assert widest >= least or code["kernel"].removesuffix("_kernel") not in WIDE, code
+        if code["kernel"].removesuffix("_kernel") not in WIDE:
+            continue
+        loads = {int(width): int(width) * count for width, count in code["loads"].items()}
+        if code["target"] == "gfx942":
+            assert max(loads) >= 8, code
+        else:
+            assert loads[16] >= 0.8 * sum(loads.values()), code
 
 
 def test_tensor_cores_are_used_where_there_is_a_product_and_nowhere_else(codes):

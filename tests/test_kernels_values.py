@@ -225,7 +225,8 @@ def test_tokens_that_wait_unrounded_are_one_more_part_of_4_bit_attention():
     B, N, K, H, g, W = 2, 4, 2, 64, 16, 9
     q, tail_k, tail_v = normal(B, N, H, dtype=torch.float32), *torch.randn(2, 3, K, W, H, device=DEVICE)
     codes = nibbles(3, K, g, H, g)
-    table, which, rounded, waiting = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([[2, 1], [0, 0]], [2, 0], [19, 0], [4, 9]))
+    numbers = [[2, 1], [0, 0]], [2, 0], [19, 0], [4, 9]
+    table, which, rounded, waiting = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in numbers)
     got = decode_int4.decode_int4(q, *codes, table, rounded, tail=(tail_k, tail_v, which, waiting))
     halves = [torch.cat((of & 15, of >> 4), -1).double() for of in (codes[0], codes[3])]
     keys = halves[0] * codes[1] + codes[2]                                  # [3, K, g, H], a scale for each channel of a block
@@ -447,3 +448,44 @@ def test_tensors_that_do_not_fit_are_refused_by_name_before_the_launch(change, m
     given = {name: tensor.to(DEVICE) for name, tensor in (given | change).items()}
     with pytest.raises(ValueError, match=message):
         decode_grouped.decode_grouped(**given)
+
+
+def of(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype, device=DEVICE)
+
+
+def whole(*shape):
+    return of(*shape, dtype=torch.int32)
+
+
+Q, Q4, KEYS, POOL, CODES = of(1, 2, 16), of(1, 2, 32), of(1, 1, 9, 16), of(3, 1, 4, 16), of(2, 1, 32, 16, dtype=torch.uint8)
+HALVES = of(2, 1, 2, 32, dtype=torch.half)
+REST = HALVES, HALVES, CODES, HALVES.view(2, 1, 32, 2), HALVES.view(2, 1, 32, 2), whole(1, 1), whole(1)
+
+
+@pytest.mark.parametrize("launch, message", [
+    (lambda: decode_split.decode_split(Q, KEYS, KEYS, whole(1), parts=0), "parts=0: 1 or more"),
+    (lambda: decode_sinks.decode_sinks(Q, Q, KEYS, KEYS, whole(1), sinks=9), "sinks=9: 1 to 8 of the 9 tokens"),
+    (lambda: decode_sinks.decode_sinks(Q, Q4, KEYS, KEYS, whole(1), sinks=2), r"turned is \[1, 2, 32\]: \[1, 2, 16\]"),
+    (lambda: decode_paged.decode_paged(Q, POOL, POOL, whole(2, 1), whole(1)), r"table is \[2, 1\]: \[1, any\]"),
+    (lambda: decode_paged.decode_paged(Q, POOL, POOL, whole(1, 2), whole(1), block_size=3), "block_size=3: what divides the 4 tokens"),
+    (lambda: decode_int8.decode_int8(Q, POOL, POOL, POOL, POOL, whole(1, 2), whole(1)), "k is of torch.float32: torch.int8"),
+    (lambda: decode_int4.decode_int4(of(1, 2, 64), CODES, *REST), r"k is .*: \[any, any, any, 32\]"),
+    (lambda: decode_int4.decode_int4(Q4, CODES[:, :, :8], *REST), "groups of 16, 32, 64 ... that divide a block"),
+    (lambda: decode_int4.decode_int4(Q4, CODES.repeat(1, 1, 1, 2)[..., :16], *REST), "v has strides .*, those of its twin"),
+    (lambda: prefill_paged.prefill_paged(Q, POOL, POOL, whole(1, 2), whole(1), whole(1), 4), r"starts is \[1\]: \[2\]"),
+    (lambda: rms_norm.rms_norm(of(2, 8), of(9), 1e-5), r"weight is \[9\]: \[8\]"),
+    (lambda: rope_append.rope_append(of(2, 4, 16), of(2, 8), of(2, 8), of(2, dtype=torch.int64), of(3, 2, 4, 16), of(3, 2, 4, 16)),
+     "a multiple of K=2 query heads"),
+    (lambda: swiglu.swiglu(of(2, 7)), "an even number of columns"),
+    (lambda: linear_int8.linear_int8(of(1, 8), of(4, 8), of(4)), "codes is of torch.float32: torch.int8"),
+    (lambda: linear_int4.linear_int4(of(1, 96), of(4, 48, dtype=torch.uint8), of(2, 4, dtype=torch.half), of(2, 4, dtype=torch.half)),
+     "groups of a power of 2 from 32 on"),
+    (lambda: linear_int4.pack_int4(of(4, 64), 16), "group=16: powers of 2 from 32 on"),
+    (lambda: sample.sample(of(2, 8), of(3)), r"uniform is \[3\]: \[2\]"),
+    (lambda: sample.sample(of(2, 8), of(2), -1.0), "temperature=-1.0"),
+    (lambda: verify.verify(of(1, 2, 8), of(1, 2, 8), of(1, 1, dtype=torch.int64), of(1, 2)), r"q is \[1, 2, 8\]: \[1, 1, 8\]"),
+])
+def test_every_launcher_says_what_does_not_fit(launch, message):
+    with pytest.raises(ValueError, match=message):
+        launch()
