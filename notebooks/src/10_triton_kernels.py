@@ -28,9 +28,11 @@ os.environ["TRITON_INTERPRET"] = "1"            # kernels run in the interpreter
 import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from importlib import import_module
 
 import matplotlib.pyplot as plt
@@ -357,8 +359,25 @@ beside("linear_int4", low_bit, traffic)
 
 # %% [markdown]
 # Here too the parts are dealt out, for the same reason: too few programs would ask. And note how scales are kept. Were they stored output by output, each of 2 bytes would
-# drag in a **sector** of 32, the smallest piece that a GPU's memory moves: sixteen times its size.
-#
+# drag in a **sector** of 32, the smallest piece that a GPU's memory moves. A kernel of two lines that reads the scales of 32 outputs at a time,
+# group after group, shows it:
+
+# %%
+lines = []
+if TRITON:
+    @triton.jit
+    def scales_kernel(scales, out, of_output, of_group, N_BLOCK: tl.constexpr):
+        n = tl.program_id(0) * N_BLOCK + tl.arange(0, N_BLOCK)
+        tl.store(out + n, tl.load(scales + n * of_output + tl.program_id(1) * of_group))
+
+    for name, kept in (("[groups, outputs]", scales.T), ("[outputs, groups]", scales.T.contiguous())):
+        with counting(scales=kept) as seen_by:
+            scales_kernel[(rows // 32, columns // g)](kept, torch.empty(rows).half(), *kept.stride(), N_BLOCK=32)
+        lines.append([name, f"{seen_by['scales'].asked:,} B", f"{seen_by['scales'].sectors:,} B"])
+    assert lines[1][2] == f"{8 * len(scales) * rows * 2:,} B"           # the 8 scales of an output are 16 bytes, and all of them come for the one that is asked for
+Table(["scales kept as", "asked for", "sectors that move"], lines, ["asked for", "sectors that move"])
+
+# %% [markdown]
 # All kernels so far, on one page:
 
 # %%
@@ -619,7 +638,8 @@ Markdown("Published over predicted: " + "; ".join(f"**{min(r):.2f} to {max(r):.2
 # instructions. The width is in the machine code, and to see that needs no GPU either: the compiler comes with Triton. It must not run in this process, where kernels are
 # interpreted, so we start another one.
 #
-# We compile the first two kernels twice for an H100: once for a cache whose rows are 128 numbers apart, as always, and once for rows 129 apart. The kernels are the same.
+# We compile the five kernels of this lesson for an H100, and the first two of them once more: for a cache whose rows are not 128 numbers apart, as always, but 129. The kernels
+# are the same.
 
 # %% tags=["nbval-ignore-output"]
 SCRIPT = """
@@ -628,6 +648,7 @@ from dataclasses import asdict
 from clawdemy_kernels.ahead import compiled, listing
 from clawdemy_kernels.decode_grouped import decode_grouped
 from clawdemy_kernels.decode_naive import decode_naive
+from clawdemy_kernels.examples import examples
 q, lengths = torch.zeros(8, 32, 128, dtype=torch.bfloat16), torch.ones(8, dtype=torch.int32)
 for kernel in (decode_naive, decode_grouped):
     for apart in (128, 129):
@@ -635,6 +656,10 @@ for kernel in (decode_naive, decode_grouped):
         launch = lambda: kernel(q, k, k, lengths)
         [code], [ptx] = compiled(launch, "sm_90"), listing(launch, "sm_90").values()
         print(json.dumps(asdict(code) | {"apart": apart, "ptx": ptx}))
+for name in ("decode_split", "decode_paged", "linear_int4"):
+    launch = examples()[name].launch
+    code, ptx = compiled(launch, "sm_90")[0], listing(launch, "sm_90")[f"{name}_kernel"]
+    print(json.dumps(asdict(code) | {"apart": 128, "ptx": ptx}))
 """
 
 
@@ -648,18 +673,44 @@ def compile_elsewhere() -> list[dict]:
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
+def loads_of(code):
+    """The lines of PTX that load from memory under a mask."""
+    lines = [line.strip() for line in code["ptx"].splitlines()]
+    return [line for line in lines if line.startswith("@") and "ld.global" in line or "cp.async" in line and "shared.global" in line]
+
+
 codes = compile_elsewhere()
 for code in codes[:2]:
-    loads = [line.strip() for line in code["ptx"].splitlines() if "ld.global" in line and "@" in line]
-    print(f"decode_naive, rows {code['apart']} numbers apart; {len(loads)} loads, the second to fourth:")
-    print(*(f"    {line}" for line in loads[1:4]), sep="\n")
+    print(f"decode_naive, rows {code['apart']} numbers apart; {len(loads_of(code))} loads, the second to fourth:")
+    print(*(f"    {line}" for line in loads_of(code)[1:4]), sep="\n")
 
 # %% [markdown]
 # This is PTX, the assembler that NVIDIA publishes. `ld.global` loads from memory; `@%p` before it is our mask; **`v4.b32` is four words of 32 bits: 16 bytes** in one instruction, and
 # `b16` is a single number of 2 bytes.
 #
 # Why? A wide load needs an address that is a multiple of 16. Triton looks at the arguments of a launch, and when a stride is a multiple of 16 it compiles a version that *relies* on it. From 129
-# it can conclude nothing: some rows begin at odd places, and so every number is fetched by itself. Same Python, same bytes, eight times the instructions. In full:
+# it can conclude nothing: some rows begin at odd places, and so every number is fetched by itself. Same Python, same bytes, eight times the instructions.
+#
+# The other four multiply with `tl.dot`, and there the loads look different:
+
+# %% tags=["nbval-ignore-output"]
+def in_general(line):
+    """Without the numbers of the registers: loads of one stream are then the same line."""
+    return re.sub(r"%\w+", "%", re.sub(r"\[[^]]*\]", "[ ]", line))
+
+
+for code in (code for code in codes if code["products"] and code["apart"] == 128):
+    print(code["kernel"].removesuffix("_kernel"))
+    for line, count in Counter(map(in_general, loads_of(code))).most_common(3):
+        print(f"    {count:3} times   {line}")
+
+# %% [markdown]
+# **`cp.async.cg … 0x10`** copies 16 bytes from memory straight into the SM's *shared memory*, and the thread does not wait for them: the loads of the next block of keys are on their way
+# while the tensor cores work on this one. That is what hides the waiting, the indirection of `decode_paged` too: its `cp.async.ca … 0x4` fetch the entries of the table, 4 bytes each, a block ahead.
+# `linear_int4` has its codes and `x` on the way in the same manner, and loads the few scales into registers. How large a block, how many blocks ahead? A rule in `kernels/blocks.py` says 16 KiB of keys; on a GPU the clock may choose
+# among four candidates.
+#
+# Everything in one table:
 
 # %% tags=["nbval-ignore-output"]
 def widths(code):
