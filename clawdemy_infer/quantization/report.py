@@ -100,7 +100,7 @@ def draw(axes, rows: Iterable[Row], colours: list[str]) -> None:
         axes.errorbar([row.streamed / 1e6 for row in chosen], [row.quality.kl for row in chosen],
                       yerr=[row.quality.kl_se for row in chosen], fmt="o", color=colour, label=method)
         for row in chosen if len(chosen) > 1 else ():                  # a method of one row is named by the legend
-            close = any(0 < row.quality.kl - other.quality.kl < 0.2 * row.quality.kl for other in chosen)      # names would meet
+            close = any(0 < other.quality.kl - row.quality.kl < 0.2 * row.quality.kl for other in chosen)      # names would meet
             axes.annotate(row.format, (row.streamed / 1e6, row.quality.kl), textcoords="offset points", fontsize=9,
                           xytext=(-7 if close else 7, -3), horizontalalignment="right" if close else "left")
     axes.set_yscale("log")
