@@ -232,8 +232,8 @@ def draft_named(name: str, target: Decoder) -> Draft:
     if name == "lookup":
         return PromptLookup()
     if name in ("int8", "int4"):
-        # Two rows: where all guesses stood, a draft with a cache of its own has not read the last of them.
-        return SelfDraft(compiled(target, name, rows=(1, 2)) if target.compiled_step else with_weights(target, name))
+        # Two rows: where all guesses stood, a draft with a cache of its own, as int4 has, has not read the last of them.
+        return SelfDraft(compiled(target, name, (1, 2) if name == "int4" else (1,)) if target.compiled_step else with_weights(target, name))
     if name.startswith("exit:") and name[5:].isdigit():
         return EarlyExit(target, int(name[5:]))
     if name == "trained":
