@@ -305,8 +305,8 @@ for text in ("copying", "prose"):
 Table(["text", "draft", "guesses a round", "α", "speed-up"], paid, numeric=["guesses a round", "α", "speed-up"])
 
 # %% [markdown]
-# Where the best γ is flat, as the curve above is near its top, choosing it well gains little. Adaptive γ is an insurance: it is never far from the better of the
-# two fixed ones, and where a draft does not pay at all, it stops asking.
+# Where the best γ is flat, as the curve above is near its top, choosing it well gains little, and on a text as short as these the counts have hardly begun to
+# say anything. Adaptive γ is an insurance: where a draft does not pay at all, it stops asking.
 #
 # ### Why not a tree?
 # If the first choice falls, the draft's *second* might have stood. It costs no draft step, only a row more in the check. So check a tree: beside each of γ = 4
