@@ -126,7 +126,7 @@ def test_q_and_k_are_not_clipped():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4-g64", "int3-g64"])
 def test_awq_takes_a_tenth_off_the_kl_of_rounding_whatever_text_it_saw(name, smollm):
-    """All of SmolLM2, on text that the calibration has not: each of three seeds, and not their mean. Some five minutes a format."""
+    """All of SmolLM2, on text that the calibration has not: each of three seeds, and not their mean. Some two minutes a format."""
     reference, format = Reference(smollm, evaluation_tokens(smollm.tokenizer, 4)), format_named(name)
     nearest = reference.judge(round_to_nearest(smollm, format).decoder)
     for seed in range(3):
