@@ -97,8 +97,8 @@ for name, example in examples(dtype=torch.float32).items() if sys.argv[1] == "sm
 
 @pytest.mark.parametrize("target", SHARED)
 def test_every_candidate_compiles_for_every_gpu_and_the_rule_in_fp32_too(target):
-    """On NVIDIA without spills, and within the shared memory; on AMD one spills and one has no room, which the clock passes by. In fp32, whose
-    products have no tensor cores and may spill, the rule stays within the shared memory of the smallest GPU."""
+    """On NVIDIA without spills, and within the shared memory; on AMD one spills and one finds no room, which the clock passes by. In
+    fp32, whose products have no tensor cores and may spill, the rule stays within the shared memory of the smallest GPU."""
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, target], capture_output=True, text=True,
                          env=os.environ | {"TRITON_INTERPRET": "0"})
     assert ran.returncode == 0, ran.stderr
