@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from clawdemy_infer.roofline import MANY
+
 BLOCK = 128
 """Queries that are multiplied in one go: no more, since each block is spared the keys that come after it."""
-MANY = 32
-"""KV heads of all sequences together from which on a decode step in products gains."""
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

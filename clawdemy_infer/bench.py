@@ -9,18 +9,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
-from torch import nn
 
 from clawdemy_infer.arithmetic import ModelShape, Work
 from clawdemy_infer.calibrate import Pulse
 from clawdemy_infer.kv_cache.contiguous import ContiguousCache
-from clawdemy_infer.linear import PackedLinear, computes_in
+from clawdemy_infer.linear import computes_in
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.model.compiled import product_rate
-from clawdemy_infer.probes import attention_of
+from clawdemy_infer.model.formats import product_ops
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.timing import Timing, count_ops, stopwatch
 
@@ -119,13 +117,7 @@ def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
         return count_ops(lambda: model(tokens, cache, last_only=True)) + model.config.shape.L + 1
     cache.truncate(0)
     whole = count_ops(lambda: model(tokens, cache, last_only=True))
-    of_products = 0
-    for linear in model.modules():
-        if isinstance(linear, nn.Linear | PackedLinear):
-            of_products += count_ops(partial(linear, torch.ones(batch * new, linear.in_features, dtype=model.dtype, device=model.device)))
-    if model.head is None:
-        of_products += count_ops(lambda: model.tied_head(cache.keys.new_ones(batch, model.config.shape.D), model.embed.weight))
-    return whole - of_products
+    return whole - product_ops(model, batch * new)
 
 
 # ---- the bench command: what the roofline allows, then what the clock says ----
@@ -134,14 +126,7 @@ def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
 def work_of(shape: ModelShape, phase: str, weights: str, batch: int, context: int, device: str = "cpu") -> Work:
     """The work of one row: cache and activations in the dtype that goes with such weights."""
     step, dtype = {"prefill": shape.prefill, "decode": shape.decode}[phase], computes_in(weights, device)
-    work = step(batch, context, weights=weights, kv=dtype, activations=dtype)
-    return named(work, attention_of(batch, shape.K, context)) if phase == "decode" else work
-
-
-def named(work: Work, attention: str) -> Work:
-    """The same work, its attention under the name for which the calibration has its rate."""
-    parts = tuple(named(part, attention) for part in work.parts)
-    return work._replace(name=attention if work.name == "attention" else work.name, parts=parts)
+    return step(batch, context, weights=weights, kv=dtype, activations=dtype)
 
 
 def card(shape: ModelShape, machine: Machine, memory: float, wanted: Iterable[tuple[str, str, int, int]],

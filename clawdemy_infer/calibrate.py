@@ -21,7 +21,7 @@ from clawdemy_infer.linear.choice import cpu_name, remeasure
 from clawdemy_infer.paths import cache_dir
 from clawdemy_infer.probes import (
     attention_rates,
-    elementwise_rate,
+    elementwise_rates,
     fixed_cost,
     formats,
     gemm_rates,
@@ -35,10 +35,13 @@ from clawdemy_infer.timing import Timing, rates, stopwatch
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
-PROBES = "2026-11d"
+PROBES = "2026-11f"
 """Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
 
-DRIFT = 0.15
+PASSES = 3
+"""Times that all probes are gone through, some fifteen seconds each."""
+
+DRIFT = 0.3
 """A kept calibration is used again while main-memory bandwidth is within this fraction of what it was."""
 FAR = 1.4
 """… and matrix products run within this factor of what they did."""
@@ -69,26 +72,25 @@ def calibrate(device: str | None = None) -> Machine:
     path.parent.mkdir(parents=True, exist_ok=True)      # a cache that cannot be written to says so before the measuring, not after
     if device == "cpu":
         remeasure(formats(device))                      # which kernel is fastest, before anything is said of how fast
-    bandwidth = read_bandwidth([size for size in WORKING_SETS if size <= memory / 8], device)
-    products = {format: gemm_rates(format, device) for format in formats(device)}
-    dtypes = dict.fromkeys(computes_in(format, device) for format in products)
-    attention = {dtype: attention_rates(dtype, device) for dtype in dtypes}
-    fixed = {format: fixed_cost(device, format) for format in products}
+    sizes = [size for size in WORKING_SETS if size <= memory / 8]
+    found = typical([measured(device, sizes) for _ in range(PASSES)])
+
+    def points(kind: str) -> list[dict]:
+        return [dict(zip(("dtype", "m", "name"), where, strict=False)) | {"flops_per_s": rate} for where, rate in found[kind].items()]
+
+    fixed = {format: seconds for (format,), seconds in found["fixed"].items()}
+    peaks = {format: rate for (format,), rate in found["peak"].items()}
     # A large square product is not always the fastest: a peak is the best rate that anything reached.
-    peaks = {format: max([peak_flops(format, device), *(rate for _, rate in curves["gemm"])]) for format, curves in products.items()}
-
-    def points(format: str, curve: list[tuple[float, float]]) -> list[dict]:
-        return [{"dtype": format, "m": m, "flops_per_s": rate} for m, rate in curve]
-
+    for point in points("gemm"):
+        peaks[point["dtype"]] = max(peaks[point["dtype"]], point["flops_per_s"])
     record = {
         "name": fingerprint(device)["device"],
-        "bandwidth": [{"bytes": size, "bytes_per_s": rate} for size, rate in bandwidth],
+        "bandwidth": [{"bytes": size, "bytes_per_s": rate} for (size,), rate in found["bandwidth"].items()],
         "peak_flops": peaks,
-        "gemm": [point for format, curves in products.items() for point in points(format, curves["gemm"])],
-        "head": [point for format, curves in products.items() for point in points(format, curves["head"])],
-        "attention": [point | {"name": name} for dtype, curves in attention.items() for name, curve in curves.items()
-                      for point in points(dtype, curve)],
-        "elementwise": [{"dtype": dtype, "bytes_per_s": elementwise_rate(dtype, device)} for dtype in dtypes],
+        "gemm": points("gemm"),
+        "head": points("head"),
+        "attention": points("attention"),
+        "elementwise": [{"dtype": dtype, "m": m, "bytes_per_s": rate} for (dtype, m), rate in found["elementwise"].items()],
         "fixed_s_per_op": fixed["fp32"],
         "fixed": fixed,
         "memory": memory,
@@ -102,6 +104,28 @@ def calibrate(device: str | None = None) -> Machine:
     return from_record(record)
 
 
+def measured(device: str, sizes: list[int]) -> dict[str, dict[tuple, float]]:
+    """All probes once: by kind, the figure of each (format, M, ...)."""
+    found: dict[str, dict[tuple, float]] = {"bandwidth": {(size,): rate for size, rate in read_bandwidth(sizes, device)}}
+    dtypes = dict.fromkeys(computes_in(format, device) for format in formats(device))
+    for format in formats(device):
+        for kernel, curve in gemm_rates(format, device).items():
+            found.setdefault(kernel, {}).update({(format, m): rate for m, rate in curve})
+    found["attention"] = {(dtype, m, name): rate for dtype in dtypes
+                          for name, curve in attention_rates(dtype, device).items() for m, rate in curve}
+    found["elementwise"] = {(dtype, m): rate for dtype in dtypes for m, rate in elementwise_rates(dtype, device)}
+    found["fixed"] = {(format,): fixed_cost(device, format) for format in formats(device)}
+    found["peak"] = {(format,): peak_flops(format, device) for format in formats(device)}
+    return found
+
+
+def typical(passes: list[dict[str, dict[tuple, float]]]) -> dict[str, dict[tuple, float]]:
+    """Each figure's median over the passes. A shared machine is slow, or fast, for seconds at a time: so that all figures are of the same
+    machine, each is measured at several moments, and not all at one."""
+    return {kind: {where: statistics.median(one[kind][where] for one in passes) for where in figures}
+            for kind, figures in passes[0].items()}
+
+
 def _path(device: str) -> Path:
     return cache_dir() / f"calibration-{device}.json"
 
@@ -113,13 +137,16 @@ def from_record(record: dict) -> Machine:
         for point in record.get(kernel, []):
             by_dtype = curves.setdefault(point.get("name", kernel), {})
             by_dtype[point["dtype"]] = (*by_dtype.get(point["dtype"], ()), (point["m"], point["flops_per_s"]))
+    elementwise: dict[str, tuple] = {}
+    for point in record["elementwise"]:
+        elementwise[point["dtype"]] = (*elementwise.get(point["dtype"], ()), (point["m"], point["bytes_per_s"]))
     return Machine(
         name=record["name"],
         bandwidth=tuple((point["bytes"], point["bytes_per_s"]) for point in record["bandwidth"]),
         peak_flops=record["peak_flops"],
         memory=record["memory"],
         rates=curves,
-        elementwise={point["dtype"]: point["bytes_per_s"] for point in record["elementwise"]},
+        elementwise=elementwise,
         fixed_s_per_op=record["fixed_s_per_op"],
         fixed=record.get("fixed", {}),
         source=f"measured {record['date']}",

@@ -8,7 +8,6 @@ from math import isnan
 
 from clawdemy_infer.commands import emit, say, show
 from clawdemy_infer.tables import MISSING, Table, number, si
-from clawdemy_infer.timing import now
 
 CONTEXT = 64
 """Tokens behind which the parts are timed."""
@@ -27,6 +26,7 @@ def beside_drafts(args: argparse.Namespace) -> int:
     from clawdemy_infer.speculative.compare import compare, measure_costs, predict_costs
     from clawdemy_infer.speculative.drafts import draft_named
     from clawdemy_infer.speculative.prompts import prompts_of
+    from clawdemy_infer.timing import now
 
     say("Looking at this machine; up to a minute if it must be calibrated …")
     device = default_device()

@@ -13,24 +13,24 @@ Each is a kind of work of known size that no cache can help, and none is a piece
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clawdemy_infer.attention import MANY, attend
+from clawdemy_infer.attention import attend
 from clawdemy_infer.backends import choose
 from clawdemy_infer.linear import FLOATS, FORMATS, PackedLinear, computes_in, copy_of, packable
+from clawdemy_infer.roofline import ATTENTION_KEYS, attention_of
 from clawdemy_infer.timing import alternate, count_ops, rates, stopwatch
 
 DTYPES = FLOATS
 GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 HEAD_ROWS = [1, 4, 16, 64]
 ATTENTION_ROWS = [1, 2, 4, 8, 16, 48, 192, 768, 3072]
-ATTENTION_KEYS = [64, 384, 2048]
+ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024]
 GLUE_LAYERS = 32
 """Each with four matrices of a million numbers: in int4 too more than caches hold."""
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
@@ -38,7 +38,7 @@ SHAPES = [(640, 640), (640, 2560), (1280, 640)]
 HEAD_SHAPES = [(640, 40960)]
 
 
-def read_bandwidth(sizes: list[int], device: str, rounds: int = 7) -> list[tuple[float, float]]:
+def read_bandwidth(sizes: list[int], device: str, rounds: int = 3) -> list[tuple[float, float]]:
     """(bytes, bytes/s) for reading `sizes` bytes again and again. A lower bound on the hardware: it is what a torch sum reaches."""
     data = torch.ones(max(sizes) // 4, device=device)
 
@@ -84,45 +84,40 @@ def gemm_rates(format: str, device: str) -> dict[str, list[tuple[float, float]]]
     dtype, curves = DTYPES[computes_in(format, device)], {}
     for kernel, rows, shapes in (("gemm", GEMM_ROWS, SHAPES), ("head", HEAD_ROWS, HEAD_SHAPES)):
         weights = gemm_weights(format, device, shapes=shapes)
-        measured = rates({str(m): gemm_step(weights, m, dtype, len(shapes)) for m in rows}, sample_s=0.025, rounds=7)
+        measured = rates({str(m): gemm_step(weights, m, dtype, len(shapes)) for m in rows}, sample_s=0.02, rounds=3)
         curves[kernel] = [(m, measured[str(m)]) for m in rows]
     return curves
 
 
-def attention_of(sequences: int, kv_heads: int, context: int) -> str:
-    """The name under which a calibration has the rate of a decode step's attention: that of one sequence or of many, and over the
-    number of keys, of `ATTENTION_KEYS`, that is nearest to `context`."""
-    keys = min(ATTENTION_KEYS, key=lambda keys: abs(math.log(keys / context)))
-    return f"attention of {'many' if sequences * kv_heads >= MANY else 'one'} over {keys} keys"
-
-
 def attention_rates(dtype: str, device: str, kv_heads: int = 4, head_dim: int = 64) -> dict[str, list[tuple[float, float]]]:
-    """(M, FLOP/s) of attention, M query rows to each KV head, by the names of `attention_of`, and "attention" for any.
+    """(M, FLOP/s) of attention, M query rows to each KV head, by the names of `roofline.attention_of`, and "attention" for any.
 
     Few rows are a decode step, the query heads of a group; of one sequence and of 16, and over few keys and many, of which "attention"
-    has those in the middle. Many are a prefill: three heads to a group, and M/3 positions that see each other causally.
+    has those in the middle. Their keys and values come from memory: a step reads all other layers before it comes back to them.
+    Many rows are a prefill: three heads to a group, and M/3 positions that see each other causally, keys that were just made.
     """
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, head_dim, device=device).to(DTYPES[dtype])
 
-    @cache
-    def kept(batch: int, context: int) -> list[torch.Tensor]:
-        return [tensor(2, batch, kv_heads, context) for _ in range(32 // batch)]
+    kept = tensor(2**20)                                                # 256 MB of fp32: more than caches hold
 
     def at(m: int, batch: int, keys: int):
         T, group = (1, m) if keys else (m // 3, 3)
-        q, caches = tensor(batch * T, group * kv_heads), kept(batch, keys or T)
+        q = tensor(batch * T, group * kv_heads)
+        shape = 2, batch, kv_heads, keys or T                           # of keys and values
+        size = 2 * batch * kv_heads * (keys or T)
+        places = len(kept) // size if keys else 1
 
         def one(i: int) -> int:
-            attend(q, *caches[i % len(caches)])
+            attend(q, *kept[i % places * size:][:size].view(*shape, head_dim))
             return 4 * kv_heads * head_dim * batch * group * (keys or T * (T + 1) / 2)
         return one
 
     few = [m for m in ATTENTION_ROWS if m <= 16]
-    steps = {(attention_of(batch, kv_heads, keys), m): at(m, batch, keys) for batch in (1, 16) for keys in ATTENTION_KEYS for m in few}
-    measured = rates(steps | {("attention", m): at(m, 1, 0) for m in ATTENTION_ROWS if m > 16}, sample_s=0.015)
+    steps = {(attention_of(batch * kv_heads, keys), m): at(m, batch, keys) for batch in (1, 16) for keys in ATTENTION_KEYS for m in few}
+    measured = rates(steps | {("attention", m): at(m, 1, 0) for m in ATTENTION_ROWS if m > 16}, sample_s=0.015, rounds=3)
     curves = {name: [(m, measured[name, m]) for m in few] for name, _ in steps}
-    middle = curves[attention_of(1, kv_heads, ATTENTION_KEYS[1])]
+    middle = curves[attention_of(kv_heads, ATTENTION_KEYS[1])]
     return curves | {"attention": middle + [(m, measured["attention", m]) for m in ATTENTION_ROWS if m > 16]}
 
 
@@ -139,12 +134,12 @@ class Norm(nn.Module):
 
 
 @torch.inference_mode()
-def elementwise_rate(dtype: str, device: str, width: int = 1024, layers: int = 16) -> float:
-    """Bytes/s of norms, gates and residual sums, counted as the arithmetic counts them: as if each were one fused operation.
+def elementwise_rates(dtype: str, device: str, width: int = 1024, layers: int = 16) -> list[tuple[float, float]]:
+    """(M, bytes/s) of norms, gates and residual sums, counted as the arithmetic counts them: as if each were one fused operation.
 
     PyTorch makes several operations of each and moves more, so this is a rate of useful bytes, far below the bandwidth. They
-    run as in a decoder: after every one a product sweeps its weight through the caches. And they run twice, on many rows and on
-    one: starting them costs the same, so the difference is the price of the bytes.
+    run as in a decoder: after every one a product sweeps its weight through the caches. And they run on M rows and on one: starting
+    them costs the same, so the difference is the price of the bytes. Few rows are one core's, and many no longer fit its caches.
     """
     norm = Norm(device, width).to(DTYPES[dtype])
     token, weights = torch.randn(1, width, device=device), [torch.randn(width, width, device=device) for _ in range(3 * layers)]
@@ -166,10 +161,10 @@ def elementwise_rate(dtype: str, device: str, width: int = 1024, layers: int = 1
                 F.linear(token, and_again)
         return run
 
-    many = 256 if device == "cpu" else 2**13                # on a GPU 256 rows cost no more than one
-    times = alternate({"many": on(many), "one": on(1)}, repeats=11)
-    bytes = layers * (2 + 3 + 3) * (many - 1) * width * DTYPES[dtype].itemsize
-    return bytes / (times["many"].median - times["one"].median)
+    rows = ELEMENTWISE_ROWS if device == "cpu" else [2**13]             # on a GPU 256 rows cost no more than one
+    bytes = layers * (2 + 3 + 3) * width * DTYPES[dtype].itemsize       # of one row
+    pairs = [(m, alternate({"many": on(m), "one": on(1)}, repeats=7)) for m in rows]
+    return [(m, bytes * (m - 1) / max(times["many"].beyond(times["one"]), 1e-9)) for m, times in pairs]
 
 
 class Glue(nn.Module):
@@ -227,7 +222,7 @@ def fixed_cost(device: str, format: str = "fp32") -> float:
 
     times = alternate({"products": products_alone, "both": with_glue}, repeats=11)
     ops = count_ops(with_glue) - count_ops(products_alone)
-    return max(0.0, times["both"].median - times["products"].median) / ops
+    return max(0.0, times["both"].beyond(times["products"])) / ops
 
 
 def peak_flops(format: str, device: str) -> float:

@@ -18,6 +18,18 @@ Curve = tuple[tuple[float, float], ...]
 """(x, y) points with rising x."""
 
 
+ATTENTION_KEYS = (64, 384, 2048)
+"""A calibration times the attention of decode steps over so many keys …"""
+MANY = 32
+"""… of few KV heads and of many: from so many on, of all sequences together, decode in products gains (`attention`)."""
+
+
+def attention_of(kv_heads: float, keys: int) -> str:
+    """The name under which a calibration has the rate of a decode step's attention over so many keys of each sequence, with few
+    `kv_heads`, those of all sequences together, or many."""
+    return f"attention of {'many' if kv_heads >= MANY else 'few'} heads over {keys} keys"
+
+
 def interpolate(curve: Curve, x: float) -> float:
     """y at x, straight lines between the points on log-log axes, flat beyond the ends."""
     if x <= curve[0][0]:
@@ -66,9 +78,9 @@ class Machine:
     bandwidth       read bandwidth by working set, (bytes, bytes/s); one point for a data sheet
     peak_flops      dense FLOP/s by dtype, with fp32 accumulation (int32 for integers)
     memory          bytes that weights and cache may occupy
-    rates           FLOP/s by kernel ("gemm", "attention") or by name (the "head", …), and by format, as (rows M, FLOP/s); empty for a
-                    data sheet
-    elementwise     bytes/s at which element-wise operations go through arrays, by dtype; empty for a data sheet
+    rates           FLOP/s by kernel ("gemm", "attention") or by name (the "head", `attention_of`), and by format, as (rows M, FLOP/s);
+                    empty for a data sheet
+    elementwise     bytes/s at which element-wise operations go through arrays, by dtype, as (rows M, bytes/s); empty for a data sheet
     fixed_s_per_op  seconds that an operation costs whatever its size
     fixed           the same by format of the weights between which it runs, where that was measured
 
@@ -86,7 +98,7 @@ class Machine:
     peak_flops: dict[str, float]
     memory: float
     rates: dict[str, dict[str, Curve]] = field(default_factory=dict)
-    elementwise: dict[str, float] = field(default_factory=dict)
+    elementwise: dict[str, Curve] = field(default_factory=dict)
     fixed_s_per_op: float = 0.0
     fixed: dict[str, float] = field(default_factory=dict)
     source: str = ""
@@ -113,15 +125,27 @@ class Machine:
 
     def flops_at(self, op: Work) -> float:
         """FLOP/s that `op` can reach: its kernel's measured rate at that format or dtype and M, or the peak where none was measured.
-        Rates of its own may also have what has a name: the head, which is as wide as the vocabulary, or attention to few keys."""
+        Rates of its own may also have what has a name: the head, which is as wide as the vocabulary."""
+        if op.keys and (rate := self._attention_at(op)):
+            return rate
         rates = self.rates.get(op.name) or self.rates.get(op.kernel, {})
         curve = rates.get(op.weights) or rates.get(op.dtype)
         return interpolate(curve, op.rows) if curve else self.peak(op.dtype)
 
+    def _attention_at(self, op: Work) -> float | None:
+        """FLOP/s of attention in a decode step, between the numbers of keys over which it was measured."""
+        measured = {keys: self.rates.get(attention_of(op.heads, keys), {}).get(op.dtype) for keys in ATTENTION_KEYS}
+        points = tuple((keys, interpolate(curve, op.rows)) for keys, curve in measured.items() if curve)
+        return interpolate(points, op.keys) if points else None
+
     def bytes_at(self, op: Work, working_set: float) -> float:
         """Bytes/s at which `op` moves its bytes: those of memory, or less where it has to do something to every element."""
-        bandwidth = self.bandwidth_at(working_set)
-        return min(bandwidth, self.elementwise.get(op.dtype, bandwidth)) if op.kernel == "elementwise" else bandwidth
+        return min(self.bandwidth_at(working_set), self.handles_at(op))
+
+    def handles_at(self, op: Work) -> float:
+        """Most bytes/s that `op` can handle, however fast they come: a limit that was measured of element-wise operations only."""
+        curve = self.elementwise.get(op.dtype) if op.kernel == "elementwise" else None
+        return interpolate(curve, op.rows) if curve else math.inf
 
     def operation_s(self, op: Work, working_set: float) -> float:
         """Seconds of one operation, among others that read `working_set` bytes with it, without its fixed cost."""

@@ -38,6 +38,11 @@ class Timing:
     def best(self) -> float:
         return min(self.seconds)
 
+    def beyond(self, other: Timing) -> float:
+        """Seconds that this work took longer than `other`, with which it alternated: the median over the rounds, so that what slows the
+        machine for more than a round takes part in no difference."""
+        return statistics.median(mine - its for mine, its in zip(self.seconds, other.seconds, strict=True))
+
     @property
     def spread(self) -> float:
         """Half the gap between the lower and upper quartile, as a fraction of the median. Above 0.1 the machine was busy."""

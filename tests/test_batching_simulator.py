@@ -15,7 +15,7 @@ H100 = catalog.machine("h100-sxm")
 CURVED = Machine(       # a calibration: a cache, slow attention, element-wise operations that cost, and a fixed cost
     "curved", bandwidth=((1e6, 9e10), (3e8, 4e10), (2e9, 2e10)), peak_flops={"bf16": 4e11}, memory=64e9,
     rates={"gemm": {"bf16": ((1, 1e10), (16, 1e11), (512, 4e11))}, "attention": {"bf16": ((1, 5e9), (64, 4e10), (1000, 1e11))}},
-    elementwise={"bf16": 5e9}, fixed_s_per_op=7e-6,
+    elementwise={"bf16": ((1, 5e9),)}, fixed_s_per_op=7e-6,
 )
 SHAPES = ["llama-3-8b", "smollm2-135m", "mistral-7b", "gemma-2-9b", "mixtral-8x7b", "gpt-oss-20b", "deepseek-v2-lite", "mamba-2.8b",
           "mamba-codestral-7b", "jamba-v0.1", "hunyuan-large", "gpt2-124m"]

@@ -281,7 +281,7 @@ RECORD = {
     "gemm": [{"dtype": dtype, "m": m, "flops_per_s": m * 1e9} for dtype in ("fp32", "bf16") for m in (1, 128)],
     "head": [{"dtype": dtype, "m": 1, "flops_per_s": 3e9} for dtype in ("fp32", "bf16")],
     "attention": [{"dtype": dtype, "m": 16, "flops_per_s": 5e9} for dtype in ("fp32", "bf16")],
-    "elementwise": [{"dtype": dtype, "bytes_per_s": 9e9} for dtype in ("fp32", "bf16")],
+    "elementwise": [{"dtype": dtype, "m": 1, "bytes_per_s": 9e9} for dtype in ("fp32", "bf16")],
     "versions": {"torch": "2.13.0"},
 }
 

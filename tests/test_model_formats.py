@@ -16,7 +16,8 @@ from clawdemy_infer.model.experts import decoder_with_experts
 from clawdemy_infer.roofline import Machine
 
 SHAPE = ModelShape("small", L=2, D=96, N=6, K=2, H=16, F=160, V=176, tied=True, qkv_bias=True, max_context=64)
-MACHINE = Machine("m", ((1.0, 1e9),), {"fp32": 1e10, "bf16": 3e10}, memory=1e6, fixed_s_per_op=1e-6, elementwise={"fp32": 5e8},
+MACHINE = Machine("m", ((1.0, 1e9),), {"fp32": 1e10, "bf16": 3e10}, memory=1e6, fixed_s_per_op=1e-6,
+                  elementwise={"fp32": ((1, 5e8),)},
                   rates={"gemm": {"fp32": ((1, 1e9), (64, 5e9))}, "head": {"fp32": ((1, 2e9),)}, "attention": {"fp32": ((1, 3e9),)}})
 
 

@@ -99,7 +99,7 @@ def test_what_devices_tell_one_another_comes_on_top_too():
 def test_element_wise_work_is_slowed_by_its_own_rate_but_never_sped_up():
     work = Work(0, 1e6, kernel="elementwise")
     for rate, expected in ((25.0, 25.0), (400.0, 100.0)):
-        machine = Machine("m", ((1.0, 100.0),), {"fp32": 1.0}, 1.0, elementwise={"fp32": rate})
+        machine = Machine("m", ((1.0, 100.0),), {"fp32": 1.0}, 1.0, elementwise={"fp32": ((1, rate),)})
         assert machine.time(work).seconds == pytest.approx(1e6 / expected)
         assert machine.time(Work(0, 1e6)).seconds == pytest.approx(1e4)
 

@@ -83,7 +83,9 @@ class Attention:
         B, T, S = run.B, run.T, run.S
         flops = 4 * B * self.N * self.H * visible_pairs(T, S, self.window)
         readers = self.K if run.shared else self.N
-        kv_read = 2 * B * visible_keys(T, S, self.window) * readers * self.H * element_bytes("kv", run.kv)
+        seen = visible_keys(T, S, self.window)
+        kv_read = 2 * B * seen * readers * self.H * element_bytes("kv", run.kv)
         q_and_o = 2 * B * T * self.N * self.H * element_bytes("activations", run.activations)
         rows = T * (self.N // self.K if run.shared else 1)
-        return Work(flops, kv_read + q_and_o, "attention", run.activations, "attention", rows)
+        keys, heads = (seen, B * readers) if T == 1 else (0, 0)
+        return Work(flops, kv_read + q_and_o, "attention", run.activations, "attention", rows, keys=keys, heads=heads)

@@ -54,7 +54,8 @@ class Work(NamedTuple):
 
     `kernel` says what does it ("gemm", "attention", "scan" or "elementwise") and `rows` is M, the number of rows that
     share one read of the weights or of the cache: a machine computes far faster at M = 1,024 than at M = 1.
-    `parts` are the operations that a sum was made of, `weights` the format of the matrix in a product.
+    `parts` are the operations that a sum was made of, `weights` the format of the matrix in a product. Of attention in a decode step,
+    `keys` are what each sequence sees, and `heads` the KV heads of all of them.
     """
 
     flops: float
@@ -65,6 +66,8 @@ class Work(NamedTuple):
     rows: float = 1
     parts: tuple[Work, ...] = ()
     weights: Format = ""
+    keys: float = 0
+    heads: float = 0
 
     @property
     def intensity(self) -> float:
@@ -74,7 +77,7 @@ class Work(NamedTuple):
     def __mul__(self, times: float) -> Work:
         """The same work `times` over, with the same rows each time: L layers, or so many steps."""
         parts = tuple([part * times for part in self.parts]) if self.parts else ()
-        return Work(self.flops * times, self.bytes * times, self.name, self.dtype, self.kernel, self.rows, parts, self.weights)
+        return self._replace(flops=self.flops * times, bytes=self.bytes * times, parts=parts)
 
     def operations(self) -> tuple[Work, ...]:
         """The work as single operations: itself, or all that its parts are made of."""
@@ -125,4 +128,4 @@ class Pass(NamedTuple):
 
     def elementwise(self, name: str, elements: float) -> Work:
         """One fused kernel that reads and writes so many `elements`: what it has to move at least."""
-        return Work(0, elements * element_bytes("activations", self.activations), name, self.activations, "elementwise")
+        return Work(0, elements * element_bytes("activations", self.activations), name, self.activations, "elementwise", rows=self.tokens)

@@ -105,7 +105,7 @@ def slowed(machine: Machine, speed: float) -> Machine:
     return replace(
         machine, bandwidth=curve(machine.bandwidth), fixed_s_per_op=machine.fixed_s_per_op / speed,
         peak_flops={dtype: rate * speed for dtype, rate in machine.peak_flops.items()},
-        elementwise={dtype: rate * speed for dtype, rate in machine.elementwise.items()},
+        elementwise={dtype: curve(points) for dtype, points in machine.elementwise.items()},
         rates={kernel: {dtype: curve(points) for dtype, points in by_dtype.items()} for kernel, by_dtype in machine.rates.items()},
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from math import log2
 
 from clawdemy_infer.arithmetic import Attention, LatentAttention, ModelShape, Pass, Work
 from clawdemy_infer.arithmetic.layer import Layer
@@ -20,8 +21,8 @@ from clawdemy_infer.roofline import Machine
 OF_SEQUENCES = ("attention", "kv_b", "absorb_k", "absorb_v", "scan")
 """Operations that depend on more than the number of rows."""
 
-Term = tuple[float, float, bool]
-"""Of one operation: seconds to compute, bytes to move, and whether it is element-wise."""
+Term = tuple[float, float, float]
+"""Of one operation: seconds to compute, bytes to move, and the most bytes/s that it can handle."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class StepCost:
             terms += self._chunk(*chunk)
         if decodes:
             seen = dict(zip(self.windows, visible, strict=True))
-            for window, (compute, bytes, elementwise), (more_compute, more_bytes, _) in self._decode(decodes):
+            near = tuple([_near(keys / decodes) for keys in visible])
+            for window, (compute, bytes, handles), (more_compute, more_bytes, _) in self._decode(decodes, near):
                 keys = seen[window] - decodes
-                terms.append((compute + keys * more_compute, bytes + keys * more_bytes, elementwise))
+                terms.append((compute + keys * more_compute, bytes + keys * more_bytes, handles))
         return self._bound(rows, terms) + self.operations.of(decodes, chunks) * self.machine.fixed_s_per_op
 
     def rectangle(self, B: int, T: int, S: int) -> float:
@@ -108,14 +110,13 @@ class StepCost:
         return self._rows_seconds(*rows, bandwidth) + self._sum(terms, bandwidth) + talk
 
     def _sum(self, terms: list[Term], bandwidth: float) -> float:
-        slow = min(bandwidth, self.machine.elementwise.get(self.formats["activations"], bandwidth))
-        return sum([max(compute, bytes / (slow if elementwise else bandwidth)) for compute, bytes, elementwise in terms])
+        return sum([max(compute, bytes / min(bandwidth, handles)) for compute, bytes, handles in terms])
 
     def _rows_seconds(self, M: int, heads: int, bandwidth: float) -> float:
         return self._sum(self._rows(M, heads)[0], bandwidth)
 
     def _term(self, op: Work, times: float = 1) -> Term:
-        return times * op.flops / self.machine.flops_at(op) if op.flops else 0.0, times * op.bytes, op.kernel == "elementwise"
+        return times * op.flops / self.machine.flops_at(op) if op.flops else 0.0, times * op.bytes, self.machine.handles_at(op)
 
     def _rows(self, M: int, heads: int) -> tuple[list[Term], float, float]:
         """All that does not ask whose row is whose, the head on `heads` of them; its bytes; and the seconds spent on talking."""
@@ -127,14 +128,15 @@ class StepCost:
         terms.append(self._term(self.shape.head(heads, **formats)))
         return terms, sum(bytes for _, bytes, _ in terms), sum(transfer.seconds for transfer in talk)
 
-    def _decode(self, B: int) -> list[tuple[int | None, Term, Term]]:
-        """For each kind of layer: its window, what its operations cost when each of B sequences sees one key, and for one key more."""
-        found = []
+    def _decode(self, B: int, near: tuple[float, ...]) -> list[tuple[int | None, Term, Term]]:
+        """For each kind of layer: its window, what its operations cost when each of B sequences sees one key, and for one key more; at
+        the rate that attention has when it sees `near` keys, of each window."""
+        found, near = [], dict(zip(self.windows, near, strict=True))
         for layer, count in self.shape.groups:
             # Latent attention decodes in its absorbed form, which is the cheaper one beyond the first few tokens.
             one, two = (_of_sequences(layer, Pass(B, 1, S, absorbed=True, **self.formats)) for S in (1, 2))
             for first, second in zip(one, two, strict=True):
-                base, more = self._term(first, count), self._term(second, count)
+                base, more = (self._term(op._replace(keys=op.keys and near[_window(layer)]), count) for op in (first, second))
                 slope = (more[0] - base[0]) / B, (more[1] - base[1]) / B, base[2]
                 found.append((_window(layer), base, slope))
         return found
@@ -150,6 +152,11 @@ def _of_sequences(layer: Layer, run: Pass) -> list[Work]:
     if isinstance(mixer, Attention):
         return [mixer.attend(run)]
     return mixer.attend(run) if isinstance(mixer, LatentAttention) else [mixer.scan(run)]
+
+
+def _near(keys: float) -> float:
+    """Within a tenth of `keys`, and one of a few: rates change little with it."""
+    return 2 ** (round(4 * log2(keys)) / 4)
 
 
 def _window(layer: Layer) -> int | None:

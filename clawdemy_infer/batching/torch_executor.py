@@ -25,6 +25,7 @@ from clawdemy_infer.batching.step_cost import Operations
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
 from clawdemy_infer.kv_cache.paged import FEW
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, sample
+from clawdemy_infer.model.formats import product_ops
 from clawdemy_infer.model.tokenizer import TextStream
 from clawdemy_infer.timing import count_ops, now
 
@@ -173,14 +174,16 @@ def operations_of(shape: ModelShape, policy: Policy) -> Operations:
 
 
 def count_operations(model: Decoder, policy: Policy) -> Operations:
-    """How many operations the steps of this policy dispatch: counted, not timed, from steps that decode, bring a prompt, and do both."""
+    """How many operations the steps of this policy dispatch beside their products, whose rates have their starts in them: counted, not
+    timed, from steps that decode, bring a prompt, and do both."""
+    products = product_ops(model)
     if policy.batching == "static":
         cache = ContiguousCache.for_model(model, 2, 8)
         cache.truncate(0)
         prompt = count_ops(lambda: model(torch.tensor([[1, 2, 3], [4, 5, 6]], device=model.device), cache, last_only=True))
         cache.truncate(2, 1)                                        # rows of different lengths, under a mask
         decode = count_ops(lambda: model(torch.tensor([[1], [2]], device=model.device), cache, last_only=True))
-        return Operations(0, decode, prompt)
+        return Operations(-products, decode, prompt)
     cache, many = PagedCache.over(model, BlockTables(BlockPool(64, 16))), FEW + 1            # enough tiles for each to have its own
     for sequence in range(4):
         cache.add(sequence)
@@ -193,4 +196,4 @@ def count_operations(model: Decoder, policy: Policy) -> Operations:
     resumed = ops(a=many) - one
     chunk, decode, mixed = two - one, ops(a=1, b=1, c=1), ops(a=1, b=1, c=1, d=many)
     step = one - chunk
-    return Operations(step, decode - step, chunk, mixed - decode - chunk, resumed, FEW)
+    return Operations(step - products, decode - step, chunk, mixed - decode - chunk, resumed, FEW)

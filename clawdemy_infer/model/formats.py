@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
 
 from clawdemy_infer.linear import FLOATS, PackedLinear, computes_in
 from clawdemy_infer.model.decoder import Decoder
+from clawdemy_infer.timing import count_ops
 
 MATRICES = ("qkv", "out", "gate_up", "down")
 
@@ -51,3 +53,18 @@ def twin(module: nn.Module) -> nn.Module:
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module itself, or a copy in `dtype`."""
     return module if module.weight.dtype == dtype else copy.deepcopy(module).to(dtype)
+
+
+@torch.inference_mode()
+def product_ops(model: Decoder, rows: int = 2) -> int:
+    """How many operations the products of one step over so many `rows` dispatch. A product's rate has what it costs to start it, so a
+    prediction counts the other operations alone."""
+    def input_of(width: int) -> torch.Tensor:
+        return torch.ones(rows, width, dtype=model.dtype, device=model.device)
+
+    products = [partial(part, input_of(part.in_features)) for part in model.modules() if isinstance(part, nn.Linear | PackedLinear)]
+    if model.head is None:
+        products.append(partial(model.tied_head, input_of(model.config.shape.D), model.embed.weight))
+    for product in products:
+        product()                                           # the first call packs the weight
+    return sum(count_ops(product) for product in products)

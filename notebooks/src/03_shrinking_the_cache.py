@@ -256,7 +256,7 @@ def work_of(name: str, S: int) -> Work:
     step = shapes[name].decode(1, S, kv="fp32", **FP32)             # attention itself always reads fp32
     if name not in PASSES:
         return step
-    conversion = Work(0, PASSES[name] * 2 * L * K * H * S, "dequantize", "fp32", "elementwise")
+    conversion = Work(0, PASSES[name] * 2 * L * K * H * S, "dequantize", "fp32", "elementwise", rows=S)
     return total("step", [step, conversion])
 
 
@@ -410,7 +410,7 @@ def copies_first(q, k, v):
 def attention_work(kernel: str) -> Work:
     """All layers."""
     work = shape.attention(1, 1, 4096, kv="fp32", activations="fp32", shared=kernel == "shares") * L
-    copy = Work(0, (1 + G) * shape.kv_bytes(1, 4096, 4.0), "copy", "fp32", "elementwise")
+    copy = Work(0, (1 + G) * shape.kv_bytes(1, 4096, 4.0), "copy", "fp32", "elementwise", rows=4096)
     return total(kernel, [work, copy] if kernel == "copies first" else [work])
 
 
