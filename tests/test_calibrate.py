@@ -91,7 +91,7 @@ def test_the_cuda_calibration_is_another_file(cache, monkeypatch):
 # ---- is it still true? ----
 
 
-@pytest.mark.parametrize("now, used", [(1.0e10, True), (1.28e10, True), (0.72e10, True), (0.68e10, False), (1.33e10, False)])
+@pytest.mark.parametrize("now, used", [(1.0e10, True), (1.18e10, True), (0.82e10, True), (0.78e10, False), (1.22e10, False)])
 def test_a_kept_calibration_is_used_only_while_memory_is_as_fast_as_it_was(cache, monkeypatch, now, used):
     keep(cache)
     asked = []
