@@ -63,7 +63,7 @@ class Table:
 
     def __repr__(self) -> str:
         # As a file and never as Jupyter's display: this text is for the places that show no HTML.
-        console = Console(file=StringIO(), width=200, color_system=None, force_jupyter=False)
+        console = Console(file=StringIO(), width=120, color_system=None, force_jupyter=False)
         console.print(self)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 

@@ -173,5 +173,5 @@ def test_a_piece_of_the_kept_table_made_anew(smollm):
 def test_the_readme_shows_rows_of_it():
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     shown = readme.split("$ clawdemy-infer evaluate --table\n…\n")[1].split("\n…\n")[0].splitlines()
-    lines = [set(line.split()) for line in repr(table(kept.ours()[1])).splitlines()]
+    lines = [set(" ".join(row).split()) for row in table(kept.ours()[1]).rows]
     assert len(shown) > 8 and all(any(set(line.split()) <= other for other in lines) for line in shown[2:])
