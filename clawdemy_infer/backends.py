@@ -7,8 +7,8 @@
     attention of one new token      SDPA; over pages, tile by tile          decode_paged
         8-bit keys and values       SDPA on numbers made of the codes       decode_int8
         4-bit keys and values       SDPA on numbers made of the codes       decode_int4
-        a ring                  SDPA                                    decode_split
-        a ring with sinks       two products, and a softmax of both     decode_sinks
+        a ring                      SDPA                                    decode_split
+        a ring with sinks           two products, and a softmax of both     decode_sinks
     attention of a chunk on pages   pages copied together, then SDPA        prefill_paged
     between gate and down           silu, and a product                     swiglu
     linear, 8-bit weights           FBGEMM and others, on a CPU             linear_int8

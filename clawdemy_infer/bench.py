@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -147,12 +147,6 @@ def card(shape: ModelShape, machine: Machine, memory: float, wanted: Iterable[tu
     return rows
 
 
-def compiled_products(machine: Machine, weights: str) -> Machine:
-    """The machine with the rate of compiled products of one row for its GEMM, and for the head, which is one more of them."""
-    rate = {weights: ((1, product_rate(weights)),)}
-    return replace(machine, rates=machine.rates | {"gemm": rate, "head": rate})
-
-
 def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[BenchRow]:
     """Time the rows of a card, all of the format that `model` has its weights in. `predicted_s` is the calibrated roofline at the
     speed that the machine has at that moment, by a `Pulse` that is taken between the runs and knows nothing of them.
@@ -165,7 +159,8 @@ def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[
         if m != pulse_rows:
             pulse, pulse_rows = Pulse(machine, weights, m, device), m
         ops = prefill_ops if phase == "prefill" else step_ops(model, batch=batch)
-        as_run = compiled_products(machine, weights) if model.compiled_step and phase == "decode" and batch == 1 else machine
+        compiled = model.compiled_step and phase == "decode" and batch == 1
+        as_run = machine.with_products_at(weights, product_rate(weights)) if compiled else machine
         calibrated = as_run.time(work_of(model.config.shape, phase, weights, batch, context, device), ops).seconds
         if phase == "prefill":
             repeats = 5 if m > 256 else 11                              # short runs feel a burst most, and cost least to repeat

@@ -10,13 +10,12 @@ A `Machine` is either a data sheet or a calibration. Both predict through `time(
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from clawdemy_infer.arithmetic import Work
 
 Curve = tuple[tuple[float, float], ...]
 """(x, y) points with rising x."""
-
 
 ATTENTION_KEYS = (64, 384, 2048)
 """A calibration times the attention of decode steps over so many keys …"""
@@ -137,6 +136,11 @@ class Machine:
         measured = {keys: self.rates.get(attention_of(op.heads, keys), {}).get(op.dtype) for keys in ATTENTION_KEYS}
         points = tuple((keys, interpolate(curve, op.rows)) for keys, curve in measured.items() if curve)
         return interpolate(points, op.keys) if points else None
+
+    def with_products_at(self, format: str, flops_per_s: float) -> Machine:
+        """The same machine, on which all products with weights in `format`, the head among them, run at so many FLOP/s."""
+        found = {kernel: self.rates.get(kernel, {}) | {format: ((1, flops_per_s),)} for kernel in ("gemm", "head")}
+        return replace(self, rates=self.rates | found)
 
     def bytes_at(self, op: Work, working_set: float) -> float:
         """Bytes/s at which `op` moves its bytes: those of memory, or less where it has to do something to every element."""

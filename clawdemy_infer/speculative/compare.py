@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 from clawdemy_infer.kv_cache import ContiguousCache
@@ -115,9 +115,8 @@ def compiled_products(machine: Machine, model: Decoder | FeatureLayer, rows: int
     if not code or rows > code.rows[-1]:
         return machine, 0
     format = DTYPES[model.dtype] if isinstance(model, FeatureLayer) else model.weights
-    rate = {format: ((1, product_rate(format, next(each for each in code.rows if each >= rows))),)}
-    found = {kernel: machine.rates.get(kernel, {}) | rate for kernel in ("gemm", "head")}
-    return replace(machine, rates=machine.rates | found), model.config.shape.L + 1
+    rate = product_rate(format, next(each for each in code.rows if each >= rows))
+    return machine.with_products_at(format, rate), model.config.shape.L + 1
 
 
 @dataclass(frozen=True)
