@@ -13,8 +13,8 @@
     between gate and down           silu, and a product                     swiglu
     linear, 8-bit weights           FBGEMM and others, on a CPU             linear_int8
     linear, 4-bit weights           PyTorch's own, on a CPU                 linear_int4
-    draw a token                    softmax, multinomial                    sample
-    verify a draft                  a gather, a comparison, multinomial     verify
+    draw a token                    softmax, a running sum                  sample
+    verify a draft                  a gather, a comparison, a draw          verify
 
 Float products, embeddings and the attention of a whole prompt are PyTorch's on both sides: its libraries do those as well as can be done.
 """

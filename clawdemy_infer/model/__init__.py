@@ -7,8 +7,10 @@ from clawdemy_infer.model.formats import with_weights
 from clawdemy_infer.model.generate import Generation, generate
 from clawdemy_infer.model.load import load_model
 from clawdemy_infer.model.on_triton import with_backend
-from clawdemy_infer.model.sampling import Sampling, probabilities, sample
+from clawdemy_infer.model.sampling import Sampling, draw, probabilities, sample
 from clawdemy_infer.model.tokenizer import Tokenizer
 
-__all__ = ["Decoder", "Generation", "ModelConfig", "Sampling", "Tokenizer", "compiled", "generate", "load_model", "probabilities", "sample",
-           "with_backend", "with_weights"]
+__all__ = [
+    "Decoder", "Generation", "ModelConfig", "Sampling", "Tokenizer", "compiled", "draw", "generate", "load_model", "probabilities",
+    "sample", "with_backend", "with_weights",
+]

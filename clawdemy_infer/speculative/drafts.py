@@ -19,7 +19,7 @@ import torch
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, KVCache, PagedCache
-from clawdemy_infer.model import Decoder, Sampling, compiled, probabilities, with_weights
+from clawdemy_infer.model import Decoder, Sampling, compiled, draw, probabilities, with_weights
 from clawdemy_infer.model.pruning import without_layers
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -156,7 +156,7 @@ class ModelDraft:
                 tokens = logits.argmax(-1)
             else:
                 chances = probabilities(logits, sampling)
-                tokens = torch.multinomial(chances, 1, generator=generator).squeeze(-1)
+                tokens = draw(chances, generator)
                 q = chances.new_zeros(shape) if q is None else q
                 rows = [row for row, sequence in enumerate(texts) if counts[sequence] > i]
                 q[rows, i] = chances

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from clawdemy_infer.backends import choose, kernel
-from clawdemy_infer.model import Sampling, probabilities
+from clawdemy_infer.model import Sampling, draw, probabilities
 
 
 class Verdict(NamedTuple):
@@ -59,7 +59,7 @@ def verify(p: torch.Tensor, q: torch.Tensor | None, drafted: torch.Tensor, count
         residual = (theirs - fell * q[rows, accepted.clamp(max=G - 1)]).clamp(min=0)
         # Where p and q are the same but for rounding, a token may fall and leave no residual at all.
         theirs = torch.where(residual.sum(-1, keepdim=True) > 0, residual, theirs)
-    return Verdict(accepted, torch.multinomial(theirs, 1, generator=generator).squeeze(-1))
+    return Verdict(accepted, draw(theirs, generator))
 
 
 def verify_greedy(likeliest: torch.Tensor, drafted: torch.Tensor, counts: torch.Tensor) -> Verdict:
