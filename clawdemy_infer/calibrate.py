@@ -20,7 +20,6 @@ from clawdemy_infer.linear import FLOATS, computes_in
 from clawdemy_infer.linear.choice import cpu_name, remeasure
 from clawdemy_infer.paths import cache_dir
 from clawdemy_infer.probes import (
-    attention_rates,
     elementwise_rates,
     fixed_cost,
     formats,
@@ -30,12 +29,13 @@ from clawdemy_infer.probes import (
     peak_flops,
     read_bandwidth,
 )
-from clawdemy_infer.roofline import Machine, interpolate
+from clawdemy_infer.probes_attention import attention_rates
+from clawdemy_infer.roofline import SMALL_GEMM, Machine, interpolate
 from clawdemy_infer.timing import Timing, rates, stopwatch
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
-PROBES = "2026-11f"
+PROBES = "2026-11g"
 """Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
 
 PASSES = 3
@@ -88,6 +88,7 @@ def calibrate(device: str | None = None) -> Machine:
         "bandwidth": [{"bytes": size, "bytes_per_s": rate} for (size,), rate in found["bandwidth"].items()],
         "peak_flops": peaks,
         "gemm": points("gemm"),
+        SMALL_GEMM: points(SMALL_GEMM),
         "head": points("head"),
         "attention": points("attention"),
         "elementwise": [{"dtype": dtype, "m": m, "bytes_per_s": rate} for (dtype, m), rate in found["elementwise"].items()],
@@ -133,7 +134,7 @@ def _path(device: str) -> Path:
 def from_record(record: dict) -> Machine:
     """The `Machine` that a calibration's JSON describes."""
     curves: dict[str, dict[str, tuple]] = {}
-    for kernel in ("gemm", "head", "attention"):
+    for kernel in ("gemm", SMALL_GEMM, "head", "attention"):
         for point in record.get(kernel, []):
             by_dtype = curves.setdefault(point.get("name", kernel), {})
             by_dtype[point["dtype"]] = (*by_dtype.get(point["dtype"], ()), (point["m"], point["flops_per_s"]))

@@ -1,12 +1,12 @@
 """What can be measured of a machine without a model: the probes that a calibration is made of.
 
-Each is a kind of work of known size that no cache can help, and none is a piece of the model that it will predict:
+Each is a kind of work of known size that no cache can help, and none is a piece of the model that it will predict (those of attention
+are in `probes_attention`):
 
     read bandwidth      the sum of an array, over working sets: caches show as steps
     peak FLOP/s         a large square matrix product
     GEMM rate by M      X[M, k] @ W[k, n] with W fresh from memory each time, for each format of W, by the kernel that was chosen for it:
                         at small M the rate is the reading of W; and the same for a wide W, as heads have
-    attention rate by M `attend` with M query rows to each KV head: of one sequence or many, over few keys or many
     element-wise rate   norms, gates and sums between products: bound by memory on a GPU, by arithmetic and conversion on many CPUs
     fixed cost          a decoder layer without its matrix products: what PyTorch and Python charge to start an operation
 """
@@ -20,21 +20,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clawdemy_infer.attention import attend
 from clawdemy_infer.backends import choose
 from clawdemy_infer.linear import FLOATS, FORMATS, PackedLinear, computes_in, copy_of, packable
-from clawdemy_infer.roofline import ATTENTION_KEYS, attention_of
+from clawdemy_infer.roofline import SMALL_GEMM
 from clawdemy_infer.timing import alternate, count_ops, rates, stopwatch
 
 DTYPES = FLOATS
 GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+SMALL_ROWS = [1, 4, 16, 64, 256, 1024]
 HEAD_ROWS = [1, 4, 16, 64]
-ATTENTION_ROWS = [1, 2, 4, 8, 16, 48, 192, 768, 3072]
-ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024]
+ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024, 4096]
 GLUE_LAYERS = 32
 """Each with four matrices of a million numbers: in int4 too more than caches hold."""
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
 """(inputs, outputs) of the weights in the GEMM probe: square, wide and tall, of a small model's size but of no model's."""
+SMALL_SHAPES = [(320, 320), (320, 1280), (640, 320)]
 HEAD_SHAPES = [(640, 40960)]
 
 
@@ -80,45 +80,14 @@ def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype, each: int
 
 
 def gemm_rates(format: str, device: str) -> dict[str, list[tuple[float, float]]]:
-    """(M, FLOP/s) of X[M, k] @ W[k, n]: "gemm" for the matrices of layers, "head" for very wide ones."""
+    """(M, FLOP/s) of X[M, k] @ W[k, n]: "gemm" for the matrices of layers, `SMALL_GEMM` for smaller ones, "head" for very wide ones."""
     dtype, curves = DTYPES[computes_in(format, device)], {}
-    for kernel, rows, shapes in (("gemm", GEMM_ROWS, SHAPES), ("head", HEAD_ROWS, HEAD_SHAPES)):
-        weights = gemm_weights(format, device, shapes=shapes)
+    probes = ("gemm", GEMM_ROWS, SHAPES, 2**27), (SMALL_GEMM, SMALL_ROWS, SMALL_SHAPES, 2**26), ("head", HEAD_ROWS, HEAD_SHAPES, 2**27)
+    for kernel, rows, shapes, numbers in probes:
+        weights = gemm_weights(format, device, numbers, shapes)
         measured = rates({str(m): gemm_step(weights, m, dtype, len(shapes)) for m in rows}, sample_s=0.02, rounds=3)
         curves[kernel] = [(m, measured[str(m)]) for m in rows]
     return curves
-
-
-def attention_rates(dtype: str, device: str, kv_heads: int = 4, head_dim: int = 64) -> dict[str, list[tuple[float, float]]]:
-    """(M, FLOP/s) of attention, M query rows to each KV head, by the names of `roofline.attention_of`, and "attention" for any.
-
-    Few rows are a decode step, the query heads of a group; of one sequence and of 16, and over few keys and many, of which "attention"
-    has those in the middle. Their keys and values come from memory: a step reads all other layers before it comes back to them.
-    Many rows are a prefill: three heads to a group, and M/3 positions that see each other causally, keys that were just made.
-    """
-    def tensor(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, head_dim, device=device).to(DTYPES[dtype])
-
-    kept = tensor(2**20)                                                # 256 MB of fp32: more than caches hold
-
-    def at(m: int, batch: int, keys: int):
-        T, group = (1, m) if keys else (m // 3, 3)
-        q = tensor(batch * T, group * kv_heads)
-        shape = 2, batch, kv_heads, keys or T                           # of keys and values
-        size = 2 * batch * kv_heads * (keys or T)
-        places = len(kept) // size if keys else 1
-
-        def one(i: int) -> int:
-            attend(q, *kept[i % places * size:][:size].view(*shape, head_dim))
-            return 4 * kv_heads * head_dim * batch * group * (keys or T * (T + 1) / 2)
-        return one
-
-    few = [m for m in ATTENTION_ROWS if m <= 16]
-    steps = {(attention_of(batch * kv_heads, keys), m): at(m, batch, keys) for batch in (1, 16) for keys in ATTENTION_KEYS for m in few}
-    measured = rates(steps | {("attention", m): at(m, 1, 0) for m in ATTENTION_ROWS if m > 16}, sample_s=0.015, rounds=3)
-    curves = {name: [(m, measured[name, m]) for m in few] for name, _ in steps}
-    middle = curves[attention_of(kv_heads, ATTENTION_KEYS[1])]
-    return curves | {"attention": middle + [(m, measured["attention", m]) for m in ATTENTION_ROWS if m > 16]}
 
 
 class Norm(nn.Module):
@@ -144,7 +113,7 @@ def elementwise_rates(dtype: str, device: str, width: int = 1024, layers: int = 
     norm = Norm(device, width).to(DTYPES[dtype])
     token, weights = torch.randn(1, width, device=device), [torch.randn(width, width, device=device) for _ in range(3 * layers)]
 
-    def on(rows: int) -> Callable[[], None]:
+    def on(rows: int, layers: int) -> Callable[[], None]:
         first = torch.randn(rows, width, device=device).to(DTYPES[dtype])
         gate_up = [torch.randn(rows, 2 * width, device=device).to(DTYPES[dtype]).chunk(2, dim=-1) for _ in range(layers // 2)]
 
@@ -162,9 +131,13 @@ def elementwise_rates(dtype: str, device: str, width: int = 1024, layers: int = 
         return run
 
     rows = ELEMENTWISE_ROWS if device == "cpu" else [2**13]             # on a GPU 256 rows cost no more than one
-    bytes = layers * (2 + 3 + 3) * width * DTYPES[dtype].itemsize       # of one row
-    pairs = [(m, alternate({"many": on(m), "one": on(1)}, repeats=7)) for m in rows]
-    return [(m, bytes * (m - 1) / max(times["many"].beyond(times["one"]), 1e-9)) for m, times in pairs]
+    bytes = (2 + 3 + 3) * width * DTYPES[dtype].itemsize                # of one row and layer
+    found = []
+    for m in rows:
+        some = max(2, min(layers, 2**14 // m))                          # of thousands of rows a few will do
+        times = alternate({"many": on(m, some), "one": on(1, some)}, repeats=7)
+        found.append((m, some * bytes * (m - 1) / max(times["many"].beyond(times["one"]), 1e-9)))
+    return found
 
 
 class Glue(nn.Module):

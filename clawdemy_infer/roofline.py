@@ -23,6 +23,14 @@ MANY = 32
 """… of few KV heads and of many: from so many on, of all sequences together, decode in products gains (`attention`)."""
 
 
+PAGED_ATTENTION = "paged attention"
+"""Decode steps over a block table, beyond what starting their operations costs."""
+SMALL_GEMM = "gemm of small matrices"
+"""Products of matrices a quarter as large as in "gemm": to start one costs something too."""
+MATRIX = 2**20
+"""Numbers in a matrix of the calibration's "gemm", about."""
+
+
 def attention_of(kv_heads: float, keys: int) -> str:
     """The name under which a calibration has the rate of a decode step's attention over so many keys of each sequence, with few
     `kv_heads`, those of all sequences together, or many."""
@@ -77,8 +85,8 @@ class Machine:
     bandwidth       read bandwidth by working set, (bytes, bytes/s); one point for a data sheet
     peak_flops      dense FLOP/s by dtype, with fp32 accumulation (int32 for integers)
     memory          bytes that weights and cache may occupy
-    rates           FLOP/s by kernel ("gemm", "attention") or by name (the "head", `attention_of`), and by format, as (rows M, FLOP/s);
-                    empty for a data sheet
+    rates           FLOP/s by kernel ("gemm", "attention", `PAGED_ATTENTION`) or by name (the "head", `SMALL_GEMM`, `attention_of`), and by
+                    format, as (rows M, FLOP/s); empty for a data sheet
     elementwise     bytes/s at which element-wise operations go through arrays, by dtype, as (rows M, bytes/s); empty for a data sheet
     fixed_s_per_op  seconds that an operation costs whatever its size
     fixed           the same by format of the weights between which it runs, where that was measured
@@ -129,7 +137,12 @@ class Machine:
             return rate
         rates = self.rates.get(op.name) or self.rates.get(op.kernel, {})
         curve = rates.get(op.weights) or rates.get(op.dtype)
-        return interpolate(curve, op.rows) if curve else self.peak(op.dtype)
+        if not curve:
+            return self.peak(op.dtype)
+        rate, small = interpolate(curve, op.rows), self.rates.get(SMALL_GEMM, {}).get(op.weights)
+        if small and op.numbers and op.name not in self.rates:
+            return interpolate(((MATRIX / 4, interpolate(small, op.rows)), (MATRIX, rate)), op.numbers)
+        return rate
 
     def _attention_at(self, op: Work) -> float | None:
         """FLOP/s of attention in a decode step, between the numbers of keys over which it was measured."""
@@ -139,7 +152,7 @@ class Machine:
 
     def with_products_at(self, format: str, flops_per_s: float) -> Machine:
         """The same machine, on which all products with weights in `format`, the head among them, run at so many FLOP/s."""
-        found = {kernel: self.rates.get(kernel, {}) | {format: ((1, flops_per_s),)} for kernel in ("gemm", "head")}
+        found = {kernel: self.rates.get(kernel, {}) | {format: ((1, flops_per_s),)} for kernel in ("gemm", SMALL_GEMM, "head")}
         return replace(self, rates=self.rates | found)
 
     def bytes_at(self, op: Work, working_set: float) -> float:

@@ -1,11 +1,12 @@
 """The calibration as a file: what is kept, what is refused, and a whole run of it with less patience."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
-from clawdemy_infer import calibrate, probes, timing
+from clawdemy_infer import calibrate, probes, probes_attention, timing
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.calibrate import Pulse, from_record, kept_record, this_machine
 from clawdemy_infer.linear import FORMATS, choice, computes_in
@@ -118,8 +119,9 @@ def quick(steps, *_, **__):
 @pytest.fixture
 def small(cache, monkeypatch):
     """Every probe, on less data and without repeats. The figures mean nothing; that they are there and positive does."""
-    monkeypatch.setattr(probes, "rates", quick)
-    monkeypatch.setattr(probes, "alternate", lambda works, **_: timing.alternate(works, repeats=1))
+    for room in (probes, probes_attention):
+        monkeypatch.setattr(room, "rates", quick)
+        monkeypatch.setattr(room, "alternate", lambda works, **_: timing.alternate(works, repeats=1))
     monkeypatch.setattr(calibrate, "rates", quick)
     whole = probes.gemm_weights
 
@@ -130,11 +132,15 @@ def small(cache, monkeypatch):
     monkeypatch.setattr(choice, "rates", quick)
     monkeypatch.setattr(choice, "SHAPES", [(64, 64)])
     monkeypatch.setattr(probes, "GEMM_ROWS", [1, 3])
+    monkeypatch.setattr(probes, "SMALL_ROWS", [1, 2])
     monkeypatch.setattr(probes, "HEAD_ROWS", [1, 2])
     monkeypatch.setattr(probes, "SHAPES", [(64, 64), (64, 96), (96, 64)])
+    monkeypatch.setattr(probes, "SMALL_SHAPES", [(32, 32)])
     monkeypatch.setattr(probes, "HEAD_SHAPES", [(64, 1024)])
-    monkeypatch.setattr(probes, "ATTENTION_ROWS", [2, 34])
-    monkeypatch.setattr(probes, "ATTENTION_KEYS", (5, 9, 17))
+    monkeypatch.setattr(probes_attention, "ATTENTION_ROWS", [2, 34])
+    monkeypatch.setattr(probes_attention, "ATTENTION_KEYS", (5, 9, 17))
+    monkeypatch.setattr(probes_attention, "PAGED_ROWS", [2, 34])
+    monkeypatch.setattr(probes_attention, "paged_rates", partial(probes_attention.paged_rates, keys=20))
     monkeypatch.setattr(probes, "ELEMENTWISE_ROWS", [2, 5])
     monkeypatch.setattr(calibrate, "PASSES", 2)
     monkeypatch.setattr(probes, "GLUE_LAYERS", 1)

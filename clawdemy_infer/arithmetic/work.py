@@ -54,8 +54,8 @@ class Work(NamedTuple):
 
     `kernel` says what does it ("gemm", "attention", "scan" or "elementwise") and `rows` is M, the number of rows that
     share one read of the weights or of the cache: a machine computes far faster at M = 1,024 than at M = 1.
-    `parts` are the operations that a sum was made of, `weights` the format of the matrix in a product. Of attention in a decode step,
-    `keys` are what each sequence sees, and `heads` the KV heads of all of them.
+    `parts` are the operations that a sum was made of, `weights` the format of the matrix in a product and `numbers` how many are in it.
+    Of attention in a decode step, `keys` are what each sequence sees, and `heads` the KV heads of all of them.
     """
 
     flops: float
@@ -68,6 +68,7 @@ class Work(NamedTuple):
     weights: Format = ""
     keys: float = 0
     heads: float = 0
+    numbers: float = 0
 
     @property
     def intensity(self) -> float:
@@ -98,7 +99,7 @@ def matmul(m: float, k: int, n: int, name: str = "matmul", weights: Format = "fp
     at_least_1(m=m, k=k, n=n)
     x, w, y = m * k, k * n, m * n
     bytes = w * element_bytes("weights", weights) + (x + y) * element_bytes("activations", activations)
-    return Work(2 * m * k * n, bytes, name, activations, "gemm", rows=m, weights=weights)
+    return Work(2 * m * k * n, bytes, name, activations, "gemm", rows=m, weights=weights, numbers=w)
 
 
 class Pass(NamedTuple):

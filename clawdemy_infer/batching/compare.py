@@ -62,9 +62,9 @@ def compare(model: Decoder, machine: Machine, requests: list[Request], max_batch
         other = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         servers["transformers, static"] = lambda some: transformers_static(other, some, max_batch)
         servers["transformers, continuous"] = lambda some: transformers_continuous(other, some, max_batch)
-    few = [replace(request, prompt=request.prompt[:8], max_tokens=4, output_tokens=4, arrival_s=0.0) for request in requests[:2]]
-    for serve in servers.values():
-        serve(few)
+    first = [replace(request, max_tokens=2, output_tokens=2, arrival_s=0.0) for request in requests[:max_batch]]
+    for serve in servers.values():                                      # memory that was never touched costs more than the work in it
+        serve(first)
     for found in reports.values():
         found.clear()
 

@@ -16,7 +16,7 @@ from math import log2
 from clawdemy_infer.arithmetic import Attention, LatentAttention, ModelShape, Pass, Work
 from clawdemy_infer.arithmetic.layer import Layer
 from clawdemy_infer.parallel import ONE_DEVICE, Layout, share, transfers
-from clawdemy_infer.roofline import Machine
+from clawdemy_infer.roofline import PAGED_ATTENTION, Machine
 
 OF_SEQUENCES = ("attention", "kv_b", "absorb_k", "absorb_v", "scan")
 """Operations that depend on more than the number of rows."""
@@ -130,13 +130,14 @@ class StepCost:
 
     def _decode(self, B: int, near: tuple[float, ...]) -> list[tuple[int | None, Term, Term]]:
         """For each kind of layer: its window, what its operations cost when each of B sequences sees one key, and for one key more; at
-        the rate that attention has when it sees `near` keys, of each window."""
-        found, near = [], dict(zip(self.windows, near, strict=True))
+        the rate that attention has when it sees `near` keys, of each window, or that of pages where it was measured."""
+        found, near, paged = [], dict(zip(self.windows, near, strict=True)), PAGED_ATTENTION in self.machine.rates
         for layer, count in self.shape.groups:
             # Latent attention decodes in its absorbed form, which is the cheaper one beyond the first few tokens.
             one, two = (_of_sequences(layer, Pass(B, 1, S, absorbed=True, **self.formats)) for S in (1, 2))
             for first, second in zip(one, two, strict=True):
-                base, more = (self._term(op._replace(keys=op.keys and near[_window(layer)]), count) for op in (first, second))
+                how = {"kernel": PAGED_ATTENTION, "keys": 0} if paged and first.keys else {"keys": first.keys and near[_window(layer)]}
+                base, more = (self._term(op._replace(**how), count) for op in (first, second))
                 slope = (more[0] - base[0]) / B, (more[1] - base[1]) / B, base[2]
                 found.append((_window(layer), base, slope))
         return found
