@@ -26,7 +26,7 @@ from clawdemy_infer.roofline import SMALL_GEMM
 from clawdemy_infer.timing import alternate, count_ops, rates, stopwatch
 
 DTYPES = FLOATS
-GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
 SMALL_ROWS = [1, 4, 16, 64, 256, 1024]
 HEAD_ROWS = [1, 4, 16, 64]
 ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024, 4096]
@@ -67,14 +67,18 @@ def gemm_weights(format: str, device: str, numbers: int = 2**27, shapes: Sequenc
 
 
 def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype, each: int = len(SHAPES)) -> Callable[[int], int]:
-    """The i-th piece of the GEMM probe: M rows through the next `each` weights. Returns its FLOPs."""
+    """The i-th piece of the GEMM probe: M rows through the next `each` weights. Returns its FLOPs.
+
+    What comes out of one is kept until all are done, as a layer does it: of thousands of rows it is then memory that the system has to
+    give anew.
+    """
     inputs = {w.in_features: torch.randn(m, w.in_features, device=w.device).to(dtype) for w in weights[:each]}
 
     @torch.inference_mode()
     def step(i: int) -> int:
         some = [weights[(i * each + j) % len(weights)] for j in range(each)]
-        for w in some:
-            w(inputs[w.in_features])
+        outputs = [w(inputs[w.in_features]) for w in some]
+        outputs.clear()
         return 2 * m * sum(w.in_features * w.out_features for w in some)
     return step
 

@@ -18,7 +18,8 @@ from clawdemy_infer.linear import FLOATS
 from clawdemy_infer.roofline import ATTENTION_KEYS, PAGED_ATTENTION, attention_of
 from clawdemy_infer.timing import alternate, rates
 
-ATTENTION_ROWS = [1, 2, 4, 8, 16, 48, 192, 768, 3072]
+ATTENTION_ROWS = [1, 2, 4, 8, 16, 48, 192, 432, 768, 1536, 2112, 3072]
+"""Many rows are three for each position of a prompt: PyTorch's kernel for CPUs takes larger blocks from 192 positions on, and from 768 on."""
 PAGED_ROWS = [1, 4, 16]
 
 
