@@ -167,4 +167,7 @@ def test_the_shipped_draft_is_small_and_says_how_it_was_made():
     with safe_open(SHIPPED, "pt") as file:
         about = file.metadata()
     assert about["target"] == "smollm2-135m" and about["target_sha256"] == PACKAGED["smollm2-135m"][2]
-    assert {"script", "tokens", "steps", "batch", "rate", "seed", "alpha"} <= set(about)
+    assert {"tokens", "steps", "batch", "rate", "seed", "alpha"} <= set(about)
+    program, *options = about["command"].split()[2:]
+    assert program == train_draft.__name__
+    assert dict(zip(options[::2], options[1::2], strict=True)).items() >= {(f"--{key}", about[key]) for key in ("steps", "rate", "seed")}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.model import Decoder, draw
+from clawdemy_infer.model import Decoder
 from clawdemy_infer.quantization.text import prose
 
 KINDS = ("ask", "chat", "prose", "chat", "code", "copy", "chat", "document", "ask", "chat", "listing", "chat")
@@ -119,7 +119,8 @@ def write(model: Decoder, seed: int) -> Iterator[Sample]:
     try:
         while True:
             logits = model.step(new, cache).float()                                         # [rows, V]
-            drawn = draw(logits.softmax(-1), generator)
+            # Not by `draw`, which is faster: the shipped draft's command shall give its samples again.
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
             asking = torch.tensor([kinds[row] == "ask" for row in range(rows)])
             tokens = torch.where(greedy & ~asking, logits.argmax(-1), drawn).tolist()
             for row, token in enumerate(tokens):
