@@ -39,7 +39,7 @@ PROBES = "2026-11i"
 """Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
 
 PASSES = 3
-"""Times that all probes are gone through, some fifteen seconds each."""
+"""Times that all probes are gone through, some twenty-five seconds each."""
 
 DRIFT = 0.2
 """A kept calibration is used again while main-memory bandwidth is within this fraction of what it was."""
@@ -65,7 +65,7 @@ def fingerprint(device: str) -> dict[str, str]:
 
 
 def calibrate(device: str | None = None) -> Machine:
-    """Measure this machine (about a minute on two cores), keep the result in the user's cache, and return it."""
+    """Measure this machine (about a minute and a half on two cores), keep the result in the user's cache, and return it."""
     device = device or default_device()
     memory = memory_bytes(device)
     path = _path(device)

@@ -69,7 +69,7 @@ def calibrate(args: argparse.Namespace) -> int:
     from clawdemy_infer import ledger
     from clawdemy_infer.calibrate import calibrate, kept_record
 
-    say("Measuring this machine, up to a minute: bandwidth by working set, FLOP/s by dtype and rows, the fixed cost of an operation …")
+    say("Measuring this machine, up to two minutes: bandwidth by working set, FLOP/s by dtype and rows, the fixed cost of an operation …")
     calibrate()
     record = kept_record()
     if args.json:

@@ -26,7 +26,7 @@ def bench(args: argparse.Namespace) -> int:
     device = default_device()
     for weights in args.weights:
         computes_in(weights, device)        # refuses what the device has no kernel for
-    say("Looking at this machine; up to a minute if it must be calibrated …")
+    say("Looking at this machine; up to two minutes if it must be calibrated …")
     machine = this_machine(device)
     for weights in args.weights:
         if weights not in machine.peak_flops:

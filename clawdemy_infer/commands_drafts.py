@@ -28,7 +28,7 @@ def beside_drafts(args: argparse.Namespace) -> int:
     from clawdemy_infer.speculative.prompts import prompts_of
     from clawdemy_infer.timing import now
 
-    say("Looking at this machine; up to a minute if it must be calibrated …")
+    say("Looking at this machine; up to two minutes if it must be calibrated …")
     device = default_device()
     machine, model = this_machine(device), load_model(args.model, device=device)
     sizes = sorted({*SIZES, 4, 6}) if args.compile else SIZES

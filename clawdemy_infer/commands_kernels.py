@@ -26,7 +26,7 @@ def bench_kernels(args: argparse.Namespace) -> int:
     if args.machine or not gpu:
         machine = catalog.machine(args.machine or WITHOUT_A_GPU)
     else:
-        say("Looking at this machine; up to a minute if it must be calibrated …")
+        say("Looking at this machine; up to two minutes if it must be calibrated …")
         machine = this_machine("cuda")
     if not gpu:
         why = "Kernels are interpreted here" if torch.cuda.is_available() else "There is no GPU here"

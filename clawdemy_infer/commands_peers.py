@@ -38,7 +38,7 @@ def beside_peers(args: argparse.Namespace) -> int:
     from clawdemy_infer.peers.worker import Worker, WorkerFailed
     from clawdemy_infer.timing import rates
 
-    say("Looking at this machine; up to a minute if it must be calibrated …")
+    say("Looking at this machine; up to two minutes if it must be calibrated …")
     machine, shape = this_machine("cpu"), from_config(str(directory / "config.json"))
     data = torch.ones(int(machine.bandwidth[-1][0]) // 4)
 
