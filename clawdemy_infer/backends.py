@@ -17,6 +17,9 @@
     verify a draft                  a gather, a comparison, a draw          verify
 
 Float products, embeddings and the attention of a whole prompt are PyTorch's on both sides: its libraries do those as well as can be done.
+
+A third backend, "cpp", is PyTorch but for one operator: attention of one new token over keys and values in fp32 or bf16 is a page of C++
+(`kv_cache.decode_cpp`), for a CPU with a compiler.
 """
 
 from __future__ import annotations
@@ -28,20 +31,22 @@ from importlib import import_module
 
 import torch
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "cpp")
 
 
 def choose(device: torch.device | str, backend: str | None = None) -> str:
     """The `backend` that was named, or by default "triton" on a CUDA device and "torch" elsewhere.
 
     Named on a CPU, the kernels run in Triton's interpreter: the same numbers, thousands of times slower. Raises ValueError for an
-    unknown name, and for "triton" where Triton is not installed (there is none for macOS).
+    unknown name, for "triton" where Triton is not installed (there is none for macOS), and for "cpp" on a GPU.
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend={backend!r}: {', '.join(BACKENDS)} are accepted")
     installed = importlib.util.find_spec("triton") is not None
     if backend == "triton" and not installed:
         raise ValueError("backend='triton': Triton is not installed here; torch is accepted")
+    if backend == "cpp" and torch.device(device).type != "cpu":
+        raise ValueError(f"backend='cpp': it is for a CPU, and this is {device}")
     return backend or ("triton" if torch.device(device).type == "cuda" and installed else "torch")
 
 

@@ -58,6 +58,18 @@ def test_logits_of_every_step_are_those_of_a_pass_over_the_whole_text(both):
     torch.testing.assert_close(got / right.std(), right / right.std(), **LOGITS[torch.float32])
 
 
+@pytest.mark.parametrize("keeper", [ContiguousCache, PagedCache])
+def test_ragged_steps_of_any_size_say_what_the_layers_say(both, keeper):
+    """Prompts of several sequences in one step, decodes of different lengths, a chunk among decodes; grouped heads and a window."""
+    caches = [keeper.for_model(model, 3, 32) for model in both]
+    prompts = {0: PROMPT, 1: [7], 2: list(range(40, 61))}
+    mixed = {0: [5], 1: [1, 2, 3], 2: [4]}
+    for new, last_only in ((prompts, True), ({0: [5], 1: [6], 2: [7]}, True), ({0: [8], 2: [9]}, False), (mixed, [1, 2, 1])):
+        right, got = (model.step(new, cache, last_only) for model, cache in zip(both, caches, strict=True))
+        torch.testing.assert_close(got / right.std(), right / right.std(), **LOGITS[torch.float32])
+    assert caches[0].lengths == caches[1].lengths == {0: 8, 1: 5, 2: 24}
+
+
 @pytest.mark.parametrize("pieces", [[2, 3, 4, 1], [6, 2, 2], [3, 1, 3, 3]])
 def test_a_few_tokens_at_once_are_read_as_they_would_be_one_by_one(both, pieces):
     """Fewer than there is code for are filled up, and what filled them up is in no cache. Rows that a window cuts go layer by layer."""
@@ -123,6 +135,7 @@ def test_compiled_code_is_called_once_a_layer_and_once_more(both):
     eager, fast = both
     assert fast.compile_s > 0 == eager.compile_s
     assert SHAPE.L + 1 < step_ops(fast) < step_ops(eager)
+    assert step_ops(fast, batch=3) < step_ops(eager, batch=3) / 2
 
 
 @pytest.mark.parametrize("format", FORMATS)

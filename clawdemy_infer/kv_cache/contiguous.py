@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clawdemy_infer.backends import kernel
+from clawdemy_infer.kv_cache.decode_cpp import TYPES, decode_paged
 from clawdemy_infer.kv_cache.rectangles import RectangularStep, Stretch
 from clawdemy_infer.kv_cache.step import at_least_1
 
@@ -63,7 +64,13 @@ class ContiguousCache:
 
         q [B, N, H]; `table` [B, 1], which sequences, and `lengths` [B], how long they are, both of int32 -> [B, N*H].
         """
-        return kernel("decode_paged")(q, self.keys[layer], self.values[layer], table, lengths, window).flatten(1)
+        decode = decode_paged if self.backend == "cpp" else kernel("decode_paged")
+        return decode(q, self.keys[layer], self.values[layer], table, lengths, window).flatten(1)
+
+    @property
+    def by_kernel(self) -> bool:
+        """Is there a kernel for `decode`?"""
+        return self.backend == "triton" or self.backend == "cpp" and self.dtype in TYPES
 
     def can_append(self, new: Mapping[int, int]) -> bool:
         """Does each sequence stay within the capacity?"""

@@ -15,6 +15,7 @@ from clawdemy_infer.attention import attend, causal_mask, visible_keys
 from clawdemy_infer.backends import choose
 from clawdemy_infer.kv_cache.block_pool import BlockPool
 from clawdemy_infer.kv_cache.block_tables import BlockTables
+from clawdemy_infer.kv_cache.decode_cpp import TYPES, decode_paged
 from clawdemy_infer.kv_cache.paged_attention import Plan, attend_tiles, plan
 from clawdemy_infer.kv_cache.paged_store import PagedStore
 from clawdemy_infer.kv_cache.paged_triton import STORES, TableStep
@@ -27,17 +28,17 @@ FEW = 16
 class PagedCache:
     """The sequences of `tables`, whose bytes lie in `store`.
 
-    `attention` chooses how a decode step reads the pages: "tiles" where they lie; "triton" by kernels that follow the tables, the
-    default on a GPU (`over` and `for_model` ask the model's backend); "gather" by copying each sequence together first, which is slow
-    and easy to follow.
+    `attention` chooses how a decode step reads the pages: "tiles" where they lie; "triton" and "cpp" by kernels that follow the tables,
+    the former the default on a GPU (`over` and `for_model` ask the model's backend); "gather" by copying each sequence together first,
+    which is slow and easy to follow.
     """
 
     span = None
 
     def __init__(self, tables: BlockTables, store: PagedStore, capacity: int | None = None, attention: str | None = None) -> None:
         attention = attention or ("triton" if choose(store.device) == "triton" and isinstance(store, STORES) else "tiles")
-        if attention not in ("tiles", "triton", "gather"):
-            raise ValueError(f"attention={attention!r}: tiles, triton, gather are accepted")
+        if attention not in ("tiles", "triton", "cpp", "gather"):
+            raise ValueError(f"attention={attention!r}: tiles, triton, cpp, gather are accepted")
         self.tables, self.store, self.attention = tables, store, attention
         self.dtype, self.device = store.dtype, store.device
         self.capacity = capacity or tables.pool.blocks * tables.pool.block_size
@@ -57,7 +58,8 @@ class PagedCache:
         `PagedInt8Store`."""
         shape = model.config.shape
         kept = store(tables.pool, shape.L, shape.K, shape.H, model.dtype, model.device, tables.host)
-        options.setdefault("attention", "triton" if model.backend == "triton" and isinstance(kept, STORES) else "tiles")
+        kernels = {"triton": isinstance(kept, STORES), "cpp": type(kept) is PagedStore and kept.dtype in TYPES}
+        options.setdefault("attention", model.backend if kernels.get(model.backend) else "tiles")
         return cls(tables, kept, capacity, **options)
 
     @property
@@ -126,6 +128,18 @@ class Few(NamedTuple):
     T: int
 
 
+class Table(NamedTuple):
+    """Sequences that bring one token each, for a kernel: their blocks [B, most], and how many tokens they have with the new one [B]."""
+
+    blocks: torch.Tensor
+    lengths: torch.Tensor
+    window: int | None
+
+    def attend(self, q: torch.Tensor, store: PagedStore, layer: int) -> torch.Tensor:
+        """q [B, N, H] -> [B, N*H]."""
+        return decode_paged(q, store.keys[layer], store.values[layer], *self, store.pool.block_size).flatten(1)
+
+
 class Chunk(NamedTuple):
     """A sequence that brings many: its rows; those of the store to gather, unless nothing was there before; and its mask."""
 
@@ -164,18 +178,18 @@ class PagedStep(Step):
             row += T
         self.few = [Few(_rows([row + t for _, row in members for t in range(T)], cache.device), [blocks[i] for i, _ in members],
                         [self.past[i] for i, _ in members], T) for T, members in few.items()]
-        self.plans: list[Plan] = []
+        self.plans: list[Plan | Table] = []
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         store, (M, N, H) = self.cache.store, q.shape
         store.write(layer, self.fresh, k, v)
         if not self.plans:                                      # they are the same in every layer
-            self.plans = [plan(few.tables, few.past, few.T, N // store.kv_heads, self.window, store) for few in self.few]
+            self.plans = [self._plan(few, N // store.kv_heads) for few in self.few]
         if len(self.few) == 1 and not self.chunks:
-            return attend_tiles(q, store, layer, self.plans[0])
+            return self._few(q, layer, self.plans[0])
         out = q.new_empty(M, N * H)
         for few, its in zip(self.few, self.plans, strict=True):
-            out[few.rows] = attend_tiles(q[few.rows], store, layer, its)
+            out[few.rows] = self._few(q[few.rows], layer, its)
         for mine, gather, mask in self.chunks:
             if gather is None:
                 keys, values = k[mine].transpose(0, 1), v[mine].transpose(0, 1)
@@ -183,6 +197,17 @@ class PagedStep(Step):
                 keys, values = store.gather(layer, gather)
             out[mine] = attend(q[mine], keys[None], values[None], mask)
         return out
+
+    def _plan(self, few: Few, G: int) -> Plan | Table:
+        if few.T > 1 or self.cache.attention != "cpp":
+            return plan(few.tables, few.past, few.T, G, self.window, self.cache.store)
+        most = max(map(len, few.tables))
+        blocks = torch.tensor([table + [0] * (most - len(table)) for table in few.tables], dtype=torch.int32)
+        return Table(blocks, torch.tensor(few.past, dtype=torch.int32) + 1, self.window)
+
+    def _few(self, q: torch.Tensor, layer: int, its: Plan | Table) -> torch.Tensor:
+        store = self.cache.store
+        return its.attend(q, store, layer) if isinstance(its, Table) else attend_tiles(q, store, layer, its)
 
     def commit(self) -> None:
         self.cache.tables.commit(self.ids)

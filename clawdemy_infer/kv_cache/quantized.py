@@ -61,6 +61,10 @@ class Int8Cache(ContiguousCache):
         # 1 byte read, and 4 written and read again twice: what a kernel that scales in registers spares
         return keys.to(self.dtype).mul_(key_scales), values.to(self.dtype).mul_(value_scales)
 
+    @property
+    def by_kernel(self) -> bool:
+        return self.backend == "triton"
+
     def decode(self, layer: int, q: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, window: int | None) -> torch.Tensor:
         """As in a `ContiguousCache`, on the codes."""
         keys, key_scales, values, value_scales = (tensor[layer] for tensor in self.tensors)

@@ -65,7 +65,7 @@ class RectangularStep(Step):
 
     def __init__(self, cache, new: Mapping[int, Sequence[int]], window: int | None) -> None:
         super().__init__(cache, new)
-        self.rectangles, self.window, fused = [], window, cache.backend == "triton"
+        self.rectangles, self.window, fused = [], window, cache.by_kernel
         slots = []                                              # to a kernel the cache is a pool of tiles, one for each sequence
         for run in runs(self):
             stretches = [Stretch(tensor, run.first, run.past, run.new, window) for tensor in cache.tensors]

@@ -17,29 +17,19 @@ Over a `ContiguousCache` attention is a part of the loop nest too. Any other cac
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Callable, Sequence
 
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import ContiguousCache, Step
+from clawdemy_infer.kv_cache.decode_cpp import compiler
+from clawdemy_infer.model.between import BetweenProducts
 from clawdemy_infer.model.decoder import Decoder, Layer
 from clawdemy_infer.model.formats import twin, with_weights
-from clawdemy_infer.model.loops import Parts, after_attention, before_attention, norm, parts_of, product, stored
+from clawdemy_infer.model.loops import Parts, after_attention, before_attention, norm, parts_of, product, stored, translated
 from clawdemy_infer.model.rope import rope_tables
 from clawdemy_infer.timing import now, rates
-
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
-"""A product and the sum it goes to may be one instruction."""
-
-
-def translated(function: Callable, *arguments) -> Callable:
-    """`function` as machine code for arguments like these. They are not looked at again in later calls, of which there is one a layer."""
-    code = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS).aot_compile((arguments, {}))
-    code.disable_guard_check()
-    return code
 
 
 def past_of(step: Step, window: int | None) -> list[Parts]:
@@ -139,14 +129,6 @@ def filled_up(M: int, rows: Sequence[int]) -> torch.Tensor:
     return torch.arange(next(each for each in rows if each >= M)).clamp(max=M - 1)
 
 
-def compiler() -> str:
-    """The C++ compiler that PyTorch would call. Raises ValueError where there is none."""
-    name = os.environ.get("CXX", "g++")
-    if not shutil.which(name):
-        raise ValueError(f"compile: there is no C++ compiler here ({name}); install one, or do without `compile`")
-    return name
-
-
 def compiled(model: Decoder, weights: str | None = None, rows: Sequence[int] = (1,)) -> Decoder:
     """A copy of a float `model` that decodes one sequence by compiled code, its matrices in the format `weights`, or as they are.
 
@@ -164,7 +146,9 @@ def compiled(model: Decoder, weights: str | None = None, rows: Sequence[int] = (
         raise ValueError(f"rows={rows}: whole numbers, 1 or more, are accepted")
     compiler()
     made = twin(model) if weights is None else with_weights(model, weights)
+    made.backend = "cpp"
     made.compiled_step = CompiledStep(model, weights or model.weights, made.dtype, rows)
+    made.between = BetweenProducts(made)
     return made
 
 

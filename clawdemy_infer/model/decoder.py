@@ -96,7 +96,8 @@ class Decoder(nn.Module):
         self.tokenizer = None
         self.packed: str | None = None
         self.backend = "torch"                              # what its caches ask; `with_backend` changes it, and the parts below
-        self.compiled_step: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None      # for one row: see `compiled`
+        self.compiled_step: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None      # for a few rows: see `compiled`
+        self.between: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None            # and for any number of them
         # Called with each step and what its last layer left, [M, D]: a draft that was trained on these vectors reads them here.
         self.observer: Callable[[Step, torch.Tensor], None] | None = None
         # Uniform, not nn.Embedding's normal: on the meta device, where `load_model` builds, that one costs an import of 2 s.
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
     @property
     def compile_s(self) -> float:
         """Seconds that were spent on compiling it; 0 where nothing was compiled."""
-        return self.compiled_step.compile_s if self.compiled_step else 0.0
+        return sum(code.compile_s for code in (self.compiled_step, self.between) if code)
 
     def forward(self, tokens: torch.Tensor, cache: KVCache | None = None, last_only: bool = False) -> torch.Tensor:
         """Logits [B, T, V] of tokens [B, T], which follow on whatever `cache` holds; [B, 1, V] of the last if `last_only`.
@@ -158,7 +159,10 @@ class Decoder(nn.Module):
              last_only: bool | Sequence[int]) -> torch.Tensor:
         self._check(new, cache)
         step = cache.begin(new, self.config.shape.window)
-        run = self.compiled_step if self.compiled_step and self.compiled_step.takes(step) else self._layer_by_layer
+        if self.compiled_step and self.compiled_step.takes(step):
+            run = self.compiled_step
+        else:
+            run = self.between if self.between and len(tokens) > 1 else self._layer_by_layer
         x, logits = run(tokens, step, last_only)
         if self.observer:
             self.observer(step, x)
@@ -172,13 +176,11 @@ class Decoder(nn.Module):
         x = left = self.embed(tokens)                                                       # [M, D]
         for index, layer in enumerate(self.layers):
             x = left = layer(x, rope, step, index)
-        if last_only is True and len(x) > len(step.new):
-            x = x[torch.tensor(step.new, device=self.device).cumsum(0) - 1]                 # [B, D]
-        elif last_only and len(x) > len(step.new):
-            ends = accumulate(step.new)
-            x = x[[row for end, count in zip(ends, last_only, strict=True) for row in range(end - count, end)]]
-        x = self.norm(x)
-        return left, self.head(x) if self.head is not None else self.tied_head(x, self.embed.weight)
+        return left, self.logits(self.norm(wanted_rows(x, step, last_only)))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Of vectors [M, D] that are normed: [M, V]."""
+        return self.head(x) if self.head is not None else self.tied_head(x, self.embed.weight)
 
     def _check(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache) -> None:
         shape = self.config.shape
@@ -191,3 +193,11 @@ class Decoder(nn.Module):
             if shape.max_context and min(past + T, cache.span or past + T) > shape.max_context:
                 raise ValueError(f"tokens: {past} in the cache and {T} new make {past + T}; "
                                  f"the model's context is {shape.max_context}")
+
+
+def wanted_rows(x: torch.Tensor, step: Step, last_only: bool | Sequence[int]) -> torch.Tensor:
+    """Of a step's rows [M, D], the last of each sequence, all, or the last so many of each: see `Decoder.step`."""
+    if not last_only or len(x) == len(step.new):
+        return x
+    counts = [1] * len(step.new) if last_only is True else last_only
+    return x[[row for end, count in zip(accumulate(step.new), counts, strict=True) for row in range(end - count, end)]]

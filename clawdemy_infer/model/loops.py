@@ -7,8 +7,11 @@ the same numbers, slowly. All is computed in fp32, whatever weights and cache ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from clawdemy_infer.linear import Codes, packable
 from clawdemy_infer.model.decoder import Layer
@@ -54,6 +57,21 @@ def _product(parts: Parts, x: torch.Tensor) -> torch.Tensor:
 def once(x: torch.Tensor) -> torch.Tensor:
     """x itself, written out here: the compiler would otherwise work it out anew for every row of the matrix it is multiplied by."""
     return x.as_strided(x.shape, x.stride())
+
+
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""A product and the sum it goes to may be one instruction."""
+
+
+def translated(function: Callable, *arguments, rows: bool = False) -> Callable:
+    """`function` as machine code for arguments like these. They are not looked at again in later calls, of which there is one a layer.
+    With `rows`, there may be any number of those, 2 or more, in each of the tensors that is not a vector."""
+    for tensor in pytree.tree_leaves(arguments) if rows else ():
+        if tensor.dim() > 1:
+            torch._dynamo.mark_dynamic(tensor, 0)
+    code = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS).aot_compile((arguments, {}))
+    code.disable_guard_check()
+    return code
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
