@@ -42,6 +42,7 @@ def add_arguments(c: argparse.ArgumentParser, count, formats, draft) -> None:
     c.add_argument("--alpha", type=float, metavar="A", help="for the simulator: the chance that a drafted token stands")
     c.add_argument("--kv-bytes", type=float, metavar="BYTES", help="for the cache (default: engine 1 GiB, simulator what fits)")
     c.add_argument("--weights", choices=formats, help="of weights, cache and activations (default: fp32 on `this` machine, else bf16)")
+    c.add_argument("--compile", action="store_true", help="for the engine: run on compiled code; it wants a C++ compiler")
     c.add_argument("--tp", type=count, default=1, metavar="N", help="for the simulator: devices that share every matrix")
     c.add_argument("--requests", type=count, default=100, metavar="N", help="of a known workload (default: 100)")
     c.add_argument("--rate", type=float, default=1.0, metavar="R", help="requests a second of a known workload (default: 1)")
@@ -101,7 +102,7 @@ def _engine(args: argparse.Namespace, policy):
     from clawdemy_infer.model import load_model
 
     device = default_device()
-    decoder = load_model(args.model, device=device, weights=None if args.weights == "fp32" else args.weights)
+    decoder = load_model(args.model, device=device, weights=None if args.weights == "fp32" else args.weights, compile=args.compile)
     memory = {"kv_bytes": args.kv_bytes or 2**30, "host_bytes": args.kv_bytes or 2**30}
     if args.draft:
         from clawdemy_infer.speculative import draft_named
@@ -148,7 +149,7 @@ def _compare(args: argparse.Namespace, requests: list) -> int:
     from clawdemy_infer.model.load import PACKAGED, converted, packaged_file
 
     device = default_device()
-    machine, decoder = this_machine(device), load_model(args.model, device=device)
+    machine, decoder = this_machine(device), load_model(args.model, device=device, compile=args.compile)
     if args.model in PACKAGED:
         package, file, digest = PACKAGED[args.model]
         directory = converted(packaged_file(package, file), digest)

@@ -130,13 +130,14 @@ def filled_up(M: int, rows: Sequence[int]) -> torch.Tensor:
 
 
 def compiled(model: Decoder, weights: str | None = None, rows: Sequence[int] = (1,)) -> Decoder:
-    """A copy of a float `model` that decodes one sequence by compiled code, its matrices in the format `weights`, or as they are.
+    """A copy of a float `model` that runs on compiled code, its matrices in the format `weights`, or as they are.
 
-    `rows` are the numbers of new tokens that there shall be code for; a speculative target wants more than 1, and they need a
-    `ContiguousCache`. All else it does, prompts and batches, is done as before, on layouts of its own: so there are two copies of the
-    matrices, in fp32 as in any other format. Compiling takes some ten seconds on two cores, `compiled(...).compile_s`, half as much for
-    each further number of rows, and less where PyTorch remembers it. Raises ValueError for an unknown format, for rows that are no
-    numbers of tokens, for a model on a GPU or with other layers than a `Layer`, and where there is no C++ compiler.
+    `rows` are the numbers of new tokens of one sequence that there shall be a `CompiledStep` for; a speculative target wants more than 1,
+    and they need a `ContiguousCache`. All else, prompts and batches, goes through `BetweenProducts`, on layouts of its own: so there are
+    two copies of the matrices, in fp32 as in any other format. Compiling takes some twenty seconds on two cores,
+    `compiled(...).compile_s`, five more for each further number of rows, and less where PyTorch remembers it. Raises ValueError for an
+    unknown format, for rows that are no numbers of tokens, for a model on a GPU or with other layers than a `Layer`, and where there is
+    no C++ compiler.
     """
     if model.device.type != "cpu":
         raise ValueError(f"compile: the model is on {model.device}; only a CPU's code is compiled here")
