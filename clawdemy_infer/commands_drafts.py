@@ -23,8 +23,9 @@ def beside_drafts(args: argparse.Namespace) -> int:
     from clawdemy_infer.speculative import theory
     from clawdemy_infer.speculative.adaptive import Adaptive
     from clawdemy_infer.speculative.beside_transformers import transformers_rows
-    from clawdemy_infer.speculative.compare import compare, measure_costs, predict_costs
+    from clawdemy_infer.speculative.compare import compare, measure_costs
     from clawdemy_infer.speculative.drafts import draft_named
+    from clawdemy_infer.speculative.prediction import predict_costs
     from clawdemy_infer.speculative.prompts import prompts_of
     from clawdemy_infer.timing import now
 
@@ -38,7 +39,7 @@ def beside_drafts(args: argparse.Namespace) -> int:
     drafts = {name: draft_named(name, model) for name in args.drafts}
     compile_s = model.compile_s + now() - start if args.compile else 0.0
     prompts, directory = prompts_of(model), weights_directory(args.model)
-    card, found, theirs, notes = [], [], [], []
+    card, found, theirs, notes, arithmetic = [], [], [], [], []
     for mode, sampling in (("greedy", Sampling()), ("T = 1", Sampling(temperature=1.0, seed=1))):
         said = predict_costs(machine, model, drafts, CONTEXT, sizes, sampling=sampling)
         timed = measure_costs(model, drafts, CONTEXT, sizes, sampling=sampling)
@@ -50,7 +51,11 @@ def beside_drafts(args: argparse.Namespace) -> int:
              f"All in plain steps: {si(said.reading[1], 's')} predicted, {si(timed.reading[1], 's')} timed.", stderr=args.json)
         most = args.gamma or sizes[-1] - 1
         guessing = drafts if args.gamma else {name: Adaptive(draft, timed.c(name), timed.v, most) for name, draft in drafts.items()}
-        for row in compare(model, guessing, prompts, said, most, args.tokens, sampling, repeats=args.rounds):
+        rows = compare(model, guessing, prompts, said, most, args.tokens, sampling, repeats=args.rounds)
+        for name in drafts:
+            rounds = [each for row in rows if row.draft == name and row.prompt != "copying" for each in row.rounds]
+            arithmetic.append({"mode": mode, "draft": name} | at_best(theory.mean_acceptance(rounds), timed.c(name), timed.v, most))
+        for row in rows:
             say(f"{mode}, {row.draft} on {row.prompt}: {row.measured:.2f} ×")
             found.append({
                 "mode": mode, "draft": row.draft, "prompt": row.prompt, "gamma": args.gamma or "adaptive",
@@ -72,9 +77,9 @@ def beside_drafts(args: argparse.Namespace) -> int:
     if args.compile:
         notes.append(f"Target and drafts ran compiled code, for which {si(compile_s, 's')} were spent.")
     if not args.json:
-        show(ours_table(found), *([theirs_table(theirs)] if theirs else []), *notes)
+        show(ours_table(found), arithmetic_table(arithmetic), *([theirs_table(theirs)] if theirs else []), *notes)
     emit({"machine": machine.name, "model": model.config.shape.name, "context": CONTEXT, "tokens": args.tokens, "compile_s": compile_s,
-          "card": card, "rows": found, "transformers": theirs, "notes": notes})
+          "card": card, "rows": found, "arithmetic": arithmetic, "transformers": theirs, "notes": notes})
     return 1 if changed else 0
 
 
@@ -85,6 +90,24 @@ def ours_table(rows: list[dict]) -> Table:
                    number(row["tokens_per_round"]), number(row["c"]),
                    *(f"{row[key]:.2f} ×" for key in ("predicted", "from_parts", "measured")),
                    number(row["predicted"] / row["measured"]), _yes(row["identical"])) for row in rows], columns)
+
+
+def at_best(alpha: float, c: float, v, most: int) -> dict:
+    """What the theory leaves at this α (NaN where nothing was drafted), c and v, with the γ that is best there."""
+    from clawdemy_infer.speculative import theory
+
+    alpha = 0.0 if isnan(alpha) else alpha
+    gamma = theory.best_gamma(alpha, c, v, most)
+    return {"alpha": alpha, "c": c, "gamma": gamma, "v": v(gamma + 1), "tokens_per_round": theory.expected_tokens(alpha, gamma),
+            "speedup": theory.speedup(alpha, gamma, c, v(gamma + 1))}
+
+
+def arithmetic_table(rows: list[dict]) -> Table:
+    columns = ("α", "best γ", "tokens a round", "c", "v", "tokens / (γ c + v)")
+    return Table(("", "draft", *columns),
+                 [(row["mode"], row["draft"], number(row["alpha"]), str(row["gamma"]), number(row["tokens_per_round"]), number(row["c"]),
+                   number(row["v"]), f"{row['speedup']:.2f} ×") for row in rows], columns,
+                 title="What the parts leave room for on code, prose and chat together")
 
 
 def theirs_table(rows: list[dict]) -> Table:
@@ -105,7 +128,10 @@ def weights_directory(model: str):
 
     from clawdemy_infer.model.load import PACKAGED, converted, packaged_file
 
+    path = Path(model).expanduser()
     if model in PACKAGED:
         package, file, digest = PACKAGED[model]
         return converted(packaged_file(package, file), digest)
-    return Path(model) if Path(model).is_dir() else None
+    if path.suffix == ".gguf":
+        return converted(path)
+    return path if path.is_dir() else None

@@ -7,9 +7,8 @@ import torch
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling
-from clawdemy_infer.roofline import Machine
 from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup
-from clawdemy_infer.speculative.compare import Costs, compare, measure_costs, predict_costs
+from clawdemy_infer.speculative.compare import Costs, compare, measure_costs
 
 SHAPE = ModelShape(name="tiny", L=3, D=8, N=2, K=1, H=4, F=16, V=11, tied=True, max_context=64)
 
@@ -36,18 +35,3 @@ def test_rows_hold_every_draft_on_every_prompt(batch, sampling):
         assert sum(each.accepted + 1 for each in row.rounds) == batch * 13
     itself = [row for row in rows if row.draft == "itself"]
     assert all(row.alpha == 1.0 and row.tokens_per_round > 3 for row in itself)
-
-
-def test_costs_are_predicted_from_bytes_and_from_the_operations_that_are_dispatched():
-    torch.manual_seed(0)
-    model = Decoder(ModelConfig(SHAPE)).eval()
-    drafts = {"lookup": PromptLookup(), "itself": ModelDraft(model), "exit": EarlyExit(model, 1)}
-    bytes = Machine("bytes", ((1.0, 1.0),), {"fp32": 1e30}, 1e9)
-    costs = predict_costs(bytes, model, drafts, 9, rows=(1, 4))
-    assert costs.reading[1] == SHAPE.decode(1, 10, weights="fp32", kv="fp32", activations="fp32").bytes
-    assert costs.c("itself") == 1 and costs.c("lookup") == 0 and 1 < costs.v(4) < 2
-    layer = SHAPE.layer_parameters() * 4
-    assert costs.reading[1] - costs.drafting["exit"] > 2 * layer                # two layers of three are not run
-    slow = Machine("slow to start", ((1.0, 1e30),), {"fp32": 1e30}, 1e9, fixed_s_per_op=1.0)
-    costs = predict_costs(slow, model, drafts, 9, rows=(1,))
-    assert costs.reading[1] > 60 and costs.c("exit") < 0.6

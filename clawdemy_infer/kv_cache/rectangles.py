@@ -7,6 +7,7 @@ what is not theirs: it reads as far as the longest, which is the price of a rect
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,21 @@ class RectangularStep(Step):
 
     def __init__(self, cache, new: Mapping[int, Sequence[int]], window: int | None) -> None:
         super().__init__(cache, new)
-        self.rectangles, self.window, fused = [], window, cache.by_kernel
+        self.window = window
+
+    @property
+    def rectangles(self) -> list[Rectangle]:
+        return self._laid_out[0]
+
+    @property
+    def slots(self) -> torch.Tensor | None:
+        return self._laid_out[1]
+
+    @cached_property
+    def _laid_out(self) -> tuple[list[Rectangle], torch.Tensor | None]:
+        """Views of all layers and masks, made when somebody looks through them: compiled code does not."""
+        cache, window, fused = self.cache, self.window, self.cache.by_kernel
+        rectangles: list[Rectangle] = []
         slots = []                                              # to a kernel the cache is a pool of tiles, one for each sequence
         for run in runs(self):
             stretches = [Stretch(tensor, run.first, run.past, run.new, window) for tensor in cache.tensors]
@@ -74,15 +89,15 @@ class RectangularStep(Step):
             if fused and run.new == 1:
                 numbers = places, [past + 1 for past in run.past]
                 table, lengths = (torch.tensor(x, dtype=torch.int32, device=cache.device) for x in numbers)
-                self.rectangles.append(Rectangle(run.rows, None, stretches, table[:, None], lengths))
+                rectangles.append(Rectangle(run.rows, None, stretches, table[:, None], lengths))
                 continue
             if len(set(run.past)) == 1:
                 past = run.past[0]
                 mask = causal_mask(run.new, visible_keys(run.new, past + run.new, window), window, cache.dtype, cache.device)
             else:
                 mask = ragged_mask(run.past, run.new, max(run.past) + run.new, window, cache.dtype, cache.device)
-            self.rectangles.append(Rectangle(run.rows, mask, stretches))
-        self.slots = torch.tensor(slots, device=cache.device) if fused and len(cache.tensors) == 2 else None
+            rectangles.append(Rectangle(run.rows, mask, stretches))
+        return rectangles, torch.tensor(slots, device=cache.device) if fused and len(cache.tensors) == 2 else None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if len(self.rectangles) == 1:

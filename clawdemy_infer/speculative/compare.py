@@ -8,14 +8,11 @@ from statistics import median
 
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import Decoder, Sampling, generate
-from clawdemy_infer.model.compiled import product_rate
-from clawdemy_infer.roofline import Machine
 from clawdemy_infer.speculative import theory
-from clawdemy_infer.speculative.drafts import DTYPES, Draft, PromptLookup
+from clawdemy_infer.speculative.drafts import Draft, PromptLookup
 from clawdemy_infer.speculative.rounds import Round, speculate_batch
-from clawdemy_infer.speculative.trained import FeatureLayer
 from clawdemy_infer.speculative.verification import verify_rows
-from clawdemy_infer.timing import alternate, count_ops
+from clawdemy_infer.timing import alternate
 
 Parts = dict[str | int, Callable[[], object]]
 """What a round is made of: the target reading so many rows, and by name a step of each draft."""
@@ -27,6 +24,12 @@ class Costs:
 
     reading: dict[int, float]
     drafting: dict[str, float]
+
+    @classmethod
+    def of(cls, seconds: Mapping[str | int, float]) -> Costs:
+        """From the seconds of each of the `parts`."""
+        return cls({key: value for key, value in seconds.items() if isinstance(key, int)},
+                   {key: value for key, value in seconds.items() if isinstance(key, str)})
 
     def c(self, draft: str) -> float:
         """A draft step, in steps of the target. 0 for a draft that runs no model."""
@@ -80,43 +83,11 @@ def parts(model: Decoder, drafts: Mapping[str, Draft], context: int, rows: Seque
     return made
 
 
-def _costs(seconds: Mapping[str | int, float]) -> Costs:
-    return Costs({key: value for key, value in seconds.items() if isinstance(key, int)},
-                 {key: value for key, value in seconds.items() if isinstance(key, str)})
-
-
 def measure_costs(model: Decoder, drafts: Mapping[str, Draft], context: int, rows: Sequence[int] = (1, 2, 5, 9), batch: int = 1,
                   repeats: int = 7, sampling: Sampling | None = None) -> Costs:
     """Time the parts of a round, in turn."""
     made = parts(model, drafts, context, rows, batch, sampling)
-    return _costs({name: timing.median for name, timing in alternate(made, repeats).items()})
-
-
-def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft], context: int, rows: Sequence[int] = (1, 2, 5, 9),
-                  batch: int = 1, sampling: Sampling | None = None) -> Costs:
-    """The same by the roofline: the work of each part, and the operations that it dispatches, which are counted and not timed."""
-    seconds: dict[str | int, float] = {}
-    shape, kept = model.config.shape, DTYPES[model.dtype]
-    for name, run in parts(model, drafts, context, rows, batch, sampling).items():
-        if isinstance(name, int):
-            work = theory.verification_work(shape, batch, name, context + name, model.weights, kept, kept)
-            as_run, calls = compiled_products(machine, model, batch * name)
-        else:
-            work = drafts[name].step_work(batch, context + 1)
-            as_run, calls = compiled_products(machine, drafts[name].model, batch)
-        seconds[name] = as_run.time(work, count_ops(run) + calls).seconds
-    return _costs(seconds)
-
-
-def compiled_products(machine: Machine, model: Decoder | FeatureLayer, rows: int) -> tuple[Machine, int]:
-    """The machine with the rate of compiled products for its GEMM, where `model` has code for so many rows, and how often that is
-    called in a step: what is compiled has no operations, but must be called."""
-    code = model.compiled if isinstance(model, FeatureLayer) else model.compiled_step
-    if not code or rows > code.rows[-1]:
-        return machine, 0
-    format = DTYPES[model.dtype] if isinstance(model, FeatureLayer) else model.weights
-    rate = product_rate(format, next(each for each in code.rows if each >= rows))
-    return machine.with_products_at(format, rate), model.config.shape.L + 1
+    return Costs.of({name: timing.median for name, timing in alternate(made, repeats).items()})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""What the parts of a round should cost, from rates that were measured of none of them.
+
+    layer by layer    the roofline: each operation's work, and what it costs to start it; operations are counted, not timed
+    compiled          products at the rate of compiled products of so many rows, and all else that a step does as on a narrow twin: a
+                      model of as many layers with next to nothing in them
+
+Rows that only fill a compiled step up cost what the others do. To choose a token is to go over all of the vocabulary, a few times.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from clawdemy_infer.arithmetic import ModelShape, Work
+from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.model import Decoder, ModelConfig, Sampling, draw, probabilities
+from clawdemy_infer.model.compiled import CompiledStep, translated
+from clawdemy_infer.model.loops import product, stored
+from clawdemy_infer.roofline import Machine
+from clawdemy_infer.speculative import theory
+from clawdemy_infer.speculative.compare import Costs, parts
+from clawdemy_infer.speculative.drafts import DTYPES, Draft
+from clawdemy_infer.speculative.trained import FeatureLayer
+from clawdemy_infer.speculative.verification import verify_rows
+from clawdemy_infer.timing import alternate, count_ops, rates
+
+Kind = tuple[str, int]
+"""A format of weights, and a number of rows that there is code for."""
+NUMBERS = 2**22
+"""Numbers in a matrix of the probe, about."""
+PASSES = {True: 4, False: 40}
+"""Bytes for each number of the logits, greedily and else: a search for the largest reads them. A distribution takes four passes, of
+which three write too (largest; difference; division; softmax); its running sum writes 8 bytes for 4."""
+
+
+def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft], context: int, rows: Sequence[int] = (1, 2, 5, 9),
+                  batch: int = 1, sampling: Sampling | None = None) -> Costs:
+    """Seconds of the parts of a round, as `compare.measure_costs` times them."""
+    sampling = sampling or Sampling()
+    shape, kept = model.config.shape, DTYPES[model.dtype]
+    found: dict[str | int, float] = {}
+    made = parts(model, drafts, context, rows, batch, sampling)
+    code = {name: code_of(drafts[name].model if isinstance(name, str) else model, batch * (1 if isinstance(name, str) else name))
+            for name in made}
+    kinds = tuple(sorted({kind for kind in code.values() if kind}))
+    for name, run in made.items():
+        if isinstance(name, int):
+            work = theory.verification_work(shape, batch, name, context + name, model.weights, kept, kept)
+        else:
+            work = drafts[name].step_work(batch, context + 1)
+        if not code[name]:
+            calls = 4 * shape.L + 1 if isinstance(name, int) and model.between else 0            # of code between the products
+            found[name] = machine.time(work, count_ops(run) + calls).seconds
+            continue
+        seconds = compiled_s(machine, work, code[name], compiled_rates(kinds, shape.D, shape.F))
+        besides = besides_products(shape.L, tuple(sorted({M for _, M in kinds} | {1})))
+        if isinstance(name, str) and isinstance(drafts[name].model, FeatureLayer):
+            seconds += besides[1] / (shape.L + 1) + machine.fixed_s_per_op * count_ops(run)             # one call, and what is around it
+        else:
+            looked_at = 1 if isinstance(name, str) else name
+            seconds += besides[code[name][1]] + choosing_s(machine, shape, looked_at, isinstance(name, str), sampling)
+        found[name] = seconds
+    return Costs.of(found)
+
+
+def code_of(model: Decoder | FeatureLayer, rows: int) -> Kind | None:
+    """The compiled code that `model` has for so many rows of one sequence; None if it has none."""
+    code = model.compiled if isinstance(model, FeatureLayer) else model.compiled_step
+    if not code or rows > code.rows[-1]:
+        return None
+    return DTYPES[model.dtype] if isinstance(model, FeatureLayer) else model.weights, next(each for each in code.rows if each >= rows)
+
+
+def compiled_s(machine: Machine, work: Work, kind: Kind, found: Mapping[tuple[str, int, bool], float]) -> float:
+    """Seconds of what `work` has to compute and read, by compiled code of this `kind`."""
+    format, filled = kind
+    seconds = 0.0
+    for op in work.operations():
+        rate = found.get((op.weights, filled, op.name == "down")) if op.weights == format else None
+        if rate:
+            seconds += op.flops / op.rows * filled / rate
+        elif op.weights:
+            seconds += machine.operation_s(op, work.bytes)              # a head of its own format
+        elif op.kernel == "attention":
+            seconds += op.bytes / machine.bandwidth_at()
+    return seconds
+
+
+def choosing_s(machine: Machine, shape: ModelShape, rows: int, drafts: bool, sampling: Sampling) -> float:
+    """Seconds of choosing from the logits of so many rows: a token to draft, or what stands of a draft."""
+    logits, generator = torch.zeros(rows, shape.V), Sampling(seed=0).generator()
+
+    def choose() -> None:
+        if not drafts:
+            verify_rows(logits, [[1] * (rows - 1)], None, sampling, generator)
+        elif sampling.temperature:
+            draw(probabilities(logits, sampling), generator)
+        else:
+            logits.argmax(-1)
+    passes = Work(0, logits.numel() * PASSES[sampling.temperature == 0], "choosing", kernel="elementwise", rows=logits.numel() / shape.D)
+    return machine.operation_s(passes, passes.bytes) + machine.fixed_s_per_op * count_ops(choose)
+
+
+@functools.cache
+@torch.inference_mode()
+def compiled_rates(kinds: tuple[Kind, ...], D: int, F: int) -> dict[tuple[str, int, bool], float]:
+    """FLOP/s of compiled products by format, number of rows, and whether the matrix has F inputs or D: weights from memory, without
+    what a call costs. All are timed in turn, so that they are of the same machine. Compiled and measured once a process.
+    """
+    generator, made = torch.Generator().manual_seed(0), {}
+    tiny = stored("fp32", torch.ones(16, 16))
+    made["call"] = translated(product, tiny, torch.ones(1, 16)), [tiny], torch.ones(1, 16)
+    for format in {format for format, _ in kinds}:
+        for tall, K in ((False, D), (True, F)):
+            first = stored(format, torch.randn(NUMBERS // K, K, generator=generator))
+            copies = [tuple(part.clone() for part in first) for _ in range(2**27 // sum(part.nbytes for part in first))]
+            for M in [M for each, M in kinds if each == format]:
+                x = torch.ones(M, K)
+                made[format, M, tall] = translated(product, first, x), copies, x
+
+    def step(name):
+        code, copies, x = made[name]
+
+        def run(i: int) -> int:
+            code(copies[i % len(copies)], x)
+            return 1
+        return run
+    seconds = {name: 1 / rate for name, rate in rates({name: step(name) for name in made}, sample_s=0.05).items()}
+    return {(format, M, tall): 2 * M * (NUMBERS // K) * K / (seconds[format, M, tall] - seconds["call"])
+            for format, M in kinds for tall, K in ((False, D), (True, F))}
+
+
+@functools.cache
+@torch.inference_mode()
+def besides_products(layers: int, rows: tuple[int, ...]) -> dict[int, float]:
+    """Seconds of a compiled step of so many rows and layers that have next to no weights."""
+    narrow = Decoder(ModelConfig(ModelShape(name="narrow", L=layers, D=32, N=2, K=1, H=16, F=32, V=32, tied=True))).eval()
+    narrow.compiled_step = CompiledStep(narrow, "fp32", torch.float32, rows)
+
+    def step(M: int):
+        cache = ContiguousCache.for_model(narrow, 1, 64 + M)
+        narrow.step({0: [1] * 64}, cache)
+
+        def run() -> None:
+            cache.truncate(64)
+            narrow.step({0: [1] * M}, cache, last_only=False)
+        return run
+    return {M: timing.median for M, timing in alternate({M: step(M) for M in rows}, repeats=25, warmup=3).items()}
