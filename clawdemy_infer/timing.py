@@ -6,12 +6,14 @@ A lesson, a benchmark and the calibration all read the clock through this file, 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
 def now() -> float:
@@ -110,8 +112,34 @@ class _OpCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _launches(counter: _OpCounter) -> Iterator[None]:
+    """Count launches of Triton kernels too, which PyTorch does not dispatch: each as one, whatever the interpreter does for it."""
+    if "triton" not in sys.modules:
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    def counting(run: Callable) -> Callable:
+        def counted(*args, **options):
+            counter.count += 1
+            with _disable_current_modes():
+                return run(*args, **options)
+        return counted
+    plain = [(kind, kind.run) for kind in (JITFunction, InterpretedFunction)]
+    try:
+        for kind, run in plain:
+            kind.run = counting(run)
+        yield
+    finally:
+        for kind, run in plain:
+            kind.run = run
+
+
 def count_ops(work: Callable[[], object]) -> int:
-    """How many ATen operations one call of `work()` dispatches: each costs its fixed share, whatever its size."""
-    with _OpCounter() as counter:
+    """How many ATen operations one call of `work()` dispatches, and Triton kernels it launches: each costs its fixed share, whatever its
+    size."""
+    with _OpCounter() as counter, _launches(counter):
         work()
     return counter.count

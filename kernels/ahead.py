@@ -43,7 +43,8 @@ class Code:
 
     kernel: str
     target: str
-    registers: int
+    threads: int                # of a program
+    registers: int              # of a thread
     spilled: int                # bytes a thread, or registers on AMD
     shared: int                 # bytes a program
     loads: dict[int, int]
@@ -110,12 +111,13 @@ def _compile(launch: Callable[[], object], target: str) -> list:
 
 
 def _read(kernel, target: str) -> Code:
+    named = kernel.name, target, kernel.metadata.num_warps * TARGETS[target].warp_size
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         loads = Counter(AMD_BYTES[width] for width in re.findall(r"(?:global|buffer)_load_(\w+)", text) if width in AMD_BYTES)
         products = len(re.findall(r"v_mfma_", text))
-        return Code(kernel.name, target, number["vgpr_count"], number["vgpr_spill_count"], kernel.metadata.shared, dict(loads), products)
+        return Code(*named, number["vgpr_count"], number["vgpr_spill_count"], kernel.metadata.shared, dict(loads), products)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -124,7 +126,7 @@ def _read(kernel, target: str) -> Code:
     number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
     loads = Counter(_bytes(modifiers) for modifiers in re.findall(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)", sass))
     products = len(re.findall(r"\b(?:HMMA|QMMA|IMMA|HGMMA|UTC\w*MMA)\b", sass))
-    return Code(kernel.name, target, number["REG"], number["STACK"] + number["LOCAL"], kernel.metadata.shared, dict(loads), products)
+    return Code(*named, number["REG"], number["STACK"] + number["LOCAL"], kernel.metadata.shared, dict(loads), products)
 
 
 AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short_d16": 2, "short_d16_hi": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}

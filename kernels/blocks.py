@@ -3,9 +3,14 @@
     python -m clawdemy_kernels.blocks           on a GPU: time all candidates at the sizes of a real model, and keep the fastest
 
 Blocks change how fast a kernel is, not what it computes. By the rule a block of keys has 16 KiB, and 16 to 64 tokens: several of them are
-on their way from memory at once, and there is room for those in the shared memory of every GPU. The other candidates are smaller with a
-deeper pipeline, larger with more warps, or the same with more warps. What the clock chose lies beside Triton's compiled code, by GPU and
-Triton's version. In the interpreter, and where kernels are only compiled, nothing is timed and the rule decides.
+on their way from memory at once, and there is room for those in the shared memory of every GPU. In fp32 it has at most 32 tokens, and codes
+of 8 bits wait their turn: `tl.dot` has no tensor cores there and wants whole rows and columns in registers, of which a thread has 255. The
+other candidates are smaller with a deeper pipeline, larger with more warps, or the same with more warps. What the clock chose lies beside
+Triton's compiled code, by GPU and Triton's version. In the interpreter, and where kernels are only compiled, nothing is timed and the rule
+decides.
+
+4-bit codes come in groups, which are the block: so many `threads` are asked for as load 16 bytes each. A warp has 32 of them on NVIDIA, 64
+on AMD: with as many warps on both, 32 tokens of 64 bytes would leave the 256 threads of AMD 8 bytes each.
 """
 
 from __future__ import annotations
@@ -19,39 +24,51 @@ from pathlib import Path
 
 import torch
 
-from clawdemy_kernels.launch import on_gpu, triton
+from clawdemy_kernels.launch import on_gpu, triton, warps
 
-OTHERS = {
-    "linear_int8": [{"K_BLOCK": 128, "num_warps": 4, "num_stages": 4}, {"K_BLOCK": 256, "num_warps": 4, "num_stages": 3},
-                    {"K_BLOCK": 128, "num_warps": 8, "num_stages": 4}],
-    "linear_int4": [{"num_warps": 2, "num_stages": 4}, {"num_warps": 4, "num_stages": 4}, {"num_warps": 2, "num_stages": 6}],
-    "decode_int4": [{"num_warps": 4}, {"num_warps": 4, "num_stages": 4}, {"num_warps": 8}],     # whose block is the group of the codes
-}
-ASKED: set[tuple[str, int]] = set()
-"""The kernels that were launched so far, with the bytes of a row."""
+ASKED: set[tuple[str, int, int]] = set()
+"""The kernels that were launched so far, with the bytes of a number that is multiplied, and how many of them are a row of keys."""
 _using: dict[str, dict[str, int]] = {}
 
 
-def candidates(kernel: str, row: int) -> list[dict[str, int]]:
-    """What may be said to the compiler about `kernel`, whose rows of keys have `row` bytes when they are multiplied. The first is the
-    rule's."""
-    if kernel in OTHERS:
-        return OTHERS[kernel]
-    size = max(16, min(64, 2**14 // triton.next_power_of_2(row)))
+def candidates(kernel: str, e: int, H: int = 0) -> list[dict[str, int]]:
+    """What may be said to the compiler about `kernel`, which multiplies numbers of `e` bytes, H of them a key. The first is the rule's."""
+    if kernel == "linear_int8":
+        K_BLOCK = 256 // e                                      # a block of 32 outputs x 128 codes, in fp32 of 64
+        return [{"K_BLOCK": K_BLOCK, "num_warps": 4, "num_stages": 4}, {"K_BLOCK": 2 * K_BLOCK, "num_warps": 4, "num_stages": 3},
+                {"K_BLOCK": K_BLOCK, "num_warps": 8, "num_stages": 4}]
+    if kernel == "linear_int4":
+        return [{"threads": 64, "num_stages": 4}, {"threads": 128, "num_stages": 4}, {"threads": 64, "num_stages": 6}]
+    if kernel == "decode_int4":
+        return [{"threads": 128}, {"threads": 128, "num_stages": 4}, {"threads": 256}]
+    size = max(16, min(64 if e < 4 else 32, 2**14 // e // triton.next_power_of_2(H)))
     smaller = {"S_BLOCK": max(16, size // 2), "num_warps": 4, "num_stages": 4}
     larger = {"S_BLOCK": 2 * size, "num_warps": 8, "num_stages": 2}
     if kernel in ("decode_naive", "decode_grouped"):            # steps on the way, to be read; no model runs on them
         return [{"S_BLOCK": size, "num_warps": 4}]
     if kernel == "prefill_paged":                               # whose queries are many, and need the registers of more warps
         return [{"S_BLOCK": size, "num_warps": 8}, smaller, larger]
-    return [{"S_BLOCK": size, "num_warps": 4}, smaller, larger, {"S_BLOCK": size, "num_warps": 8}]
+    rule = {"S_BLOCK": size, "num_warps": 4}
+    if kernel == "decode_int8" and e == 4:
+        rule["num_stages"] = 1
+    return [rule, smaller, larger, {"S_BLOCK": size, "num_warps": 8}]
 
 
-def blocks(kernel: str, row: int = 0) -> dict[str, int]:
-    """The options of a launch: those of `using`, those that the clock chose on this GPU, or the rule's."""
-    ASKED.add((kernel, row))
-    kept = chosen(place()).get(f"{kernel} {row}") if on_gpu() else None
-    return _using.get(kernel) or kept or candidates(kernel, row)[0]
+def blocks(kernel: str, dtype: torch.dtype, H: int = 0) -> dict[str, int]:
+    """The options of a launch: those of `using`, those that the clock chose on this GPU, or the rule's. Of `dtype` are the numbers that are
+    multiplied, H of them a key."""
+    asked = kernel, dtype.itemsize, H
+    ASKED.add(asked)
+    kept = chosen(place()).get(named(*asked)) if on_gpu() else None
+    options = dict(_using.get(kernel) or kept or candidates(*asked)[0])
+    if "threads" in options:
+        options["num_warps"] = warps(options.pop("threads"))
+    return options
+
+
+def named(kernel: str, e: int, H: int) -> str:
+    """In the file of choices."""
+    return f"{kernel} {H} x {e} B" if H else f"{kernel} {e} B"
 
 
 @contextmanager
@@ -73,12 +90,12 @@ def choose(launch: Callable[[], object], seconds: Callable[[Callable], float]) -
         raise RuntimeError("blocks are chosen by the clock of a GPU, and there is none here, or kernels are interpreted")
     ASKED.clear()
     launch()
-    found = {f"{kernel} {row}": fastest(kernel, row, launch, seconds) for kernel, row in sorted(ASKED)}
+    found = {named(*asked): fastest(*asked, launch, seconds) for asked in sorted(ASKED)}
     _keep(place(), found)
     return found
 
 
-def fastest(kernel: str, row: int, launch: Callable[[], object], seconds: Callable[[Callable], float]) -> dict[str, int]:
+def fastest(kernel: str, e: int, H: int, launch: Callable[[], object], seconds: Callable[[Callable], float]) -> dict[str, int]:
     """The candidate with which `launch()` takes the fewest seconds. One for which this GPU has no room takes forever."""
     def time(options: dict[str, int]) -> float:
         try:
@@ -86,7 +103,7 @@ def fastest(kernel: str, row: int, launch: Callable[[], object], seconds: Callab
                 return seconds(launch)
         except triton.runtime.errors.OutOfResources:
             return inf
-    return min(candidates(kernel, row), key=time)
+    return min(candidates(kernel, e, H), key=time)
 
 
 def place() -> tuple[Path, str]:
@@ -96,7 +113,7 @@ def place() -> tuple[Path, str]:
 
 @cache
 def chosen(place: tuple[Path, str]) -> dict[str, dict[str, int]]:
-    """By kernel and bytes of a row."""
+    """By kernel and the numbers that it multiplies."""
     file, gpu = place
     return json.loads(file.read_text()).get(gpu, {}) if file.exists() else {}
 

@@ -55,5 +55,5 @@ def decode_grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: t
     G, out = N // K, torch.empty_like(q)
     decode_grouped_kernel[(B, K)](
         q, k, v, out, lengths, LOG2_E * H ** -0.5, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2],
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_grouped", H * q.element_size()))
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_grouped", q.dtype, H))
     return out

@@ -13,6 +13,10 @@ which share one row of key scales, so that row goes into the queries and the key
                       and the queries and parts of decode_split, and an entry of the table, 4 bytes, for each g tokens and head
 
 Parts are those of `decode_split`. The newest tokens, which wait unrounded until they are a group, are one more part, by `decode_paged`.
+With `window`, a query sees the last `window` tokens only, those that wait among them; groups before them are not touched.
+
+A head whose halves are not whole groups (H = 80 in groups of 16) has its value scales loaded once for each number, g times as many bytes
+asked for, though of the same sectors.
 """
 
 from __future__ import annotations
@@ -34,21 +38,28 @@ def _number(codes, dtype):
 
 @triton.jit
 def _scaled(codes, scale, low, known, g: tl.constexpr, HALF: tl.constexpr):
-    """Values [g tokens, HALF] of codes, with a scale and a lowest value for each g of them: [g, HALF / g] pointers."""
-    scale = tl.load(scale, mask=known, other=0.0).to(tl.float32)
-    low = tl.load(low, mask=known, other=0.0).to(tl.float32)
-    grouped = tl.reshape(codes.to(tl.float32), (g, HALF // g, g))
-    return tl.reshape(grouped * scale[:, :, None] + low[:, :, None], (g, HALF))
+    """Values [tokens, HALF] of codes, with a scale and a lowest value for each g of them: [tokens, HALF / g] pointers."""
+    # Masked once more: what goes to a product and nowhere else is fetched in its layout, on AMD by 64 loads of 2 bytes instead of one.
+    scale = tl.where(known, tl.load(scale, mask=known, other=0.0), 0.0).to(tl.float32)
+    low = tl.where(known, tl.load(low, mask=known, other=0.0), 0.0).to(tl.float32)
+    grouped = tl.reshape(codes.to(tl.float32), (codes.shape[0], HALF // g, g))
+    return tl.reshape(grouped * scale[:, :, None] + low[:, :, None], (codes.shape[0], HALF))
 
 
 @triton.jit
-def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, table, acc_out, largest_out, total_out, lengths, scale, parts,
-                       q_b, q_n, k_p, k_k, ks_p, ks_k, vs_p, vs_k, table_b, C, N: tl.constexpr,
-                       G: tl.constexpr, G_BLOCK: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, S_BLOCK: tl.constexpr):
+def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, table, acc_out, largest_out, total_out, lengths, waiting,
+                       scale, parts, window, q_b, q_n, k_p, k_k, ks_p, ks_k, vs_p, vs_k, table_b, C,
+                       N: tl.constexpr, WINDOW: tl.constexpr, G: tl.constexpr, G_BLOCK: tl.constexpr, H: tl.constexpr,
+                       HALF: tl.constexpr, S_BLOCK: tl.constexpr):
     b, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + b)
-    share = tl.cdiv(tl.cdiv(length, S_BLOCK), parts) * S_BLOCK
-    begin, end = part * share, tl.minimum(part * share + share, length)
+    first = 0
+    if WINDOW:
+        first = tl.minimum(tl.maximum(length + tl.load(waiting + b) - window, 0), length)
+    whole = first // S_BLOCK * S_BLOCK                                      # S_BLOCK is the group of the keys
+    share = tl.cdiv(tl.cdiv(length - whole, S_BLOCK), parts) * S_BLOCK
+    begin = whole + part * share
+    end = tl.minimum(begin + share, length)
     dtype = q.dtype.element_ty                                              # the products are taken in, and summed in fp32
     g, i = tl.arange(0, G_BLOCK), tl.arange(0, HALF)                        # i: a byte of H/2, that is channels i and i + H/2
     real = i < H // 2
@@ -56,23 +67,22 @@ def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, table, acc_out, 
     at = q + b * q_b + (head * G + g)[:, None] * q_n + i[None, :]
     q_lo = tl.load(at, mask=mine, other=0.0).to(tl.float32)
     q_hi = tl.load(at + H // 2, mask=mine, other=0.0).to(tl.float32)
-    t = tl.arange(0, HALF // S_BLOCK)                                       # groups of values in half a token
 
     largest = tl.full([G_BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([G_BLOCK], tl.float32)
     acc_lo = tl.zeros([G_BLOCK, HALF], tl.float32)
     acc_hi = tl.zeros([G_BLOCK, HALF], tl.float32)
-    for start in range(begin, end, S_BLOCK):                                # S_BLOCK is the group of the keys
-        block, first = tl.load(table + b * table_b + start // C).to(tl.int64), start % C
+    for start in range(begin, end, S_BLOCK):
+        block, inner = tl.load(table + b * table_b + start // C).to(tl.int64), start % C
         s = tl.arange(0, S_BLOCK)
-        seen = start + s < end
+        seen = (start + s >= first) & (start + s < end)
         here = seen[:, None] & real[None, :]
-        row = block * ks_p + head * ks_k + first // S_BLOCK * H + i         # of the keys' scales: 4 * H bytes for S_BLOCK tokens
+        row = block * ks_p + head * ks_k + inner // S_BLOCK * H + i         # of the keys' scales: 4 * H bytes for S_BLOCK tokens
         scale_lo = tl.load(k_scale + row, mask=real, other=0.0).to(tl.float32)
         scale_hi = tl.load(k_scale + row + H // 2, mask=real, other=0.0).to(tl.float32)
         low_lo = tl.load(k_low + row, mask=real, other=0.0).to(tl.float32)
         low_hi = tl.load(k_low + row + H // 2, mask=real, other=0.0).to(tl.float32)
-        place = block * k_p + head * k_k + (first + s)[:, None] * (H // 2) + i[None, :]
+        place = block * k_p + head * k_k + (inner + s)[:, None] * (H // 2) + i[None, :]
         codes = tl.load(k + place, mask=here, other=0)                                                      # H / 2 bytes a key
         scores = tl.dot((q_lo * scale_lo[None, :]).to(dtype), tl.trans(_number(codes & 15, dtype)), input_precision="ieee")
         scores += tl.dot((q_hi * scale_hi[None, :]).to(dtype), tl.trans(_number(codes >> 4, dtype)), input_precision="ieee")
@@ -81,11 +91,17 @@ def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, table, acc_out, 
         weights, shrink, largest, total = rescale(scores, largest, total)
 
         codes = tl.load(v + place, mask=here, other=0)
-        row = block * vs_p + head * vs_k + (first + s)[:, None] * (H // S_BLOCK) + t[None, :]               # H / g scales a token
-        known = seen[:, None] & (t < H // 2 // S_BLOCK)[None, :]
-        lo = _scaled(codes & 15, v_scale + row, v_low + row, known, S_BLOCK, HALF).to(dtype)
-        row += H // 2 // S_BLOCK
-        hi = _scaled(codes >> 4, v_scale + row, v_low + row, known, S_BLOCK, HALF).to(dtype)
+        row = block * vs_p + head * vs_k + (inner + s)[:, None] * (H // S_BLOCK)                            # H / g scales a token
+        if H // 2 % S_BLOCK == 0:
+            t = tl.arange(0, HALF // S_BLOCK)                               # groups of values in half a token
+            known, row = seen[:, None] & (t < H // 2 // S_BLOCK)[None, :], row + t[None, :]
+            lo = _scaled(codes & 15, v_scale + row, v_low + row, known, S_BLOCK, HALF).to(dtype)
+            row += H // 2 // S_BLOCK
+            hi = _scaled(codes >> 4, v_scale + row, v_low + row, known, S_BLOCK, HALF).to(dtype)
+        else:                                                               # one group lies in both halves
+            lo_row, hi_row = row + (i // S_BLOCK)[None, :], row + ((i + H // 2) // S_BLOCK)[None, :]
+            lo = _scaled(codes & 15, v_scale + lo_row, v_low + lo_row, here, 1, HALF).to(dtype)
+            hi = _scaled(codes >> 4, v_scale + hi_row, v_low + hi_row, here, 1, HALF).to(dtype)
         acc_lo = acc_lo * shrink[:, None] + tl.dot(weights.to(dtype), lo, input_precision="ieee")
         acc_hi = acc_hi * shrink[:, None] + tl.dot(weights.to(dtype), hi, input_precision="ieee")
 
@@ -98,12 +114,12 @@ def decode_int4_kernel(q, k, k_scale, k_low, v, v_scale, v_low, table, acc_out, 
 
 def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: torch.Tensor,
                 v: torch.Tensor, v_scale: torch.Tensor, v_low: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
-                parts: int | None = None, tail: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+                parts: int | None = None, tail: tuple[torch.Tensor, ...] | None = None, window: int | None = None) -> torch.Tensor:
     """q [B, N, H]; k, v [blocks, K, C, H/2] of uint8; k_scale, k_low [blocks, K, C/g, H] and v_scale, v_low [blocks, K, C, H/g] of fp16;
     each head's part is in one piece; table [B, most], lengths [B] of int32 -> [B, N, H]. A `tail` is keys and values [tails, K, any, H]
     that come behind and are not rounded, which of them is a sequence's, and how many tokens count, both [B] of int32; `lengths` may then
-    be 0.
-    Raises ValueError for tensors that do not fit together, and for an H of which a half is not whole groups of g.
+    be 0. `window` as in `decode_paged`.
+    Raises ValueError for tensors that do not fit together, and for an H that is not whole groups of g.
     """
     check("q", q, (None, None, None), FLOATS)
     B, N, H = q.shape
@@ -111,9 +127,9 @@ def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: 
     K, C = k.shape[1:3]
     check("k_scale", k_scale, (len(k), K, None, H), (torch.float16,), like=q)
     g = C // k_scale.shape[2]
-    if g < 16 or g * k_scale.shape[2] != C or (H // 2) % g or g & (g - 1):
+    if g < 16 or g * k_scale.shape[2] != C or H % g or g & (g - 1):
         raise ValueError(f"k_scale is {list(k_scale.shape)} for blocks of {C} tokens of H={H}: groups of 16, 32, 64 ... that divide a "
-                         "block and H/2 are accepted")
+                         "block and H are accepted")
     check("v", v, tuple(k.shape), (torch.uint8,), like=q)
     check("k_low", k_low, tuple(k_scale.shape), (torch.float16,), like=q)
     for name, tensor in (("v_scale", v_scale), ("v_low", v_low)):
@@ -127,21 +143,22 @@ def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: 
     check("table", table, (B, None), (torch.int32,), like=q)
     check("lengths", lengths, (B,), (torch.int32,), like=q)
     check_heads(N, K)
-    at_least_1(parts=parts)
+    at_least_1(parts=parts, window=window)
+    waiting = torch.zeros_like(lengths) if tail is None and window else lengths                  # not looked at without a window
     if tail is not None:
         keys, values, which, waiting = tail
         check_attention(q, keys, values, waiting)
         check("which", which, (B,), (torch.int32,), like=q)
-    parts = parts or parts_for(B * K, table.shape[1] * C, 64, multiprocessors(q.device))
+    parts = parts or parts_for(B * K, min(table.shape[1] * C, window or 2**30), 64, multiprocessors(q.device))
     G, (acc, largest, total) = N // K, empty_parts(q, parts + (tail is not None))
     decode_int4_kernel[(B, K, parts)](
-        q, k, k_scale, k_low, v, v_scale, v_low, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, *q.stride()[:2],
-        *k.stride()[:2], *k_scale.stride()[:2], *v_scale.stride()[:2], table.stride(0), C, N=N,
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, HALF=power_of_2(H // 2, least=16), S_BLOCK=g, **blocks("decode_int4"))
+        q, k, k_scale, k_low, v, v_scale, v_low, table, acc, largest, total, lengths, waiting, LOG2_E * H ** -0.5, parts, window or 0,
+        *q.stride()[:2], *k.stride()[:2], *k_scale.stride()[:2], *v_scale.stride()[:2], table.stride(0), C, N=N, WINDOW=window is not None,
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, HALF=power_of_2(H // 2, least=16), S_BLOCK=g, **blocks("decode_int4", q.dtype))
     if tail is not None:
         most = power_of_2(keys.shape[2])                        # a sequence has one block of them, of which fewer tokens count
         decode_paged_kernel[(B, K, 1)](
-            q, keys, values, which, acc[-1], largest[-1], total[-1], waiting, LOG2_E * H ** -0.5, 1, 2**30,
+            q, keys, values, which, acc[-1], largest[-1], total[-1], waiting, LOG2_E * H ** -0.5, 1, window or 2**30,
             *q.stride()[:2], *keys.stride()[:3], *values.stride()[:3], 1, N=N, C=most, TILE=most,
             G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), S_BLOCK=32, num_warps=4)
     return join_parts(acc, largest, total, q.dtype)
@@ -149,9 +166,9 @@ def decode_int4(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: 
 
 def decode_int4_reference(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, k_low: torch.Tensor,
                           v: torch.Tensor, v_scale: torch.Tensor, v_low: torch.Tensor,
-                          table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+                          table: torch.Tensor, lengths: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """The same in plain PyTorch: make numbers of the codes first."""
     codes_k, codes_v = (torch.cat((codes & 15, codes >> 4), -1).to(q.dtype) for codes in (k, v))
     keys = codes_k.unflatten(2, (k_scale.shape[2], -1)) * k_scale.to(q.dtype)[..., None, :] + k_low.to(q.dtype)[..., None, :]
     values = codes_v.unflatten(3, (v_scale.shape[3], -1)) * v_scale.to(q.dtype)[..., None] + v_low.to(q.dtype)[..., None]
-    return decode_paged_reference(q, keys.flatten(2, 3), values.flatten(3, 4), table, lengths)
+    return decode_paged_reference(q, keys.flatten(2, 3), values.flatten(3, 4), table, lengths, window)

@@ -84,7 +84,7 @@ def decode_int8(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torc
         q, k, v, k_scale, v_scale, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, window or 2**30,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2], table.stride(0),
         N=N, C=C, TILE=TILE,
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_int8", H * q.element_size()))
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_int8", q.dtype, H))
     return join_parts(acc, largest, total, q.dtype)
 
 

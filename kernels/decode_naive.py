@@ -54,7 +54,7 @@ def decode_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tor
     out = torch.empty_like(q)
     decode_naive_kernel[(B, N)](
         q, k, v, out, lengths, LOG2_E * H ** -0.5, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2],
-        G=N // K, H=H, H_BLOCK=power_of_2(H), **blocks("decode_naive", H * q.element_size()))
+        G=N // K, H=H, H_BLOCK=power_of_2(H), **blocks("decode_naive", q.dtype, H))
     return out
 
 

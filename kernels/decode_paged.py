@@ -74,7 +74,7 @@ def decode_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch
     decode_paged_kernel[(B, K, parts)](
         q, k, v, table, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, window or 2**30,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0), N=N, C=C, TILE=TILE,
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_paged", H * q.element_size()))
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_paged", q.dtype, H))
     return join_parts(acc, largest, total, q.dtype)
 
 

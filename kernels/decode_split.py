@@ -104,7 +104,7 @@ def launch_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tor
     G = N // K
     decode_split_kernel[(B, K, parts)](
         q, k, v, acc, largest, total, lengths, LOG2_E * H ** -0.5, parts, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], N=N,
-        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_split", H * q.element_size()))
+        G=G, G_BLOCK=power_of_2(G, least=16), H=H, H_BLOCK=power_of_2(H, least=16), **blocks("decode_split", q.dtype, H))
 
 
 def empty_parts(q: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

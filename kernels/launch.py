@@ -106,6 +106,11 @@ def block_and_tile(tile: int, block_size: int | None, table: torch.Tensor) -> tu
     return block_size or tile, tile
 
 
+def warps(threads: int) -> int:
+    """How many warps so many threads are: one has 32 on NVIDIA and 64 on AMD. It matters where a block is just 16 bytes for each thread."""
+    return 1 if INTERPRETED else max(1, threads // triton.runtime.driver.active.get_current_target().warp_size)
+
+
 def power_of_2(size: int, least: int = 1) -> int:
     """The power of two that holds `size`: Triton's blocks have such sizes, and `tl.dot` wants 16 rows at least."""
     return max(least, triton.next_power_of_2(size))

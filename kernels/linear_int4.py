@@ -74,7 +74,7 @@ def linear_int4(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zer
     sums = x.new_empty((parts, M, N), dtype=torch.float32)
     linear_int4_kernel[(triton.cdiv(N, N_BLOCK), triton.cdiv(M, M_BLOCK), parts)](
         x, packed, scales, zeros, sums, x.stride(0), packed.stride(0), scales.stride(0), M, N, K=K, g=g,
-        M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, HALF=g // 2, **blocks("linear_int4"))
+        M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, HALF=g // 2, **blocks("linear_int4", x.dtype))
     return (sums[0] if parts == 1 else sums.sum(0)).to(x.dtype)
 
 

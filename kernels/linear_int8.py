@@ -40,7 +40,7 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> t
     out, M_BLOCK, N_BLOCK = x.new_empty(M, N), power_of_2(min(M, 64), least=16), 32
     linear_int8_kernel[(triton.cdiv(N, N_BLOCK), triton.cdiv(M, M_BLOCK))](
         x, codes, scales, out, x.stride(0), codes.stride(0), out.stride(0), M, N, K,
-        M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, **blocks("linear_int8"))
+        M_BLOCK=M_BLOCK, N_BLOCK=N_BLOCK, **blocks("linear_int8", x.dtype))
     return out
 
 

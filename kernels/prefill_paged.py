@@ -75,7 +75,7 @@ def prefill_paged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torc
         q, k, v, table, out, starts, past, LOG2_E * H ** -0.5, window or 2**30,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0), *out.stride()[:2], C=C, TILE=TILE,
         G=G, H=H, H_BLOCK=power_of_2(H, least=16), Q_BLOCK=q_block, R_BLOCK=power_of_2(q_block * G, least=16),
-        **blocks("prefill_paged", H * q.element_size()))
+        **blocks("prefill_paged", q.dtype, H))
     return out
 
 

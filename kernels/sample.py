@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from clawdemy_kernels.launch import LOG2_E, check, tl, triton
+from clawdemy_kernels.launch import LOG2_E, check, tl, triton, warps
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
         raise ValueError(f"temperature={temperature}: 0 (greedy) or above is accepted")
     out = logits.new_empty(len(logits), dtype=torch.int32)
     sample_kernel[(len(logits),)](logits, uniform, out, LOG2_E / (temperature or 1.0), logits.stride(0), logits.shape[1],
-                                  GREEDY=temperature == 0, BLOCK=1024, num_warps=4)
+                                  GREEDY=temperature == 0, BLOCK=1024, num_warps=warps(128))
     return out
 
 

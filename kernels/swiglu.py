@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from clawdemy_kernels.launch import check, tl, triton
+from clawdemy_kernels.launch import check, tl, triton, warps
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"x is {list(x.shape)}: an even number of columns is accepted, half of them the gate")
     M, F = x.shape[0], x.shape[1] // 2
     out, F_BLOCK = x.new_empty(M, F), 1024
-    swiglu_kernel[(M, triton.cdiv(F, F_BLOCK))](x, out, x.stride(0), out.stride(0), F, F_BLOCK=F_BLOCK, num_warps=4)
+    swiglu_kernel[(M, triton.cdiv(F, F_BLOCK))](x, out, x.stride(0), out.stride(0), F, F_BLOCK=F_BLOCK, num_warps=warps(128))
     return out
 
 

@@ -15,6 +15,7 @@ from clawdemy_infer.linear import PackedLinear, int4_codes, int8_codes
 from clawdemy_infer.linear.kernels import dequantized
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate, load_model, probabilities, sample, with_backend, with_weights
 from clawdemy_infer.speculative.verification import verify
+from clawdemy_infer.timing import count_ops
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
 
@@ -39,13 +40,14 @@ def small(**more) -> Decoder:
     return with_backend(Decoder(ModelConfig(shape)).eval().requires_grad_(False).to(DEVICE), "torch")
 
 
-@pytest.mark.parametrize("keeper, more", [*((name, {}) for name in KEEPERS), ("contiguous", {"window": 4, "qk_norm": True})],
-                         ids=[*KEEPERS, "window, norms on Q and K"])
+@pytest.mark.parametrize("keeper, more", [*((name, {}) for name in KEEPERS), ("contiguous", {"window": 4, "qk_norm": True}),
+                                          ("int4", {"window": 9}), ("paged int4", {"window": 9})],
+                         ids=[*KEEPERS, "window, norms on Q and K", "int4, window", "paged int4, window"])
 def test_a_model_gives_the_same_logits_on_the_kernels_whatever_keeps_its_keys_and_values(keeper, more):
     plain = small(**more)
     models = plain, with_backend(plain, "triton")
     caches = [KEEPERS[keeper](model) for model in models]
-    for new in STEPS if not more else STEPS[1:]:
+    for new in STEPS if "qk_norm" not in more else STEPS[1:]:
         wanted, got = (model.step(new, cache) for model, cache in zip(models, caches, strict=True))
         torch.testing.assert_close(got, wanted, **LOGITS[torch.float32])
 
@@ -57,7 +59,7 @@ def test_a_model_gives_the_same_logits_on_the_kernels_whatever_keeps_its_keys_an
 ])
 def test_the_kernels_are_what_ran(monkeypatch, keeper, between):
     """Each operator of a decode step is asked of `kernel`, in each of two layers."""
-    used, plain = [], backends.kernel
+    used, plain, model = [], backends.kernel, with_backend(small(), "triton")
 
     def counted(name, *rest):
         used.append(name)
@@ -65,9 +67,24 @@ def test_the_kernels_are_what_ran(monkeypatch, keeper, between):
     monkeypatch.setattr("clawdemy_infer.model.on_triton.kernel", counted)
     for keeps in ("paged_triton", "contiguous", "quantized", "kivi", "sliding"):
         monkeypatch.setattr(f"clawdemy_infer.kv_cache.{keeps}.kernel", counted)
-    model = with_backend(small(), "triton")
     model.step({0: [3], 1: [4]}, KEEPERS[keeper](model))
     assert used == 2 * ["rms_norm", *between, "rms_norm", "swiglu"] + ["rms_norm"]
+
+
+def test_a_launch_counts_as_one_operation_whatever_the_interpreter_does_for_it():
+    fused = with_backend(small(), "triton")
+    x, out = torch.randn(3, 32, device=DEVICE), torch.zeros(3, 16, device=DEVICE)
+    launch = backends.kernel("swiglu", "swiglu_kernel")[(3, 1)]
+    assert count_ops(lambda: launch(x, out, 32, 16, 16, F_BLOCK=16)) == 1
+    torch.testing.assert_close(out, backends.kernel("swiglu", "swiglu_reference")(x))
+    assert count_ops(lambda: x + x) == 1                                    # and nothing stays behind
+    ops = {}
+    for backend in ("torch", "triton"):
+        model = with_backend(fused, backend)
+        cache = PagedCache.for_model(model, 1, 30, block_size=5)
+        model.step({0: [3, 4]}, cache)
+        ops[backend] = count_ops(lambda model=model, cache=cache: model.step({0: [5]}, cache))
+    assert ops["triton"] < 0.7 * ops["torch"], ops
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -111,7 +128,7 @@ def test_verification_by_the_kernel_keeps_what_stands_of_each_sequence_s_own_dra
 def test_a_gpu_gets_the_kernels_and_a_cpu_pytorch_unless_one_is_named(monkeypatch):
     assert (backends.choose("cuda"), backends.choose("cpu")) == ("triton", "torch")
     assert (backends.choose("cuda", "torch"), backends.choose("cpu", "triton")) == ("torch", "triton")
-    with pytest.raises(ValueError, match="backend='cuda': torch, triton are accepted"):
+    with pytest.raises(ValueError, match="backend='cuda': torch, triton, cpp are accepted"):
         backends.choose("cpu", "cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert backends.choose("cuda") == "torch"

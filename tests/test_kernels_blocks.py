@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
 
-from clawdemy_kernels import blocks, checks
+from clawdemy_kernels import ahead, blocks, checks, launch
 from clawdemy_kernels.examples import SMALL, examples
 from clawdemy_kernels.launch import triton
 from clawdemy_kernels.tolerance import KERNEL
@@ -32,21 +33,28 @@ def asked_by(example):
 def test_every_candidate_gives_what_fp64_gives(name):
     torch.manual_seed(0)
     example = examples(SMALL, DEVICE, torch.float32)[name]
-    for kernel, row in asked_by(example):
-        for options in blocks.candidates(kernel, row):
+    for kernel, e, H in asked_by(example):
+        for options in blocks.candidates(kernel, e, H):
             with blocks.using(kernel, options):
                 assert checks.error(example, **KERNEL[torch.float32])[1] <= 1, options
 
 
-def test_a_block_of_keys_has_16_KiB_and_16_to_64_tokens():
-    sizes = {row: blocks.candidates("decode_paged", row)[0]["S_BLOCK"] for row in (64, 128, 160, 256, 512, 1024, 4096)}
-    assert sizes == {64: 64, 128: 64, 160: 64, 256: 64, 512: 32, 1024: 16, 4096: 16}
+def test_a_block_of_keys_has_16_KiB_and_16_to_64_tokens_and_in_fp32_32_at_most():
+    sizes = {e: [blocks.candidates("decode_paged", e, H)[0]["S_BLOCK"] for H in (32, 64, 80, 128, 256, 512, 2048)] for e in (2, 4)}
+    assert sizes == {2: [64, 64, 64, 64, 32, 16, 16], 4: [32, 32, 32, 32, 16, 16, 16]}
+
+
+def test_threads_are_warps_of_32_on_nvidia_and_of_64_on_amd(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for target, warps in (("sm_90", 4), ("gfx942", 2)):
+        monkeypatch.setattr(triton.runtime.driver, "_active", ahead.Elsewhere(ahead.TARGETS[target]))
+        assert blocks.blocks("decode_int4", torch.bfloat16) == {"num_warps": warps}
 
 
 def test_without_a_gpu_nothing_is_timed_and_nothing_that_was_chosen_counts(monkeypatch):
     monkeypatch.setattr(blocks, "chosen", lambda place: pytest.fail("it was looked at"))
     monkeypatch.setattr(blocks, "on_gpu", lambda: False)
-    assert blocks.blocks("decode_paged", 128) == blocks.candidates("decode_paged", 128)[0]
+    assert blocks.blocks("decode_paged", torch.half, 64) == blocks.candidates("decode_paged", 2, 64)[0]
     with pytest.raises(RuntimeError, match="by the clock of a GPU, and there is none here"):
         blocks.choose(lambda: None, lambda work: pytest.fail("it was timed"))
 
@@ -55,29 +63,30 @@ def test_on_a_gpu_the_fastest_is_chosen_and_kept_for_that_gpu_and_one_without_ro
     here = {"gpu": "one"}
     monkeypatch.setattr(blocks, "on_gpu", lambda: True)
     monkeypatch.setattr(blocks, "place", lambda: (tmp_path / "triton" / "blocks.json", here["gpu"]))
-    rule, smaller, larger, _ = blocks.candidates("decode_paged", 128)
+    rule, smaller, larger, _ = blocks.candidates("decode_paged", 2, 64)
+    chosen = partial(blocks.blocks, "decode_paged", torch.half, 64)
 
     def seconds(launch):
         options = launch()
         if options == larger:
             raise triton.runtime.errors.OutOfResources(300_000, 100_000, "shared memory")
         return 1.0 if options == smaller else 2.0
-    assert blocks.choose(lambda: blocks.blocks("decode_paged", 128), seconds) == {"decode_paged 128": smaller}
-    assert blocks.blocks("decode_paged", 128) == smaller and blocks.blocks("decode_paged", 64) == blocks.candidates("decode_paged", 64)[0]
-    blocks.choose(lambda: blocks.blocks("linear_int4"), lambda launch: 1.0)
-    assert blocks.blocks("decode_paged", 128) == smaller                    # another choice does not undo it
+    assert blocks.choose(chosen, seconds) == {"decode_paged 64 x 2 B": smaller}
+    assert chosen() == smaller and blocks.blocks("decode_paged", torch.half, 128) == blocks.candidates("decode_paged", 2, 128)[0]
+    blocks.choose(lambda: blocks.blocks("linear_int8", torch.half), lambda launch: 1.0)
+    assert chosen() == smaller                                              # another choice does not undo it
     with blocks.using("decode_paged", larger):
-        assert blocks.blocks("decode_paged", 128) == larger
+        assert chosen() == larger
     here["gpu"] = "another"
-    assert blocks.blocks("decode_paged", 128) == rule
+    assert chosen() == rule
 
 
 SCRIPT = """
 import json, sys, torch
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from clawdemy_kernels.ahead import compiled
 from clawdemy_kernels.blocks import ASKED, candidates, using
-from clawdemy_kernels.examples import examples
+from clawdemy_kernels.examples import LLAMA_3_8B, examples
 done = set()
 def show(launch, options):
     for code in compiled(launch, sys.argv[1]):
@@ -85,27 +94,27 @@ def show(launch, options):
 for name, example in examples().items():
     ASKED.clear()
     compiled(example.launch, sys.argv[1])
-    for kernel, row in set(ASKED) - done:
-        for options in candidates(kernel, row)[1:]:
-            with using(kernel, options):
+    for asked in set(ASKED) - done:
+        for options in candidates(*asked)[1:]:
+            with using(asked[0], options):
                 show(example.launch, options)
     done |= ASKED
-for name, example in examples(dtype=torch.float32).items() if sys.argv[1] == "sm_80" else ():
+for example in examples(replace(LLAMA_3_8B, H=int(sys.argv[2])), dtype=torch.float32).values():
     show(example.launch, "fp32")
 """
 
 
-@pytest.mark.parametrize("target", SHARED)
-def test_every_candidate_compiles_for_every_gpu_and_the_rule_in_fp32_too(target):
+@pytest.mark.parametrize("target, H", [("sm_80", 64), ("sm_90", 128), ("sm_100", 64), ("gfx942", 128)])
+def test_every_candidate_compiles_for_every_gpu_and_the_rule_in_fp32_too(target, H):
     """On NVIDIA without spills, and within the shared memory; on AMD one spills and one finds no room, which the clock passes by. In
-    fp32, whose products have no tensor cores and may spill, the rule stays within the shared memory of the smallest GPU."""
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, target], capture_output=True, text=True,
+    fp32, whose products have no tensor cores, the rule does not spill either, and stays within the shared memory of the smallest GPU."""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, target, str(H)], capture_output=True, text=True,
                          env=os.environ | {"TRITON_INTERPRET": "0"})
     assert ran.returncode == 0, ran.stderr
     codes = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len({code["kernel"] for code in codes if code["options"] != "fp32"} & {f"{name}_kernel" for name in TUNED}) == 7
     for code in codes:
         if code["options"] == "fp32":
-            assert code["shared"] <= SMALLEST, code
+            assert code["spilled"] == 0 and code["shared"] <= SMALLEST, code
         elif target != "gfx942":
             assert code["spilled"] == 0 and code["shared"] <= SHARED[target], code

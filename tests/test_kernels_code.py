@@ -45,14 +45,14 @@ def test_no_kernel_spills_or_takes_more_shared_memory_than_there_is(codes):
 
 
 def test_the_streams_are_loaded_16_bytes_at_a_time(codes):
-    """Keys, values and weights: at least four fifths of what a kernel's loads fetch; the rest are scales and tables. On AMD, where a warp
-    has 64 threads, a small block leaves 8 bytes for each."""
+    """Keys, values and weights: at least four fifths of what a kernel's loads fetch; the rest are scales and tables. On AMD scales and
+    tables are loaded anew by the threads that need them, in more and narrower loads; 8 bytes at a time only the scales of 4-bit codes."""
     for code in codes:
         if code["kernel"].removesuffix("_kernel") not in WIDE:
             continue
         loads = {int(width): int(width) * count for width, count in code["loads"].items()}
         if code["target"] == "gfx942":
-            assert max(loads) >= 8, code
+            assert loads[16] > loads.get(8, 0) and (8 not in loads or "int4" in code["kernel"]), code
         else:
             assert loads[16] >= 0.8 * sum(loads.values()), code
 

@@ -208,33 +208,37 @@ def nibbles(blocks, K, C, H, g):
     return made
 
 
-@pytest.mark.parametrize("C, H, g", [(32, 64, 32), (64, 128, 32), (96, 96, 16)])
+@pytest.mark.parametrize("C, H, g, window", [(32, 64, 32, None), (64, 128, 32, None), (96, 96, 16, None), (32, 80, 16, None),
+                                             (64, 64, 64, 41), (32, 64, 16, 33), (32, 64, 16, 1)])
 @pytest.mark.parametrize("dtype", FLOATS[:2])
-def test_decode_on_4_bit_keys_and_values_equals_fp64_on_what_the_codes_stand_for(guarded, C, H, g, dtype):
+def test_decode_on_4_bit_keys_and_values_equals_fp64_on_what_the_codes_stand_for(guarded, C, H, g, window, dtype):
+    """H = 80 in groups of 16 and H = 64 in groups of 64 have a group that lies in both halves of a head."""
     B, N, K, S = 2, 6, 2, 96
     most = -(-S // C)
     codes, table = nibbles(7, K, C, H, g), torch.randperm(7, device=DEVICE)[:B * most].view(B, most).int()
     q, lengths = normal(B, N, H, dtype=dtype), lengths_of(B, S - 1)
-    wanted = decode_int4.decode_int4_reference(q.double(), *codes, table, lengths)
-    agree(decode_int4.decode_int4(q, *codes, table, lengths, parts=2), wanted, dtype)
+    wanted = decode_int4.decode_int4_reference(q.double(), *codes, table, lengths, window)
+    agree(decode_int4.decode_int4(q, *codes, table, lengths, parts=2, window=window), wanted, dtype)
     assert guarded()
 
 
-def test_tokens_that_wait_unrounded_are_one_more_part_of_4_bit_attention():
+@pytest.mark.parametrize("window", [None, 8, 3])
+def test_tokens_that_wait_unrounded_are_one_more_part_of_4_bit_attention(window):
     """One sequence has codes and a tail, the other a tail alone; each has its own tail of three, in no order."""
     B, N, K, H, g, W = 2, 4, 2, 64, 16, 9
     q, tail_k, tail_v = normal(B, N, H, dtype=torch.float32), *torch.randn(2, 3, K, W, H, device=DEVICE)
     codes = nibbles(3, K, g, H, g)
     numbers = [[2, 1], [0, 0]], [2, 0], [19, 0], [4, 9]
     table, which, rounded, waiting = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in numbers)
-    got = decode_int4.decode_int4(q, *codes, table, rounded, tail=(tail_k, tail_v, which, waiting))
+    got = decode_int4.decode_int4(q, *codes, table, rounded, tail=(tail_k, tail_v, which, waiting), window=window)
     halves = [torch.cat((of & 15, of >> 4), -1).double() for of in (codes[0], codes[3])]
     keys = halves[0] * codes[1] + codes[2]                                  # [3, K, g, H], a scale for each channel of a block
     values = (halves[1].unflatten(-1, (-1, g)) * codes[4][..., None] + codes[5][..., None]).flatten(-2)
     for b in range(B):
         whole = [torch.cat((of[table[b].long()].transpose(0, 1).flatten(1, 2)[:, :rounded[b]], tail[which[b], :, :waiting[b]]), dim=1)
                  for of, tail in ((keys, tail_k), (values, tail_v))]
-        wanted = decode_naive.decode_reference(q[b:b + 1].double(), *(x[None].double() for x in whole), (rounded + waiting)[b:b + 1])
+        seen = [x[None, :, -(window or 99):].double() for x in whole]
+        wanted = decode_naive.decode_reference(q[b:b + 1].double(), *seen, (rounded + waiting)[b:b + 1].clamp(max=window or 99))
         agree(got[b:b + 1], wanted, torch.float32)
 
 
@@ -378,6 +382,35 @@ def test_verification_never_keeps_what_the_target_excludes_and_draws_where_round
 
 
 # ---- the interpreter's trap ----
+
+
+def far(x):
+    """The same numbers, but the third of the first dimension begins 2^31 numbers on. Only the pages that are touched take memory."""
+    x = x.contiguous()
+    made = torch.empty(2**31 + x[0].numel(), dtype=x.dtype, device=DEVICE).as_strided(x.shape, (2**30, *x[0].stride()))
+    made[:] = x
+    return made
+
+
+@pytest.mark.parametrize("name", ["swiglu", "rms_norm", "linear_int8", "linear_int4", "sample", "decode_grouped", "decode_paged",
+                                  "decode_int8"])
+def test_numbers_beyond_the_2_31st_are_found(name):
+    """Where an offset is a product of 32-bit numbers, it wraps round, and the kernel reads what lies elsewhere."""
+    x, q = normal(3, 64, dtype=torch.half), normal(3, 1, 16, dtype=torch.half)
+    codes, pool = torch.randint(-9, 9, (3, 64), device=DEVICE).to(torch.int8), normal(3, 1, 8, 16, dtype=torch.half)
+    whole, ones = (9 * pool).to(torch.int8), torch.ones(3, 1, 8, dtype=torch.half, device=DEVICE)
+    table, lengths = (torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in ([[2], [0], [1]], [7, 7, 1]))
+    run = {
+        "swiglu": lambda of: swiglu.swiglu(of(x)),
+        "rms_norm": lambda of: rms_norm.rms_norm(of(x), x[0], 1e-5),
+        "linear_int8": lambda of: linear_int8.linear_int8(x, of(codes), torch.ones(3, device=DEVICE)),
+        "linear_int4": lambda of: linear_int4.linear_int4(x[:, :64], of(codes[:, :32].to(torch.uint8)), *[x[:2, :3].contiguous()] * 2),
+        "sample": lambda of: sample.sample(of(x), torch.full((3,), 0.4, device=DEVICE)),
+        "decode_grouped": lambda of: decode_grouped.decode_grouped(q, of(pool), of(pool), lengths),
+        "decode_paged": lambda of: decode_paged.decode_paged(q, of(pool), of(pool), table, lengths),
+        "decode_int8": lambda of: decode_int8.decode_int8(q, of(whole), ones, of(whole), ones, table, lengths),
+    }[name]
+    torch.testing.assert_close(run(far), run(lambda near: near))
 
 
 def test_a_product_of_bf16_multiplies_numbers_and_not_their_bits(monkeypatch):

@@ -79,9 +79,8 @@ class GroupedCodes:
 
     @property
     def decodes(self) -> bool:
-        """Is there a kernel for these codes? It wants 4 bits, groups of 16, 32, 64 ... tokens, and halves of heads in groups."""
-        S, H = self.codes.shape[-2], self.scale.shape[-1] if self.along == -2 else self.scale.shape[-2] * self.group
-        return self.bits == 4 and S > 0 and self.group >= 16 and self.group & (self.group - 1) == 0 and H // 2 % self.group == 0
+        """Is there a kernel for these codes? It wants 4 bits, and groups of 16, 32, 64 ... tokens."""
+        return self.bits == 4 and self.codes.shape[-2] > 0 and self.group >= 16 and self.group & (self.group - 1) == 0
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes, scales and lowest values as the kernel takes them: without the dimension of 1."""
@@ -152,13 +151,13 @@ class CodesAndTails:
     `places` for a kernel, which takes runs of one token."""
 
     def __init__(self, cache, run: Run, window: int | None) -> None:
-        self.cache, self.run = cache, run
+        self.cache, self.run, self.window = cache, run, window
         self.alike = len(set(run.past)) == 1
         codes = [cache.rounded(past) for past in run.past]
         tails = [past - rounded for past, rounded in zip(run.past, codes, strict=True)]
         self.codes, self.tail = max(codes), max(tails)
         self.fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.by_kernel = run.new == 1 and not window and cache.backend == "triton" and cache.keys.decodes
+        self.by_kernel = run.new == 1 and cache.backend == "triton" and cache.keys.decodes
         if self.by_kernel:
             self.numbers = [torch.tensor(x, dtype=torch.int32, device=cache.device) for x in (*self.places(), codes, tails)]
             return
@@ -188,7 +187,7 @@ class CodesAndTails:
         for tail, new in zip(tails, (k, v), strict=True):
             tail[which, :, waiting] = new[:, :, 0]
         codes = *cache.keys.of_layer(layer), *cache.values.of_layer(layer)
-        return kernel("decode_int4")(q, *codes, blocks, rounded, tail=(*tails, which, waiting + 1)).flatten(1)
+        return kernel("decode_int4")(q, *codes, blocks, rounded, tail=(*tails, which, waiting + 1), window=self.window).flatten(1)
 
     def all(self, layer: int, codes: GroupedCodes, tail: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """[B, K, S, H] of all that is kept, and the new."""

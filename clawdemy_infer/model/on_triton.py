@@ -61,6 +61,8 @@ def with_backend(model: Decoder, backend: str | None = None) -> Decoder:
     backend = choose(model.device, backend)
     if model.packed:
         raise ValueError(f"model: its weights are packed in {model.packed}; a model with float weights is accepted")
+    if backend == "triton":
+        kernel("rms_norm")                                      # imports Triton, so that `count_ops` finds it before the first launch
     twins = TWINS if backend == "triton" else {other: part for part, other in TWINS.items()}
 
     def rebuilt(module: nn.Module) -> nn.Module:
