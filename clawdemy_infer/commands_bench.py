@@ -32,7 +32,7 @@ def bench(args: argparse.Namespace) -> int:
         if weights not in machine.peak_flops:
             raise ValueError(f"weights={weights!r}: {machine.name} is calibrated for {', '.join(machine.peak_flops)}")
     if args.compile and args.breakdown and "decode" in args.phase and 1 in args.batch:
-        raise ValueError("batch=1: compiled, the parts of such a step are one; other batches, or --breakdown without --compile, are accepted")
+        raise ValueError("batch=1: compiled, the parts of such a step are one; other batches are accepted, or no --compile")
     model = load_model(args.model, device=device, weights=args.weights[0], compile=args.compile)
     compile_s = {args.weights[0]: model.compile_s}
     shape = model.config.shape
