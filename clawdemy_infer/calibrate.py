@@ -35,7 +35,7 @@ from clawdemy_infer.timing import Timing, rates, stopwatch
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
-PROBES = "2026-11i"
+PROBES = "2026-11j"
 """Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
 
 PASSES = 3
@@ -94,6 +94,7 @@ def calibrate(device: str | None = None) -> Machine:
         "elementwise": [{"dtype": dtype, "m": m, "bytes_per_s": rate} for (dtype, m), rate in found["elementwise"].items()],
         "fixed_s_per_op": fixed["fp32"],
         "fixed": fixed,
+        "threads": torch.get_num_threads() if device == "cpu" else 1,
         "memory": memory,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -150,6 +151,7 @@ def from_record(record: dict) -> Machine:
         elementwise=elementwise,
         fixed_s_per_op=record["fixed_s_per_op"],
         fixed=record.get("fixed", {}),
+        threads=record.get("threads", 1),
         source=f"measured {record['date']}",
     )
 

@@ -23,6 +23,8 @@ MANY = 32
 """… of few KV heads and of many: from so many on, of all sequences together, decode in products gains (`attention`)."""
 
 
+PROBED = {"few": 4, "many": 64}
+"""So many are the few, and the many."""
 PAGED_ATTENTION = "paged attention"
 """Decode steps over a block table, beyond what starting their operations costs."""
 SMALL_GEMM = "gemm of small matrices"
@@ -90,6 +92,7 @@ class Machine:
     elementwise     bytes/s at which element-wise operations go through arrays, by dtype, as (rows M, bytes/s); empty for a data sheet
     fixed_s_per_op  seconds that an operation costs whatever its size
     fixed           the same by format of the weights between which it runs, where that was measured
+    threads         that share the heads of an attention, as those of a CPU do
 
     What only some data sheets tell, for one device:
 
@@ -108,6 +111,7 @@ class Machine:
     elementwise: dict[str, Curve] = field(default_factory=dict)
     fixed_s_per_op: float = 0.0
     fixed: dict[str, float] = field(default_factory=dict)
+    threads: int = 1
     source: str = ""
     peak_flops_fp16_accumulation: dict[str, float] = field(default_factory=dict)
     cache_bytes: float | None = None
@@ -148,7 +152,13 @@ class Machine:
         """FLOP/s of attention in a decode step, between the numbers of keys over which it was measured."""
         measured = {keys: self.rates.get(attention_of(op.heads, keys), {}).get(op.dtype) for keys in ATTENTION_KEYS}
         points = tuple((keys, interpolate(curve, op.rows)) for keys, curve in measured.items() if curve)
-        return interpolate(points, op.keys) if points else None
+        evenly = self._evenly(op.heads) / self._evenly(PROBED["many" if op.heads >= MANY else "few"])
+        return interpolate(points, op.keys) * evenly if points else None
+
+    def _evenly(self, heads: float) -> float:
+        """Which part of the time the threads are at work that share so many KV heads, each of them one thread's: of two, three heads
+        keep one waiting for a fourth of it."""
+        return heads / self.threads / math.ceil(heads / self.threads)
 
     def with_products_at(self, format: str, flops_per_s: float) -> Machine:
         """The same machine, on which all products with weights in `format`, the head among them, run at so many FLOP/s."""

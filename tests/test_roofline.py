@@ -7,7 +7,7 @@ import pytest
 from clawdemy_infer.arithmetic import ModelShape, MoE, Work, total
 from clawdemy_infer.napkin import card, sweep
 from clawdemy_infer.parallel import Layout
-from clawdemy_infer.roofline import Link, Machine, interpolate
+from clawdemy_infer.roofline import ATTENTION_KEYS, Link, Machine, attention_of, interpolate
 
 SHEET = Machine("sheet", ((1.0, 100.0),), {"fp32": 1000.0, "bf16": 4000.0}, memory=1e6)
 CALIBRATED = Machine(
@@ -262,3 +262,13 @@ def test_a_sweep_of_a_model_that_does_not_fit_is_one_line_that_says_so():
     assert [(row["batch"], row["fits"]) for row in sweep(SHAPE, tiny, "batch")] == [(1, False)]
     with pytest.raises(ValueError, match="sweep='depth': accepted are batch, context"):
         sweep(SHAPE, BIG, "depth")
+
+
+def test_a_head_is_one_threads_so_three_take_two_threads_as_long_as_four():
+    curves = {attention_of(heads, keys): {"fp32": ((1, 1e9),)} for heads in (4, 64) for keys in ATTENTION_KEYS}
+    for threads, alike, twice in ((2, (3, 4), (2, 4)), (4, (5, 8), (4, 8))):
+        machine = Machine("", ((1, 1e15),), {"fp32": 1e9}, 1e9, rates=curves, threads=threads)
+        seconds = {K: machine.time(ModelShape("", L=1, D=8, N=K, K=K, H=8, F=8, V=8).attention(1, 1, 100, kv="fp32", activations="fp32")).seconds
+                   for K in (*alike, *twice)}
+        assert seconds[alike[0]] == pytest.approx(seconds[alike[1]])
+        assert 2 * seconds[twice[0]] == pytest.approx(seconds[twice[1]])
