@@ -30,6 +30,8 @@ GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
 SMALL_ROWS = [1, 4, 16, 64, 256, 1024]
 HEAD_ROWS = [1, 4, 16, 64]
 ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024, 4096]
+RING = 2**27
+"""Numbers in all the matrices that a GEMM probe goes through."""
 GLUE_LAYERS = 32
 """Each with four matrices of a million numbers: in int4 too more than caches hold."""
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
@@ -57,7 +59,7 @@ def formats(device: str) -> list[str]:
     return list(FORMATS if device == "cpu" or choose(device) == "triton" else FLOATS)
 
 
-def gemm_weights(format: str, device: str, numbers: int = 2**27, shapes: Sequence[tuple[int, int]] = SHAPES) -> list[PackedLinear]:
+def gemm_weights(format: str, device: str, numbers: int = RING, shapes: Sequence[tuple[int, int]] = SHAPES) -> list[PackedLinear]:
     """Linear layers of all `shapes`, one behind the other, of so many `numbers` in all: more than any cache keeps of fp32, and
     of fewer bits as much as a model of that size would have. So each comes from memory when its turn comes."""
     copies = max(2, numbers // sum(k * n for k, n in shapes))
@@ -86,7 +88,7 @@ def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype, each: int
 def gemm_rates(format: str, device: str) -> dict[str, list[tuple[float, float]]]:
     """(M, FLOP/s) of X[M, k] @ W[k, n]: "gemm" for the matrices of layers, `SMALL_GEMM` for smaller ones, "head" for very wide ones."""
     dtype, curves = DTYPES[computes_in(format, device)], {}
-    probes = ("gemm", GEMM_ROWS, SHAPES, 2**27), (SMALL_GEMM, SMALL_ROWS, SMALL_SHAPES, 2**26), ("head", HEAD_ROWS, HEAD_SHAPES, 2**27)
+    probes = ("gemm", GEMM_ROWS, SHAPES, RING), (SMALL_GEMM, SMALL_ROWS, SMALL_SHAPES, RING // 2), ("head", HEAD_ROWS, HEAD_SHAPES, RING)
     for kernel, rows, shapes, numbers in probes:
         weights = gemm_weights(format, device, numbers, shapes)
         measured = rates({str(m): gemm_step(weights, m, dtype, len(shapes)) for m in rows}, sample_s=0.02, rounds=3)

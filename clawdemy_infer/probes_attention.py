@@ -19,7 +19,8 @@ from clawdemy_infer.roofline import ATTENTION_KEYS, PAGED_ATTENTION, attention_o
 from clawdemy_infer.timing import alternate, rates
 
 ATTENTION_ROWS = [1, 2, 4, 8, 16, 48, 192, 432, 768, 1536, 2112, 3072]
-"""Many rows are three for each position of a prompt: PyTorch's kernel for CPUs takes larger blocks from 192 positions on, and from 768 on."""
+"""Many rows are three for each position of a prompt. PyTorch's kernel for CPUs takes larger blocks from 192 positions on, and again from
+768 on."""
 PAGED_ROWS = [1, 4, 16]
 
 

@@ -126,11 +126,12 @@ def small(cache, monkeypatch):
     whole = probes.gemm_weights
 
     def few(format, device, numbers=2**14, shapes=((64, 64), (64, 96), (96, 64))):
-        return whole(format, device, min(numbers, 2**14), shapes)
+        return whole(format, device, numbers, shapes)
     monkeypatch.setattr(probes, "gemm_weights", few)
     monkeypatch.setattr(calibrate, "gemm_weights", few)
     monkeypatch.setattr(choice, "rates", quick)
     monkeypatch.setattr(choice, "SHAPES", [(64, 64)])
+    monkeypatch.setattr(probes, "RING", 2**14)
     monkeypatch.setattr(probes, "GEMM_ROWS", [1, 3])
     monkeypatch.setattr(probes, "SMALL_ROWS", [1, 2])
     monkeypatch.setattr(probes, "HEAD_ROWS", [1, 2])
