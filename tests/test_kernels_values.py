@@ -87,10 +87,11 @@ def lengths_of(B, S):
 
 
 def pages(B, K, S, C, H, dtype):
-    """A pool of blocks and a table that names them in no order; entries behind the last block would be found out."""
+    """A pool of blocks and a table that names them in no order; entries behind the last block would be found out. Values lie with the heads
+    of a token together, as keys do not: their strides are their own."""
     most, blocks = -(-S // C), B * -(-S // C) + 2
     table = torch.randperm(blocks, device=DEVICE)[: B * most].view(B, most).int()
-    return normal(blocks, K, C, H, dtype=dtype), normal(blocks, K, C, H, dtype=dtype), table
+    return normal(blocks, K, C, H, dtype=dtype), normal(blocks, C, K, H, dtype=dtype).transpose(1, 2), table
 
 
 def agree(got, wanted, dtype):
@@ -285,7 +286,7 @@ def test_groups_of_1_to_8_heads_of_any_width_and_blocks_of_any_size_on_every_ker
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rms_norm_with_and_without_a_residual_equals_fp64(guarded, dtype):
     x, weight = normal(3, 70, dtype=dtype), normal(1, 70, dtype=dtype)[0]
-    agree(rms_norm.rms_norm(x, weight, 1e-5), rms_norm.rms_norm_reference(x.double(), weight.double(), 1e-5), dtype)
+    agree(rms_norm.rms_norm(x, weight, 0.5), rms_norm.rms_norm_reference(x.double(), weight.double(), 0.5), dtype)
     residual, whole = inside((3, 70), dtype, torch.randn(3, 70, device=DEVICE))
     wanted_residual = residual.double()
     wanted = rms_norm.rms_norm_reference(x.double(), weight.double(), 1e-5, wanted_residual)
@@ -345,14 +346,21 @@ def test_a_linear_layer_of_4_bits_equals_fp64_on_what_the_codes_stand_for(guarde
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_sampling_draws_the_token_that_inversion_in_fp64_draws(guarded, temperature):
     logits, uniform = 3 * torch.randn(12, 2500, device=DEVICE), torch.rand(12, device=DEVICE)
-    logits[:, 5:1500], logits[0, 1:] = -torch.inf, -torch.inf               # filtered; and a row with one token left
+    logits[:6, 5:1500], logits[0, 1:] = -torch.inf, -torch.inf              # half of them filtered; and a row with one token left
     uniform[1:3] = torch.tensor([0, 1 - 2**-24])
     assert torch.equal(sample.sample(logits, uniform, temperature), sample.sample_reference(logits, uniform, temperature))
     assert guarded()
 
 
+def test_of_equals_greedy_takes_the_first_and_a_point_on_the_border_of_two_pieces_belongs_to_the_second():
+    """A half of four equal weights: the first two make just that half, and what is drawn must be equally likely for all."""
+    assert sample.sample(torch.zeros(1, 2500, device=DEVICE), torch.zeros(1, device=DEVICE), 0.0).tolist() == [0]
+    equal = torch.zeros(4, 4, device=DEVICE)
+    assert sample.sample(equal, torch.tensor([0, 0.25, 0.5, 0.75], device=DEVICE)).tolist() == [0, 1, 2, 3]
+
+
 def test_verification_keeps_and_draws_what_the_algorithm_in_fp64_does():
-    B, T, V = 30, 3, 1300
+    B, T, V = 30, 3, 2500
     p = torch.softmax(2 * torch.randn(B, T + 1, V, device=DEVICE), -1)
     q = torch.softmax(p[:, :T].log() + torch.randn(B, T, V, device=DEVICE) / 2, -1)
     drafted, uniform = torch.multinomial(q.view(-1, V), 1).view(B, T), torch.rand(B, T + 1, device=DEVICE)
