@@ -200,5 +200,5 @@ def test_paged_decode_in_bf16_is_as_near_to_fp32_as_contiguous_is(both):
 
 
 def test_an_unknown_way_to_read_the_pages_is_refused(both):
-    with pytest.raises(ValueError, match="attention='magic': tiles, triton, gather are accepted"):
+    with pytest.raises(ValueError, match="attention='magic': tiles, triton, cpp, gather are accepted"):
         PagedCache.for_model(both[0], 1, 8, attention="magic")
