@@ -718,17 +718,19 @@ def widths(code):
 
 
 def resident(code):
-    """Programs that an H100's SM can hold: 65,536 registers and 227 KiB of shared memory (CUDA C programming guide), 128 threads a program."""
-    return min(65_536 // (code["registers"] * 128), 227 * 1024 // max(1, code["shared"] + 1024))
+    """Programs that an H100's SM can hold: it has 65,536 registers, 227 KiB of shared memory and room for 2,048 threads (CUDA C programming guide)."""
+    return min(65_536 // (code["registers"] * code["threads"]), 227 * 1024 // (code["shared"] + 1024), 2048 // code["threads"])
 
 
-Table(["kernel", "rows apart", "loads", "tensor-core instructions", "registers a thread", "shared memory", "programs an SM holds"],
-      [[code["kernel"].removesuffix("_kernel"), str(code["apart"]), widths(code), str(code["products"]), str(code["registers"]), si(code["shared"], "B"),
-        str(resident(code))] for code in codes], ["tensor-core instructions", "registers a thread", "shared memory", "programs an SM holds"])
+Table(["kernel", "rows apart", "loads", "tensor-core instructions", "threads", "registers a thread", "shared memory", "programs an SM holds"],
+      [[code["kernel"].removesuffix("_kernel"), str(code["apart"]), widths(code), str(code["products"]), str(code["threads"]), str(code["registers"]),
+        si(code["shared"], "B"), str(resident(code))] for code in codes],
+      ["tensor-core instructions", "threads", "registers a thread", "shared memory", "programs an SM holds"])
 
 # %% [markdown]
 # The numbers wait in registers until they are used, and so narrow loads also eat registers, and then fewer programs fit on an SM. A test of this repository compiles every kernel for four GPUs and
-# fails if a load gets narrower.
+# fails if a load gets narrower. One thing it has taught: an AMD GPU makes a warp of 64 threads where NVIDIA makes it of 32. A block of 4-bit codes that is just 16 bytes for each of 128 threads is two warps there, and four
+# here; with four on both, AMD's loads are 8 bytes wide.
 #
 # ### On a GPU, if there is one
 
