@@ -347,7 +347,7 @@ def test_a_linear_layer_of_4_bits_equals_fp64_on_what_the_codes_stand_for(guarde
 def test_sampling_draws_the_token_that_inversion_in_fp64_draws(guarded, temperature):
     logits, uniform = 3 * torch.randn(12, 2500, device=DEVICE), torch.rand(12, device=DEVICE)
     logits[:6, 5:1500], logits[0, 1:] = -torch.inf, -torch.inf              # half of them filtered; and a row with one token left
-    uniform[1:3] = torch.tensor([0, 1 - 2**-24])
+    uniform[1:3], uniform[6:] = torch.tensor([0, 1 - 2**-24]), torch.linspace(0.05, 0.99, 6)
     assert torch.equal(sample.sample(logits, uniform, temperature), sample.sample_reference(logits, uniform, temperature))
     assert guarded()
 
