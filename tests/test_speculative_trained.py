@@ -8,6 +8,7 @@ import pytest
 import torch
 from chi_square import FALSE_ALARM, p_value, triple_chances, triples
 from safetensors import safe_open
+from torch.nn import functional as F
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
@@ -30,7 +31,10 @@ def tiny(**changes):
 
 def random_draft(model, vocabulary=(0, 1, 3, 4)):
     torch.manual_seed(1)
-    return TrainedDraft(model, FeatureLayer(model).to(model.dtype).eval(), torch.tensor(vocabulary))
+    draft = TrainedDraft(model, FeatureLayer(model).to(model.dtype).eval(), torch.tensor(vocabulary))
+    weight = (model.embed if model.config.shape.tied else model.head).weight[draft.vocabulary].detach()
+    draft.head = lambda x: F.linear(x, weight)      # PyTorch's int8 kernel, which may be the fastest, crashes on 8 inputs
+    return draft
 
 
 @pytest.mark.parametrize("keeper", ["contiguous", "paged"])
@@ -62,7 +66,7 @@ def test_q_is_what_was_drawn_from_and_zero_outside_the_vocabulary():
 def test_guesses_do_not_depend_on_what_was_rejected_nor_on_the_neighbours():
     """A draft that was partly rejected, in a batch, has the q of one that begins there, alone."""
     model = tiny(V=50, max_context=200)
-    sampling, prompts = Sampling(temperature=1.0, seed=3), [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
+    sampling, prompts = Sampling(temperature=3.0, seed=3), [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
     seen = []
 
     class Watched(TrainedDraft):

@@ -10,15 +10,15 @@ Rows that only fill a compiled step up cost what the others do. To choose a toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape, Work
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, draw, probabilities
-from clawdemy_infer.model.compiled import CompiledStep, translated
-from clawdemy_infer.model.loops import product, stored
+from clawdemy_infer.model.compiled import CompiledStep
+from clawdemy_infer.model.loops import Parts, product, stored, translated
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.compare import Costs, parts
@@ -29,8 +29,9 @@ from clawdemy_infer.timing import alternate, count_ops, rates
 
 Kind = tuple[str, int]
 """A format of weights, and a number of rows that there is code for."""
-NUMBERS = 2**22
-"""Numbers in a matrix of the probe, about."""
+NUMBERS, COPIES = 2**22, 32
+"""Numbers in a matrix of the probe, about, and such matrices: together as many as a small model has, of which a cache holds next to
+nothing."""
 PASSES = {True: 4, False: 40}
 """Bytes for each number of the logits, greedily and else: a search for the largest reads them. A distribution takes four passes, of
 which three write too (largest; difference; division; softmax); its running sum writes 8 bytes for 4."""
@@ -46,6 +47,7 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
     code = {name: code_of(drafts[name].model if isinstance(name, str) else model, batch * (1 if isinstance(name, str) else name))
             for name in made}
     kinds = tuple(sorted({kind for kind in code.values() if kind}))
+    known = compiled_rates(kinds, shape.D, shape.F) if kinds else {}
     for name, run in made.items():
         if isinstance(name, int):
             work = theory.verification_work(shape, batch, name, context + name, model.weights, kept, kept)
@@ -55,7 +57,7 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
             calls = 4 * shape.L + 1 if isinstance(name, int) and model.between else 0            # of code between the products
             found[name] = machine.time(work, count_ops(run) + calls).seconds
             continue
-        seconds = compiled_s(machine, work, code[name], compiled_rates(kinds, shape.D, shape.F))
+        seconds = compiled_s(machine, work, code[name], known)
         besides = besides_products(shape.L, tuple(sorted({M for _, M in kinds} | {1})))
         if isinstance(name, str) and isinstance(drafts[name].model, FeatureLayer):
             seconds += besides[1] / (shape.L + 1) + machine.fixed_s_per_op * count_ops(run)             # one call, and what is around it
@@ -104,33 +106,36 @@ def choosing_s(machine: Machine, shape: ModelShape, rows: int, drafts: bool, sam
     return machine.operation_s(passes, passes.bytes) + machine.fixed_s_per_op * count_ops(choose)
 
 
-@functools.cache
 @torch.inference_mode()
 def compiled_rates(kinds: tuple[Kind, ...], D: int, F: int) -> dict[tuple[str, int, bool], float]:
     """FLOP/s of compiled products by format, number of rows, and whether the matrix has F inputs or D: weights from memory, without
-    what a call costs. All are timed in turn, so that they are of the same machine. Compiled and measured once a process.
+    what a call costs. All are timed in turn, and anew each time: memory may be twice as fast a minute later.
     """
-    generator, made = torch.Generator().manual_seed(0), {}
-    tiny = stored("fp32", torch.ones(16, 16))
-    made["call"] = translated(product, tiny, torch.ones(1, 16)), [tiny], torch.ones(1, 16)
+    made = {"call": repeated(code_for("fp32", 1, 16, 16), [stored("fp32", torch.ones(16, 16))], torch.ones(1, 16))}
     for format in {format for format, _ in kinds}:
         for tall, K in ((False, D), (True, F)):
-            first = stored(format, torch.randn(NUMBERS // K, K, generator=generator))
-            copies = [tuple(part.clone() for part in first) for _ in range(2**27 // sum(part.nbytes for part in first))]
+            first = stored(format, torch.randn(NUMBERS // K, K))
+            copies = [tuple(part.clone() for part in first) for _ in range(COPIES)]
             for M in [M for each, M in kinds if each == format]:
-                x = torch.ones(M, K)
-                made[format, M, tall] = translated(product, first, x), copies, x
-
-    def step(name):
-        code, copies, x = made[name]
-
-        def run(i: int) -> int:
-            code(copies[i % len(copies)], x)
-            return 1
-        return run
-    seconds = {name: 1 / rate for name, rate in rates({name: step(name) for name in made}, sample_s=0.05).items()}
+                made[format, M, tall] = repeated(code_for(format, M, NUMBERS // K, K), copies, torch.ones(M, K))
+    seconds = {name: 1 / rate for name, rate in rates(made, sample_s=0.05).items()}
     return {(format, M, tall): 2 * M * (NUMBERS // K) * K / (seconds[format, M, tall] - seconds["call"])
             for format, M in kinds for tall, K in ((False, D), (True, F))}
+
+
+def repeated(code: Callable, copies: Sequence[Parts], x: torch.Tensor) -> Callable[[int], int]:
+    """The i-th time the product with the i-th of `copies`, in a circle; 1, for one product."""
+    def step(i: int) -> int:
+        code(copies[i % len(copies)], x)
+        return 1
+    return step
+
+
+@functools.cache
+@torch.inference_mode()
+def code_for(format: str, M: int, N: int, K: int) -> Callable:
+    """The compiled product of M rows by a matrix [N, K]."""
+    return translated(product, stored(format, torch.ones(N, K)), torch.ones(M, K))
 
 
 @functools.cache
