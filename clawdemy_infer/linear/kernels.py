@@ -74,7 +74,9 @@ def in_bf16(run: Kernel) -> Kernel:
 
 
 def weight_only_int8(codes: Codes) -> Kernel:
-    """8-bit weights, bf16 activations."""
+    """8-bit weights, bf16 activations. Raises NotImplementedError for rows of weights that PyTorch's kernel would read beyond their end."""
+    if codes.codes.shape[1] < 16:
+        raise NotImplementedError(f"codes {list(codes.codes.shape)}: 16 inputs or more are accepted")
     weight, scales = codes.codes, codes.scales.bfloat16()
     return in_bf16(lambda x: torch._weight_int8pack_mm(x, weight, scales))
 
