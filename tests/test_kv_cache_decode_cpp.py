@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -91,3 +93,14 @@ def test_a_gpu_is_told_that_it_is_for_a_cpu():
 
     with pytest.raises(ValueError, match="backend='cpp': it is for a CPU, and this is cuda"):
         choose("cuda", "cpp")
+
+
+def test_the_smallest_numbers_of_the_process_stay_what_they_are():
+    """In a process of its own: what a library changes when it is loaded stays changed."""
+    code = """if True:
+        import torch
+        from clawdemy_infer.kv_cache.decode_cpp import built
+        built(torch.float32, 1, 16)
+        print(float("3e-308") / 4 > 0)
+    """
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
