@@ -117,8 +117,7 @@ def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
         return count_ops(lambda: model(tokens, cache, last_only=True)) + model.config.shape.L + 1
     cache.truncate(0)
     whole = count_ops(lambda: model(tokens, cache, last_only=True))
-    calls = 4 * model.config.shape.L + 1 if model.between else 0
-    return whole + calls - product_ops(model, batch * new)
+    return whole + (model.between.calls if model.between else 0) - product_ops(model, batch * new)
 
 
 # ---- the bench command: what the roofline allows, then what the clock says ----

@@ -1,4 +1,4 @@
-"""Measure this machine once, in some seconds: the figures from which every calibrated prediction is made.
+"""Measure this machine once, in a minute or two: the figures from which every calibrated prediction is made.
 
 The probes do the measuring. The result is a `Machine`, kept in the user's cache with the fingerprint of the hardware and the date.
 """

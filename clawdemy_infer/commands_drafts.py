@@ -128,14 +128,9 @@ def _yes(same: bool | None) -> str:
 
 def weights_directory(model: str):
     """Where `transformers` finds these weights; None if nowhere."""
-    from pathlib import Path
+    from clawdemy_infer.peers.contestants import weights_of
 
-    from clawdemy_infer.model.load import PACKAGED, converted, packaged_file
-
-    path = Path(model).expanduser()
-    if model in PACKAGED:
-        package, file, digest = PACKAGED[model]
-        return converted(packaged_file(package, file), digest)
-    if path.suffix == ".gguf":
-        return converted(path)
-    return path if path.is_dir() else None
+    try:
+        return weights_of(model)[0]
+    except ValueError:
+        return None

@@ -56,6 +56,7 @@ class BetweenProducts:
         self.normed = translated(normed, x, torch.zeros(8, D, dtype=dtype), self.gammas[0], rows=True)
         self.turned = translated(turned, torch.zeros(8, (N + 2 * K) * H, dtype=dtype), rope, self.head_gammas[0], rows=True)
         self.gated = translated(gated, torch.zeros(8, 2 * shape.F, dtype=dtype), rows=True)
+        self.calls = 1 + 4 * shape.L                                    # of this code in a step: no operations, but each must be started
         self.compile_s = now() - start
 
     def __call__(self, tokens: torch.Tensor, step: Step, last_only: bool | Sequence[int] = True) -> tuple[torch.Tensor, torch.Tensor]:

@@ -155,20 +155,20 @@ def compiled(model: Decoder, weights: str | None = None, rows: Sequence[int] = (
 
 @functools.cache
 @torch.inference_mode()
-def product_rate(format: str, rows: int = 1) -> float:
-    """FLOP/s of compiled products of a few rows, with weights from memory: a wide and a tall matrix of no model's shape in turn, each in
+def product_rate(format: str) -> float:
+    """FLOP/s of compiled products of one row, with weights from memory: a wide and a tall matrix of no model's shape in turn, each in
     copies that no cache holds.
 
     Compiled and measured once a process.
     """
     kinds = []
     for N, K in ((2560, 640), (640, 2560)):
-        first, x = stored(format, torch.randn(N, K, generator=torch.Generator().manual_seed(0))), torch.ones(rows, K)
+        first, x = stored(format, torch.randn(N, K, generator=torch.Generator().manual_seed(0))), torch.ones(1, K)
         copies = [tuple(part.clone() for part in first) for _ in range(2**26 // sum(part.nbytes for part in first))]
         kinds.append((translated(product, first, x), copies, x))
 
     def step(i: int) -> int:
         code, copies, x = kinds[i % 2]
         code(copies[i // 2 % len(copies)], x)
-        return 2 * rows * 2560 * 640
+        return 2 * 2560 * 640
     return rates({"product": step}, sample_s=0.1)["product"]

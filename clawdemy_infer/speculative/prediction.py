@@ -54,7 +54,7 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
         else:
             work = drafts[name].step_work(batch, context + 1)
         if not code[name]:
-            calls = 4 * shape.L + 1 if isinstance(name, int) and model.between else 0            # of code between the products
+            calls = model.between.calls if isinstance(name, int) and model.between else 0
             found[name] = machine.time(work, count_ops(run) + calls).seconds
             continue
         seconds = compiled_s(machine, work, code[name], known)
