@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from clawdemy_infer.cpp import cpu_name
 from clawdemy_infer.linear import FLOATS, computes_in
-from clawdemy_infer.linear.choice import cpu_name, remeasure
+from clawdemy_infer.linear.choice import remeasure
 from clawdemy_infer.paths import cache_dir
 from clawdemy_infer.probes import (
     elementwise_rates,

@@ -181,7 +181,7 @@ def evaluate_table(args: argparse.Namespace) -> int:
 
 def _source(name: str, tokens) -> dict:
     """Where a table comes from: what must be the same for two rows to be compared, and what is good to know."""
-    from clawdemy_infer.linear.choice import cpu_name
+    from clawdemy_infer.cpp import cpu_name
 
     digest = f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens, crc32 {zlib.crc32(tokens.numpy().tobytes()):08x}"
     return {"command": "clawdemy-infer evaluate --table", "model": name, "text": digest, "machine": cpu_name(), "date": today(),

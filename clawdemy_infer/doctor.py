@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from clawdemy_infer import calibrate, ledger
+from clawdemy_infer.cpp import cpu_name
 from clawdemy_infer.linear import choice
 from clawdemy_infer.model.converted import sha256
 from clawdemy_infer.model.load import DEFAULT_MODEL, PACKAGED, packaged_file
@@ -39,7 +40,7 @@ def checks() -> list[Check]:
 
 def processor() -> Check:
     cores = psutil.cpu_count(logical=False)
-    found = f"{calibrate.cpu_name()}: {cores or 'unknown'} cores, {os.cpu_count()} threads, of which PyTorch uses {torch.get_num_threads()}"
+    found = f"{cpu_name()}: {cores or 'unknown'} cores, {os.cpu_count()} threads, of which PyTorch uses {torch.get_num_threads()}"
     return Check("CPU", found, "every lesson runs on it")
 
 

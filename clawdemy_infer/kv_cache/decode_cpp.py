@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+
+from clawdemy_infer import cpp
 
 SOURCE = r"""
 #include <algorithm>
@@ -36,83 +33,78 @@ static inline void store(float x, float* to) { *to = x; }
 static inline void store(float x, uint16_t* to) { uint32_t bits; memcpy(&bits, &x, 4); *to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; }
 static inline void fetch(const T* row) { for (int h = 0; h < H; h += 64 / sizeof(T)) __builtin_prefetch(row + h); }
 
-extern "C" void decode(const T* q, const T* keys, const T* values, const int32_t* table, const int32_t* lengths, T* out,
+// Where the key and the value of a token lie: slot s is in tile s / C at s % C.
+struct Pages {
+    T *keys, *values; const int32_t *table, *lengths;
+    int64_t K, blocks, C, size, window;                             // of a row of the table; of a tile and of a block, in tokens
+    int64_t place(int64_t b, int64_t k, int64_t token) const {
+        const int64_t slot = table[b * blocks + token / size] * size + token % size;
+        return ((slot / C * K + k) * C + slot % C) * H;
+    }
+};
+
+// The G queries of KV head k of sequence b, scaled -> out [G, H].
+static void attend(const float (&query)[G][H], const Pages& in, int64_t b, int64_t k, T* out) {
+    const int64_t length = in.lengths[b];
+    float sum[G][H] = {}, total[G] = {}, largest[G];
+    for (int g = 0; g < G; g++) largest[g] = NEVER;
+    auto end_of = [&](int64_t token) { return std::min({token + STEP, (token / in.size + 1) * in.size, length}); };
+    int64_t first = std::max(int64_t(0), length - in.window), here = in.place(b, k, first);
+    while (first < length) {
+        const int64_t end = end_of(first), next = in.place(b, k, std::min(end, length - 1));
+        const int n = end - first;
+        float score[G][STEP];
+        for (int g = 0; g < G; g++) for (int t = n; t < STEP; t++) score[g][t] = NEVER;
+        for (int t = 0; t < n; t++) {
+            fetch(in.keys + next + t * H);
+            for (int g = 0; g < G; g++) {
+                float dot = 0;
+                #pragma omp simd reduction(+:dot)
+                for (int h = 0; h < H; h++) dot += query[g][h] * number(in.keys[here + t * H + h]);
+                score[g][t] = dot;
+            }
+        }
+        for (int g = 0; g < G; g++) {
+            float most = largest[g], added = 0;
+            #pragma omp simd reduction(max:most)
+            for (int t = 0; t < STEP; t++) most = std::max(most, score[g][t]);
+            #pragma omp simd reduction(+:added)
+            for (int t = 0; t < STEP; t++) added += score[g][t] = expf(score[g][t] - most);
+            const float less = expf(largest[g] - most);
+            for (int h = 0; h < H; h++) sum[g][h] *= less;
+            total[g] = total[g] * less + added;
+            largest[g] = most;
+        }
+        for (int t = 0; t < n; t++) {
+            fetch(in.values + next + t * H);
+            for (int g = 0; g < G; g++)
+                #pragma omp simd
+                for (int h = 0; h < H; h++) sum[g][h] += score[g][t] * number(in.values[here + t * H + h]);
+        }
+        first = end, here = next;
+    }
+    for (int g = 0; g < G; g++) for (int h = 0; h < H; h++) store(sum[g][h] / total[g], out + g * H + h);
+}
+
+extern "C" void decode(const T* q, T* keys, T* values, const int32_t* table, const int32_t* lengths, T* out,
                        int64_t B, int64_t K, int64_t blocks, int64_t C, int64_t size, int64_t window) {
+    const Pages in = {keys, values, table, lengths, K, blocks, C, size, window};
     #pragma omp parallel for schedule(dynamic)
     for (int64_t task = 0; task < B * K; task++) {
-        const int64_t b = task / K, k = task % K, length = lengths[b];
-        float query[G][H], sum[G][H] = {}, total[G] = {}, largest[G];
-        for (int g = 0; g < G; g++) {
-            largest[g] = NEVER;
-            for (int h = 0; h < H; h++) query[g][h] = number(q[(task * G + g) * H + h]) / std::sqrt(float(H));
-        }
-        auto place = [&](int64_t token) {                           // of its key and its value: slot s lies in tile s / C at s % C
-            const int64_t slot = table[b * blocks + token / size] * size + token % size;
-            return ((slot / C * K + k) * C + slot % C) * H;
-        };
-        auto end_of = [&](int64_t token) { return std::min({token + STEP, (token / size + 1) * size, length}); };
-        int64_t first = std::max(int64_t(0), length - window), here = place(first);
-        while (first < length) {
-            const int64_t end = end_of(first), next = place(std::min(end, length - 1));
-            const int n = end - first;
-            float score[G][STEP];
-            for (int g = 0; g < G; g++) for (int t = n; t < STEP; t++) score[g][t] = NEVER;
-            for (int t = 0; t < n; t++) {
-                fetch(keys + next + t * H);
-                for (int g = 0; g < G; g++) {
-                    float dot = 0;
-                    #pragma omp simd reduction(+:dot)
-                    for (int h = 0; h < H; h++) dot += query[g][h] * number(keys[here + t * H + h]);
-                    score[g][t] = dot;
-                }
-            }
-            for (int g = 0; g < G; g++) {
-                float most = largest[g], added = 0;
-                #pragma omp simd reduction(max:most)
-                for (int t = 0; t < STEP; t++) most = std::max(most, score[g][t]);
-                #pragma omp simd reduction(+:added)
-                for (int t = 0; t < STEP; t++) added += score[g][t] = expf(score[g][t] - most);
-                const float less = expf(largest[g] - most);
-                for (int h = 0; h < H; h++) sum[g][h] *= less;
-                total[g] = total[g] * less + added;
-                largest[g] = most;
-            }
-            for (int t = 0; t < n; t++) {
-                fetch(values + next + t * H);
-                for (int g = 0; g < G; g++)
-                    #pragma omp simd
-                    for (int h = 0; h < H; h++) sum[g][h] += score[g][t] * number(values[here + t * H + h]);
-            }
-            first = end, here = next;
-        }
+        float query[G][H];
         for (int g = 0; g < G; g++)
-            for (int h = 0; h < H; h++) store(sum[g][h] / total[g], out + (task * G + g) * H + h);
+            for (int h = 0; h < H; h++) query[g][h] = number(q[(task * G + g) * H + h]) / std::sqrt(float(H));
+        attend(query, in, task / K, task % K, out + task * G * H);
     }
 }
 """
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC", "-c", "-x", "c++"]
-LINK = ["-fopenmp", "-shared"]
-"""Without -ffast-math: linked with it, a library makes zeros of the smallest numbers of the whole process."""
-
-
-def compiler() -> str:
-    """The C++ compiler that PyTorch would call. Raises ValueError where there is none."""
-    name = os.environ.get("CXX", "g++")
-    if not shutil.which(name):
-        raise ValueError(f"compile: there is no C++ compiler here ({name}); install one, or do without `compile`")
-    return name
 
 
 @functools.cache
 def built(dtype: torch.dtype, G: int, H: int) -> Callable:
-    """The machine code for these sizes, which a compiler unrolls; a fifth of a second, once a process."""
-    with tempfile.TemporaryDirectory() as directory:
-        part, file = Path(directory) / "decode.o", Path(directory) / "decode.so"
-        sizes = [f"-DT={TYPES[dtype]}", f"-DG={G}", f"-DH={H}"]
-        subprocess.run([compiler(), *FLAGS, *sizes, "-", "-o", part], input=SOURCE, text=True, check=True)
-        subprocess.run([compiler(), *LINK, part, "-o", file], check=True)
-        decode = ctypes.CDLL(str(file)).decode
+    """The machine code for these sizes, which a compiler unrolls."""
+    decode = cpp.library(SOURCE, f"T={TYPES[dtype]}", f"G={G}", f"H={H}").decode
     decode.argtypes, decode.restype = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 6, None
     return decode
 

@@ -19,7 +19,7 @@ from clawdemy_infer.kv_cache.decode_cpp import TYPES, decode_paged
 from clawdemy_infer.kv_cache.paged_attention import Plan, attend_tiles, plan
 from clawdemy_infer.kv_cache.paged_store import PagedStore
 from clawdemy_infer.kv_cache.paged_triton import STORES, TableStep
-from clawdemy_infer.kv_cache.step import Step
+from clawdemy_infer.kv_cache.step import Pages, Step
 
 FEW = 16
 """Tokens: a sequence that brings more is gathered. As many as this may bring the drafted tokens of a round."""
@@ -198,9 +198,19 @@ class PagedStep(Step):
             out[mine] = attend(q[mine], keys[None], values[None], mask)
         return out
 
+    def decode_pages(self) -> Pages | None:
+        store = self.cache.store
+        if self.chunks or len(self.few) > 1 or self.few[0].T > 1 or self.cache.attention != "cpp" or type(store) is not PagedStore:
+            return None
+        self.plans = self.plans or [self._table(self.few[0])]
+        return Pages(store.keys, store.values, self.plans[0].blocks, self.plans[0].lengths, store.pool.block_size, self.window)
+
     def _plan(self, few: Few, G: int) -> Plan | Table:
         if few.T > 1 or self.cache.attention != "cpp":
             return plan(few.tables, few.past, few.T, G, self.window, self.cache.store)
+        return self._table(few)
+
+    def _table(self, few: Few) -> Table:
         most = max(map(len, few.tables))
         blocks = torch.tensor([table + [0] * (most - len(table)) for table in few.tables], dtype=torch.int32)
         return Table(blocks, torch.tensor(few.past, dtype=torch.int32) + 1, self.window)

@@ -6,6 +6,7 @@ It is the default on a GPU (`backends`); on a CPU the kernels run in Triton's in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -71,6 +72,18 @@ class TableStep(Step):
         for rows, part in self.parts:
             out[rows] = part(layer, q[rows])
         return out
+
+    def inputs(self) -> tuple[torch.Tensor, ...] | None:
+        (_, first), *more = self.parts
+        if more or not isinstance(first, Decode) or not isinstance(self.store, PagedStore):
+            return None
+        return self.positions, self.slots, first.table, first.lengths
+
+    def at(self, positions: torch.Tensor, slots: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> TableStep:
+        step, [(rows, part)] = copy.copy(self), self.parts
+        step.positions, step.slots, step.parts = positions, slots, [(rows, copy.copy(part))]
+        step.parts[0][1].table, step.parts[0][1].lengths = table, lengths
+        return step
 
     def commit(self) -> None:
         self.cache.tables.commit(self.ids)

@@ -6,6 +6,7 @@ what is not theirs: it reads as far as the longest, which is the price of a rect
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 
 from clawdemy_infer.attention import attend, causal_mask, ragged_mask, visible_keys
 from clawdemy_infer.kv_cache.runs import runs
-from clawdemy_infer.kv_cache.step import Step
+from clawdemy_infer.kv_cache.step import Pages, Step
 
 
 class Stretch:
@@ -122,3 +123,18 @@ class RectangularStep(Step):
             else:
                 out.append(attend(q[rows], *(stretch.read(layer) for stretch in stretches), mask))
         return torch.cat(out) if len(out) > 1 else out[0]
+
+    def decode_pages(self) -> Pages | None:
+        if self.inputs() is None or self.cache.backend != "cpp":
+            return None
+        [one], _ = self._laid_out
+        return Pages(*self.cache.tensors, one.table, one.lengths, self.cache.capacity, self.window)
+
+    def inputs(self) -> tuple[torch.Tensor, ...] | None:
+        (first, *more), slots = self._laid_out
+        return None if more or slots is None or first.table is None else (self.positions, slots, first.table, first.lengths)
+
+    def at(self, positions: torch.Tensor, slots: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> RectangularStep:
+        step = copy.copy(self)
+        step.positions, step._laid_out = positions, ([self.rectangles[0]._replace(table=table, lengths=lengths)], slots)
+        return step

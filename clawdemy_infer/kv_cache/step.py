@@ -16,7 +16,7 @@ it again, and it writes over what it had written.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -99,10 +99,38 @@ class Step:
         """`attend`, for new keys and values that lie in `pages` already."""
         raise NotImplementedError
 
+    def decode_pages(self) -> Pages | None:
+        """Of a step on a CPU in which every sequence brings one token: where a kernel may itself put the new keys and values of all
+        layers, and look. None for any other step.
+        """
+        return None
+
+    def inputs(self) -> tuple[torch.Tensor, ...] | None:
+        """Of a step by kernels in which every sequence brings one token: all that another such step has differently, on the device. None
+        for any other step.
+        """
+        return None
+
+    def at(self, *places: torch.Tensor) -> Step:
+        """The same step, which finds its `inputs` in these places."""
+        raise NotImplementedError
+
     def commit(self) -> None:
         """Count the new tokens. Once a step, after its last layer."""
         for sequence, count in zip(self.sequences, self.new, strict=True):
             self.cache.lengths[sequence] += count
+
+
+class Pages(NamedTuple):
+    """Keys and values [L, tiles, K, C, H] of B sequences, whose blocks of `block_size` tokens `table` [B, most] names, several of them a
+    tile; `lengths` [B], with the new token, of int32 as the table; and the model's own window, if it has one."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor
+    lengths: torch.Tensor
+    block_size: int
+    window: int | None
 
 
 def positions(past: Sequence[int], new: Sequence[int], device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,13 +11,13 @@ import functools
 import json
 import math
 import os
-import platform
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
+from clawdemy_infer.cpp import cpu_name
 from clawdemy_infer.linear.codes import Codes, int4_codes, int8_codes
 from clawdemy_infer.linear.kernels import CANDIDATES, FALLBACK
 from clawdemy_infer.paths import cache_dir
@@ -41,18 +41,8 @@ UNTIL_THEN = {
     "int8": [(math.inf, "fbgemm_int8")], "int4": [(8, "weight_only_int4"), (math.inf, "bf16_copy")],
 }
 """(up to so many rows, kernel) where nothing was measured: what would be chosen on most."""
-KERNELS = 2
+KERNELS = 3
 """Raise it when the candidates change: older choices are then measured anew."""
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
 
 
 def computes_in(format: str, device: str) -> str:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from clawdemy_infer.backends import kernel
 from clawdemy_infer.linear.codes import Codes
+from clawdemy_infer.linear.cpp_bf16 import cpp_bf16
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 
@@ -97,6 +98,11 @@ def bf16_copy(codes: Codes) -> Kernel:
     return in_bf16(onednn(codes.dequantized().bfloat16()))
 
 
+def cpp_bf16_copy(codes: Codes) -> Kernel:
+    """The same for our own product in C++."""
+    return in_bf16(cpp_bf16(codes.dequantized().bfloat16()))
+
+
 def triton_int8(codes: Codes) -> Kernel:
     """Our own, for a GPU: codes become numbers on their way from memory."""
     scales, run = codes.scales.float(), kernel("linear_int8")
@@ -117,7 +123,7 @@ FALLBACK: dict[str, Callable[..., Kernel]] = {
     "fp32": plain, "fp16": half_to_float, "bf16": plain, "int8": dequantized, "int4": dequantized,
 }
 CANDIDATES: dict[str, list[Callable[..., Kernel]]] = {
-    "fp32": [plain, onednn], "fp16": [fbgemm_half], "bf16": [plain, onednn], "int8": [fbgemm_int8, weight_only_int8],
-    "int4": [weight_only_int4, bf16_copy],
+    "fp32": [plain, onednn], "fp16": [fbgemm_half], "bf16": [plain, onednn, cpp_bf16], "int8": [fbgemm_int8, weight_only_int8],
+    "int4": [weight_only_int4, bf16_copy, cpp_bf16_copy],
 }
 """By format."""

@@ -22,13 +22,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.cpp import compiler
 from clawdemy_infer.kv_cache import ContiguousCache, Step
-from clawdemy_infer.kv_cache.decode_cpp import compiler
 from clawdemy_infer.model.between import BetweenProducts
 from clawdemy_infer.model.decoder import Decoder, Layer
 from clawdemy_infer.model.formats import twin, with_weights
 from clawdemy_infer.model.loops import Parts, after_attention, before_attention, norm, parts_of, product, stored, translated
 from clawdemy_infer.model.rope import rope_tables
+from clawdemy_infer.model.step_cpp import StepInCpp
 from clawdemy_infer.timing import now, rates
 
 
@@ -150,6 +151,11 @@ def compiled(model: Decoder, weights: str | None = None, rows: Sequence[int] = (
     made.backend = "cpp"
     made.compiled_step = CompiledStep(model, weights or model.weights, made.dtype, rows)
     made.between = BetweenProducts(made)
+    if made.weights == "bf16":
+        try:
+            made.decode_step = StepInCpp(made, model)
+        except NotImplementedError:                         # not for these layers or sizes, or not on this CPU
+            pass
     return made
 
 

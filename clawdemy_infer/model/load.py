@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from clawdemy_infer.backends import choose
+from clawdemy_infer.cpp import compiler
 from clawdemy_infer.linear import computes_in
-from clawdemy_infer.model.compiled import compiled, compiler
+from clawdemy_infer.model.compiled import compiled
 from clawdemy_infer.model.converted import converted
 from clawdemy_infer.model.decoder import Decoder
 from clawdemy_infer.model.formats import with_weights
 from clawdemy_infer.model.on_triton import with_backend
+from clawdemy_infer.model.recorded import recorded
 from clawdemy_infer.model.weights import read_directory
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -34,7 +36,8 @@ def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.flo
     """A `Decoder` with its weights in `dtype` on `device`, and its `tokenizer`.
 
     With `weights`, a format of `with_weights`, only the packed weights are kept, whatever the `dtype` says. `backend` says who
-    computes, "torch" or "triton"; by default `backends.choose` does. With `compile`, it runs on compiled code: see `compiled`.
+    computes, "torch" or "triton"; by default `backends.choose` does. With `compile`, it runs on compiled code on a CPU (`compiled`), and on a
+    GPU its decode steps are recorded (`recorded`).
 
     `model` is "smollm2-135m", the path of a .gguf file or of a Hugging Face directory, or a name "org/model" on the Hugging
     Face hub. A GGUF is converted once and kept in the user's cache; whatever is kept is checked before it is used.
@@ -43,6 +46,8 @@ def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.flo
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: accepted are {', '.join(str(dtype) for dtype in DTYPES)}")
+    if compile and torch.device(device).type == "cuda":
+        return recorded(load_model(model, dtype, device, weights, backend))
     if compile:
         compiler()                                                          # there is one, or it says so before it reads
         return compiled(load_model(model, dtype, device, backend="torch"), weights)
