@@ -48,7 +48,7 @@ def library(source: str, *defines: str) -> ctypes.CDLL:
 
     Raises ValueError where there is no compiler, and RuntimeError with its words where it refuses.
     """
-    made_of = "\n".join([source, *defines, *FLAGS, compiler(), cpu_name(), _cpuinfo("flags")])       # one name may have several sets of them
+    made_of = "\n".join([source, *defines, *FLAGS, compiler(), cpu_name(), _cpuinfo("flags")])       # CPUs of one name may differ
     kept = cache_dir() / "cpp" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,8 @@ def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.flo
     """A `Decoder` with its weights in `dtype` on `device`, and its `tokenizer`.
 
     With `weights`, a format of `with_weights`, only the packed weights are kept, whatever the `dtype` says. `backend` says who
-    computes, "torch" or "triton"; by default `backends.choose` does. With `compile`, it runs on compiled code on a CPU (`compiled`), and on a
-    GPU its decode steps are recorded (`recorded`).
+    computes, "torch" or "triton"; by default `backends.choose` does. With `compile`, it runs on compiled code on a CPU (`compiled`), and on
+    a GPU its decode steps are recorded (`recorded`).
 
     `model` is "smollm2-135m", the path of a .gguf file or of a Hugging Face directory, or a name "org/model" on the Hugging
     Face hub. A GGUF is converted once and kept in the user's cache; whatever is kept is checked before it is used.

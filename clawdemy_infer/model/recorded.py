@@ -71,7 +71,7 @@ def put(fresh: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> None:
 
 
 def recorded(model: Decoder) -> Decoder:
-    """A copy of `model`, of any weights, that replays its decode steps. ValueError for a model that is not on a GPU, or not on the kernels."""
+    """A copy of `model`, of any weights, that replays its decode steps. ValueError unless it is on a GPU and computes by the kernels."""
     if model.device.type != "cuda" or model.backend != "triton":
         raise ValueError(f"model: it is on {model.device} and computes by {model.backend}; cuda and triton are accepted")
     made = twin(model)

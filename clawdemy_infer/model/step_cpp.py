@@ -82,7 +82,8 @@ extern "C" void step(float* x, const Layer* layers, const float* gamma, T* y, co
         const Layer& layer = layers[i];
         norm(x, i ? more.data() : nullptr, layer.gamma, normed.data(), B);
         multiplied(normed, layer.qkv, heads);
-        look(heads.data(), cos, sin, {keys + i * of_layer, values + i * of_layer, table, lengths, HEADS, blocks, C, size, window}, seen.data(), B);
+        const Pages in = {keys + i * of_layer, values + i * of_layer, table, lengths, HEADS, blocks, C, size, window};
+        look(heads.data(), cos, sin, in, seen.data(), B);
         multiplied(seen, layer.out, more);
         norm(x, more.data(), layer.mlp_gamma, normed.data(), B);
         multiplied(normed, layer.gate_up, both);
