@@ -44,7 +44,8 @@ struct Pages {
 };
 
 // The G queries of KV head k of sequence b, scaled -> out [G, H].
-static void attend(const float (&query)[G][H], const Pages& in, int64_t b, int64_t k, T* out) {
+template <class O>
+static void attend(const float (&query)[G][H], const Pages& in, int64_t b, int64_t k, O* out) {
     const int64_t length = in.lengths[b];
     float sum[G][H] = {}, total[G] = {}, largest[G];
     for (int g = 0; g < G; g++) largest[g] = NEVER;

@@ -198,22 +198,17 @@ class PagedStep(Step):
             out[mine] = attend(q[mine], keys[None], values[None], mask)
         return out
 
-    def decode_pages(self) -> Pages | None:
-        store = self.cache.store
-        if self.chunks or len(self.few) > 1 or self.few[0].T > 1 or self.cache.attention != "cpp" or type(store) is not PagedStore:
+    def pages_of_rows(self) -> Pages | None:
+        store, blocks = self.cache.store, self.cache.tables.blocks
+        if self.cache.attention != "cpp" or type(store) is not PagedStore:
             return None
-        self.plans = self.plans or [self._table(self.few[0])]
-        return Pages(store.keys, store.values, self.plans[0].blocks, self.plans[0].lengths, store.pool.block_size, self.window)
+        rows = [blocks[sequence] for sequence, new in zip(self.sequences, self.new, strict=True) for _ in range(new)]
+        return Pages(store.keys, store.values, as_table(rows), self.positions.int() + 1, store.pool.block_size, self.window)
 
     def _plan(self, few: Few, G: int) -> Plan | Table:
         if few.T > 1 or self.cache.attention != "cpp":
             return plan(few.tables, few.past, few.T, G, self.window, self.cache.store)
-        return self._table(few)
-
-    def _table(self, few: Few) -> Table:
-        most = max(map(len, few.tables))
-        blocks = torch.tensor([table + [0] * (most - len(table)) for table in few.tables], dtype=torch.int32)
-        return Table(blocks, torch.tensor(few.past, dtype=torch.int32) + 1, self.window)
+        return Table(as_table(few.tables), torch.tensor(few.past, dtype=torch.int32) + 1, self.window)
 
     def _few(self, q: torch.Tensor, layer: int, its: Plan | Table) -> torch.Tensor:
         store = self.cache.store
@@ -227,3 +222,9 @@ def _rows(rows: list[int], device: torch.device) -> slice | torch.Tensor:
     """Rows of a step: a slice, which costs nothing to take, where they are neighbours."""
     neighbours = rows[-1] - rows[0] == len(rows) - 1
     return slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows, device=device)
+
+
+def as_table(blocks: list[list[int]]) -> torch.Tensor:
+    """Lists of blocks as one tensor [B, most] of int32, filled up with zeros."""
+    most = max(map(len, blocks))
+    return torch.tensor([mine + [0] * (most - len(mine)) for mine in blocks], dtype=torch.int32)

@@ -124,11 +124,13 @@ class RectangularStep(Step):
                 out.append(attend(q[rows], *(stretch.read(layer) for stretch in stretches), mask))
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def decode_pages(self) -> Pages | None:
-        if self.inputs() is None or self.cache.backend != "cpp":
+    def pages_of_rows(self) -> Pages | None:
+        cache = self.cache
+        if cache.backend != "cpp" or not cache.by_kernel or len(cache.tensors) != 2:
             return None
-        [one], _ = self._laid_out
-        return Pages(*self.cache.tensors, one.table, one.lengths, self.cache.capacity, self.window)
+        places = [place for place, new in zip(self.sequences, self.new, strict=True) for _ in range(new)]
+        table, lengths = torch.tensor(places, dtype=torch.int32)[:, None], self.positions.int() + 1
+        return Pages(*cache.tensors, table, lengths, cache.capacity, self.window)
 
     def inputs(self) -> tuple[torch.Tensor, ...] | None:
         (first, *more), slots = self._laid_out

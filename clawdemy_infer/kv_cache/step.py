@@ -99,10 +99,8 @@ class Step:
         """`attend`, for new keys and values that lie in `pages` already."""
         raise NotImplementedError
 
-    def decode_pages(self) -> Pages | None:
-        """Of a step on a CPU in which every sequence brings one token: where a kernel may itself put the new keys and values of all
-        layers, and look. None for any other step.
-        """
+    def pages_of_rows(self) -> Pages | None:
+        """Where C++ may itself put the new keys and values of all layers, and look; None where it may not."""
         return None
 
     def inputs(self) -> tuple[torch.Tensor, ...] | None:
@@ -122,8 +120,10 @@ class Step:
 
 
 class Pages(NamedTuple):
-    """Keys and values [L, tiles, K, C, H] of B sequences, whose blocks of `block_size` tokens `table` [B, most] names, several of them a
-    tile; `lengths` [B], with the new token, of int32 as the table; and the model's own window, if it has one."""
+    """Keys and values [L, tiles, K, C, H], and for each of M new tokens the blocks of its sequence, a row of `table` [M, most], and
+    which token of it this is, counted from 1, `lengths` [M]; both of int32. A tile holds one or several blocks of `block_size` tokens.
+    A token sees the last `window` up to itself, or all.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor

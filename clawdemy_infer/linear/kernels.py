@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from clawdemy_infer.backends import kernel
 from clawdemy_infer.linear.codes import Codes
-from clawdemy_infer.linear.cpp_bf16 import cpp_bf16
+from clawdemy_infer.linear.cpp_strips import in_strips
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 
@@ -98,8 +98,33 @@ def bf16_copy(codes: Codes) -> Kernel:
     return in_bf16(onednn(codes.dequantized().bfloat16()))
 
 
+def cpp_fp32(weight: torch.Tensor) -> Kernel:
+    """Our own, in C++."""
+    return in_strips("fp32", weight)
+
+
+def cpp_fp16(weight: torch.Tensor) -> Kernel:
+    """The same with fp16 weights, in fp32."""
+    return in_strips("fp16", weight)
+
+
+def cpp_bf16(weight: torch.Tensor) -> Kernel:
+    """The same with bf16 weights, and bf16 activations in the product."""
+    return in_strips("bf16", weight)
+
+
+def cpp_int8(codes: Codes) -> Kernel:
+    """The same with 8-bit weights, and bf16 activations in the product."""
+    return in_strips("int8", codes)
+
+
+def cpp_int4(codes: Codes) -> Kernel:
+    """The same with 4-bit weights, scale and offset of each group in fp16."""
+    return in_strips("int4", codes)
+
+
 def cpp_bf16_copy(codes: Codes) -> Kernel:
-    """The same for our own product in C++."""
+    """A bf16 copy of the weights, for so many rows that reading them is not what costs."""
     return in_bf16(cpp_bf16(codes.dequantized().bfloat16()))
 
 
@@ -123,7 +148,7 @@ FALLBACK: dict[str, Callable[..., Kernel]] = {
     "fp32": plain, "fp16": half_to_float, "bf16": plain, "int8": dequantized, "int4": dequantized,
 }
 CANDIDATES: dict[str, list[Callable[..., Kernel]]] = {
-    "fp32": [plain, onednn], "fp16": [fbgemm_half], "bf16": [plain, onednn, cpp_bf16], "int8": [fbgemm_int8, weight_only_int8],
-    "int4": [weight_only_int4, bf16_copy, cpp_bf16_copy],
+    "fp32": [plain, onednn, cpp_fp32], "fp16": [fbgemm_half, cpp_fp16], "bf16": [plain, onednn, cpp_bf16],
+    "int8": [fbgemm_int8, weight_only_int8, cpp_int8], "int4": [weight_only_int4, bf16_copy, cpp_int4, cpp_bf16_copy],
 }
 """By format."""

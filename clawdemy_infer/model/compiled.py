@@ -149,13 +149,11 @@ def compiled(model: Decoder, weights: str | None = None, rows: Sequence[int] = (
     compiler()
     made = twin(model) if weights is None else with_weights(model, weights)
     made.backend = "cpp"
-    made.compiled_step = CompiledStep(model, weights or model.weights, made.dtype, rows)
     made.between = BetweenProducts(made)
-    if made.weights == "bf16":
-        try:
-            made.decode_step = StepInCpp(made, model)
-        except NotImplementedError:                         # not for these layers or sizes, or not on this CPU
-            pass
+    try:
+        made.compiled_step = StepInCpp(made, model, rows)
+    except NotImplementedError:                             # not such layers or sizes, or not on this CPU
+        made.compiled_step = CompiledStep(model, weights or model.weights, made.dtype, rows)
     return made
 
 

@@ -97,7 +97,6 @@ class Decoder(nn.Module):
         self.packed: str | None = None
         self.backend = "torch"                              # what its caches ask; `with_backend` changes it, and the parts below
         self.compiled_step: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None      # for a few rows: see `compiled`
-        self.decode_step: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None        # for one of each sequence: `step_cpp`
         self.between: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None            # and for any number of them
         # Called with each step and what its last layer left, [M, D]: a draft that was trained on these vectors reads them here.
         self.observer: Callable[[Step, torch.Tensor], None] | None = None
@@ -125,7 +124,7 @@ class Decoder(nn.Module):
     @property
     def compile_s(self) -> float:
         """Seconds that were spent on compiling it; 0 where nothing was compiled."""
-        return sum(code.compile_s for code in (self.compiled_step, self.decode_step, self.between) if code)
+        return sum(code.compile_s for code in (self.compiled_step, self.between) if code)
 
     def forward(self, tokens: torch.Tensor, cache: KVCache | None = None, last_only: bool = False) -> torch.Tensor:
         """Logits [B, T, V] of tokens [B, T], which follow on whatever `cache` holds; [B, 1, V] of the last if `last_only`.
@@ -160,8 +159,10 @@ class Decoder(nn.Module):
              last_only: bool | Sequence[int]) -> torch.Tensor:
         self._check(new, cache)
         step = cache.begin(new, self.config.shape.window)
-        fitting = (code for code in (self.decode_step, self.compiled_step) if code and code.takes(step))
-        run = next(fitting, self.between if self.between and len(tokens) > 1 else self._layer_by_layer)
+        if self.compiled_step and self.compiled_step.takes(step):
+            run = self.compiled_step
+        else:
+            run = self.between if self.between and len(tokens) > 1 else self._layer_by_layer
         x, logits = run(tokens, step, last_only)
         if self.observer:
             self.observer(step, x)

@@ -27,7 +27,7 @@ def with_weights(model: Decoder, weights: str) -> Decoder:
     if model.packed:
         raise ValueError(f"model: its weights are packed in {model.packed}; a model with float weights is accepted")
     made = twin(model)
-    made.packed, made.compiled_step, made.decode_step, made.between = weights, None, None, None
+    made.packed, made.compiled_step, made.between = weights, None, None
     made.head = PackedLinear(weights, model.embed.weight if model.head is None else model.head.weight, backend=model.backend)
     made.embed, made.norm = in_dtype(model.embed, dtype), in_dtype(model.norm, dtype)
     made.layers = nn.ModuleList(twin(layer) for layer in model.layers)
