@@ -185,7 +185,8 @@ def test_a_second_layout_must_earn_its_memory(clocked):
 
 def test_a_format_that_loses_says_so(clocked):
     says, _ = clocked
-    says.update({("weight_only_int4", 1): 0.25, ("weight_only_int4", 4): 3.0, ("bf16_copy", 4): 2.0})
+    says.update({("weight_only_int4", 1): 0.25, ("weight_only_int4", 4): 3.0, ("bf16_copy", 4): 2.0, ("cpp_int4", 4): 2.0,
+                 ("cpp_bf16_copy", 4): 2.0})
     choice.remeasure(["fp32", "bf16", "int4"])
     words = choice.against_fp32("int4")
     assert "4.0 at 1 rows" in words and "LOSES at 4" in words and "16" not in words.split("LOSES")[1]

@@ -2,8 +2,8 @@
 
     Y [M, N] = X [M, K] Wᵀ
 
-A *panel* is 16 outputs, which lie side by side in a register, and a *tile* up to 8 rows of X by 3 panels: its 24 x 16 sums stay in registers
-until all of K has gone by. A load of weights serves 8 rows, and a number of X three panels. At each step a panel gives
+A *panel* is 16 outputs, which lie side by side in a register, and a *tile* up to 8 rows of X by 3 panels: its 24 x 16 sums stay in
+registers until all of K has gone by. A load of weights serves 8 rows, and a number of X three panels. At each step a panel gives
 
     fp32    1 input     64 bytes
     fp16    1 input     32 bytes, made fp32 on the way
@@ -11,9 +11,9 @@ until all of K has gone by. A load of weights serves 8 rows, and a number of X t
     int8    2 inputs    32 bytes, made bf16, which holds such numbers exactly; 16 scales stand in front of the panel
     int4    8 inputs    64 bytes; behind each group 16 scales and 16 offsets
 
-4-bit codes: a word of 16 bits has the codes of four inputs, and the processor looks 32 words up in a table at once, by their lowest 5 bits. So
-a shift and a look into a table of twice 16 numbers make 32 weights of 32 codes. With w = (code - zero) scale, a group's sum over its inputs is
-scale (sum of code x) - scale zero (sum of x).
+4-bit codes: a word of 16 bits has the codes of four inputs, and the processor looks 32 words up in a table at once, by their lowest 5
+bits. So a shift and a look into a table of twice 16 numbers make 32 weights of 32 codes. With w = (code - zero) scale, a group's sum over
+its inputs is scale (sum of code x) - scale zero (sum of x).
 """
 
 from __future__ import annotations
