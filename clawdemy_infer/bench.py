@@ -19,6 +19,7 @@ from clawdemy_infer.linear import computes_in
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.model.compiled import product_rate
 from clawdemy_infer.model.formats import product_ops
+from clawdemy_infer.model.step_cpp import StepInCpp
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.timing import Timing, count_ops, stopwatch
 
@@ -111,11 +112,13 @@ def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
     """
     cache, tokens = ContiguousCache.for_model(model, batch, 2 * new), random_tokens(model, batch, new)
     model(tokens, cache, last_only=True)                # the first step also packs the weights
+    cache.truncate(0)
+    if isinstance(model.compiled_step, StepInCpp):
+        return count_ops(lambda: model(tokens, cache, last_only=True))
     if model.compiled_step and batch * new == 1:
         cache = filled_cache(model, 1, 3)               # compiled attention wants a past
         # What is compiled has no operations, but must be called.
         return count_ops(lambda: model(tokens, cache, last_only=True)) + model.config.shape.L + 1
-    cache.truncate(0)
     whole = count_ops(lambda: model(tokens, cache, last_only=True))
     return whole + (model.between.calls if model.between else 0) - product_ops(model, batch * new)
 
@@ -159,8 +162,11 @@ def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[
         if m != pulse_rows:
             pulse, pulse_rows = Pulse(machine, weights, m, device), m
         ops = prefill_ops if phase == "prefill" else step_ops(model, batch=batch)
-        compiled = model.compiled_step and phase == "decode" and batch == 1
-        as_run = machine.with_products_at(weights, product_rate(weights)) if compiled else machine
+        as_run = machine
+        if isinstance(model.compiled_step, StepInCpp):
+            as_run = machine.with_only_products()
+        elif model.compiled_step and phase == "decode" and batch == 1:
+            as_run = machine.with_products_at(weights, product_rate(weights))
         calibrated = as_run.time(work_of(model.config.shape, phase, weights, batch, context, device), ops).seconds
         if phase == "prefill":
             repeats = 5 if m > 256 else 11                              # short runs feel a burst most, and cost least to repeat

@@ -69,7 +69,7 @@ def triton() -> Check:
 def compiler() -> Check:
     names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     found = next((path for name in names if name and (path := shutil.which(name))), None)
-    means = "only torch.compile wants one; the lessons do not"
+    means = "compiles what is written in C++, which is faster; without it PyTorch's own kernels run"
     return Check("C++ compiler", found or "none", means if found else means + " (on Debian: apt install g++)")
 
 

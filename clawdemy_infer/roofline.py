@@ -165,6 +165,12 @@ class Machine:
         found = {kernel: self.rates.get(kernel, {}) | {format: ((1, flops_per_s),)} for kernel in ("gemm", SMALL_GEMM, "head")}
         return replace(self, rates=self.rates | found)
 
+    def with_only_products(self) -> Machine:
+        """The same machine, on which nothing but products costs more than its bytes and its FLOPs: as where one piece of code goes
+        through all that is between them."""
+        products = {kernel: rate for kernel, rate in self.rates.items() if kernel in ("gemm", SMALL_GEMM, "head")}
+        return replace(self, elementwise={}, rates=products)
+
     def bytes_at(self, op: Work, working_set: float) -> float:
         """Bytes/s at which `op` moves its bytes: those of memory, or less where it has to do something to every element."""
         return min(self.bandwidth_at(working_set), self.handles_at(op))

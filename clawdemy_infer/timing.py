@@ -80,12 +80,14 @@ def alternate(works: dict[str, Callable[[], object]], repeats: int = 5, warmup: 
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
-def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, rounds: int = 5) -> dict[str, float]:
+def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, rounds: int = 5,
+          of: Callable[[list[float]], float] = statistics.median) -> dict[str, float]:
     """Units of work per second, for several kinds of work.
 
     `steps[name](i)` does the i-th piece of that work and returns how many units it was (bytes, FLOPs). Pieces are done until
     `sample_s` seconds are over; that is one sample. All kinds are sampled in turn, `rounds` times, and the median is returned:
-    a neighbour's burst on a shared machine then spoils one sample of each and not all samples of one.
+    a neighbour's burst on a shared machine then spoils one sample of each and not all samples of one. `of` may be another choice among
+    the samples than their median.
     """
     done = dict.fromkeys(steps, 0)
     samples: dict[str, list[float]] = {name: [] for name in steps}
@@ -99,7 +101,7 @@ def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, roun
                 done[name] += 1
                 elapsed = now() - start
             samples[name].append(units / elapsed)
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return {name: of(values) for name, values in samples.items()}
 
 
 class _OpCounter(TorchDispatchMode):

@@ -153,7 +153,7 @@ def clocked(monkeypatch, tmp_path):
     choice.by_rows.cache_clear()
     says, asked = {}, []
 
-    def rates(steps, sample_s, rounds):
+    def rates(steps, sample_s, rounds, of):
         asked.append(list(steps))
         m = choice.ROWS[(len(asked) - 1) % len(choice.ROWS)]
         return {name: 1 / says.get((name, m), 1.0) for name in steps}

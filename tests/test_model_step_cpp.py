@@ -9,7 +9,7 @@ from tolerances import LOGITS
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, Int8Cache, PagedCache
 from clawdemy_infer.linear import FORMATS, Codes, cpp_strips, packable
-from clawdemy_infer.model import Decoder, ModelConfig, compiled, generate
+from clawdemy_infer.model import Decoder, ModelConfig, compiled, generate, with_weights
 from clawdemy_infer.model.compiled import CompiledStep
 from clawdemy_infer.model.formats import twin
 from clawdemy_infer.model.step_cpp import FEW, StepInCpp, runs
@@ -47,6 +47,8 @@ def test_steps_of_a_few_tokens_say_what_the_layers_say(keeper, more):
     eager = random_model(replace(SHAPE, **more))
     models = eager, in_cpp(eager)
     caches = [KEEPERS[keeper](model, 3, ROOM) for model in models]
+    for store in [caches[1].store if keeper == "paged" else caches[1]]:
+        store.keys.fill_(torch.nan), store.values.fill_(torch.nan)      # whoever reads what nobody wrote is found out
     for new in STEPS:
         right, got = (model.step(new, cache, last_only=False) for model, cache in zip(models, caches, strict=True))
         torch.testing.assert_close(got / right.std(), right / right.std(), **LOGITS[torch.float32])
@@ -115,12 +117,16 @@ def test_each_format_says_what_its_weights_say_in_fp32(format):
         linear = twin(getattr(owner, name))
         linear.weight = torch.nn.Parameter((kept.dequantized() if isinstance(kept, Codes) else kept).float(), requires_grad=False)
         setattr(owner, name, linear)
-    caches = [ContiguousCache.for_model(model, 3, ROOM) for model in (right, fast)]
+    by_layers = with_weights(eager, format)
+    caches = [ContiguousCache.for_model(model, 3, ROOM) for model in (right, by_layers, fast)]
     for new in STEPS:
-        wanted, got = (model.step(new, cache, last_only=False).float() for model, cache in zip((right, fast), caches, strict=True))
-        exact = format in ("fp32", "fp16")
-        torch.testing.assert_close(got / wanted.std(), wanted / wanted.std(), **LOGITS[torch.float32 if exact else torch.bfloat16])
-        assert (got - wanted).abs().mean() <= (1e-5 if exact else 0.02) * wanted.std()
+        wanted, theirs, got = (model.step(new, cache, last_only=False).float()
+                               for model, cache in zip((right, by_layers, fast), caches, strict=True))
+        error, other = ((x - wanted).abs().mean() / wanted.std() for x in (got, theirs))
+        if format in ("fp32", "fp16"):
+            torch.testing.assert_close(got / wanted.std(), wanted / wanted.std(), **LOGITS[torch.float32])
+        else:
+            assert error < 0.04 and (format != "bf16" or error < other)     # PyTorch rounds to bf16 after each operation
 
 
 def test_generation_is_token_for_token_the_same():

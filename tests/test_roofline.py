@@ -1,6 +1,7 @@
 """The roofline, by sums one can do on paper."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -272,3 +273,13 @@ def test_a_head_is_one_threads_so_three_take_two_threads_as_long_as_four():
         seconds = {K: machine.time(shape.attention(1, 1, 100, kv="fp32", activations="fp32")).seconds for K, shape in shapes.items()}
         assert seconds[alike[0]] == pytest.approx(seconds[alike[1]])
         assert 2 * seconds[twice[0]] == pytest.approx(seconds[twice[1]])
+
+
+def test_where_only_products_cost_more_than_their_bytes_the_rest_is_as_fast_as_memory():
+    """Attention of 1,000 bytes and 2,000 FLOPs: at its own rate 80 s, else 1,000 / 400 bytes/s. A product is what it was."""
+    attention, product = Work(2000, 1000, "a", "fp32", kernel="attention", rows=1), Work(2000, 1000, "p", "fp32", kernel="gemm", rows=1)
+    machine = replace(CALIBRATED, elementwise={"fp32": ((1, 2.0),)})
+    fused, norm = machine.with_only_products(), Work(0, 1000, "n", "fp32", kernel="elementwise", rows=1)
+    assert (machine.time(attention).seconds, fused.time(attention).seconds) == (80, 2.5)
+    assert (machine.time(norm).seconds, fused.time(norm).seconds) == (500, 2.5)
+    assert machine.time(product).seconds == fused.time(product).seconds == 40

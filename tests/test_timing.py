@@ -141,3 +141,14 @@ def test_the_counter_gives_back_what_the_work_computes():
 def test_the_clock_runs():
     before = timing.now()
     assert timing.now() >= before
+
+
+@pytest.mark.parametrize(("options", "rate"), [({}, 3.0), ({"of": max}, 6.0)], ids=["the median", "the best"])
+def test_a_rate_is_the_median_of_its_samples_or_what_one_chooses(clock, options, rate):
+    """Three samples of one piece of 6 units each, after a first that is thrown away."""
+    seconds = iter([9, 3, 2, 1])
+
+    def step(_):
+        clock.spend(next(seconds))
+        return 6
+    assert rates({"work": step}, sample_s=0.5, rounds=3, **options) == {"work": rate}

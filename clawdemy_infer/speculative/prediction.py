@@ -1,6 +1,7 @@
 """What the parts of a round should cost, from rates that were measured of none of them.
 
     layer by layer    the roofline: each operation's work, and what it costs to start it; operations are counted, not timed
+    in C++            the same, where nothing but products costs more than its bytes, and few operations are left
     compiled          products at the rate of compiled products of so many rows, and all else that a step does as on a narrow twin: a
                       model of as many layers with next to nothing in them
 
@@ -19,6 +20,7 @@ from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, draw, probabilities
 from clawdemy_infer.model.compiled import CompiledStep
 from clawdemy_infer.model.loops import Parts, product, stored, translated
+from clawdemy_infer.model.step_cpp import StepInCpp
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.compare import Costs, parts
@@ -54,8 +56,10 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
         else:
             work = drafts[name].step_work(batch, context + 1)
         if not code[name]:
-            calls = model.between.calls if isinstance(name, int) and model.between else 0
-            found[name] = machine.time(work, count_ops(run) + calls).seconds
+            reader = model if isinstance(name, int) else drafts[name].model
+            in_cpp = isinstance(getattr(reader, "compiled_step", None), StepInCpp)
+            calls = model.between.calls if isinstance(name, int) and model.between and not in_cpp else 0
+            found[name] = (machine.with_only_products() if in_cpp else machine).time(work, count_ops(run) + calls).seconds
             continue
         seconds = compiled_s(machine, work, code[name], known)
         besides = besides_products(shape.L, tuple(sorted({M for _, M in kinds} | {1})))
@@ -71,7 +75,7 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
 def code_of(model: Decoder | FeatureLayer, rows: int) -> Kind | None:
     """The compiled code that `model` has for so many rows of one sequence; None if it has none."""
     code = model.compiled if isinstance(model, FeatureLayer) else model.compiled_step
-    if not code or rows > code.rows[-1]:
+    if not code or isinstance(code, StepInCpp) or rows > code.rows[-1]:
         return None
     return DTYPES[model.dtype] if isinstance(model, FeatureLayer) else model.weights, next(each for each in code.rows if each >= rows)
 
