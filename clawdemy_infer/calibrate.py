@@ -36,7 +36,7 @@ from clawdemy_infer.timing import Timing, rates, stopwatch
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 
-PROBES = "2026-11k"
+PROBES = "2026-11l"
 """Changes whenever a probe is added or counts differently: older calibrations are then measured anew."""
 
 PASSES = 3

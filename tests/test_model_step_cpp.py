@@ -40,8 +40,8 @@ def in_cpp(model, format="fp32"):
     return made
 
 
-@pytest.mark.parametrize("more", [{}, {"window": 9}, {"tied": True, "K": 6}, {"N": 4, "K": 1, "H": 48}],
-                         ids=["grouped", "window", "tied, one head each", "one KV head of 48"])
+@pytest.mark.parametrize("more", [{}, {"window": 9}, {"window": 70}, {"tied": True, "K": 6}, {"N": 4, "K": 1, "H": 48}],
+                         ids=["grouped", "window", "window over blocks", "tied, one head each", "one KV head of 48"])
 @pytest.mark.parametrize("keeper", KEEPERS)
 def test_steps_of_a_few_tokens_say_what_the_layers_say(keeper, more):
     eager = random_model(replace(SHAPE, **more))

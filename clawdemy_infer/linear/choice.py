@@ -41,7 +41,7 @@ UNTIL_THEN = {
     "int8": [(math.inf, "fbgemm_int8")], "int4": [(8, "weight_only_int4"), (math.inf, "bf16_copy")],
 }
 """(up to so many rows, kernel) where nothing was measured: what would be chosen on most."""
-KERNELS = 3
+KERNELS = 4
 """Raise it when the candidates change: older choices are then measured anew."""
 
 
