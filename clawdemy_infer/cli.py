@@ -137,7 +137,7 @@ def parser() -> Parser:
     b.add_argument("--machine", metavar="X", help="with --kernels: the machine to predict for (default: this GPU, or h100-sxm)")
 
     for which in (b, c):
-        which.add_argument("--compile", action="store_true", help="run on compiled code; it wants a C++ compiler, and some twenty seconds")
+        which.add_argument("--compile", action="store_true", help="run on compiled code; it wants a C++ compiler, and some seconds")
         which.add_argument("--model", default="smollm2-135m", metavar="M",
                            help="smollm2-135m (default), a GGUF file, a Hugging Face directory, or a name on the hub")
     c = command(commands_published.published, "Predict the runs that others published, and say how far off that was.")

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "bench_kernels": ["arithmetic", "roofline", "tables"],
     "breakdown": ["arithmetic", "roofline", "timing", "linear", "kv_cache", "model", "bench"],
     "quantization": ["arithmetic", "roofline", "timing", "calibrate", "tables", "kv_cache", "linear", "model", "bench"],
-    "speculative": ["arithmetic", "roofline", "timing", "backends", "linear", "kv_cache", "model", "batching", "quantization"],
+    "speculative": ["arithmetic", "roofline", "timing", "backends", "linear", "probes", "kv_cache", "model", "batching", "quantization"],
     "peers": ["arithmetic", "roofline", "tables", "timing", "kv_cache", "model", "batching"],
     "lesson": EVERYTHING,
     "plots": EVERYTHING,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.linear import cpp_strips
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, compiled
 from clawdemy_infer.roofline import Machine
 from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup, SelfDraft, prediction
@@ -35,7 +36,7 @@ def test_costs_are_predicted_from_bytes_and_from_the_operations_that_are_dispatc
 def test_a_compiled_check_costs_what_it_is_filled_up_to(monkeypatch):
     """At one FLOP a second all is counted by hand: 2 for each weight and row of the code, and what is besides the products."""
     torch.manual_seed(0)
-    shape = ModelShape(name="small", L=3, D=64, N=2, K=1, H=32, F=96, V=50, tied=True, max_context=64)
+    shape = ModelShape(name="small", L=3, D=64, N=2, K=1, H=32, F=96, V=50, tied=True, qk_norm=True, max_context=64)
     model = compiled(Decoder(ModelConfig(shape)).eval(), rows=(1, 5))
     draft = SelfDraft(compiled(Decoder(ModelConfig(shape)).eval(), "int8"))
     known = {(format, M, tall): 2.0 if tall else 1.0 for format, M in (("fp32", 1), ("fp32", 5), ("int8", 1)) for tall in (False, True)}
@@ -63,3 +64,26 @@ def test_choosing_at_a_temperature_goes_over_the_vocabulary_more_often():
     slow = Machine("slow", ((1.0, 1.0),), {"fp32": 1e30}, 1e9)
     greedy, drawn = (prediction.choosing_s(slow, SHAPE, 3, False, sampling) for sampling in (Sampling(), Sampling(temperature=1.0)))
     assert (greedy, drawn) == (4 * 3 * 11, 40 * 3 * 11)
+
+
+def test_products_in_cpp_run_at_what_the_probe_says_now_and_the_rest_at_memory(monkeypatch):
+    """Memory is twice as fast as it was, which one row feels and eight do not. Between them: the mean of logarithms."""
+    machine = Machine("now", ((1.0, 5.0),), {"fp32": 80.0}, 1e9, {"gemm": {"fp32": ((1, 10.0), (8, 80.0))}, "head": {"fp32": ((1, 20.0),)},
+                                                                 "attention": {"fp32": ((1, 1.0),)}})
+    monkeypatch.setattr(prediction, "probe", lambda format: None)
+    monkeypatch.setattr(prediction, "gemm_step", lambda weights, m, dtype: m)
+    monkeypatch.setattr(prediction, "rates", lambda steps, sample_s: {key: {1: 20.0, 8: 80.0}[key[1]] for key in steps})
+    found = prediction.at_this_moment(machine, {"fp32"}, [1, 8])
+    assert found.rates == {"gemm": {"fp32": ((1, 20.0), (8, 80.0))}, "head": {"fp32": ((1, 40.0), (8, 20.0))}}
+
+
+@pytest.mark.skipif(not cpp_strips.available(), reason="no C++ compiler here, or a CPU without AVX512_BF16")
+def test_a_step_in_cpp_is_predicted_by_its_products_and_its_few_operations(monkeypatch):
+    torch.manual_seed(0)
+    shape = ModelShape(name="small", L=3, D=64, N=2, K=1, H=32, F=96, V=50, tied=True, max_context=64)
+    model = compiled(Decoder(ModelConfig(shape)).eval())
+    slow = Machine("slow to start", ((1.0, 1e30),), {"fp32": 1e30}, 1e9, fixed_s_per_op=1.0)
+    monkeypatch.setattr(prediction, "at_this_moment", lambda machine, formats, rows: machine.with_only_products())
+    costs = predict_costs(slow, model, {}, 9, rows=(1, 4))
+    eager = predict_costs(slow, Decoder(ModelConfig(shape)).eval(), {}, 9, rows=(1, 4))
+    assert costs.reading[4] < eager.reading[4] / 2

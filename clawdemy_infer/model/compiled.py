@@ -1,4 +1,6 @@
-"""Decode of one sequence as compiled code: a layer becomes one loop nest.
+"""Decode of one sequence as compiled code: a layer becomes one loop nest. And `compiled`, which chooses among all ways to compile.
+
+It serves CPUs and models that `step_cpp` does not.
 
 At batch 1 a step reads every weight once, for one row of activations, or for a few where a draft's guesses are checked. `loops` says so
 in sums, and PyTorch's compiler makes of them, and of all the small operations between, a single piece of C++ on all cores. Two things are
@@ -133,10 +135,11 @@ def filled_up(M: int, rows: Sequence[int]) -> torch.Tensor:
 def compiled(model: Decoder, weights: str | None = None, rows: Sequence[int] = (1,)) -> Decoder:
     """A copy of a float `model` that runs on compiled code, its matrices in the format `weights`, or as they are.
 
-    `rows` are the numbers of new tokens of one sequence that there shall be a `CompiledStep` for; a speculative target wants more than 1,
-    and they need a `ContiguousCache`. All else, prompts and batches, goes through `BetweenProducts`, on layouts of its own: so there are
-    two copies of the matrices, in fp32 as in any other format. Compiling takes some twenty seconds on two cores,
-    `compiled(...).compile_s`, five more for each further number of rows, and less where PyTorch remembers it. Raises ValueError for an
+    Where the CPU and the model allow it, all steps over plain keys and values are a `StepInCpp`: a second or two of the compiler, once.
+    Else a step of one sequence is a `CompiledStep`, for each of the numbers of new tokens in `rows`, over a `ContiguousCache` (a
+    speculative target wants more than 1); that takes some twenty seconds on two cores, five more for each further number of rows, and
+    less where PyTorch remembers it. What neither takes goes through `BetweenProducts`. Each has layouts of its own: so there are two
+    copies of the matrices, in fp32 as in any other format. `compiled(...).compile_s` says how long it took. Raises ValueError for an
     unknown format, for rows that are no numbers of tokens, for a model on a GPU or with other layers than a `Layer`, and where there is
     no C++ compiler.
     """

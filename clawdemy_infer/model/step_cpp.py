@@ -109,10 +109,10 @@ static void look_many(const float* heads, const Rope& rope, const Pages& in, IN*
 
 static void gate(const float* both, IN* out, int64_t M) {
     #pragma omp for schedule(static)
-    for (int64_t part = 0; part < 4 * M; part++) {                                          // four, so that threads share a row
-        const int64_t m = part / 4, end = F * (part % 4 + 1) / 4;
-        const float *gates = both + m * 2 * F, *up = gates + F;
-        for (int64_t f = F * (part % 4) / 4; f < end; f++) store(gates[f] / (1 + expf(-gates[f])) * up[f], out + m * F + f);
+    for (int64_t part = 0; part < M * F / 16; part++) {
+        const float *gates = both + part / (F / 16) * 2 * F + part % (F / 16) * 16;
+        const __m512 x = _mm512_loadu_ps(gates), up = _mm512_loadu_ps(gates + F);
+        put(x / (1 + power_of_2(-LOG2_E * x)) * up, out + part * 16);
     }
 }
 
@@ -161,8 +161,8 @@ class StepInCpp:
         start, shape, self.format = now(), model.config.shape, model.weights
         if any(type(layer) is not Layer or layer.q_norm or layer.qkv.bias is not None for layer in source.layers):
             raise NotImplementedError("source: a model of plain layers without bias and without norms on Q and K is accepted")
-        if shape.H % 16 or not cpp_strips.available():
-            raise NotImplementedError("it wants heads by the sixteen, a C++ compiler, and a CPU with AVX512_BF16")
+        if shape.H % 16 or shape.F % 16 or not cpp_strips.available():
+            raise NotImplementedError("it wants H and F by the sixteen, a C++ compiler, and a CPU with AVX512_BF16")
         self.model, self.dtype, self.inside, self.rows = model, model.dtype, cpp_tiles.COMPUTES_IN[self.format], sorted({1, *rows})
         self.group, self.parts = 0, []
         for layer in source.layers:

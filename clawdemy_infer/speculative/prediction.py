@@ -1,7 +1,8 @@
 """What the parts of a round should cost, from rates that were measured of none of them.
 
     layer by layer    the roofline: each operation's work, and what it costs to start it; operations are counted, not timed
-    in C++            the same, where nothing but products costs more than its bytes, and few operations are left
+    in C++            the same, where nothing but products costs more than its bytes, and few operations are left; products at what the
+                      probe of the calibration reaches at this moment
     compiled          products at the rate of compiled products of so many rows, and all else that a step does as on a narrow twin: a
                       model of as many layers with next to nothing in them
 
@@ -11,17 +12,21 @@ Rows that only fill a compiled step up cost what the others do. To choose a toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape, Work
 from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.linear import FLOATS, Codes, computes_in, packable
+from clawdemy_infer.linear.cpp_strips import in_strips
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, draw, probabilities
 from clawdemy_infer.model.compiled import CompiledStep
 from clawdemy_infer.model.loops import Parts, product, stored, translated
 from clawdemy_infer.model.step_cpp import StepInCpp
-from clawdemy_infer.roofline import Machine
+from clawdemy_infer.probes import RING, SHAPES, gemm_step
+from clawdemy_infer.roofline import Curve, Machine, interpolate
 from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.compare import Costs, parts
 from clawdemy_infer.speculative.drafts import DTYPES, Draft
@@ -46,20 +51,24 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
     shape, kept = model.config.shape, DTYPES[model.dtype]
     found: dict[str | int, float] = {}
     made = parts(model, drafts, context, rows, batch, sampling)
-    code = {name: code_of(drafts[name].model if isinstance(name, str) else model, batch * (1 if isinstance(name, str) else name))
-            for name in made}
+    readers = {name: drafts[name].model if isinstance(name, str) else model for name in made}
+    code = {name: code_of(reader, batch * (1 if isinstance(name, str) else name)) for name, reader in readers.items()}
     kinds = tuple(sorted({kind for kind in code.values() if kind}))
     known = compiled_rates(kinds, shape.D, shape.F) if kinds else {}
+    formats = {reader.weights for reader in readers.values() if in_cpp(reader)}
+    fused = at_this_moment(machine, formats, sorted({batch * each for each in (1, *rows)}))
     for name, run in made.items():
         if isinstance(name, int):
             work = theory.verification_work(shape, batch, name, context + name, model.weights, kept, kept)
         else:
             work = drafts[name].step_work(batch, context + 1)
         if not code[name]:
-            reader = model if isinstance(name, int) else drafts[name].model
-            in_cpp = isinstance(getattr(reader, "compiled_step", None), StepInCpp)
-            calls = model.between.calls if isinstance(name, int) and model.between and not in_cpp else 0
-            found[name] = (machine.with_only_products() if in_cpp else machine).time(work, count_ops(run) + calls).seconds
+            calls = model.between.calls if isinstance(name, int) and model.between and not in_cpp(model) else 0
+            if in_cpp(readers[name]):
+                passes = choosing(shape, 1 if isinstance(name, str) else name, sampling)
+                found[name] = fused.time(work, count_ops(run)).seconds + machine.operation_s(passes, passes.bytes)
+            else:
+                found[name] = machine.time(work, count_ops(run) + calls).seconds
             continue
         seconds = compiled_s(machine, work, code[name], known)
         besides = besides_products(shape.L, tuple(sorted({M for _, M in kinds} | {1})))
@@ -95,6 +104,49 @@ def compiled_s(machine: Machine, work: Work, kind: Kind, found: Mapping[tuple[st
     return seconds
 
 
+def in_cpp(model: Decoder | FeatureLayer) -> bool:
+    return isinstance(getattr(model, "compiled_step", None), StepInCpp)
+
+
+def at_this_moment(machine: Machine, formats: Iterable[str], rows: Sequence[int]) -> Machine:
+    """`machine` where only products cost more than their bytes, and these at what the probe of the calibration reaches now with weights
+    in these formats and so many rows: memory may be twice as fast a minute later."""
+    if not formats:
+        return machine.with_only_products()
+    steps = {(format, m): gemm_step(probe(format), m, FLOATS[computes_in(format, "cpu")]) for format in formats for m in rows}
+    now = rates(steps, sample_s=0.05)
+
+    def curve(known: Curve, format: str) -> Curve:
+        usual = machine.rates["gemm"][format]
+        return tuple((m, interpolate(known, m) * now[format, m] / interpolate(usual, m)) for m in rows)
+    return replace(machine.with_only_products(), rates={
+        kernel: {format: curve(of[format], format) for format in formats if format in of}
+        for kernel, of in machine.with_only_products().rates.items()})
+
+
+class InCpp:
+    """A matrix by the product that `StepInCpp` multiplies with, for `gemm_step`."""
+
+    def __init__(self, format: str, source: torch.Tensor | Codes) -> None:
+        self.product = in_strips(format, source)                    # packs a copy
+        (self.out_features, self.in_features), self.device = (source.codes if isinstance(source, Codes) else source).shape, "cpu"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x)
+
+
+@functools.cache
+def probe(format: str) -> list[InCpp]:
+    """The matrices of the calibration's probe, by that product, whatever was chosen for this format."""
+    sources = [packable(format, torch.randn(n, k, generator=torch.Generator().manual_seed(0))) for k, n in SHAPES]
+    return [InCpp(format, source) for _ in range(RING // sum(k * n for k, n in SHAPES)) for source in sources]
+
+
+def choosing(shape: ModelShape, rows: int, sampling: Sampling) -> Work:
+    """The passes over the logits of so many rows in which a token is chosen."""
+    return Work(0, rows * shape.V * PASSES[sampling.temperature == 0], "choosing", kernel="elementwise", rows=rows * shape.V / shape.D)
+
+
 def choosing_s(machine: Machine, shape: ModelShape, rows: int, drafts: bool, sampling: Sampling) -> float:
     """Seconds of choosing from the logits of so many rows: a token to draft, or what stands of a draft."""
     logits, generator = torch.zeros(rows, shape.V), Sampling(seed=0).generator()
@@ -106,7 +158,7 @@ def choosing_s(machine: Machine, shape: ModelShape, rows: int, drafts: bool, sam
             draw(probabilities(logits, sampling), generator)
         else:
             logits.argmax(-1)
-    passes = Work(0, logits.numel() * PASSES[sampling.temperature == 0], "choosing", kernel="elementwise", rows=logits.numel() / shape.D)
+    passes = choosing(shape, rows, sampling)
     return machine.operation_s(passes, passes.bytes) + machine.fixed_s_per_op * count_ops(choose)
 
 
