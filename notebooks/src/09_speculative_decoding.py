@@ -270,7 +270,7 @@ plt.show()
 # A speed-up over a slow baseline proves little. So the same target once more, each step as one call of C++ (`model/step_cpp.py`): a plain step streams its
 # weights nearly as fast as memory gives them. And while memory brings the next weights, the processor has time to multiply the last ones by five rows
 # as well as by one. So here a check is what the roofline says it is, and so is a draft: one with 8-bit weights reads a quarter of the bytes. Lookup
-# on the text that copies, and the 8-bit copy on a chat:
+# on the text that copies, and the 8-bit copy on prose:
 
 # %% tags=["nbval-ignore-output"]
 if shutil.which("g++"):
@@ -278,7 +278,7 @@ if shutil.which("g++"):
     fast_drafts = {"lookup": drafts["lookup"], "int8": draft_named("int8", fast)}
     fast_costs = measure_costs(fast, fast_drafts, context=64, rows=(1, 5), repeats=7)
     fast_rows = [compare(fast, {name: fast_drafts[name]}, {kind: prompts[kind]}, fast_costs, gamma=4, max_tokens=30, repeats=2)[0]
-                 for name, kind in (("lookup", "copying"), ("int8", "chat"))]
+                 for name, kind in (("lookup", "copying"), ("int8", "prose"))]
     assert all(row.identical for row in fast_rows)
     said = (f"Compiled in {fast.compile_s:.0f} s. A plain token takes **{si(fast_rows[0].plain_s, 's')}** ({si(rows_greedy[0].plain_s, 's')} layer by layer), a "
             f"check of five rows {fast_costs.v(5):.2f} of a step, a step of the 8-bit copy {fast_costs.c('int8'):.2f}. "
