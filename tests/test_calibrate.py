@@ -164,7 +164,8 @@ def test_a_calibration_measures_everything_keeps_it_and_predicts(small):
         assert record["peak_flops"][dtype] >= max(point["flops_per_s"] for point in record["gemm"] if point["dtype"] == dtype)
     assert machine.time(Work(1e6, 1e6, kernel="gemm", dtype="bf16", rows=2), ops=3).seconds > 0
     files = {file.name for file in small.iterdir()}
-    assert files == {"calibration-cpu.json", f"kernels-cpu-{torch.get_num_threads()}.json"}     # no half-written one beside them
+    # No half-written one beside them. The products in C++ are compiled once a process, and so perhaps elsewhere.
+    assert files - {"cpp"} == {"calibration-cpu.json", f"kernels-cpu-{torch.get_num_threads()}.json"}
 
 
 def test_a_calibration_that_is_interrupted_leaves_the_kept_one_as_it_was(small, monkeypatch):
