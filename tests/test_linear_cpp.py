@@ -36,9 +36,16 @@ def test_the_bytes_of_a_matrix_are_those_of_its_format(format):
     assert bits == {"fp32": 32, "bf16": 16, "int8": 8 + 32 / 128, "int4": 4 + 32 / 64}[format]
 
 
-def test_any_order_of_x_in_memory_will_do():
-    weight, x = normal(32, 64), normal(64, 6).T
-    torch.testing.assert_close(cpp_strips.in_strips("fp32", weight)(x), x @ weight.T, rtol=1e-5, atol=1e-5)
+def test_any_order_of_x_in_memory_will_do_and_any_dimensions_before_the_last():
+    weight = normal(32, 64)
+    for x in (normal(64, 6).T, normal(2, 3, 5, 64), normal(3, 64, 2).mT, normal(1, 0, 64)):
+        got = cpp_strips.in_strips("fp32", weight)(x)
+        torch.testing.assert_close(got, x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_an_x_of_another_width_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match=r"x is \[2, 32\]: the last dimension must be the K=64 inputs"):
+        cpp_strips.in_strips("bf16", normal(16, 64).bfloat16())(normal(2, 32).bfloat16())
 
 
 @pytest.mark.parametrize(("N", "K"), [(20, 64), (16, 33)])

@@ -202,8 +202,8 @@ class PagedStep(Step):
         store, blocks = self.cache.store, self.cache.tables.blocks
         if self.cache.attention != "cpp" or type(store) is not PagedStore:
             return None
-        rows = [blocks[sequence] for sequence, new in zip(self.sequences, self.new, strict=True) for _ in range(new)]
-        return Pages(store.keys, store.values, as_table(rows), self.positions.int() + 1, store.pool.block_size, self.window)
+        table = as_table([blocks[sequence] for sequence in self.sequences]).repeat_interleave(torch.tensor(self.new), 0)
+        return Pages(store.keys, store.values, table, self.positions.int() + 1, store.pool.block_size, self.window)
 
     def _plan(self, few: Few, G: int) -> Plan | Table:
         if few.T > 1 or self.cache.attention != "cpp":

@@ -102,9 +102,10 @@ def available() -> bool:
 
 
 def in_strips(format: str, source: torch.Tensor | Codes) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x [M, K] -> [M, N] for a float weight [N, K] in `format`, or its codes; x in fp32 or bf16, and y as x.
+    """x [..., K] -> [..., N] for a float weight [N, K] in `format`, or its codes; x in fp32 or bf16, and y as x.
 
-    Raises NotImplementedError for sizes that `panels` refuses, and where it is not `available`.
+    Raises NotImplementedError for sizes that `panels` refuses, and where it is not `available`; the product, ValueError for an x of
+    another width.
     """
     if not available():
         raise NotImplementedError("it wants a C++ compiler, and a CPU with AVX512_BF16")
@@ -113,9 +114,11 @@ def in_strips(format: str, source: torch.Tensor | Codes) -> Callable[[torch.Tens
     group = K // source.scales.shape[1] if format == "int4" else 0
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        y = x.new_empty(len(x), N)
+        if x.shape[-1] != K:
+            raise ValueError(f"x is {list(x.shape)}: the last dimension must be the K={K} inputs")
+        y = x.new_empty(*x.shape[:-1], N)
         run = built(format, x.dtype, group)
         x = (x if x.dtype == inside else x.to(inside)).contiguous()
-        run(x.data_ptr(), packed.data_ptr(), y.data_ptr(), len(x), K, N)
+        run(x.data_ptr(), packed.data_ptr(), y.data_ptr(), x.numel() // K, K, N)
         return y
     return product

@@ -149,8 +149,8 @@ extern "C" void step(float* x, const Layer* layers, const float* gamma, IN* y, c
 
 
 class StepInCpp:
-    """Steps of `model`, whose matrices are those of `source`, a float model, in the format of `model`. Of `rows` nothing but the largest
-    matters: a trained draft of this model compiles code for them.
+    """Steps of `model`, whose matrices are those of `source`, a float model, in the format of `model`. It takes any number of rows; `rows`
+    are those for which a trained draft of this model will compile code.
 
     Raises NotImplementedError for a source with other layers than a `Layer`, with a bias or with norms on Q and K, for sizes that
     `cpp_tiles.panels` refuses, and where `cpp_strips` is not available.
@@ -187,7 +187,7 @@ class StepInCpp:
         return cpp_tiles.panels(self.format, source)
 
     def takes(self, step: Step) -> bool:
-        """Is it one of a few tokens each, over keys and values that C++ can find?"""
+        """Are its keys and values where C++ can find them, and of the type of this model's?"""
         return (pages := step.pages_of_rows()) is not None and pages.keys.dtype == self.dtype
 
     def __call__(self, tokens: torch.Tensor, step: Step, last_only: bool | Sequence[int] = True) -> tuple[torch.Tensor, torch.Tensor]:
