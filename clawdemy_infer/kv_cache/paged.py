@@ -7,6 +7,7 @@ that the decoder knows.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -198,6 +199,7 @@ class PagedStep(Step):
             out[mine] = attend(q[mine], keys[None], values[None], mask)
         return out
 
+    @cached_property
     def pages_of_rows(self) -> Pages | None:
         store, blocks = self.cache.store, self.cache.tables.blocks
         if self.cache.attention != "cpp" or type(store) is not PagedStore:

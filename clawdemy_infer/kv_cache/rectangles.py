@@ -124,6 +124,7 @@ class RectangularStep(Step):
                 out.append(attend(q[rows], *(stretch.read(layer) for stretch in stretches), mask))
         return torch.cat(out) if len(out) > 1 else out[0]
 
+    @cached_property
     def pages_of_rows(self) -> Pages | None:
         cache = self.cache
         if cache.backend != "cpp" or not cache.by_kernel or len(cache.tensors) != 2:

@@ -16,6 +16,7 @@ it again, and it writes over what it had written.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -99,6 +100,7 @@ class Step:
         """`attend`, for new keys and values that lie in `pages` already."""
         raise NotImplementedError
 
+    @cached_property
     def pages_of_rows(self) -> Pages | None:
         """Where C++ may itself put the new keys and values of all layers, and look; None where it may not."""
         return None

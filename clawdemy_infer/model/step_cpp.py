@@ -152,8 +152,8 @@ class StepInCpp:
     """Steps of `model`, whose matrices are those of `source`, a float model, in the format of `model`. It takes any number of rows; `rows`
     are those for which a trained draft of this model will compile code.
 
-    Raises NotImplementedError for a source with other layers than a `Layer`, with a bias or with norms on Q and K, for sizes that
-    `cpp_tiles.panels` refuses, and where `cpp_strips` is not available.
+    Raises NotImplementedError for a source with other layers than a `Layer`, with a bias or with norms on Q and K, for an H or F
+    that is no multiple of 16, for other sizes that `cpp_tiles.panels` refuses, and where `cpp_strips` is not available.
     """
 
     @torch.inference_mode()
@@ -188,11 +188,11 @@ class StepInCpp:
 
     def takes(self, step: Step) -> bool:
         """Are its keys and values where C++ can find them, and of the type of this model's?"""
-        return (pages := step.pages_of_rows()) is not None and pages.keys.dtype == self.dtype
+        return (pages := step.pages_of_rows) is not None and pages.keys.dtype == self.dtype
 
     def __call__(self, tokens: torch.Tensor, step: Step, last_only: bool | Sequence[int] = True) -> tuple[torch.Tensor, torch.Tensor]:
         """For tokens [M], what the last layer leaves, [M, D], and the logits that are wanted of it."""
-        model, pages = self.model, step.pages_of_rows()
+        model, pages = self.model, step.pages_of_rows
         cos, sin = rope_tables(model.frequencies, step.positions, torch.float32)
         x = model.embed(tokens).float()
         y = torch.empty(x.shape, dtype=self.inside)

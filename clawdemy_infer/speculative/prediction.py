@@ -63,11 +63,11 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
         else:
             work = drafts[name].step_work(batch, context + 1)
         if not code[name]:
-            calls = model.between.calls if isinstance(name, int) and model.between and not in_cpp(model) else 0
             if in_cpp(readers[name]):
                 passes = choosing(shape, 1 if isinstance(name, str) else name, sampling)
                 found[name] = fused.time(work, count_ops(run)).seconds + machine.operation_s(passes, passes.bytes)
             else:
+                calls = model.between.calls if isinstance(name, int) and model.between else 0
                 found[name] = machine.time(work, count_ops(run) + calls).seconds
             continue
         seconds = compiled_s(machine, work, code[name], known)
@@ -111,17 +111,17 @@ def in_cpp(model: Decoder | FeatureLayer) -> bool:
 def at_this_moment(machine: Machine, formats: Iterable[str], rows: Sequence[int]) -> Machine:
     """`machine` where only products cost more than their bytes, and these at what the probe of the calibration reaches now with weights
     in these formats and so many rows: memory may be twice as fast a minute later."""
+    fused = machine.with_only_products()
     if not formats:
-        return machine.with_only_products()
+        return fused
     steps = {(format, m): gemm_step(probe(format), m, FLOATS[computes_in(format, "cpu")]) for format in formats for m in rows}
     now = rates(steps, sample_s=0.05)
 
     def curve(known: Curve, format: str) -> Curve:
         usual = machine.rates["gemm"][format]
         return tuple((m, interpolate(known, m) * now[format, m] / interpolate(usual, m)) for m in rows)
-    return replace(machine.with_only_products(), rates={
-        kernel: {format: curve(of[format], format) for format in formats if format in of}
-        for kernel, of in machine.with_only_products().rates.items()})
+    return replace(fused, rates={kernel: {format: curve(of[format], format) for format in formats if format in of}
+                                 for kernel, of in fused.rates.items()})
 
 
 class InCpp:
