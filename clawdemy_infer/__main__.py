@@ -2,6 +2,6 @@
 
 import sys
 
-from clawdemy_infer.cli import main
+from clawdemy_infer.cli.main import main
 
 sys.exit(main())

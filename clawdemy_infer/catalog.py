@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 from clawdemy_infer.arithmetic import MLA, SSM, ModelShape, MoE
-from clawdemy_infer.roofline import Link, Machine
+from clawdemy_infer.envelope.roofline import Link, Machine
 
 
 @cache
@@ -21,7 +21,7 @@ def _find(kind: str, name: str, filename: str) -> dict:
     if name not in entries:
         near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.4) or sorted(entries)
         raise ValueError(f"{kind}={name!r} is not in {filename}; near matches: {', '.join(near)}")
-    return entries[name]
+    return dict(entries[name])
 
 
 def model_names() -> list[str]:
@@ -33,19 +33,20 @@ def machine_names() -> list[str]:
 
 
 def model(name: str) -> ModelShape:
-    """The shape of the model called `name`. Raises ValueError with near matches for an unknown one."""
-    entry = dict(_find("model", name, "models.toml"))
-    for field, kind in (("moe", MoE), ("mla", MLA), ("ssm", SSM), ("pattern", tuple), ("biases", tuple)):
-        if field in entry:
-            entry[field] = kind(entry[field]) if kind is tuple else kind(**entry[field])
-    return ModelShape(**entry)
+    """The shape of the model called `name`. ValueError with near matches for an unknown one."""
+    entry = _find("model", name, "models.toml")
+    parts = {field: kind(**entry[field])
+             for field, kind in (("moe", MoE), ("mla", MLA), ("ssm", SSM)) if field in entry}
+    lists = {field: tuple(entry[field]) for field in ("pattern", "biases") if field in entry}
+    return ModelShape(**entry | parts | lists)
 
 
 def machine(name: str) -> Machine:
-    """The data sheet of the machine called `name`. Raises ValueError with near matches for an unknown one."""
-    entry = dict(_find("machine", name, "machines.toml"))
-    sources = "; ".join(f"{figure}: {source}" for figure, source in entry.pop("sources").items())
+    """The data sheet of the machine called `name`. ValueError with near matches for an unknown
+    one."""
+    entry = _find("machine", name, "machines.toml")
     del entry["kind"]                                   # of machine, for those who read the file
+    sources = "; ".join(f"{figure}: {source}" for figure, source in entry.pop("sources").items())
     link = Link(**entry.pop("link")) if "link" in entry else None
     # A data sheet has one bandwidth, whatever the working set.
     return Machine(bandwidth=((1.0, entry.pop("bandwidth")),), link=link, source=sources, **entry)

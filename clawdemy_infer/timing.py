@@ -1,6 +1,7 @@
 """One stopwatch for everything: warm up, synchronise, repeat, take the median and show the spread.
 
-A lesson, a benchmark and the calibration all read the clock through this file, so their numbers can stand side by side.
+A lesson, a benchmark and the calibration all read the clock through this file, so their numbers can
+be compared.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 
 def now() -> float:
-    """Seconds on a monotonic clock, once every queued GPU kernel has finished.
-
-    A GPU call returns before its kernel runs; without the wait we would time the launch and not the work.
-    """
+    """Seconds on a monotonic clock, once every queued GPU kernel has finished: a GPU call returns
+    before its kernel runs, and without the wait we would time the launch and not the work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -28,7 +27,8 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Repeated times of one piece of work, in seconds. `median` is what we quote; `spread` says how far to trust it."""
+    """Repeated times of one piece of work, in seconds: we quote `median`, `spread` says how far to
+    trust it."""
 
     seconds: tuple[float, ...]
 
@@ -41,13 +41,15 @@ class Timing:
         return min(self.seconds)
 
     def beyond(self, other: Timing) -> float:
-        """Seconds that this work took longer than `other`, with which it alternated: the median over the rounds, so that what slows the
-        machine for more than a round takes part in no difference."""
-        return statistics.median(mine - its for mine, its in zip(self.seconds, other.seconds, strict=True))
+        """Seconds that this work took longer than `other`, with which it alternated: the median of
+        the differences by round, to which a slower machine adds little."""
+        return statistics.median(mine - its for mine, its
+                                 in zip(self.seconds, other.seconds, strict=True))
 
     @property
     def spread(self) -> float:
-        """Half the gap between the lower and upper quartile, as a fraction of the median. Above 0.1 the machine was busy."""
+        """Half the gap between the quartiles, as a fraction of the median; above 0.1 the machine
+        was busy."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -68,8 +70,10 @@ def stopwatch(work: Callable[[], object], repeats: int = 5, warmup: int = 1) -> 
     return Timing(tuple(seconds))
 
 
-def alternate(works: dict[str, Callable[[], object]], repeats: int = 5, warmup: int = 1) -> dict[str, Timing]:
-    """Time several pieces of work in turn, A B C A B C …, so that a drift of the machine falls on all of them alike."""
+def alternate(works: dict[str, Callable[[], object]], repeats: int = 5,
+              warmup: int = 1) -> dict[str, Timing]:
+    """Time several pieces of work in turn, A B C A B C …, so that a drift of the machine falls on
+    all of them alike."""
     for work in works.values():
         for _ in range(warmup):
             work()
@@ -80,14 +84,13 @@ def alternate(works: dict[str, Callable[[], object]], repeats: int = 5, warmup: 
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
-def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, rounds: int = 5,
-          of: Callable[[list[float]], float] = statistics.median) -> dict[str, float]:
-    """Units of work per second, for several kinds of work.
+def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03,
+          rounds: int = 5) -> dict[str, float]:
+    """Units of work per second, for several kinds of work: the median of `rounds` samples each.
 
-    `steps[name](i)` does the i-th piece of that work and returns how many units it was (bytes, FLOPs). Pieces are done until
-    `sample_s` seconds are over; that is one sample. All kinds are sampled in turn, `rounds` times, and the median is returned:
-    a neighbour's burst on a shared machine then spoils one sample of each and not all samples of one. `of` may be another choice among
-    the samples than their median.
+    `steps[name](i)` does the i-th piece of that work and returns how many units it was (bytes,
+    FLOPs). A sample is the pieces done in `sample_s` seconds. All kinds are sampled in turn: a
+    neighbour's burst on a shared machine then spoils one sample of each and not all of one.
     """
     done = dict.fromkeys(steps, 0)
     samples: dict[str, list[float]] = {name: [] for name in steps}
@@ -101,7 +104,7 @@ def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03, roun
                 done[name] += 1
                 elapsed = now() - start
             samples[name].append(units / elapsed)
-    return {name: of(values) for name, values in samples.items()}
+    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 class _OpCounter(TorchDispatchMode):
@@ -116,7 +119,7 @@ class _OpCounter(TorchDispatchMode):
 
 @contextmanager
 def _launches(counter: _OpCounter) -> Iterator[None]:
-    """Count launches of Triton kernels too, which PyTorch does not dispatch: each as one, whatever the interpreter does for it."""
+    """Count launches of Triton kernels too, which PyTorch does not dispatch: each as one."""
     if "triton" not in sys.modules:
         yield
         return
@@ -129,6 +132,7 @@ def _launches(counter: _OpCounter) -> Iterator[None]:
             with _disable_current_modes():
                 return run(*args, **options)
         return counted
+
     plain = [(kind, kind.run) for kind in (JITFunction, InterpretedFunction)]
     try:
         for kind, run in plain:
@@ -140,8 +144,8 @@ def _launches(counter: _OpCounter) -> Iterator[None]:
 
 
 def count_ops(work: Callable[[], object]) -> int:
-    """How many ATen operations one call of `work()` dispatches, and Triton kernels it launches: each costs its fixed share, whatever its
-    size."""
+    """ATen operations that one call of `work()` dispatches, and Triton kernels that it launches:
+    each costs its fixed share, whatever its size."""
     with _OpCounter() as counter, _launches(counter):
         work()
     return counter.count

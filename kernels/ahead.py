@@ -1,11 +1,14 @@
 """Compile kernels for GPUs that are not there, and read from the machine code what it will do.
 
-    TRITON_INTERPRET=0 python -m clawdemy_kernels.ahead sm_90 gfx942            a table of all kernels for these targets
+    TRITON_INTERPRET=0 python -m clawdemy_kernels.ahead sm_90 gfx942        a table of all kernels
+                                                                            for these targets
 
-Whatever a launcher would launch is compiled as it would be: with the sizes and the alignment of its arguments. Those decide much. A
-pointer or a stride that Triton knows to be a multiple of 16 gives loads of 16 bytes; without, each number may be loaded by itself.
+Whatever a launcher would launch is compiled as it would be: with the sizes and the alignment of its
+arguments. Those decide much. A pointer or a stride that Triton knows to be a multiple of 16 gives
+loads of 16 bytes; without, each number may be loaded by itself.
 
-Everything needed comes inside the Triton wheel: ptxas, cuobjdump and nvdisasm for NVIDIA, LLVM for AMD.
+Everything needed comes inside the Triton wheel: ptxas, cuobjdump and nvdisasm for NVIDIA, LLVM for
+AMD.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel for one target. `loads` counts the load instructions from global memory by their bytes a thread."""
+    """One kernel for one target. `loads` counts the load instructions from global memory by their
+    bytes a thread."""
 
     kernel: str
     target: str
@@ -56,7 +60,8 @@ class Code:
 
 
 class Elsewhere:
-    """The driver of a GPU that is not there: it says which one it would be, and that is all that a compilation asks."""
+    """The driver of a GPU that is not there: it says which one it would be, and that is all that a
+    compilation asks."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -89,21 +94,26 @@ def _compiling(target: GPUTarget, found: list):
 
 
 def compiled(launch: Callable[[], object], target: str) -> list[Code]:
-    """All kernels that `launch()` would launch, compiled for one of `TARGETS`; none runs, so what it returns means nothing.
+    """All kernels that `launch()` would launch, compiled for one of `TARGETS`; none runs, so what
+    it returns means nothing.
 
-    Raises RuntimeError in the interpreter, which has nothing to compile: set TRITON_INTERPRET=0 before the kernels are imported.
+    Raises RuntimeError in the interpreter, which has nothing to compile: set TRITON_INTERPRET=0
+    before the kernels are imported.
     """
     return [_read(kernel, target) for kernel in _compile(launch, target)]
 
 
 def listing(launch: Callable[[], object], target: str) -> dict[str, str]:
-    """What Triton hands to the assembler, by kernel: PTX for NVIDIA, AMD's own language for AMD. Raises RuntimeError as `compiled`."""
-    return {kernel.name: kernel.asm.get("ptx") or kernel.asm["amdgcn"] for kernel in _compile(launch, target)}
+    """What Triton hands to the assembler, by kernel: PTX for NVIDIA, AMD's own language for AMD.
+    Raises RuntimeError as `compiled`."""
+    return {kernel.name: kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+            for kernel in _compile(launch, target)}
 
 
 def _compile(launch: Callable[[], object], target: str) -> list:
     if INTERPRETED:
-        raise RuntimeError("kernels are interpreted here; set TRITON_INTERPRET=0 before they are imported, in a process of its own")
+        raise RuntimeError("kernels are interpreted here; set TRITON_INTERPRET=0 before they are "
+                           "imported, in a process of its own")
     found = []
     with _compiling(TARGETS[target], found):
         launch()
@@ -114,22 +124,27 @@ def _read(kernel, target: str) -> Code:
     named = kernel.name, target, kernel.metadata.num_warps * TARGETS[target].warp_size
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
-        loads = Counter(AMD_BYTES[width] for width in re.findall(r"(?:global|buffer)_load_(\w+)", text) if width in AMD_BYTES)
+        registers, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+                              for key in ("vgpr_count", "vgpr_spill_count"))
+        widths = re.findall(r"(?:global|buffer)_load_(\w+)", text)
+        loads = Counter(AMD_BYTES[width] for width in widths if width in AMD_BYTES)
         products = len(re.findall(r"v_mfma_", text))
-        return Code(*named, number["vgpr_count"], number["vgpr_spill_count"], kernel.metadata.shared, dict(loads), products)
+        return Code(*named, registers, spilled, kernel.metadata.shared, dict(loads), products)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, sass = (subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-                       for tool, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+        usage, sass = (subprocess.run([TOOLS / tool, option, file.name], capture_output=True,
+                                      text=True, check=True).stdout
+                       for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
     number = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-    loads = Counter(_bytes(modifiers) for modifiers in re.findall(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)", sass))
+    loads = Counter(map(_bytes, re.findall(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)", sass)))
     products = len(re.findall(r"\b(?:HMMA|QMMA|IMMA|HGMMA|UTC\w*MMA)\b", sass))
-    return Code(*named, number["REG"], number["STACK"] + number["LOCAL"], kernel.metadata.shared, dict(loads), products)
+    return Code(*named, number["REG"], number["STACK"] + number["LOCAL"], kernel.metadata.shared,
+                dict(loads), products)
 
 
-AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short_d16": 2, "short_d16_hi": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short_d16": 2, "short_d16_hi": 2, "dword": 4,
+             "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 
 def _bytes(modifiers: str) -> int:

@@ -1,8 +1,9 @@
 """The time of a kernel on a GPU, without the time that Python takes to start it.
 
-Python needs some tens of microseconds for a launch, and a decode kernel needs about ten. So the GPU is given something long to do first:
-meanwhile the launch is queued, between two events, and what the clock sees is kernels one right behind the other, as in a CUDA graph.
-The long thing is to write 256 MiB a few times, after which the caches hold nothing of what the kernel will read.
+Python needs some tens of microseconds for a launch, and a decode kernel needs about ten. So the GPU
+is given something long to do first: meanwhile the launch is queued, between two events, and what
+the clock sees is kernels one right behind the other, as in a CUDA graph. The long thing is to write
+256 MiB a few times, after which the caches hold nothing of what the kernel will read.
 """
 
 from __future__ import annotations

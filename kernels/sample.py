@@ -1,9 +1,11 @@
-"""Draw a token from each row of logits: temperature, softmax and the draw in one kernel that reads the logits twice.
+"""Draw a token from each row of logits: temperature, softmax and the draw in one kernel that reads
+the logits twice.
 
-The first walk over the V logits finds the largest and the sum, as attention's softmax does. A uniform number u in [0, 1) then names
-a point of the line on which each token has a piece as long as its weight; the second walk finds whose piece it is:
+The first walk over the V logits finds the largest and the sum, as attention's softmax does. A
+uniform number u in [0, 1) then names a point of the line on which each token has a piece as long as
+its weight; the second walk finds whose piece it is, by inversion of the distribution:
 
-    token = the first v with  weight[0] + ... + weight[v] > u * sum                       (inversion of the distribution)
+    token = the first v with  weight[0] + ... + weight[v] > u * sum
 
 Temperature 0 is greedy: the first of the largest logits.
 
@@ -18,9 +20,10 @@ from clawdemy_kernels.launch import LOG2_E, check, tl, triton, warps
 
 
 @triton.jit
-def sample_kernel(logits, uniform, out, scale, logits_b, V, GREEDY: tl.constexpr, BLOCK: tl.constexpr):
+def sample_kernel(logits, uniform, out, scale, logits_stride_row, V, GREEDY: tl.constexpr,
+                  BLOCK: tl.constexpr):
     b = tl.program_id(0)
-    row = logits + b.to(tl.int64) * logits_b
+    row = logits + b.to(tl.int64) * logits_stride_row
     largest, total, token = -float("inf"), 0.0, V
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
@@ -30,7 +33,8 @@ def sample_kernel(logits, uniform, out, scale, logits_b, V, GREEDY: tl.constexpr
             if top > largest:
                 token = tl.min(tl.where(x == top, v, V), 0)
         new = tl.maximum(largest, top)
-        # exp2 of the difference times the scale: -inf - -inf can only come in a block of nothing but -inf.
+        # exp2 of the difference times the scale: -inf - -inf can only come in a block of nothing
+        # but -inf.
         known = tl.where(new == -float("inf"), 0.0, new)
         total = total * tl.exp2((largest - known) * scale) + tl.sum(tl.exp2((x - known) * scale), 0)
         largest = new
@@ -44,13 +48,15 @@ def sample_kernel(logits, uniform, out, scale, logits_b, V, GREEDY: tl.constexpr
             token = tl.minimum(token, tl.min(tl.where(passed & (weights > 0), v, V), 0))
             last = tl.maximum(last, tl.max(tl.where(weights > 0, v, -1), 0))
             before += tl.sum(weights, 0)
-        # The two walks may round their sums apart, and the point lie behind the last piece: then it is that piece's.
+        # The two walks may round their sums apart, and the point lie behind the last piece: then it
+        # is that piece's.
         token = tl.minimum(token, last)
     tl.store(out + b, token)
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """logits [B, V] (-inf where a filter struck a token out), uniform [B] of fp32 in [0, 1) -> tokens [B] of int32.
+    """logits [B, V] (-inf where a filter struck a token out), uniform [B] of fp32 in [0, 1) ->
+    tokens [B] of int32.
 
     Raises ValueError for other shapes, and for a temperature below 0.
     """
@@ -59,14 +65,17 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature}: 0 (greedy) or above is accepted")
     out = logits.new_empty(len(logits), dtype=torch.int32)
-    sample_kernel[(len(logits),)](logits, uniform, out, LOG2_E / (temperature or 1.0), logits.stride(0), logits.shape[1],
-                                  GREEDY=temperature == 0, BLOCK=1024, num_warps=warps(128))
+    sample_kernel[(len(logits),)](logits, uniform, out, LOG2_E / (temperature or 1.0),
+                                  logits.stride(0), logits.shape[1], GREEDY=temperature == 0,
+                                  BLOCK=1024, num_warps=warps(128))
     return out
 
 
-def sample_reference(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def sample_reference(logits: torch.Tensor, uniform: torch.Tensor,
+                     temperature: float = 1.0) -> torch.Tensor:
     """The same in plain PyTorch, in fp64."""
     if temperature == 0:
         return logits.argmax(-1).int()
     sums = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(sums, uniform.double()[:, None] * sums[:, -1:], right=True)[:, 0].int()
+    points = uniform.double()[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, points, right=True)[:, 0].int()

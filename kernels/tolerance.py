@@ -1,4 +1,5 @@
-"""How far a kernel may lie from fp64, by dtype, on numbers near 1: two units in the last place, and its sums in any order."""
+"""How far a kernel may lie from fp64, by dtype, on numbers near 1: two units in the last place, and
+its sums in any order."""
 
 import torch
 

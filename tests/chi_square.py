@@ -7,15 +7,18 @@ import torch
 from clawdemy_infer.model import probabilities
 
 FALSE_ALARM = 1e-4
-"""A correct sampler fails a test with this probability, over seeds. The seeds are fixed, so here it fails always or never."""
+"""A correct sampler fails a test with this probability, over seeds. The seeds are fixed, so here it
+fails always or never."""
 
 
 def p_value(counts: torch.Tensor, chances: torch.Tensor) -> float:
-    """The chance of counts at least this far from `chances`, by Pearson's chi-square: one test over all rows [..., V], each of
-    which has a total of its own. 0 where something came that has no chance. Cells that expect fewer than 5 are put together.
+    """The chance of counts at least this far from `chances`, by Pearson's chi-square: one test over
+    all rows [..., V], each of which has a total of its own. 0 where something came that has no
+    chance. Cells that expect fewer than 5 are put together.
     """
     statistic = freedom = 0.0
-    for row, p in zip(counts.double().view(-1, counts.shape[-1]), chances.double().view(-1, counts.shape[-1]), strict=True):
+    for row, p in zip(counts.double().view(-1, counts.shape[-1]),
+                      chances.double().view(-1, counts.shape[-1]), strict=True):
         if row[p == 0].any():
             return 0.0
         expected, row = (row.sum() * p)[p > 0], row[p > 0]
@@ -27,22 +30,28 @@ def p_value(counts: torch.Tensor, chances: torch.Tensor) -> float:
             statistic += float(((row - expected) ** 2 / expected).sum())
             freedom += len(expected) - 1
     assert freedom, "nothing to be tested: all rows are certain"
-    return float(torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(statistic / 2).double()))
+    return float(
+        torch.special.gammaincc(
+            torch.tensor(freedom/2).double(),
+            torch.tensor(statistic/2).double()))
 
 
 class Chain:
-    """A Markov chain of second order that steps as a `Decoder` does: the logits depend on the last two tokens, in float64.
+    """A Markov chain of second order that steps as a `Decoder` does: the logits depend on the last
+    two tokens, in float64.
 
-    It remembers what it was brought, as far as the cache says that it counts. So a cache that keeps a rejected token, or forgets
-    an accepted one, gives other distributions.
+    It remembers what it was brought, as far as the cache says that it counts. So a cache that keeps
+    a rejected token, or forgets an accepted one, gives other distributions.
     """
 
-    tokenizer, dtype, device, backend = None, torch.float64, torch.device("cpu"), "torch"
+    tokenizer, dtype, device = None, torch.float64, torch.device("cpu")
 
     def __init__(self, V: int, seed: int, near: "Chain | None" = None) -> None:
-        logits = torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        logits = torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed),
+                             dtype=torch.float64)
         self.logits = near.logits + logits if near else 1.5 * logits
-        self.config = SimpleNamespace(shape=SimpleNamespace(V=V, L=1, K=1, H=2, max_context=None), eos_ids=())
+        self.config = SimpleNamespace(shape=SimpleNamespace(V=V, L=1, K=1, H=2, max_context=None),
+                                      eos_ids=())
         self.held: dict = {}
 
     def step(self, new, cache, last_only=True):
@@ -68,8 +77,13 @@ class Lengths:
     def __init__(self, batch: int) -> None:
         self.lengths = dict.fromkeys(range(batch), 0)
 
+    def can_append(self, new):
+        return True
+
     def begin(self, new, window=None):
-        return SimpleNamespace(commit=lambda: self.lengths.update({name: self.lengths[name] + len(ids) for name, ids in new.items()}))
+        return SimpleNamespace(commit=lambda: self.lengths.update(
+            {name: self.lengths[name] + len(ids)
+             for name, ids in new.items()}))
 
     def truncate(self, length, sequence):
         assert 0 <= length <= self.lengths[sequence]
@@ -86,11 +100,13 @@ def triples(texts: list[list[int]], V: int) -> torch.Tensor:
 
 
 def triple_chances(model, prompt: list[int], V: int, sampling) -> torch.Tensor:
-    """The chance of each three tokens after the prompt, as the product of the model's conditional ones: [V, V, V] in float64."""
+    """The chance of each three tokens after the prompt, as the product of the model's conditional
+    ones: [V, V, V] in float64."""
     chances = torch.ones(V, V, V, dtype=torch.float64)
     for a in range(V):
         chances[a] *= probabilities(model(torch.tensor([prompt]))[0, -1], sampling)[a]
         for b in range(V):
             after = probabilities(model(torch.tensor([[*prompt, a]]))[0, -1], sampling)
-            chances[a, b] *= after[b] * probabilities(model(torch.tensor([[*prompt, a, b]]))[0, -1], sampling)
+            chances[a, b] *= after[b]*probabilities(
+                model(torch.tensor([[*prompt, a, b]]))[0, -1], sampling)
     return chances

@@ -6,7 +6,8 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # before anything imports huggingface_hub
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"    # and before anything imports triton, which decides then: without a GPU kernels are interpreted
+    # and before anything imports triton, which decides then: without a GPU kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
 
@@ -14,6 +15,6 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def smollm():
     """The real SmolLM2-135M-Instruct in fp32, loaded once. Tests leave it as they found it."""
-    from clawdemy_infer.model import load_model
+    from clawdemy_infer.files import load_model
 
     return load_model("smollm2-135m")

@@ -39,7 +39,8 @@ def double(x):
     return ...
 
 
-lesson.exercise("double", double, cases={2: 4, 3.5: 7.0}, nudge="Add it to itself.", means="Two of a kind.")
+lesson.exercise("double", double, cases={2: 4, 3.5: 7.0}, nudge="Add it to itself.",
+                means="Two of a kind.")
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>

@@ -1,6 +1,7 @@
 """transformers' own reading of a GGUF file, for comparison.
 
-`AutoModelForCausalLM.from_pretrained(gguf_file=…)` ends in the same functions, but wants `accelerate` installed for it.
+`AutoModelForCausalLM.from_pretrained(gguf_file=…)` ends in the same functions, but wants
+`accelerate` installed for it.
 """
 
 from pathlib import Path

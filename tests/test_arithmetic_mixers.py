@@ -1,4 +1,5 @@
-"""The parts that the families differ in, each against something that is not our formula: float64, enumeration, a count by hand."""
+"""The parts that the families differ in, each against something that is not our formula: float64,
+enumeration, a count by hand."""
 
 from itertools import combinations, product
 from math import exp
@@ -9,41 +10,58 @@ from families import SMALL, config_of, model_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from clawdemy_infer import catalog
-from clawdemy_infer.arithmetic import BYTES, MLA, SSM, LatentAttention, ModelShape, MoE, Pass, StateSpace, element_bytes
+from clawdemy_infer.arithmetic import (
+    BYTES,
+    MLA,
+    SSM,
+    LatentAttention,
+    ModelShape,
+    MoE,
+    Pass,
+    StateSpace,
+    element_bytes,
+)
 
 # ---- latent attention ----
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2, no query latent", "deepseek_v3"])
-@pytest.mark.parametrize("batch, new, past", [(2, 1, 12), (1, 4, 7), (2, 9, 0)], ids=["decode", "chunk", "prefill"])
-def test_the_absorbed_form_gives_the_same_numbers_and_costs_the_flops_we_say(name, batch, new, past):
-    """Written out here in float64, from the projections of transformers' module: same outputs, and torch counts its products."""
+@pytest.mark.parametrize("batch, new, past", [(2, 1, 12), (1, 4, 7), (2, 9, 0)],
+                         ids=["decode", "chunk", "prefill"])
+def test_the_absorbed_form_gives_the_same_numbers_and_costs_the_flops_we_say(
+        name, batch, new, past):
+    """Written out here in float64, from the projections of transformers' module: same outputs, and
+    torch counts its products."""
     kind, shape = SMALL[name]
     layer = model_of(config_of(kind, shape)).double().model.layers[0].self_attn
     N, H, rope, value, latent = shape.N, shape.H, shape.mla.rope, shape.mla.value, shape.mla.latent
     nope, S = H - rope, past + new
     generator = torch.Generator().manual_seed(3)
-    q = torch.randn(batch, N, new, H, dtype=torch.float64, generator=generator)          # queries, rotated already
-    c = torch.randn(batch, S, latent, dtype=torch.float64, generator=generator)          # latents, normed already
+    # queries, rotated already
+    q = torch.randn(batch, N, new, H, dtype=torch.float64, generator=generator)
+    # latents, normed already
+    c = torch.randn(batch, S, latent, dtype=torch.float64, generator=generator)
     k_rope = torch.randn(batch, 1, S, rope, dtype=torch.float64, generator=generator)
     mask = torch.ones(new, S, dtype=torch.bool).tril(past)
 
     # Naive: keys and values of every head from the latents, by kv_b.
     with FlopCounterMode(display=False) as naive_counter, torch.no_grad():
-        k_nope, v = layer.kv_b_proj(c).view(batch, S, N, nope + value).transpose(1, 2).split((nope, value), dim=-1)
+        k_nope, v = layer.kv_b_proj(c).view(batch, S, N, nope + value).transpose(1, 2).split(
+            (nope, value), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, N, -1, -1)), dim=-1)
         scores = (q @ k.transpose(-1, -2) / H**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
         naive = scores @ v
     # Absorbed: kv_b's two halves go to the queries and to the outputs.
-    w_k, w_v = layer.kv_b_proj.weight.detach().view(N, nope + value, latent).split((nope, value), dim=1)
+    w_k, w_v = layer.kv_b_proj.weight.detach().view(N, nope + value, latent).split((nope, value),
+                                                                                   dim=1)
     with FlopCounterMode(display=False) as absorbed_counter, torch.no_grad():
-        wide = torch.cat((q[..., :nope] @ w_k, q[..., nope:]), dim=-1)                    # [B, N, T, latent + rope]
-        keys = torch.cat((c[:, None], k_rope), dim=-1)                                    # one "head" for all
+        wide = torch.cat((q[..., :nope] @ w_k, q[..., nope:]), dim=-1)  # [B, N, T, latent + rope]
+        keys = torch.cat((c[:, None], k_rope), dim=-1)  # one "head" for all
         scores = (wide @ keys.transpose(-1, -2) / H**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
         absorbed = (scores @ c[:, None]) @ w_v.transpose(-1, -2)
     torch.testing.assert_close(absorbed, naive, rtol=1e-10, atol=1e-12)
 
-    visible = sum(past + i + 1 for i in range(new)) / (new * S)                           # torch counts the whole rectangle
+    visible = sum(past + i + 1 for i in range(new)) / (new * S)  # torch counts the whole rectangle
     mixer = shape.layers[0].mixer
     for form, counter in ((False, naive_counter), (True, absorbed_counter)):
         ops = mixer.attend(Pass(batch, new, S, absorbed=form))
@@ -54,50 +72,60 @@ def test_the_absorbed_form_gives_the_same_numbers_and_costs_the_flops_we_say(nam
 
 
 def test_each_form_of_latent_attention_has_its_use():
-    """At DeepSeek-V3's sizes: absorbed for the next token, naive for a long prompt, and by itself the cheaper one is taken."""
+    """At DeepSeek-V3's sizes: absorbed for the next token, naive for a long prompt, and by itself
+    the cheaper one is taken."""
     shape = catalog.model("deepseek-v3")
     for work in (shape.decode, shape.prefill):
         forms = {form: work(1, 4096, absorbed=form).flops for form in (False, True, None)}
         assert forms[None] == min(forms.values())
         assert (forms[True] < forms[False]) is (work == shape.decode)
-    # Making the keys and values of 4,096 tokens again, for one token: more than the rest of the step by far.
+    # Making the keys and values of 4,096 tokens again, for one token: more than the rest of the
+    # step by far.
     assert shape.decode(1, 4096, absorbed=False).flops > 50 * shape.decode(1, 4096).flops
 
 
 def test_absorbed_attention_reads_the_latents_once_for_all_heads():
     """128 heads, 576 numbers a token, 2 bytes: 1,152 bytes a token and layer, by hand."""
     mixer = LatentAttention(7168, 128, 192, MLA(512, 64, 128, 1536))
-    one, other = ([op for op in mixer.attend(Pass(1, 1, S, absorbed=True)) if op.kernel == "attention"][0] for S in (1000, 2000))
+    one, other = ([
+        op for op in mixer.attend(Pass(1, 1, S, absorbed=True)) if op.kernel == "attention"
+    ][0] for S in (1000, 2000))
     assert other.bytes - one.bytes == 1000 * 576 * 2
-    assert one.rows == 128                                                                # all heads multiply the same rows
+    assert one.rows == 128  # all heads multiply the same rows
 
 
 # ---- experts ----
 
 
-@pytest.mark.parametrize("experts, active, tokens", [(4, 1, 3), (4, 2, 1), (4, 2, 2), (5, 2, 3), (6, 3, 2), (3, 3, 2)])
+@pytest.mark.parametrize("experts, active, tokens", [(4, 1, 3), (4, 2, 1), (4, 2, 2), (5, 2, 3),
+                                                     (6, 3, 2), (3, 3, 2)])
 def test_touched_experts_are_the_mean_over_all_ways_to_choose(experts, active, tokens):
-    """Every way in which `tokens` tokens can each pick `active` different experts, counted one by one."""
+    """Every way in which `tokens` tokens can each pick `active` different experts, counted one by
+    one."""
     ways = list(product(combinations(range(experts), active), repeat=tokens))
     mean = sum(len(set().union(*way)) for way in ways) / len(ways)
     assert MoE(experts, active).touched(tokens) == pytest.approx(mean, rel=1e-12)
 
 
 def test_a_batch_spreads_over_the_experts_and_each_sees_few_rows():
-    """Mixtral at batch 16: 2 of 8 for each of 16 tokens touch 8·(1 - 0.75^16) = 7.92 experts, 32/7.92 = 4.04 rows each."""
+    """Mixtral at batch 16: 2 of 8 for each of 16 tokens touch 8·(1 - 0.75^16) = 7.92 experts,
+    32/7.92 = 4.04 rows each."""
     work = catalog.model("mixtral-8x7b").decode(16, 100)
     up = [op for op in work.operations() if op.name == "expert gate_up"][0]
     assert up.rows == pytest.approx(4.04, abs=0.005)
-    assert up.flops == pytest.approx(32 * (2 * 16 * 2 * 4096 * 28672), rel=1e-12)         # layers · 2 · tokens · active · D · 2F
+    # layers · 2 · tokens · active · D · 2F
+    assert up.flops == pytest.approx(32 * (2 * 16 * 2 * 4096 * 28672), rel=1e-12)
     weights = 32 * 7.92 * 4096 * 28672 * 2
-    assert up.bytes == pytest.approx(weights, rel=0.005)                                  # and the activations: a few MB
+    assert up.bytes == pytest.approx(weights, rel=0.005)  # and the activations: a few MB
 
 
 def test_the_layers_with_experts_are_where_the_config_puts_them():
-    dense_first = ModelShape("", L=6, D=8, N=2, K=2, H=4, F=8, V=8, moe=MoE(4, 2, F=6, first_dense=2))
-    assert [type(layer.feed_forward).__name__ for layer in dense_first.layers] == ["MLP"] * 2 + ["Experts"] * 4
+    dense_first = ModelShape("", L=6, D=8, N=2, K=2, H=4, F=8, V=8, moe=MoE(
+        4, 2, F=6, first_dense=2))
+    assert [type(layer.feed_forward).__name__
+            for layer in dense_first.layers] == ["MLP"]*2 + ["Experts"]*4
     alternate = ModelShape("", L=6, D=8, N=2, K=2, H=4, F=8, V=8, moe=MoE(4, 2, every=2, offset=1))
-    assert [type(layer.feed_forward).__name__ for layer in alternate.layers] == ["MLP", "Experts"] * 3
+    assert [type(layer.feed_forward).__name__ for layer in alternate.layers] == ["MLP", "Experts"]*3
 
 
 # ---- state spaces ----
@@ -126,7 +154,8 @@ class Counted:
 
 @pytest.mark.parametrize("second", [False, True], ids=["mamba", "mamba2"])
 def test_a_scan_costs_what_its_recurrence_does_number_by_number(second):
-    """h = a h + x B, y = C h, and the convolution, in scalars that count. A sum of n terms is counted as n multiply-adds."""
+    """h = a h + x B, y = C h, and the convolution, in scalars that count. A sum of n terms is
+    counted as n multiply-adds."""
     inner, state, conv, heads, tokens = 6, 5, 3, 2, 4
     ssm = SSM(inner, state, conv, heads=heads) if second else SSM(inner, state, conv, dt_rank=1)
     channels = inner + 2 * state if second else inner
@@ -138,7 +167,7 @@ def test_a_scan_costs_what_its_recurrence_does_number_by_number(second):
             total = Counted(0.0)
             for _ in range(conv):
                 total = total + number * number
-        x = [number] * inner                                            # dt·x: made once a channel, not once a state
+        x = [number] * inner  # dt·x: made once a channel, not once a state
         for i in range(inner):
             y = Counted(0.0)
             for j in range(state):
@@ -149,7 +178,8 @@ def test_a_scan_costs_what_its_recurrence_does_number_by_number(second):
 
 
 def test_a_state_does_not_grow_with_the_context():
-    """Mamba-2.8B by hand: 64 layers · 5,120 channels · (16 states + 4 inputs of the convolution) · 2 bytes = 13,107,200."""
+    """Mamba-2.8B by hand: 64 layers · 5,120 channels · (16 states + 4 inputs of the convolution) ·
+    2 bytes = 13,107,200."""
     shape = catalog.model("mamba-2.8b")
     assert shape.kv_bytes(1, 1) == shape.kv_bytes(1, 10**6) == 13_107_200
     assert shape.decode(1, 1).bytes == shape.decode(1, 10**6).bytes
@@ -160,11 +190,17 @@ def test_a_state_does_not_grow_with_the_context():
 
 
 def test_formats_that_name_their_scales_count_them():
-    """llama.cpp's blocks, in bytes and numbers: q4_0 18 for 32, q8_0 34 for 32, q2_k 84, q3_k 110, q4_k 144, q5_k 176, q6_k 210 for 256.
-    MXFP4: 16 bytes and a scale of one byte for 32."""
-    blocks = {"q4_0": (18, 32), "q8_0": (34, 32), "q2_k": (84, 256), "q3_k": (110, 256), "q4_k": (144, 256), "q5_k": (176, 256),
-              "q6_k": (210, 256), "mxfp4": (17, 32)}
-    assert {name: BYTES[name] for name in blocks} == {name: bytes / numbers for name, (bytes, numbers) in blocks.items()}
+    """llama.cpp's blocks, in bytes and numbers: q4_0 18 for 32, q8_0 34 for 32, q2_k 84, q3_k 110,
+    q4_k 144, q5_k 176, q6_k 210 for 256. MXFP4: 16 bytes and a scale of one byte for 32."""
+    blocks = {
+        "q4_0": (18, 32), "q8_0": (34, 32), "q2_k": (84, 256), "q3_k": (110, 256),
+        "q4_k": (144, 256), "q5_k": (176, 256), "q6_k": (210, 256), "mxfp4": (17, 32)
+    }
+    assert {name: BYTES[name]
+            for name in blocks} == {
+                name: bytes/numbers
+                for name, (bytes, numbers) in blocks.items()
+            }
 
 
 def test_a_number_of_bytes_is_a_format_too():
@@ -172,7 +208,8 @@ def test_a_number_of_bytes_is_a_format_too():
     shape = catalog.model("llama-2-7b")
     assert element_bytes("weights", 0.515625) == 0.515625
     assert shape.stored_bytes(0.5) == shape.stored_bytes("int4")
-    assert shape.decode(3, 100, weights=1, kv=2.0)[:2] == shape.decode(3, 100, weights="int8", kv="bf16")[:2]
+    assert shape.decode(3, 100, weights=1, kv=2.0)[:2] == shape.decode(
+        3, 100, weights="int8", kv="bf16")[:2]
 
 
 # ---- errors ----
@@ -184,17 +221,18 @@ ODD = dict(L=3, D=60, N=6, K=2, H=14, F=84, V=131)
     (lambda: element_bytes("weights", 0), "weights=0: accepted are fp32"),
     (lambda: element_bytes("kv", -1.5), "kv=-1.5"),
     (lambda: element_bytes("kv", 99), "kv=99: .* or a number of bytes per element"),
-    (lambda: element_bytes("kv", None), "kv=None"),
-    (lambda: MoE(8, 9), "active=9: 1 to 8 experts"),
+    (lambda: element_bytes("kv", None), "kv=None"), (lambda: MoE(8, 9), "active=9: 1 to 8 experts"),
     (lambda: MoE(8, 0), "active=0"),
     (lambda: MoE(8, 2, every=2, offset=2), "offset=2: 0 to every - 1 = 1"),
     (lambda: SSM(8, 4), "dt_rank=0, heads=0: one of them is given"),
     (lambda: SSM(8, 4, dt_rank=1, heads=2), "dt_rank=1, heads=2"),
-    (lambda: ModelShape("", **ODD, pattern=("global", "ring")), "pattern='ring': accepted are global, local"),
-    (lambda: ModelShape("", **ODD, pattern=("ssm",)), "pattern='ssm' needs"),
+    (lambda: ModelShape("", **ODD, pattern=("global", "ring")),
+     "pattern='ring': accepted are global, local"),
+    (lambda: ModelShape("", **ODD, pattern=("ssm", )), "pattern='ssm' needs"),
     (lambda: ModelShape("", **ODD, biases=("qkv", "gate")), "biases='gate': accepted are qkv, out"),
-    (lambda: ModelShape("", **ODD, pattern=("local", "global")), "window=None: layers of the pattern are local"),
-    (lambda: ModelShape("", **ODD, window=9, pattern=("global",)), "window=9"),
+    (lambda: ModelShape("", **ODD, pattern=("local", "global")),
+     "window=None: layers of the pattern are local"),
+    (lambda: ModelShape("", **ODD, window=9, pattern=("global", )), "window=9"),
     (lambda: ModelShape("", **ODD | dict(F=0)), "F=0: a model needs at least 1"),
     (lambda: ModelShape("", **ODD | dict(H=0)), "H=0"),
     (lambda: catalog.model("mixtral-8x7b").streamed_bytes(tokens=0), "tokens=0"),

@@ -1,46 +1,58 @@
-"""Attention against its definition in float64, wherever bf16 on a CPU takes another way than PyTorch's fused kernel."""
+"""Attention against its definition in float64, at irregular shapes."""
 
 import pytest
 import torch
+from tolerances import LOGITS
 
-from clawdemy_infer import attention
-from clawdemy_infer.attention import attend, ragged_mask
+from clawdemy_infer.attention import attend, causal_mask, ragged_mask, visible_keys
 
 
-def by_definition(q, k, v, past):
-    """softmax(q kᵀ / sqrt(H)) v, a query at a time: token t of sequence b sees its first past[b] + t + 1 keys."""
+def by_definition(q, k, v, past, window=None):
+    """softmax(q kᵀ / sqrt(H)) v, a query at a time: token t of sequence b sees its first past[b] +
+    t + 1 keys, or the last `window` of them."""
     (B, K, _, H), (M, N, _) = k.shape, q.shape
     out = torch.zeros(M, N, v.shape[-1], dtype=torch.float64)
     for row in range(M):
         b, t = divmod(row, M // B)
+        end = past[b] + t + 1
         for n in range(N):
-            keys, values = (x[b, n // (N // K), :past[b] + t + 1].double() for x in (k, v))
+            keys, values = (x[b, n // (N // K), max(0, end - (window or end)):end].double()
+                            for x in (k, v))
             out[row, n] = torch.softmax(keys @ q[row, n].double() / H**0.5, 0) @ values
     return out.flatten(1)
 
 
-@pytest.fixture
-def ways(monkeypatch):
-    """Which of the ways were taken."""
-    taken = []
-    for name in ("decode_in_products", "prefill_in_products"):
-        real = getattr(attention, name)
-        monkeypatch.setattr(attention, name, lambda *args, real=real, name=name: (taken.append(name), real(*args))[1])
-    return taken
-
-
-@pytest.mark.parametrize("B, T, K, G, ragged, way", [
-    (11, 1, 3, 3, False, "decode_in_products"), (13, 1, 3, 2, True, "decode_in_products"), (1, 150, 2, 3, False, "prefill_in_products"),
-    (3, 67, 1, 4, False, "prefill_in_products"), (2, 1, 3, 3, False, None), (1, 9, 2, 3, False, None),
-])
-def test_attention_in_bf16_is_its_definition_whichever_way_it_goes(ways, B, T, K, G, ragged, way):
+def normal(B, T, K, G, S, dtype):
+    """q [B*T, N, 24], k [B, K, S, 24] with room behind it, v [B, K, S, 20]: values may be narrower
+    than keys."""
     generator = torch.Generator().manual_seed(B * T)
-    longest = 41 if T == 1 else T
+    q = torch.randn(B * T, K * G, 24, generator=generator).to(dtype)
+    k, v = torch.randn(2, B, K, S + 3, 24, generator=generator).to(dtype)[:, :, :, :S]
+    return q, k, v[..., :20]
+
+
+@pytest.mark.parametrize("B, T, K, G, ragged", [
+    (11, 1, 3, 3, False), (13, 1, 3, 2, True), (1, 150, 2, 3, False), (3, 67, 1, 4, False),
+    (2, 1, 3, 3, False), (1, 9, 2, 3, False), (4, 5, 2, 3, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_its_definition(B, T, K, G, ragged, dtype):
+    longest = 41 if T == 1 or ragged else T
     past = [longest - T - (b % 7 if ragged else 0) for b in range(B)]
-    q = torch.randn(B * T, K * G, 24, generator=generator).bfloat16()
-    k, v = torch.randn(2, B, K, longest + 3, 24, generator=generator).bfloat16()[:, :, :, :longest]       # a cache with room to spare
-    v = v[..., :20]                         # values may be narrower than keys
+    q, k, v = normal(B, T, K, G, longest, dtype)
     mask = ragged_mask(past, T, longest, None, q.dtype, q.device) if ragged else None
     got, right = attend(q, k, v, mask), by_definition(q, k, v, past)
-    assert ways == ([way] if way else [])
-    assert (got - right).norm() <= 0.01 * right.norm() and got.dtype == torch.bfloat16
+    error = 0.01 if dtype == torch.bfloat16 else 1e-5
+    assert (got - right).norm() <= error * right.norm() and got.dtype == dtype
+
+
+@pytest.mark.parametrize("past", [0, 3, 20])
+@pytest.mark.parametrize("window", [None, 1, 6, 50])
+@pytest.mark.parametrize("T", [1, 4])
+def test_a_query_sees_the_last_keys_of_its_window_up_to_itself(T, window, past):
+    S = past + T
+    q, k, v = normal(1, T, 2, 2, S, torch.float32)
+    seen = visible_keys(T, S, window)
+    mask = causal_mask(T, seen, window, q.dtype, q.device)
+    got = attend(q, k[:, :, S - seen:], v[:, :, S - seen:], mask)
+    torch.testing.assert_close(got, by_definition(q, k, v, [past], window).float(),
+                               **LOGITS[torch.float32])

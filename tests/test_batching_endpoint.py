@@ -1,4 +1,5 @@
-"""A trace at a server that speaks OpenAI's completions: a small one, in a thread, that streams what the test says, or fails."""
+"""A trace at a server that speaks OpenAI's completions: a small one, in a thread, that streams what
+the test says, or fails."""
 
 import json
 import os
@@ -10,15 +11,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from clawdemy_infer import cli
-from clawdemy_infer.batching import SLO, Request, State, save_trace
-from clawdemy_infer.batching.endpoint import Endpoint
+from clawdemy_infer.batching import SLO, Request, State
+from clawdemy_infer.cli import main as cli
+from clawdemy_infer.rigs.endpoint import Endpoint
+from clawdemy_infer.workloads import save_trace
 
 GAP = 0.03
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What becomes of a request is its prompt's to say: so many pieces `GAP` apart, an error, a connection that drops."""
+    """What becomes of a request is its prompt's to say: pieces `GAP` apart, an error, a connection
+    that drops."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -48,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(choices=[{"text": "", "finish_reason": "length"}])
         several = 2 if prompt == "two tokens a piece" else 1
         if prompt != "does not count":
-            self.send(choices=[], usage={"prompt_tokens": 7, "completion_tokens": several * body["max_tokens"]})
+            self.send(choices=[], usage={"prompt_tokens": 7,
+                                         "completion_tokens": several * body["max_tokens"]})
         self.say("data: [DONE]")
 
     def send(self, **event):
@@ -74,7 +78,8 @@ def server():
 
 
 def test_tokens_are_timed_as_they_come_and_arrivals_are_kept(server):
-    report = Endpoint(server.url, "some-model").run([Request("a", "first", 5, 0.0), Request("b", "second", 3, 0.25)], SLO(ttft_s=5))
+    report = Endpoint(server.url, "some-model").run(
+        [Request("a", "first", 5, 0.0), Request("b", "second", 3, 0.25)], SLO(ttft_s=5))
     a, b = report.sequences
     assert (a.state, a.generated, a.text, a.reason) == (State.FINISHED, 5, " 0 1 2 3 4", "length")
     # No token can be there before it was sent, however busy the machine is.
@@ -83,26 +88,31 @@ def test_tokens_are_timed_as_they_come_and_arrivals_are_kept(server):
     assert b.arrival_s == 0.25 and b.token_times[0] > 0.25 + GAP
     path, body = server.asked[0]
     assert path == "/v1/completions"
-    assert (body["model"], body["prompt"], body["max_tokens"], body["temperature"], body["stream"]) == ("some-model", "first", 5, 0, True)
+    assert body | {"model": "some-model", "prompt": "first", "max_tokens": 5, "temperature": 0,
+                   "stream": True} == body
     assert "ignore_eos" not in body
     summary = report.summary
-    assert summary["finished"] == 2 and summary["input_tokens_per_s"] == pytest.approx(14 / summary["seconds"])
-    assert summary["seconds"] == b.token_times[-1] and summary["goodput"] == pytest.approx(2 / summary["seconds"])
-    assert summary["ttft_p50"] < summary["e2e_p50"] and summary["occupancy"] is summary["kv_peak_bytes"] is summary["steps"] is None
+    seconds = summary["seconds"]
+    assert summary["finished"] == 2 and seconds == b.token_times[-1]
+    assert summary["input_tokens_per_s"] == pytest.approx(14 / seconds)
+    assert summary["goodput"] == pytest.approx(2 / seconds)
+    assert summary["ttft_p50"] < summary["e2e_p50"]
+    assert summary["occupancy"] is summary["kv_peak_bytes"] is summary["steps"] is None
 
 
 def test_requests_do_not_wait_for_one_another(server):
     report = Endpoint(server.url, "m").run([Request(i, "together", 2, 0.0) for i in range(12)])
-    assert report.summary["finished"] == 12                         # the server answers none before all have come
+    assert report.summary["finished"] == 12     # the server answers none before all have come
 
 
 def test_failures_are_counted_and_not_raised(server):
     prompts = ["fine", "too long", "drops", "no json", "breaks in the middle"]
     report = Endpoint(server.url, "m").run([Request(prompt, prompt, 5, 0.0) for prompt in prompts])
     found = {s.request.id: (str(s.state), s.generated) for s in report.sequences}
-    assert found == {"fine": ("finished", 5), "too long": ("failed", 0), "drops": ("failed", 3), "no json": ("failed", 0),
-                     "breaks in the middle": ("failed", 0)}
-    for prompt, words in {"too long": "HTTP 400", "drops": "broke off", "breaks in the middle": "out of memory"}.items():
+    assert found == {"fine": ("finished", 5), "too long": ("failed", 0), "drops": ("failed", 3),
+                     "no json": ("failed", 0), "breaks in the middle": ("failed", 0)}
+    for prompt, words in {"too long": "HTTP 400", "drops": "broke off",
+                          "breaks in the middle": "out of memory"}.items():
         assert words in next(s.reason for s in report.sequences if s.request.id == prompt)
     assert report.summary["failed"] == 4 and report.summary["finished"] == 1
     assert json.loads(json.dumps(report.summary, allow_nan=False))
@@ -110,31 +120,37 @@ def test_failures_are_counted_and_not_raised(server):
 
 def test_a_server_that_is_not_there_fails_every_request():
     report = Endpoint("http://127.0.0.1:9", "m").run([Request(i, 3, 3, 0.0) for i in range(2)])
-    assert [s.state for s in report.sequences] == [State.FAILED] * 2 and "Connect" in report.sequences[0].reason
+    assert [s.state for s in report.sequences] == [State.FAILED] * 2
+    assert "Connect" in report.sequences[0].reason
     with pytest.raises(ValueError, match="url='localhost"):
         Endpoint("localhost:8000", "m")
 
 
 def test_pieces_of_several_tokens_and_servers_that_do_not_count(server):
-    requests = [Request("both", "two tokens a piece", 4, 0.0), Request("silent", "does not count", 4, 0.0)]
+    requests = [Request("both", "two tokens a piece", 4, 0.0),
+                Request("silent", "does not count", 4, 0.0)]
     both, silent = Endpoint(server.url, "m").run(requests).sequences
     times = both.token_times
-    assert both.generated == 8 and times[0] == times[1] < times[2] == times[3] < times[4] and times[-2] == times[-1]
+    assert both.generated == 8 and times[-2] == times[-1]
+    assert times[0] == times[1] < times[2] == times[3] < times[4]
     assert silent.generated == 4
 
 
 def test_ctrl_c_hangs_up_and_leaves_a_report(server):
     endpoint = Endpoint(server.url, "m")
     with pytest.raises(KeyboardInterrupt):
-        endpoint.run([Request("quick", "first", 2, 0.0), Request("slow", "presses Ctrl-C", 200, 0.0), Request("late", "third", 2, 60.0)])
+        endpoint.run([Request("quick", "first", 2, 0.0), Request("late", "third", 2, 60.0),
+                      Request("slow", "presses Ctrl-C", 200, 0.0)])
     assert {s.request.id: str(s.state) for s in endpoint.report().sequences} == {
         "quick": "finished", "slow": "cancelled", "late": "cancelled"}
 
 
 def test_lengths_that_a_trace_knows_are_forced(server):
-    Endpoint(server.url, "m").run([Request("count", 9, 8, 0.0, output_tokens=2), Request("ids", [5, 6], 3, 0.0, stop=(".",))])
+    Endpoint(server.url, "m").run([Request("count", 9, 8, 0.0, output_tokens=2),
+                                   Request("ids", [5, 6], 3, 0.0, stop=(".",))])
     bodies = {type(body["prompt"]): body for _, body in server.asked}
-    assert len(bodies[str]["prompt"].split()) == 9 and bodies[str]["max_tokens"] == 2 and bodies[str]["ignore_eos"]
+    assert len(bodies[str]["prompt"].split()) == 9
+    assert bodies[str]["max_tokens"] == 2 and bodies[str]["ignore_eos"]
     assert bodies[list]["prompt"] == [5, 6] and bodies[list]["stop"] == ["."]
 
 
@@ -143,6 +159,7 @@ def test_the_command_replays_at_a_url(server, tmp_path, capsys):
     save_trace([Request("a", "first", 4, 0.0), Request("no", "too long", 4, 0.0)], path)
     assert cli.main(["replay", str(path), "--on", server.url, "--model", "m", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {row["id"]: (row["outcome"], row["tokens"]) for row in found["requests"]} == {"a": ("finished", 4), "no": ("failed", 0)}
+    outcomes = {row["id"]: (row["outcome"], row["tokens"]) for row in found["requests"]}
+    assert outcomes == {"a": ("finished", 4), "no": ("failed", 0)}
     assert cli.main(["replay", str(path), "--on", server.url, "--model", "m"]) == 0
     assert "no failed: HTTP 400" in capsys.readouterr().out

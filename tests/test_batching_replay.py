@@ -1,4 +1,5 @@
-"""The command `replay`: one JSON object with the names that scripts rely on, one line for what is wrong."""
+"""The command `replay`: one JSON object with the names that scripts rely on, one line for what is
+wrong."""
 
 import json
 import math
@@ -7,13 +8,14 @@ import statistics
 import pytest
 import torch
 
-from clawdemy_infer import cli
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.batching import Policy, Request, save_trace, simulate, uniform, workload
-from clawdemy_infer.batching.compare import METRICS, compare
-from clawdemy_infer.batching.torch_executor import count_operations
+from clawdemy_infer.batching import Policy, Request, simulate
+from clawdemy_infer.cli import main as cli
+from clawdemy_infer.lesson.steps import count_operations
+from clawdemy_infer.machine.calibrated import Calibrated
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.roofline import Machine
+from clawdemy_infer.rigs.compare_servers import COMPARED_METRICS, compare_servers
+from clawdemy_infer.workloads import save_trace, uniform, workload
 
 ON_PAPER = ["--model", "llama-3-8b", "--machine", "h100-sxm"]
 
@@ -34,16 +36,22 @@ def run(capsys, tmp_path, monkeypatch):
 
 def test_a_trace_on_the_simulator_is_one_json_object(run, tmp_path):
     path = tmp_path / "trace.jsonl"
-    save_trace([Request("a", 100, 20, 0.0), Request("b", 30, 5, 0.01), Request("long", 9000, 10, 0.0)], path)
+    save_trace(
+        [Request("a", 100, 20, 0.0),
+         Request("b", 30, 5, 0.01),
+         Request("long", 9000, 10, 0.0)], path)
     code, out, _ = run(path, *ON_PAPER, "--policy", "chunked", "--token-budget", 64, "--json")
     assert code == 0
     found = json.loads(out)
     assert {row["id"]: (row["outcome"], row["tokens"]) for row in found["requests"]} == {
         "a": ("finished", 20), "b": ("finished", 5), "long": ("refused", 0)}
     assert {"id", "outcome", "ttft_s", "tpot_s", "e2e_s", "tokens"} <= set(found["requests"][0])
-    assert {"output_tokens_per_s", "ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95", "goodput", "preemptions", "kv_peak_bytes"} <= set(
-        found["summary"])
-    assert found["summary"]["steps"] == 2 + 19 and found["policy"]["token_budget"] == 64       # a: two chunks, and 19 tokens more
+    assert {
+        "output_tokens_per_s", "ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95", "goodput",
+        "preemptions", "kv_peak_bytes"
+    } <= set(found["summary"])
+    # a: two chunks, and 19 tokens more
+    assert found["summary"]["steps"] == 2 + 19 and found["policy"]["token_budget"] == 64
 
 
 def test_a_known_workload_can_be_saved_and_served_again(run, tmp_path):
@@ -54,34 +62,42 @@ def test_a_known_workload_can_be_saved_and_served_again(run, tmp_path):
 
 
 def test_the_summary_can_be_read(run):
-    code, out, err = run("uniform", "--requests", 40, "--rate", "inf", *ON_PAPER, "--policy", "static")
-    assert code == 0 and "40 finished" in out and "TTFT" in out and "computed for nothing" in out and "Serving 40" in err
+    code, out, err = run("uniform", "--requests", 40, "--rate", "inf", *ON_PAPER, "--policy",
+                         "static")
+    assert code == 0 and "Serving 40" in err
+    assert "40 finished" in out and "TTFT" in out and "computed for nothing" in out
     assert "requests a second of this machine's time" in out
 
 
-@pytest.mark.parametrize("arguments, code, words", [
-    (["nowhere.jsonl"], 2, "trace='nowhere.jsonl'"), (["alpaca", "--max-batch", "0"], 2, "--max-batch"),
-    (["alpaca", "--token-budget", "8"], 2, "token_budget=8"), (["alpaca", "--on", "paper"], 2, "--on"),
-    (["alpaca", "--rate", "0"], 2, "rate=0"), (["alpaca"], 1, "no kept calibration"),
-    (["alpaca", "--model", "llama-3.1-70b", "--machine", "h100-sxm"], 1, "memory="),
-])
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [(["nowhere.jsonl"], 2, "trace='nowhere.jsonl'"),
+     (["alpaca", "--max-batch", "0"], 2, "--max-batch"),
+     (["alpaca", "--token-budget", "8"], 2, "token_budget=8"),
+     (["alpaca", "--on", "paper"], 2, "--on"), (["alpaca", "--rate", "0"], 2, "rate=0"),
+     (["alpaca"], 1, "no kept calibration"),
+     (["alpaca", "--model", "llama-3.1-70b", "--machine", "h100-sxm"], 1, "memory="), ])
 def test_what_cannot_be_done_gets_one_line(run, arguments, code, words):
     found, out, err = run(*arguments)
     assert (found, out) == (code, "") and words in err.splitlines()[-1]
 
 
 def test_the_engine_serves_the_real_model(run, smollm, monkeypatch, tmp_path):
-    from clawdemy_infer import model
+    from clawdemy_infer import files
 
     asked = []
-    monkeypatch.setattr(model, "load_model", lambda *_, weights, **__: asked.append(weights) or smollm)
+    monkeypatch.setattr(files, "load_model", lambda *_, **__: smollm)
+    monkeypatch.setattr("clawdemy_infer.fast.faster.faster",
+                        lambda model, weights, **__: asked.append(weights) or model)
     path = tmp_path / "trace.jsonl"
     save_trace([Request("a", "The capital of France is", 4, 0.0), Request("b", 9, 3, 0.0)], path)
     code, out, _ = run(path, "--on", "engine", "--kv-bytes", 2**25, "--json")
     run(path, "--on", "engine", "--kv-bytes", 2**25, "--weights", "fp16")
     assert asked == [None, "fp16"]                          # each format on its own kernels
     found = json.loads(out)
-    assert code == 0 and [row["tokens"] for row in sorted(found["requests"], key=lambda row: row["id"])] == [4, 3]
+    assert code == 0 and [
+        row["tokens"] for row in sorted(found["requests"], key=lambda row: row["id"])
+    ] == [4, 3]
     assert found["summary"]["ttft_p50"] > 0
 
 
@@ -90,23 +106,35 @@ def test_the_engine_serves_the_real_model(run, smollm, monkeypatch, tmp_path):
 
 def test_servers_take_turns_and_the_simulator_stands_beside_ours():
     torch.manual_seed(0)
-    model = Decoder(ModelConfig(ModelShape("small", L=2, D=24, N=6, K=2, H=8, F=40, V=97, max_context=64)))
+    model = Decoder(
+        ModelConfig(ModelShape("small", L=2, D=24, N=6, K=2, H=8, F=40, V=97, max_context=64)))
     curve = {"fp32": ((1, 1e9), (256, 1e10))}
-    machine = Machine("slow", ((1e9, 1e10),), {"fp32": 1e10}, 1e9, rates={"gemm": curve, "attention": curve}, fixed_s_per_op=1e-6)
+    machine = Calibrated("slow", ((1e9, 1e10), ), {"fp32": 1e10}, 1e9,
+                      rates={"gemm": curve, "attention": curve}, fixed_s_per_op=1e-6)
     requests, noted = workload(uniform(2, 9), uniform(2, 12), requests=7, rate=math.inf), []
-    found = compare(model, machine, requests, max_batch=3, rounds=2, kv_bytes=2**22, note=noted.append)
-    assert list(found.seconds) == ["ours, static", "ours, continuous"] and [len(times) for times in found.seconds.values()] == [2, 2]
+    found = compare_servers(model, machine, requests, max_batch=3, rounds=2, kv_bytes=2**22,
+                    note=noted.append)
+    assert list(found.seconds) == ["ours, static", "ours, continuous"
+                                   ] and [len(times) for times in found.seconds.values()] == [2, 2]
     assert [line.split(":")[0] for line in noted] == ["ours, static", "ours, continuous"] * 2
     assert found.tokens == sum(request.max_tokens for request in requests)
-    assert found.tokens_per_s("ours, static") == pytest.approx(found.tokens / statistics.mean(found.seconds["ours, static"]))
+    assert found.tokens_per_s("ours, static") == pytest.approx(
+        found.tokens/statistics.mean(found.seconds["ours, static"]))
     for name, speed in found.speeds.items():
         policy = Policy("static" if "static" in name else "continuous", max_batch=3)
         operations = count_operations(model, policy)
-        # What was said is what the same machine would do, had all its figures been multiplied: nothing of the run went into it.
-        unhurried = simulate(model.config.shape, machine, requests, policy, weights="fp32", kv="fp32", activations="fp32", kv_bytes=2**22,
+        # What was said is what the same machine would do, had all its figures been multiplied:
+        # nothing of the run went into it.
+        unhurried = simulate(model.config.shape, machine, requests, policy, weights="fp32",
+                             kv="fp32", activations="fp32", kv_bytes=2**22,
                              operations=operations).summary
-        said = {metric: simulated for server, metric, simulated, _ in found.simulated if server == name}
-        assert set(said) == set(METRICS)
+        said = {
+            metric: simulated
+            for server, metric, simulated, _ in found.simulated
+            if server == name
+        }
+        assert set(said) == set(COMPARED_METRICS)
         assert said["ttft_p50"] == pytest.approx(unhurried["ttft_p50"] / speed, rel=1e-6)
-        assert said["output_tokens_per_s"] == pytest.approx(unhurried["output_tokens_per_s"] * speed, rel=1e-6)
+        assert said["output_tokens_per_s"] == pytest.approx(unhurried["output_tokens_per_s"]*speed,
+                                                            rel=1e-6)
     assert all(measured > 0 for *_, measured in found.simulated)

@@ -1,18 +1,27 @@
-"""Workloads, traces and metrics: the published means, files that come back as they went, and figures by hand."""
+"""Workloads, traces and metrics: the published means, files that come back as they went, and
+figures by hand."""
 
 import json
 import statistics
 
 import pytest
 
-from clawdemy_infer.batching import Policy, Request, Sequence, State, load_trace, lognormal, save_trace, uniform, with_tokens, workload
-from clawdemy_infer.batching.engine import StepRecord
-from clawdemy_infer.batching.metrics import SLO, Report, e2e, tpot, ttft
-from clawdemy_infer.batching.timeline import draw_gantt, occupancy, spans
+from clawdemy_infer.batching import Policy, Request, Sequence, State
+from clawdemy_infer.batching.metrics import SLO, Report, StepRecord, e2e, tpot, ttft
+from clawdemy_infer.lesson.timeline import draw_gantt, spans
+from clawdemy_infer.workloads import (
+    load_trace,
+    lognormal,
+    save_trace,
+    uniform,
+    workload,
+)
 
 # ---- workloads ----
 
-PUBLISHED = {       # means: Kwon et al. 2023, figure 11. Medians: Patel et al. 2024, section III (1,500 and 13; 1,020 and 129)
+# means: Kwon et al. 2023, figure 11. Medians: Patel et al. 2024, section III (1,500 and 13; 1,020
+# and 129)
+PUBLISHED = {
     "sharegpt": ("mean", 161.31, 337.99), "alpaca": ("mean", 19.31, 58.45),
     "code": ("median", 1500, 13), "conversation": ("median", 1020, 129),
 }
@@ -25,7 +34,8 @@ def test_lengths_have_the_published_mean_or_median(name):
     requests = workload(name, requests=20_000, seed=11)
     assert of(request.prompt for request in requests) == pytest.approx(prompt, rel=0.04)
     assert of(request.max_tokens for request in requests) == pytest.approx(output, rel=0.04)
-    assert all(request.prompt >= 1 and request.output_tokens == request.max_tokens >= 1 for request in requests)
+    assert all(request.prompt >= 1 and request.output_tokens == request.max_tokens >= 1
+               for request in requests)
 
 
 def test_a_cut_lognormal_keeps_its_mean():
@@ -38,32 +48,33 @@ def test_a_cut_lognormal_keeps_its_mean():
 
 @pytest.mark.parametrize("burstiness", [0.0, 1.0, 2.5])
 def test_gaps_have_the_rate_and_the_variation_that_were_asked_for(burstiness):
-    times = [request.arrival_s for request in workload(uniform(1, 1), uniform(1, 1), requests=40_000, rate=4.0, burstiness=burstiness)]
+    times = [
+        request.arrival_s for request in workload(uniform(1, 1), uniform(1, 1), requests=40_000,
+                                                  rate=4.0, burstiness=burstiness)
+    ]
     gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
     assert times[0] == 0 and statistics.fmean(gaps) == pytest.approx(0.25, rel=0.04)
-    assert statistics.stdev(gaps) / statistics.fmean(gaps) == pytest.approx(burstiness, rel=0.05, abs=1e-6)
+    assert statistics.stdev(gaps)/statistics.fmean(gaps) == pytest.approx(
+        burstiness, rel=0.05, abs=1e-6)
 
 
 def test_the_same_seed_draws_the_same_requests_and_another_one_others():
-    assert workload("alpaca", requests=9, rate=1.0, seed=5) == workload("alpaca", requests=9, rate=1.0, seed=5)
-    assert workload("alpaca", requests=9, rate=1.0, seed=5) != workload("alpaca", requests=9, rate=1.0, seed=6)
+    assert workload("alpaca", requests=9, rate=1.0, seed=5) == workload(
+        "alpaca", requests=9, rate=1.0, seed=5)
+    assert workload("alpaca", requests=9, rate=1.0, seed=5) != workload(
+        "alpaca", requests=9, rate=1.0, seed=6)
     assert {request.arrival_s for request in workload("alpaca", requests=9)} == {0.0}
 
 
 def test_most_caps_prompt_and_output_together():
-    assert max(request.prompt + request.max_tokens for request in workload("code", requests=500, most=1024)) <= 1024
+    assert max(request.prompt + request.max_tokens
+               for request in workload("code", requests=500, most=1024)) <= 1024
 
 
-def test_tokens_share_what_they_were_told_to_share():
-    first, second = with_tokens(workload(uniform(12, 20), uniform(1, 1), requests=2), 50, shared=8)
-    assert first.prompt[:8] == second.prompt[:8] and first.prompt[8:12] != second.prompt[8:12]
-    assert [len(r.prompt) for r in (first, second)] == [r.prompt for r in workload(uniform(12, 20), uniform(1, 1), requests=2)]
-
-
-@pytest.mark.parametrize("arguments, named", [
-    ({"prompt": "sharegtp"}, "known workloads are sharegpt"), ({"prompt": uniform(1, 2)}, "output"), ({"requests": 0}, "requests=0"),
-    ({"rate": 0.0}, "rate=0"), ({"burstiness": -1.0}, "burstiness=-1"),
-])
+@pytest.mark.parametrize("arguments, named",
+                         [({"prompt": "sharegtp"}, "known workloads are sharegpt"),
+                          ({"prompt": uniform(1, 2)}, "output"), ({"requests": 0}, "requests=0"),
+                          ({"rate": 0.0}, "rate=0"), ({"burstiness": -1.0}, "burstiness=-1"), ])
 def test_a_workload_that_makes_no_sense_is_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         workload(**{"prompt": "alpaca", "requests": 3} | arguments)
@@ -73,8 +84,11 @@ def test_a_workload_that_makes_no_sense_is_refused(arguments, named):
 
 
 def test_a_trace_comes_back_as_it_was_saved(tmp_path):
-    requests = [*workload("alpaca", requests=3, rate=2.0), Request("text", "Ünïcode\nand lines", 7, 9.5, priority=2, stop=("\n", "."),
-                deadline_s=1.5), Request("ids", [4, 5, 6], 3, 10.0)]
+    requests = [
+        *workload("alpaca", requests=3, rate=2.0),
+        Request("text", "Ünïcode\nand lines", 7, 9.5, priority=2, stop=("\n", ".")),
+        Request("ids", [4, 5, 6], 3, 10.0)
+    ]
     save_trace(requests, tmp_path / "trace.jsonl")
     assert load_trace(tmp_path / "trace.jsonl") == requests
 
@@ -82,19 +96,23 @@ def test_a_trace_comes_back_as_it_was_saved(tmp_path):
 def test_a_trace_written_by_hand_is_read_in_the_order_of_arrival(tmp_path):
     path = tmp_path / "hand.jsonl"
     path.write_text('{"id": "b", "arrival_s": 2, "prompt_tokens": 9, "max_tokens": 4}\n\n'
-                    '{"id": "a", "arrival_s": 0.5, "prompt": "Hi", "max_tokens": 4, "output_tokens": 2, "stop": "."}\n')
+                    '{"id": "a", "arrival_s": 0.5, "prompt": "Hi", "max_tokens": 4, '
+                    '"output_tokens": 2, "stop": "."}\n')
     assert load_trace(path) == [Request("a", "Hi", 4, 0.5, 2, stop=(".",)), Request("b", 9, 4, 2)]
 
 
 GOOD = {"id": 1, "arrival_s": 0, "prompt_tokens": 3, "max_tokens": 2}
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"max_tokens": 0}, "max_tokens=0"), ({"max_tokens": "many"}, "max_tokens='many'"), ({"arrival_s": -1}, "arrival_s=-1"),
-    ({"arrival_s": "soon"}, "arrival_s='soon'"), ({"prompt_tokens": 2.5}, "prompt_tokens=2.5"), ({"prompt": "x"}, "exactly one"),
-    ({"prompt_token": 3}, "'prompt_token'"), ({"id": [1]}, r"id=\[1\]"), ({"stop": [""]}, "stop="),
-    ({"priority": "high"}, "priority='high'"),
-])
+@pytest.mark.parametrize("change, words", [({"max_tokens": 0}, "max_tokens=0"),
+                                           ({"max_tokens": "many"}, "max_tokens='many'"),
+                                           ({"arrival_s": -1}, "arrival_s=-1"),
+                                           ({"arrival_s": "soon"}, "arrival_s='soon'"),
+                                           ({"prompt_tokens": 2.5}, "prompt_tokens=2.5"),
+                                           ({"prompt": "x"}, "exactly one"),
+                                           ({"prompt_token": 3}, "'prompt_token'"),
+                                           ({"id": [1]}, r"id=\[1\]"), ({"stop": [""]}, "stop="),
+                                           ({"priority": "high"}, "priority='high'"), ])
 def test_a_wrong_line_is_named_with_its_number(tmp_path, change, words):
     path = tmp_path / "wrong.jsonl"
     path.write_text(json.dumps(GOOD | {"id": 0}) + "\n" + json.dumps(GOOD | change) + "\n")
@@ -102,10 +120,11 @@ def test_a_wrong_line_is_named_with_its_number(tmp_path, change, words):
         load_trace(path)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("", "no request"), ("[1]", "not an object"), ("{", "line 1"), ('{"id": 1}', "arrival_s is missing"),
-    (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2: id=1 was there before"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [("", "no request"), ("[1]", "not an object"), ("{", "line 1"),
+     ('{"id": 1}', "arrival_s is missing"),
+     (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2: id=1 was there before"), ])
 def test_a_file_that_is_no_trace_is_refused(tmp_path, text, words):
     path = tmp_path / "wrong.jsonl"
     path.write_text(text)
@@ -132,18 +151,20 @@ def test_the_metrics_of_one_request_by_hand():
 
 
 def test_the_summary_of_a_run_by_hand():
-    """Two steps of 1 s with two sequences, a pause, and two equal ones of 2 s together with one."""
-    steps = [StepRecord(1.0, 3.0, 2, 2, 5, 8, 3), StepRecord(6.0, 8.0, 2, 1, 1, 1, 6)]
-    report = Report([sequence(0.0, [2.0, 3.0, 8.0]), sequence(1.0, [2.0])], steps, max_batch=4, blocks=12, block_bytes=100.0)
+    """Two steps of 1 s with two sequences, a pause, and two of 1 s with one."""
+    steps = [StepRecord(1.0, 2.0, 2, 5, 8, 3), StepRecord(2.0, 3.0, 2, 5, 8, 3),
+             StepRecord(6.0, 7.0, 1, 1, 1, 6), StepRecord(7.0, 8.0, 1, 1, 1, 6)]
+    report = Report([sequence(0.0, [2.0, 3.0, 8.0]), sequence(1.0, [2.0])], steps, max_batch=4,
+                    blocks=12, block_bytes=100.0)
     found = report.summary
     assert found["seconds"] == 8 and found["busy"] == 0.5 and found["steps"] == 4
-    assert found["output_tokens_per_s"] == 4 / 8 and found["input_tokens_per_s"] == 20 / 8 and found["requests_per_s"] == 2 / 8
+    assert found["output_tokens_per_s"] == 4/8 and found["input_tokens_per_s"] == 20/8 and found[
+        "requests_per_s"] == 2/8
     assert found["ttft_p50"] == 1.5 and found["itl_p50"] == 3.0 and found["tpot_p50"] == 3.0
-    assert found["occupancy"] == pytest.approx((2 * 2 + 1 * 2) / 4 / 4) and found["kv_peak_bytes"] == 600
-    assert found["kv_usage"] == pytest.approx((3 + 6) / 2 / 12) and found["wasted"] == pytest.approx(1 - 12 / 18)
+    assert found["occupancy"] == pytest.approx((2*2 + 1*2)/4/4) and found["kv_peak_bytes"] == 600
+    assert found["kv_usage"] == pytest.approx(
+        (3 + 6)/2/12) and found["wasted"] == pytest.approx(1 - 12/18)
     assert report.goodput(SLO(ttft_s=1.0)) == 1 / 8 and report.goodput(SLO(tpot_s=2.0)) == 1 / 8
-    times, served = occupancy(report)
-    assert list(zip(times, served, strict=True)) == [(1, 2), (3, 0), (6, 1), (8, 0)]
 
 
 def test_a_report_of_nothing_has_no_figures_and_no_errors():
@@ -155,10 +176,13 @@ def test_a_report_of_nothing_has_no_figures_and_no_errors():
 
 
 def test_phases_follow_the_history():
-    one = sequence(0.0, [3.0, 4.0, 9.0], [(0.0, State.WAITING), (1.0, State.RUNNING), (5.0, State.PREEMPTED), (7.0, State.RUNNING),
+    one = sequence(0.0, [3.0, 4.0, 9.0], [(0.0, State.WAITING), (1.0, State.RUNNING),
+                                          (5.0, State.PREEMPTED), (7.0, State.RUNNING),
                                           (9.0, State.FINISHED)])
-    assert spans(one) == [("waiting", 0, 1), ("prefill", 1, 3), ("decode", 3, 5), ("preempted", 5, 7), ("decode", 7, 9)]
-    early = sequence(0.0, [], [(0.0, State.WAITING), (2.0, State.RUNNING), (4.0, State.PREEMPTED), (5.0, State.CANCELLED)])
+    assert spans(one) == [("waiting", 0, 1), ("prefill", 1, 3), ("decode", 3, 5),
+                          ("preempted", 5, 7), ("decode", 7, 9)]
+    early = sequence(0.0, [], [(0.0, State.WAITING), (2.0, State.RUNNING), (4.0, State.PREEMPTED),
+                               (5.0, State.CANCELLED)])
     assert spans(early) == [("waiting", 0, 2), ("prefill", 2, 4), ("preempted", 4, 5)]
 
 
@@ -168,8 +192,12 @@ def test_the_gantt_chart_has_a_row_for_each_request():
     from clawdemy_infer import catalog
     from clawdemy_infer.batching import simulate
 
-    report = simulate(catalog.model("smollm2-135m"), catalog.machine("h100-sxm"), workload("alpaca", requests=7), Policy(max_batch=2))
+    report = simulate(catalog.model("smollm2-135m"), catalog.machine("h100-sxm"),
+                      workload("alpaca", requests=7), Policy(max_batch=2))
     axes = Figure().subplots()
     draw_gantt(axes, report, dict.fromkeys(("waiting", "prefill", "decode", "preempted"), "black"))
     assert len(axes.collections) == 7
-    assert all(sum(end - start for _, start, end in spans(s)) == pytest.approx(e2e(s)) for s in report.sequences)
+    assert all(
+        sum(end - start
+            for _, start, end in spans(s)) == pytest.approx(e2e(s))
+        for s in report.sequences)

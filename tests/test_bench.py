@@ -1,20 +1,31 @@
-"""The benchmark's counts and its rows, on a random model of a few thousand parameters. No time is asserted."""
+"""The benchmark's counts and its rows, on a random model of a few thousand parameters. No time is
+asserted."""
 
 import math
 
 import pytest
 import torch
 
-from clawdemy_infer import bench
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.bench import BenchRow, card, filled_cache, measure, random_tokens, step_ops, time_decode, time_prefill, work_of
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.lesson.steps import (
+    filled_cache,
+    random_tokens,
+    step_ops,
+    time_decode,
+    time_prefill,
+    work_of,
+)
+from clawdemy_infer.machine.calibrated import Calibrated
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.roofline import Machine
+from clawdemy_infer.rigs import bench, breakdown
+from clawdemy_infer.rigs.bench import BenchRow, bounds, measure
 from clawdemy_infer.timing import Timing
 
 SHAPE = ModelShape("tiny", L=2, D=24, N=3, K=1, H=8, F=40, V=67, max_context=64)
-MACHINE = Machine("m", ((1.0, 1e9),), {"fp32": 1e10, "bf16": 3e10}, memory=1e6,
-                  rates={"gemm": {"fp32": ((1, 1e9), (64, 5e9)), "bf16": ((1, 1e9), (64, 5e9))}}, fixed_s_per_op=1e-6)
+MACHINE = Calibrated("m", ((1.0, 1e9), ), {"fp32": 1e10, "bf16": 3e10}, memory=1e6,
+                  rates={"gemm": {"fp32": ((1, 1e9), (64, 5e9)),
+                                  "bf16": ((1, 1e9), (64, 5e9))}}, fixed_s_per_op=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +56,10 @@ def calm(monkeypatch):
 
 
 def test_the_cache_holds_what_a_prefill_of_the_same_tokens_leaves(model, monkeypatch):
-    """Filled in chunks, and by the real model: zeros would be attended to as well, but denormals and NaN cost other times."""
+    """Filled in chunks, and by the real model: zeros would be attended to as well, but denormals
+    and NaN cost other times."""
     cache = filled_cache(model, batch=2, tokens=13)
-    assert (cache.length, cache.capacity, cache.batch) == (13, 14, 2)
+    assert (cache.length, cache.capacity, len(cache.lengths)) == (13, 14, 2)
     assert cache.keys[:, :, :, :13].isfinite().all() and cache.keys[:, :, :, :13].std() > 0
     assert filled_cache(model, 1, 0).length == 0
 
@@ -109,15 +121,17 @@ def test_operations_depend_on_layers_and_not_on_the_length(model):
 
 def test_the_card_counts_before_anything_runs_and_gives_no_time_to_what_does_not_fit():
     wanted = [("decode", "fp32", 1, 9), ("prefill", "bf16", 3, 21), ("decode", "fp32", 50, 60)]
-    rows = card(SHAPE, MACHINE, 200_000, wanted)
+    rows = bounds(SHAPE, MACHINE, 200_000, wanted)
     assert [(row["phase"], row["weights"], row["batch"], row["context"]) for row in rows] == wanted
     assert [row["fits"] for row in rows] == [True, True, False]
-    # 8,107 parameters of 4 bytes, by hand: embedding and head 2·67·24; a layer 24·40 + 24·24 + 24·80 + 40·24 + 48; the last norm 24.
+    # 8,107 parameters of 4 bytes, by hand: embedding and head 2·67·24; a layer 24·40 + 24·24 +
+    # 24·80 + 40·24 + 48; the last norm 24.
     parameters = 2 * 67 * 24 + 2 * (24 * 40 + 24 * 24 + 24 * 80 + 40 * 24 + 48) + 24
     assert rows[0]["memory_bytes"] == 4 * parameters + 9 * 2 * 2 * 1 * 8 * 4
     assert rows[2]["napkin_s"] is None
     for row in rows[:2]:
-        assert row["napkin_s"] == pytest.approx(max(row["flops"] / MACHINE.peak(row["weights"]), row["bytes"] / 1e9))
+        compute_s = row["flops"] / MACHINE.peak(row["weights"])
+        assert row["napkin_s"] == pytest.approx(max(compute_s, row["bytes"] / 1e9))
 
 
 def test_a_row_has_weights_cache_and_activations_in_one_dtype():
@@ -132,33 +146,59 @@ def test_a_row_has_weights_cache_and_activations_in_one_dtype():
 
 
 def test_every_row_of_the_card_is_measured_in_its_order(model, calm):
-    wanted = [("prefill", "fp32", 2, 7), ("prefill", "fp32", 1, 30), ("decode", "fp32", 2, 1), ("decode", "fp32", 2, 19)]
-    allowed = card(SHAPE, MACHINE, 1e6, wanted)
+    wanted = [("prefill", "fp32", 2, 7), ("prefill", "fp32", 1, 30), ("decode", "fp32", 2, 1),
+              ("decode", "fp32", 2, 19)]
+    allowed = bounds(SHAPE, MACHINE, 1e6, wanted)
     rows = list(measure(model, MACHINE, allowed))
     assert [(row.phase, row.weights, row.batch, row.context) for row in rows] == wanted
-    # The pulse is taken at the M of the row: B·T of a prefill, B of a decode step. Two rows of the same M share one.
+    # The pulse is taken at the M of the row: B·T of a prefill, B of a decode step. Two rows of the
+    # same M share one.
     assert [pulse.arguments[1:3] for pulse in calm] == [("fp32", 14), ("fp32", 30), ("fp32", 2)]
     for row, before in zip(rows, allowed, strict=True):
         ops = step_ops(model, 2) if row.phase == "prefill" else step_ops(model, batch=row.batch)
-        calibrated = MACHINE.time(work_of(SHAPE, row.phase, "fp32", row.batch, row.context), ops).seconds
+        work = work_of(SHAPE, row.phase, "fp32", row.batch, row.context)
         assert row.napkin_s == before["napkin_s"]
-        assert row.predicted_s == pytest.approx(calibrated / 0.5)       # at half the speed it takes twice as long
+        # At half the speed it takes twice as long.
+        assert row.predicted_s == pytest.approx(MACHINE.time(work, ops).seconds / 0.5)
         assert row.measured_s == 2.0 and row.spread == pytest.approx(0.5)
         assert row.ratio == pytest.approx(2.0 / row.predicted_s)
 
 
 def test_a_prediction_is_made_before_its_run(model, calm, monkeypatch):
     """Whatever the run takes, the prediction stays the same."""
-    [first] = measure(model, MACHINE, card(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
+    [first] = measure(model, MACHINE, bounds(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
     monkeypatch.setattr(bench.Pulse, "stopwatch", lambda self, work, repeats: Timing((77.0,)))
-    [second] = measure(model, MACHINE, card(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
+    [second] = measure(model, MACHINE, bounds(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
     assert (first.measured_s, second.measured_s) == (2.0, 77.0)
     assert first.predicted_s == second.predicted_s
 
 
 def test_a_row_in_json_has_the_fields_that_scripts_rely_on():
-    row = BenchRow("decode", "bf16", 3, 64, napkin_s=0.010, predicted_s=0.016, measured_s=0.020, spread=0.01, speed=0.9)
+    row = BenchRow("decode", "bf16", 3, 64, napkin_s=0.010, predicted_s=0.016, measured_s=0.020,
+                   spread=0.01, speed=0.9)
     assert row.as_dict() == {
-        "phase": "decode", "weights": "bf16", "batch": 3, "context": 64, "napkin_s": 0.010, "predicted_s": 0.016, "measured_s": 0.020,
-        "spread": 0.01, "speed": 0.9, "ratio": pytest.approx(1.25), "fraction_of_bound": pytest.approx(0.5)}
+        "phase": "decode", "weights": "bf16", "batch": 3, "context": 64, "napkin_s": 0.010,
+        "predicted_s": 0.016, "measured_s": 0.020, "spread": 0.01, "speed": 0.9,
+        "ratio": pytest.approx(1.25), "fraction_of_bound": pytest.approx(0.5)}
     assert all(math.isfinite(value) for value in row.as_dict().values() if isinstance(value, float))
+
+
+# ---- the breakdown ----
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_the_clock_sees_every_part_of_a_step_on_each_backend(model, phase, backend):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="there is no Triton for this system")
+    watched = faster(model, weights="int8", backend=backend)
+    parts = breakdown.measure_parts(watched, phase, 2, 9, repeats=1)
+    assert set(parts) == set(breakdown.PARTS) and all(seconds > 0 for seconds in parts.values())
+    assert not any({"forward", "logits"} & vars(module).keys() for module in watched.modules())
+    assert "attention" not in vars(watched.runner or object)
+
+
+def test_a_step_that_is_one_call_has_no_parts_to_be_seen(model, monkeypatch):
+    monkeypatch.setattr(model, "runner", type("InOneCall", (), {"backend": "cpp"})())
+    with pytest.raises(ValueError, match="model: its steps are one call of C"):
+        breakdown.breakdown(model, MACHINE, "decode", 1, 9)

@@ -1,31 +1,38 @@
-"""What `bench --drafts` says beside its measurements."""
+"""`bench --drafts`, on a model of a few thousand parameters."""
 
-import math
+import json
 
 import pytest
+import torch
 
-from clawdemy_infer.commands_drafts import arithmetic_table, at_best, weights_directory
-from clawdemy_infer.model.load import PACKAGED, packaged_file
-
-
-def test_what_the_parts_leave_room_for_is_the_best_of_all_gammas():
-    def v(rows):
-        return 1 + 0.1 * (rows - 1)
-
-    found = at_best(0.8, 0.2, v, 8)
-    by_hand = {gamma: sum(0.8**i for i in range(gamma + 1)) / (0.2 * gamma + v(gamma + 1)) for gamma in range(9)}
-    assert found["speedup"] == pytest.approx(max(by_hand.values())) == pytest.approx(by_hand[found["gamma"]])
-    assert (found["tokens_per_round"], found["v"]) == (pytest.approx(sum(0.8**i for i in range(found["gamma"] + 1))), v(found["gamma"] + 1))
-    assert "1.55 ×" in repr(arithmetic_table([{"mode": "greedy", "draft": "int8"} | found]))
+from clawdemy_infer import files
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.cli.main import main
+from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.model import Decoder, ModelConfig
+from clawdemy_infer.rigs import prompts
 
 
-def test_a_draft_that_never_guessed_leaves_plain_decoding():
-    found = at_best(math.nan, 0.2, lambda rows: float(rows), 8)
-    assert (found["alpha"], found["gamma"], found["speedup"]) == (0.0, 0, 1.0)
+@pytest.fixture
+def small(monkeypatch):
+    torch.manual_seed(0)
+    shape = ModelShape("small", L=2, D=24, N=6, K=2, H=8, F=40, V=97, max_context=256)
+    machine = Machine("a test machine", ((1.0, 1e9),), {"fp32": 1e12, "bf16": 1e12}, memory=1e9)
+    monkeypatch.setattr(files, "load_model", lambda *_, **__: Decoder(ModelConfig(shape)).eval())
+    monkeypatch.setattr("clawdemy_infer.machine.calibrate.this_machine", lambda device: machine)
+    monkeypatch.setattr(prompts, "prompts_of", lambda model: {"prose": [5, 6, 7, 5, 6]})
 
 
-def test_transformers_finds_the_weights_of_a_name_and_of_its_file(tmp_path):
-    package, file, _ = PACKAGED["smollm2-135m"]
-    by_name, by_file = weights_directory("smollm2-135m"), weights_directory(str(packaged_file(package, file)))
-    assert (by_name / "config.json").read_text() == (by_file / "config.json").read_text()
-    assert weights_directory(str(tmp_path)) == tmp_path and weights_directory("no-such-model") is None
+def test_each_draft_has_a_row_for_each_text_and_way_to_choose(small, capsys):
+    line = ["bench", "--drafts", "lookup,exit:1", "--tokens", "6", "--rounds", "1", "--gamma", "2"]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert "a check of 5 tokens" in out and "a step of exit:1" in out and "{" not in out
+    assert main([*line, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(row["mode"], row["draft"], row["prompt"]) for row in result["rows"]] == [
+        (mode, draft, "prose") for mode in ("greedy", "T = 1") for draft in ("lookup", "exit:1")]
+    assert [row["identical"] for row in result["rows"]] == [True, True, None, None]
+    assert all(len(row["tokens"]) == 6 and row["measured"] > 0 for row in result["rows"])
+    assert all(part["predicted"] > 0 for part in result["card"] if part["part"] != "a step of "
+               "lookup")

@@ -1,4 +1,5 @@
-"""Block sizes: the rule's without a GPU, the clock's on one. Every candidate computes the same, and compiles for every GPU."""
+"""Block sizes: the rule's without a GPU, the clock's on one. Every candidate computes the same, and
+compiles for every GPU."""
 
 import json
 import os
@@ -19,8 +20,10 @@ from clawdemy_kernels.tolerance import KERNEL
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 SMALLEST = 99 * 1024
-"""Bytes of shared memory that a program may have on sm_86 and sm_89 (RTX 3090 and 4090), as of all GPUs from sm_80 on the fewest."""
-TUNED = {"decode_split", "decode_sinks", "decode_paged", "decode_int8", "decode_int4", "prefill_paged", "linear_int8", "linear_int4"}
+"""Bytes of shared memory that a program may have on sm_86 and sm_89 (RTX 3090 and 4090), as of all
+GPUs from sm_80 on the fewest."""
+TUNED = {"decode_split", "decode_sinks", "decode_paged", "decode_int8", "decode_int4",
+         "prefill_paged", "linear_int8", "linear_int4"}
 
 
 def asked_by(example):
@@ -40,26 +43,30 @@ def test_every_candidate_gives_what_fp64_gives(name):
 
 
 def test_a_block_of_keys_has_16_KiB_and_16_to_64_tokens_and_in_fp32_32_at_most():
-    sizes = {e: [blocks.candidates("decode_paged", e, H)[0]["S_BLOCK"] for H in (32, 64, 80, 128, 256, 512, 2048)] for e in (2, 4)}
+    sizes = {e: [blocks.candidates("decode_paged", e, H)[0]["S_BLOCK"]
+                 for H in (32, 64, 80, 128, 256, 512, 2048)] for e in (2, 4)}
     assert sizes == {2: [64, 64, 64, 64, 32, 16, 16], 4: [32, 32, 32, 32, 16, 16, 16]}
 
 
 def test_threads_are_warps_of_32_on_nvidia_and_of_64_on_amd(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     for target, warps in (("sm_90", 4), ("gfx942", 2)):
-        monkeypatch.setattr(triton.runtime.driver, "_active", ahead.Elsewhere(ahead.TARGETS[target]))
+        gpu = ahead.Elsewhere(ahead.TARGETS[target])
+        monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
         assert blocks.blocks("decode_int4", torch.bfloat16) == {"num_warps": warps}
 
 
 def test_without_a_gpu_nothing_is_timed_and_nothing_that_was_chosen_counts(monkeypatch):
     monkeypatch.setattr(blocks, "chosen", lambda place: pytest.fail("it was looked at"))
     monkeypatch.setattr(blocks, "on_gpu", lambda: False)
-    assert blocks.blocks("decode_paged", torch.half, 64) == blocks.candidates("decode_paged", 2, 64)[0]
+    rule = blocks.candidates("decode_paged", 2, 64)[0]
+    assert blocks.blocks("decode_paged", torch.half, 64) == rule
     with pytest.raises(RuntimeError, match="by the clock of a GPU, and there is none here"):
         blocks.choose(lambda: None, lambda work: pytest.fail("it was timed"))
 
 
-def test_on_a_gpu_the_fastest_is_chosen_and_kept_for_that_gpu_and_one_without_room_is_not(monkeypatch, tmp_path):
+def test_on_a_gpu_the_fastest_is_chosen_and_kept_for_that_gpu_and_one_without_room_is_not(
+        monkeypatch, tmp_path):
     here = {"gpu": "one"}
     monkeypatch.setattr(blocks, "on_gpu", lambda: True)
     monkeypatch.setattr(blocks, "place", lambda: (tmp_path / "triton" / "blocks.json", here["gpu"]))
@@ -72,9 +79,10 @@ def test_on_a_gpu_the_fastest_is_chosen_and_kept_for_that_gpu_and_one_without_ro
             raise triton.runtime.errors.OutOfResources(300_000, 100_000, "shared memory")
         return 1.0 if options == smaller else 2.0
     assert blocks.choose(chosen, seconds) == {"decode_paged 64 x 2 B": smaller}
-    assert chosen() == smaller and blocks.blocks("decode_paged", torch.half, 128) == blocks.candidates("decode_paged", 2, 128)[0]
+    other = blocks.candidates("decode_paged", 2, 128)[0]
+    assert chosen() == smaller and blocks.blocks("decode_paged", torch.half, 128) == other
     blocks.choose(lambda: blocks.blocks("linear_int8", torch.half), lambda launch: 1.0)
-    assert chosen() == smaller                                              # another choice does not undo it
+    assert chosen() == smaller                              # another choice does not undo it
     with blocks.using("decode_paged", larger):
         assert chosen() == larger
     here["gpu"] = "another"
@@ -104,15 +112,19 @@ for example in examples(replace(LLAMA_3_8B, H=int(sys.argv[2])), dtype=torch.flo
 """
 
 
-@pytest.mark.parametrize("target, H", [("sm_80", 64), ("sm_90", 128), ("sm_100", 64), ("gfx942", 128)])
+@pytest.mark.parametrize("target, H", [("sm_80", 64), ("sm_90", 128), ("sm_100", 64),
+                                       ("gfx942", 128)])
 def test_every_candidate_compiles_for_every_gpu_and_the_rule_in_fp32_too(target, H):
-    """On NVIDIA without spills, and within the shared memory; on AMD one spills and one finds no room, which the clock passes by. In
-    fp32, whose products have no tensor cores, the rule does not spill either, and stays within the shared memory of the smallest GPU."""
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, target, str(H)], capture_output=True, text=True,
+    """On NVIDIA without spills, and within the shared memory; on AMD one spills and one finds no
+    room, which the clock passes by. In fp32, whose products have no tensor cores, the rule does not
+    spill either, and stays within the shared memory of the smallest GPU."""
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, target, str(H)]
+    ran = subprocess.run(command, capture_output=True, text=True,
                          env=os.environ | {"TRITON_INTERPRET": "0"})
     assert ran.returncode == 0, ran.stderr
     codes = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len({code["kernel"] for code in codes if code["options"] != "fp32"} & {f"{name}_kernel" for name in TUNED}) == 7
+    found = {code["kernel"] for code in codes if code["options"] != "fp32"}
+    assert len(found & {f"{name}_kernel" for name in TUNED}) == 7
     for code in codes:
         if code["options"] == "fp32":
             assert code["spilled"] == 0 and code["shared"] <= SMALLEST, code

@@ -1,4 +1,5 @@
-"""What the compiler makes of each kernel, for GPUs that are not here: no spills, wide loads, tensor cores where they belong."""
+"""What the compiler makes of each kernel, for GPUs that are not here: no spills, wide loads, tensor
+cores where they belong."""
 
 import json
 import os
@@ -11,28 +12,32 @@ import pytest
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
 
-WIDE = {"decode_naive", "decode_grouped", "decode_split", "decode_paged", "decode_int8", "decode_int4", "prefill_paged", "rms_norm",
-        "swiglu", "linear_int8", "linear_int4"}
-PRODUCTS = {"decode_grouped", "decode_split", "decode_paged", "decode_int8", "decode_int4", "prefill_paged", "linear_int8", "linear_int4"}
+PRODUCTS = {"decode_grouped", "decode_split", "decode_paged", "decode_int8", "decode_int4",
+            "prefill_paged", "linear_int8", "linear_int4"}
+WIDE = PRODUCTS | {"decode_naive", "rms_norm", "swiglu"}
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes that a program may have: CUDA C programming guide, table of compute capabilities; CDNA 3 instruction set, section 2.2."""
+"""Bytes that a program may have: CUDA C programming guide, table of compute capabilities; CDNA 3
+instruction set, section 2.2."""
 
 
 @pytest.fixture(scope="module", params=SHARED)
 def codes(request):
     """Compiled in a process of its own: in this one kernels are interpreted."""
-    ran = subprocess.run([sys.executable, "-m", "clawdemy_kernels.ahead", request.param], capture_output=True, text=True,
-                         env=os.environ | {"TRITON_INTERPRET": "0"})
+    ran = subprocess.run([sys.executable, "-m", "clawdemy_kernels.ahead", request.param],
+                         capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert ran.returncode == 0, ran.stderr
     return [json.loads(line) for line in ran.stdout.splitlines()][1:]
 
 
 def test_the_machine_code_is_what_the_table_in_data_says(codes):
-    """Registers, spills, shared memory, widths of loads and tensor-core instructions. If a kernel was changed on purpose, make the table
-    anew, and look at what became of it: `TRITON_INTERPRET=0 python -m clawdemy_kernels.ahead > data/kernels_code.jsonl`."""
-    made_by, *table = map(json.loads, (files("clawdemy_data") / "kernels_code.jsonl").read_text().splitlines())
+    """Registers, spills, shared memory, widths of loads and tensor-core instructions. If a kernel
+    was changed on purpose, make the table anew, and look at what became of it: `TRITON_INTERPRET=0
+    python -m clawdemy_kernels.ahead > data/kernels_code.jsonl`."""
+    lines = (files("clawdemy_data") / "kernels_code.jsonl").read_text().splitlines()
+    made_by, *table = map(json.loads, lines)
     if made_by["triton"] != version("triton"):
-        pytest.skip(f"the table was made by Triton {made_by['triton']}, and here is {version('triton')}, whose code may differ")
+        pytest.skip(f"the table was made by Triton {made_by['triton']}, and here is "
+                    f"{version('triton')}, whose code may differ")
     assert codes == [row for row in table if row["target"] == codes[0]["target"]]
 
 
@@ -45,14 +50,16 @@ def test_no_kernel_spills_or_takes_more_shared_memory_than_there_is(codes):
 
 
 def test_the_streams_are_loaded_16_bytes_at_a_time(codes):
-    """Keys, values and weights: at least four fifths of what a kernel's loads fetch; the rest are scales and tables. On AMD scales and
-    tables are loaded anew by the threads that need them, in more and narrower loads; 8 bytes at a time only the scales of 4-bit codes."""
+    """Keys, values and weights: at least four fifths of what a kernel's loads fetch; the rest are
+    scales and tables. On AMD scales and tables are loaded anew by the threads that need them, in
+    more and narrower loads; 8 bytes at a time only the scales of 4-bit codes."""
     for code in codes:
         if code["kernel"].removesuffix("_kernel") not in WIDE:
             continue
         loads = {int(width): int(width) * count for width, count in code["loads"].items()}
         if code["target"] == "gfx942":
-            assert loads[16] > loads.get(8, 0) and (8 not in loads or "int4" in code["kernel"]), code
+            assert loads[16] > loads.get(8, 0), code
+            assert 8 not in loads or "int4" in code["kernel"], code
         else:
             assert loads[16] >= 0.8 * sum(loads.values()), code
 
@@ -63,7 +70,8 @@ def test_tensor_cores_are_used_where_there_is_a_product_and_nowhere_else(codes):
 
 
 def test_without_the_hint_that_a_stride_is_a_multiple_of_16_the_loads_are_narrow():
-    """The same kernel on keys whose rows begin at odd places: the compiler may not join what it cannot know to be aligned."""
+    """The same kernel on keys whose rows begin at odd places: the compiler may not join what it
+    cannot know to be aligned."""
     script = """
 import json, torch
 from dataclasses import asdict
@@ -75,7 +83,8 @@ for row in (128, 129):
     [code] = compiled(lambda: decode_grouped(q, k, k, lengths), "sm_90")
     print(json.dumps(asdict(code)))
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                         env=os.environ | {"TRITON_INTERPRET": "0"})
     assert ran.returncode == 0, ran.stderr
     aligned, odd = (json.loads(line) for line in ran.stdout.splitlines())
     assert aligned["loads"]["16"] > 30

@@ -1,5 +1,7 @@
-"""Every Triton kernel against plain PyTorch in fp64: in the interpreter without a GPU, on the device with one."""
+"""Every Triton kernel against plain PyTorch in fp64: in the interpreter without a GPU, on the
+device with one."""
 
+import importlib
 import importlib.util
 import inspect
 
@@ -10,35 +12,36 @@ from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
 
-from clawdemy_kernels import (  # noqa: E402
-    decode_grouped,
-    decode_int4,
-    decode_int8,
-    decode_naive,
-    decode_paged,
-    decode_sinks,
-    decode_split,
-    linear_int4,
-    linear_int8,
-    prefill_paged,
-    rms_norm,
-    rope_append,
-    sample,
-    swiglu,
-    verify,
-)
+from clawdemy_kernels.decode_grouped import decode_grouped
+from clawdemy_kernels.decode_int4 import decode_int4, decode_int4_reference
+from clawdemy_kernels.decode_int8 import decode_int8, decode_int8_reference
+from clawdemy_kernels.decode_naive import decode_naive, decode_reference
+from clawdemy_kernels.decode_paged import decode_paged, decode_paged_reference
+from clawdemy_kernels.decode_sinks import decode_sinks, decode_sinks_reference
+from clawdemy_kernels.decode_split import decode_split
+from clawdemy_kernels.linear_int4 import linear_int4, linear_int4_reference, pack_int4
+from clawdemy_kernels.linear_int8 import linear_int8, linear_int8_reference
+from clawdemy_kernels.prefill_paged import prefill_paged, prefill_paged_reference
+from clawdemy_kernels.rms_norm import rms_norm, rms_norm_reference
+from clawdemy_kernels.rope_append import rope_append, rope_append_reference
+from clawdemy_kernels.sample import sample, sample_reference
+from clawdemy_kernels.swiglu import swiglu, swiglu_reference
+from clawdemy_kernels.verify import verify, verify_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARGIN, CANARY = 64, 77
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# B, N, K, S, H: groups of 1 to 8, one token, a block of keys and one more, head dimensions that are no powers of two
+# B, N, K, S, H: groups of 1 to 8, one token, a block of keys and one more, head dimensions that are
+# no powers of two
 ATTENTION = [(3, 6, 2, 70, 64), (1, 5, 5, 1, 80), (2, 8, 1, 65, 24), (2, 3, 3, 129, 128)]
 
 
 def inside(shape, dtype, fill):
-    """A tensor of this shape within a larger one full of canaries, its rows not one behind the other; and the larger one."""
+    """A tensor of this shape within a larger one full of canaries, its rows not one behind the
+    other; and the larger one."""
     *outer, last = shape
-    whole = torch.full((MARGIN + torch.Size(outer).numel() * (last + 16) + MARGIN,), CANARY, device=DEVICE).to(dtype)
+    size = torch.Size(outer).numel() * (last + 16)
+    whole = torch.full((MARGIN + size + MARGIN,), CANARY, device=DEVICE).to(dtype)
     part = whole[MARGIN:len(whole) - MARGIN].view(*outer, last + 16)[..., :last]
     part.copy_(fill)
     return part, whole
@@ -60,14 +63,17 @@ def guarded(monkeypatch):
     def new_empty(tensor, *shape, dtype=None, **options):
         if options or shape == (0,):                            # the interpreter's own
             return plain(tensor, *shape, dtype=dtype, **options)
-        return allocate(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape, dtype or tensor.dtype)
+        if len(shape) == 1 and not isinstance(shape[0], int):
+            shape = shape[0]
+        return allocate(shape, dtype or tensor.dtype)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", lambda tensor: allocate(tensor.shape, tensor.dtype))
 
     def alive():
         assert allocated
-        return all((whole[:MARGIN] == CANARY).all() and (whole[MARGIN + size:] == CANARY).all() for whole, size in allocated)
+        return all((whole[:MARGIN] == CANARY).all() and (whole[MARGIN + size:] == CANARY).all()
+                   for whole, size in allocated)
 
     return alive
 
@@ -81,17 +87,23 @@ def integers(low, high, shape, dtype):
     return inside(shape, dtype, torch.randint(low, high, shape, device=DEVICE))[0]
 
 
+def int32(numbers):
+    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+
 def lengths_of(B, S):
     """1, S and what lies between."""
-    return torch.tensor([S, 1, *torch.randint(1, S + 1, (max(0, B - 2),)).tolist()][:B], dtype=torch.int32, device=DEVICE)
+    return int32([S, 1, *torch.randint(1, S + 1, (max(0, B - 2),)).tolist()][:B])
 
 
 def pages(B, K, S, C, H, dtype):
-    """A pool of blocks and a table that names them in no order; entries behind the last block would be found out. Values lie with the heads
-    of a token together, as keys do not: their strides are their own."""
+    """A pool of blocks and a table that names them in no order; entries behind the last block would
+    be found out. Values lie with the heads of a token together, as keys do not: their strides are
+    their own."""
     most, blocks = -(-S // C), B * -(-S // C) + 2
     table = torch.randperm(blocks, device=DEVICE)[: B * most].view(B, most).int()
-    return normal(blocks, K, C, H, dtype=dtype), normal(blocks, C, K, H, dtype=dtype).transpose(1, 2), table
+    k = normal(blocks, K, C, H, dtype=dtype)
+    return k, normal(blocks, C, K, H, dtype=dtype).transpose(1, 2), table
 
 
 def agree(got, wanted, dtype):
@@ -109,49 +121,63 @@ def seed():
 
 @pytest.mark.parametrize("B, N, K, S, H", ATTENTION)
 def test_the_reference_of_decode_is_torch_s_own_attention(B, N, K, S, H):
-    q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in ((B, N, H), (B, K, S, H), (B, K, S, H)))
+    q = torch.randn(B, N, H, dtype=torch.float64)
+    k, v = torch.randn(2, B, K, S, H, dtype=torch.float64)
     lengths = lengths_of(B, S).cpu()
     for b, length in enumerate(lengths.tolist()):
-        wanted = scaled_dot_product_attention(q[b:b + 1, :, None], k[b:b + 1, :, :length], v[b:b + 1, :, :length], enable_gqa=True)
-        torch.testing.assert_close(decode_naive.decode_reference(q, k, v, lengths)[b], wanted[0, :, 0])
+        wanted = scaled_dot_product_attention(q[b:b + 1, :, None], k[b:b + 1, :, :length],
+                                              v[b:b + 1, :, :length], enable_gqa=True)
+        torch.testing.assert_close(decode_reference(q, k, v, lengths)[b], wanted[0, :, 0])
 
 
 def test_the_reference_of_a_prefill_is_torch_s_causal_attention():
-    q, k, v = torch.randn(9, 6, 16, dtype=torch.float64), *torch.randn(2, 3, 2, 4, 16, dtype=torch.float64)
+    q = torch.randn(9, 6, 16, dtype=torch.float64)
+    k, v = torch.randn(2, 3, 2, 4, 16, dtype=torch.float64)
     table, starts, past = torch.tensor([[2, 0, 1]]), torch.tensor([0, 9]), torch.tensor([0])
     keys, values = (x[table[0]].transpose(0, 1).flatten(1, 2)[None, :, :9] for x in (k, v))
-    wanted = scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(prefill_paged.prefill_paged_reference(q, k, v, table, starts, past), wanted[0].transpose(0, 1))
+    wanted = scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, is_causal=True,
+                                          enable_gqa=True)
+    torch.testing.assert_close(prefill_paged_reference(q, k, v, table, starts, past),
+                               wanted[0].transpose(0, 1))
 
 
 # ---- attention ----
 
 
-@pytest.mark.parametrize("B, N, K, S, H, dtype", [*((*shape, dtype) for shape in ATTENTION for dtype in FLOATS[:2]),
-                                                  (*ATTENTION[0], torch.float16)])
-@pytest.mark.parametrize("kernel", [decode_naive.decode_naive, decode_grouped.decode_grouped, decode_split.decode_split],
+@pytest.mark.parametrize("B, N, K, S, H, dtype", [
+    *((*shape, dtype) for shape in ATTENTION for dtype in FLOATS[:2]),
+    (*ATTENTION[0], torch.float16)])
+@pytest.mark.parametrize("kernel", [decode_naive, decode_grouped, decode_split],
                          ids=lambda kernel: kernel.__name__)
-def test_decode_equals_fp64_and_writes_nothing_beside_its_output(guarded, kernel, B, N, K, S, H, dtype):
-    q, k, v = normal(B, N, H, dtype=dtype), normal(B, S, K, H, dtype=dtype).transpose(1, 2), normal(B, K, S, H, dtype=dtype)
-    lengths, options = lengths_of(B, S), {"parts": 3} if kernel is decode_split.decode_split else {}
-    agree(kernel(q, k, v, lengths, **options), decode_naive.decode_reference(q.double(), k.double(), v.double(), lengths), dtype)
+def test_decode_equals_fp64_and_writes_nothing_beside_its_output(guarded, kernel, B, N, K, S, H,
+                                                                 dtype):
+    q, k = normal(B, N, H, dtype=dtype), normal(B, S, K, H, dtype=dtype).transpose(1, 2)
+    v, lengths = normal(B, K, S, H, dtype=dtype), lengths_of(B, S)
+    options = {"parts": 3} if kernel is decode_split else {}
+    agree(kernel(q, k, v, lengths, **options),
+          decode_reference(q.double(), k.double(), v.double(), lengths), dtype)
     assert guarded()
 
 
 @pytest.mark.parametrize("dtype", FLOATS[:2])
 def test_sinks_are_seen_by_queries_that_were_turned_back_and_all_else_by_the_others(guarded, dtype):
-    """Sequences with a full ring, with a few tokens behind the sinks, and with not even all the sinks."""
+    """Sequences with a full ring, with a few tokens behind the sinks, and with not even all the
+    sinks."""
     B, N, K, S, H, sinks = 3, 6, 2, 90, 24, 5
     q, turned = normal(B, N, H, dtype=dtype), normal(B, N, H, dtype=dtype)
-    k, v, lengths = normal(B, S, K, H, dtype=dtype).transpose(1, 2), normal(B, K, S, H, dtype=dtype), lengths_of(B, S)
+    k, v = normal(B, S, K, H, dtype=dtype).transpose(1, 2), normal(B, K, S, H, dtype=dtype)
+    lengths = lengths_of(B, S)
     lengths[1:] = torch.tensor([9, 3])
-    got = decode_sinks.decode_sinks(q, turned, k, v, lengths, sinks, parts=2)
+    got = decode_sinks(q, turned, k, v, lengths, sinks, parts=2)
     for b, length in enumerate(lengths.tolist()):
-        keys, values = (x[b, :, :length].double().repeat_interleave(N // K, 0) for x in (k, v))         # [N, length, H]
-        theirs = torch.where(torch.arange(length, device=DEVICE)[:, None] < sinks, turned[b, :, None].double(), q[b, :, None].double())
+        keys, values = (x[b, :, :length].double().repeat_interleave(N // K, 0)   # [N, length, H]
+                        for x in (k, v))
+        theirs = torch.where(torch.arange(length, device=DEVICE)[:, None] < sinks,
+                             turned[b, :, None].double(), q[b, :, None].double())
         weights = ((theirs * keys).sum(-1) / H ** 0.5).softmax(-1)
         agree(got[b], (weights[..., None] * values).sum(1), dtype)
-    agree(got, decode_sinks.decode_sinks_reference(q.double(), turned.double(), k.double(), v.double(), lengths, sinks), dtype)
+    wide = (x.double() for x in (q, turned, k, v))
+    agree(got, decode_sinks_reference(*wide, lengths, sinks), dtype)
     assert guarded()
 
 
@@ -160,124 +186,128 @@ def test_sinks_are_seen_by_queries_that_were_turned_back_and_all_else_by_the_oth
 @pytest.mark.parametrize("dtype", FLOATS[:2])
 def test_paged_decode_equals_fp64_for_any_block_size_and_window(guarded, C, window, dtype):
     B, N, K, S, H = 2, 6, 2, 70, 80
-    q, (k, v, table), lengths = normal(B, N, H, dtype=dtype), pages(B, K, S, C, H, dtype), lengths_of(B, S)
-    wanted = decode_paged.decode_paged_reference(q.double(), k.double(), v.double(), table, lengths, window)
-    agree(decode_paged.decode_paged(q, k, v, table, lengths, window, parts=2), wanted, dtype)
+    q, (k, v, table) = normal(B, N, H, dtype=dtype), pages(B, K, S, C, H, dtype)
+    lengths = lengths_of(B, S)
+    wanted = decode_paged_reference(q.double(), k.double(), v.double(), table, lengths, window)
+    agree(decode_paged(q, k, v, table, lengths, window, parts=2), wanted, dtype)
     assert guarded()
 
 
-@pytest.mark.parametrize("dtype, window", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 30)])
+@pytest.mark.parametrize("dtype, window", [(torch.float32, None), (torch.bfloat16, None),
+                                           (torch.float32, 30)])
 def test_decode_on_8_bit_pages_equals_fp64_on_what_the_codes_stand_for(guarded, dtype, window):
     B, N, K, S, H, C = 2, 6, 2, 70, 80, 7
     _, _, table = pages(B, K, S, C, H, dtype)
     shape = (int(table.max()) + 1, K, C)
     k, v = (integers(-127, 128, (*shape, H), torch.int8) for _ in "kv")
-    k_scale, v_scale = (inside(shape, torch.float16, torch.rand(shape, device=DEVICE) / 50)[0] for _ in "kv")
+    k_scale, v_scale = (inside(shape, torch.float16, torch.rand(shape, device=DEVICE) / 50)[0]
+                        for _ in "kv")
     q, lengths = normal(B, N, H, dtype=dtype), lengths_of(B, S)
-    wanted = decode_int8.decode_int8_reference(q.double(), k, k_scale, v, v_scale, table, lengths, window)
-    agree(decode_int8.decode_int8(q, k, k_scale, v, v_scale, table, lengths, parts=2, window=window), wanted, dtype)
+    wanted = decode_int8_reference(q.double(), k, k_scale, v, v_scale, table, lengths, window)
+    got = decode_int8(q, k, k_scale, v, v_scale, table, lengths, parts=2, window=window)
+    agree(got, wanted, dtype)
     assert guarded()
 
 
-def test_pages_of_several_blocks_are_read_as_the_blocks_they_are():
-    """Tiles of 3 blocks of 4 tokens, for a decode step, 8-bit codes and a chunk; and one block a sequence, as long as a cache is."""
-    B, N, K, H, tiles = 2, 4, 2, 16, 5
-    q, k, v = torch.randn(B, N, H, device=DEVICE), *torch.randn(2, tiles, K, 12, H, device=DEVICE)
-    table, lengths = torch.randperm(3 * tiles, device=DEVICE)[:14].view(B, 7).int(), torch.tensor([27, 2], dtype=torch.int32, device=DEVICE)
-    blocks = [x.unflatten(2, (3, 4)).transpose(1, 2).flatten(0, 1) for x in (k, v)]                     # [15, K, 4, H]
-    wanted = decode_paged.decode_paged_reference(q.double(), *(x.double() for x in blocks), table, lengths)
-    agree(decode_paged.decode_paged(q, k, v, table, lengths, block_size=4), wanted, torch.float32)
-    ones = torch.ones(tiles, K, 12, dtype=torch.half, device=DEVICE)
-    whole = [x.mul(20).round().to(torch.int8) for x in (k, v)]
-    wanted = decode_paged.decode_paged_reference(q.double(), *(x.double() for x in (
-        part.unflatten(2, (3, 4)).transpose(1, 2).flatten(0, 1) for part in whole)), table, lengths)
-    agree(decode_int8.decode_int8(q, whole[0], ones, whole[1], ones, table, lengths, block_size=4), wanted, torch.float32)
-    starts, past = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE), lengths - 1
-    wanted = prefill_paged.prefill_paged_reference(q.double(), *(x.double() for x in blocks), table, starts, past)
-    agree(prefill_paged.prefill_paged(q, k, v, table, starts, past, longest=1, block_size=4), wanted, torch.float32)
-    one, few = torch.tensor([[3], [0]], dtype=torch.int32, device=DEVICE), torch.tensor([11, 1], dtype=torch.int32, device=DEVICE)
-    wanted = decode_naive.decode_reference(*(x.double() for x in (q, k[[3, 0]], v[[3, 0]])), few)
-    agree(decode_paged.decode_paged(q, k, v, one, few), wanted, torch.float32)
+def test_a_sequence_of_one_block_is_read_as_a_cache_in_one_piece_is():
+    q, k, v = torch.randn(2, 4, 16, device=DEVICE), *torch.randn(2, 5, 2, 12, 16, device=DEVICE)
+    table, lengths = int32([[3], [0]]), int32([11, 1])
+    wanted = decode_reference(*(x.double() for x in (q, k[[3, 0]], v[[3, 0]])), lengths)
+    agree(decode_paged(q, k, v, table, lengths), wanted, torch.float32)
 
 
 def nibbles(blocks, K, C, H, g):
-    """Codes, scales and lowest values of 4-bit keys and values in `blocks` of C tokens, as `decode_int4` takes them."""
+    """Codes, scales and lowest values of 4-bit keys and values in `blocks` of C tokens, as
+    `decode_int4` takes them."""
     made = []
-    for groups in ((blocks, K, C // g, H), (blocks, K, C, H // g)):         # of keys by channel, of values by token
+    for groups in ((blocks, K, C // g, H), (blocks, K, C, H // g)):     # keys by channel, values
         codes = torch.randint(0, 256, (blocks, K, C, H // 2), dtype=torch.uint8, device=DEVICE)
-        made += [codes, (torch.rand(groups, device=DEVICE) / 8).half(), -torch.rand(groups, device=DEVICE).half()]
+        scale, low = torch.rand(2, *groups, device=DEVICE)              # by token
+        made += [codes, (scale / 8).half(), -low.half()]
     return made
 
 
-@pytest.mark.parametrize("C, H, g, window", [(32, 64, 32, None), (64, 128, 32, None), (96, 96, 16, None), (32, 80, 16, None),
-                                             (64, 64, 64, 41), (32, 64, 16, 33), (32, 64, 16, 1)])
+@pytest.mark.parametrize("C, H, g, window", [
+    (32, 64, 32, None), (64, 128, 32, None), (96, 96, 16, None), (32, 80, 16, None),
+    (64, 64, 64, 41), (32, 64, 16, 33), (32, 64, 16, 1)])
 @pytest.mark.parametrize("dtype", FLOATS[:2])
-def test_decode_on_4_bit_keys_and_values_equals_fp64_on_what_the_codes_stand_for(guarded, C, H, g, window, dtype):
-    """H = 80 in groups of 16 and H = 64 in groups of 64 have a group that lies in both halves of a head."""
+def test_decode_on_4_bit_keys_and_values_equals_fp64_on_what_the_codes_stand_for(
+        guarded, C, H, g, window, dtype):
+    """H = 80 in groups of 16 and H = 64 in groups of 64 have a group that lies in both halves of a
+    head."""
     B, N, K, S = 2, 6, 2, 96
     most = -(-S // C)
-    codes, table = nibbles(7, K, C, H, g), torch.randperm(7, device=DEVICE)[:B * most].view(B, most).int()
+    codes = nibbles(7, K, C, H, g)
+    table = torch.randperm(7, device=DEVICE)[:B * most].view(B, most).int()
     q, lengths = normal(B, N, H, dtype=dtype), lengths_of(B, S - 1)
-    wanted = decode_int4.decode_int4_reference(q.double(), *codes, table, lengths, window)
-    agree(decode_int4.decode_int4(q, *codes, table, lengths, parts=2, window=window), wanted, dtype)
+    wanted = decode_int4_reference(q.double(), *codes, table, lengths, window)
+    agree(decode_int4(q, *codes, table, lengths, parts=2, window=window), wanted, dtype)
     assert guarded()
 
 
 @pytest.mark.parametrize("window", [None, 8, 3])
 def test_tokens_that_wait_unrounded_are_one_more_part_of_4_bit_attention(window):
-    """One sequence has codes and a tail, the other a tail alone; each has its own tail of three, in no order."""
+    """One sequence has codes and a tail, the other a tail alone; each has its own tail of three, in
+    no order."""
     B, N, K, H, g, W = 2, 4, 2, 64, 16, 9
-    q, tail_k, tail_v = normal(B, N, H, dtype=torch.float32), *torch.randn(2, 3, K, W, H, device=DEVICE)
-    codes = nibbles(3, K, g, H, g)
-    numbers = [[2, 1], [0, 0]], [2, 0], [19, 0], [4, 9]
-    table, which, rounded, waiting = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in numbers)
-    got = decode_int4.decode_int4(q, *codes, table, rounded, tail=(tail_k, tail_v, which, waiting), window=window)
+    q, codes = normal(B, N, H, dtype=torch.float32), nibbles(3, K, g, H, g)
+    tail_k, tail_v = torch.randn(2, 3, K, W, H, device=DEVICE)
+    table, which, rounded, waiting = map(int32, ([[2, 1], [0, 0]], [2, 0], [19, 0], [4, 9]))
+    got = decode_int4(q, *codes, table, rounded, tail=(tail_k, tail_v, which, waiting),
+                      window=window)
     halves = [torch.cat((of & 15, of >> 4), -1).double() for of in (codes[0], codes[3])]
-    keys = halves[0] * codes[1] + codes[2]                                  # [3, K, g, H], a scale for each channel of a block
-    values = (halves[1].unflatten(-1, (-1, g)) * codes[4][..., None] + codes[5][..., None]).flatten(-2)
+    keys = halves[0] * codes[1] + codes[2]          # [3, K, g, H], a scale for a channel of a block
+    values = halves[1].unflatten(-1, (-1, g)) * codes[4][..., None] + codes[5][..., None]
     for b in range(B):
-        whole = [torch.cat((of[table[b].long()].transpose(0, 1).flatten(1, 2)[:, :rounded[b]], tail[which[b], :, :waiting[b]]), dim=1)
-                 for of, tail in ((keys, tail_k), (values, tail_v))]
-        seen = [x[None, :, -(window or 99):].double() for x in whole]
-        wanted = decode_naive.decode_reference(q[b:b + 1].double(), *seen, (rounded + waiting)[b:b + 1].clamp(max=window or 99))
-        agree(got[b:b + 1], wanted, torch.float32)
+        seen = []
+        for of, tail in ((keys, tail_k), (values.flatten(-2), tail_v)):
+            own = of[table[b].long()].transpose(0, 1).flatten(1, 2)[:, :rounded[b]]
+            text = torch.cat((own, tail[which[b], :, :waiting[b]]), dim=1)
+            seen.append(text[None, :, -(window or 99):].double())
+        length = (rounded + waiting)[b:b + 1].clamp(max=window or 99)
+        agree(got[b:b + 1], decode_reference(q[b:b + 1].double(), *seen, length), torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("dtype", FLOATS[:2])
 def test_a_chunk_over_pages_equals_fp64_beside_chunks_of_other_lengths(guarded, window, dtype):
-    N, K, S, H, C, new, past = 6, 2, 60, 24, 7, [20, 1, 7], [0, 50, 3]
+    N, K, S, H, C = 6, 2, 60, 24, 7
     k, v, table = pages(3, K, S, C, H, dtype)
-    starts = torch.tensor([0, 20, 21, 28], dtype=torch.int32, device=DEVICE)
-    past = torch.tensor(past, dtype=torch.int32, device=DEVICE)
-    q = normal(sum(new), N, H, dtype=dtype)
-    wanted = prefill_paged.prefill_paged_reference(q.double(), k.double(), v.double(), table, starts, past, window)
-    agree(prefill_paged.prefill_paged(q, k, v, table, starts, past, longest=20, window=window, q_block=8), wanted, dtype)
+    starts, past = int32([0, 20, 21, 28]), int32([0, 50, 3])            # chunks of 20, 1 and 7
+    q = normal(28, N, H, dtype=dtype)
+    wanted = prefill_paged_reference(q.double(), k.double(), v.double(), table, starts, past,
+                                     window)
+    agree(prefill_paged(q, k, v, table, starts, past, max_seqlen_q=20, window=window, q_block=8),
+          wanted, dtype)
     assert guarded()
 
 
-@pytest.mark.parametrize("G, H, C", [(1, 64, 1), (2, 80, 16), (3, 128, 64), (4, 64, 7), (5, 80, 1), (6, 128, 32), (7, 64, 64), (8, 80, 33)])
-def test_groups_of_1_to_8_heads_of_any_width_and_blocks_of_any_size_on_every_kernel_that_shares_a_read(G, H, C):
+@pytest.mark.parametrize("G, H, C", [(1, 64, 1), (2, 80, 16), (3, 128, 64), (4, 64, 7), (5, 80, 1),
+                                     (6, 128, 32), (7, 64, 64), (8, 80, 33)])
+def test_groups_of_1_to_8_heads_and_blocks_of_any_size_on_every_kernel_that_shares_a_read(G, H, C):
     """Two sequences, of 1 and of 37 tokens."""
     B, K, S, dtype = 2, 1, 37, torch.float32
-    q, turned, (k, v, table) = normal(B, G, H, dtype=dtype), normal(B, G, H, dtype=dtype), pages(B, K, S, C, H, dtype)
-    lengths, wide = torch.tensor([37, 1], dtype=torch.int32, device=DEVICE), [x.double() for x in (q, k, v)]
-    agree(decode_paged.decode_paged(q, k, v, table, lengths, parts=2), decode_paged.decode_paged_reference(*wide, table, lengths), dtype)
-    starts, past = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE), lengths - 1
-    agree(prefill_paged.prefill_paged(q, k, v, table, starts, past, longest=1),
-          prefill_paged.prefill_paged_reference(*wide, table, starts, past), dtype)
-    codes, scale = integers(-127, 128, k.shape, torch.int8), (torch.rand(k.shape[:3], device=DEVICE) / 50).half()
+    q, turned = normal(B, G, H, dtype=dtype), normal(B, G, H, dtype=dtype)
+    k, v, table = pages(B, K, S, C, H, dtype)
+    lengths, wide = int32([37, 1]), [x.double() for x in (q, k, v)]
+    agree(decode_paged(q, k, v, table, lengths, parts=2),
+          decode_paged_reference(*wide, table, lengths), dtype)
+    starts, past = int32([0, 1, 2]), lengths - 1
+    agree(prefill_paged(q, k, v, table, starts, past, max_seqlen_q=1),
+          prefill_paged_reference(*wide, table, starts, past), dtype)
+    codes = integers(-127, 128, k.shape, torch.int8)
+    scale = (torch.rand(k.shape[:3], device=DEVICE) / 50).half()
     in8 = codes, scale, codes.flip(0).contiguous(), scale.flip(0), table, lengths
-    agree(decode_int8.decode_int8(q, *in8, parts=2), decode_int8.decode_int8_reference(wide[0], *in8), dtype)
+    agree(decode_int8(q, *in8, parts=2), decode_int8_reference(wide[0], *in8), dtype)
     k, v = normal(B, K, S, H, dtype=dtype), normal(B, S, K, H, dtype=dtype).transpose(1, 2)
     wide = wide[0], k.double(), v.double()
-    agree(decode_grouped.decode_grouped(q, k, v, lengths), decode_naive.decode_reference(*wide, lengths), dtype)
-    agree(decode_split.decode_split(q, k, v, lengths, parts=2), decode_naive.decode_reference(*wide, lengths), dtype)
-    agree(decode_sinks.decode_sinks(q, turned, k, v, lengths, 3),
-          decode_sinks.decode_sinks_reference(wide[0], turned.double(), *wide[1:], lengths, 3), dtype)
-    if H != 80:                                                             # half of which, 40, is not whole groups of 16
-        in4 = *nibbles(5, K, 32, H, 32), torch.tensor([[3, 0], [1, 1]], dtype=torch.int32, device=DEVICE), lengths
-        agree(decode_int4.decode_int4(q, *in4, parts=2), decode_int4.decode_int4_reference(wide[0], *in4), dtype)
+    agree(decode_grouped(q, k, v, lengths), decode_reference(*wide, lengths), dtype)
+    agree(decode_split(q, k, v, lengths, parts=2), decode_reference(*wide, lengths), dtype)
+    agree(decode_sinks(q, turned, k, v, lengths, 3),
+          decode_sinks_reference(wide[0], turned.double(), *wide[1:], lengths, 3), dtype)
+    if H != 80:                                     # half of which, 40, is not whole groups of 16
+        in4 = *nibbles(5, K, 32, H, 32), int32([[3, 0], [1, 1]]), lengths
+        agree(decode_int4(q, *in4, parts=2), decode_int4_reference(wide[0], *in4), dtype)
 
 
 # ---- what lies between the products ----
@@ -286,11 +316,11 @@ def test_groups_of_1_to_8_heads_of_any_width_and_blocks_of_any_size_on_every_ker
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rms_norm_with_and_without_a_residual_equals_fp64(guarded, dtype):
     x, weight = normal(3, 70, dtype=dtype), normal(1, 70, dtype=dtype)[0]
-    agree(rms_norm.rms_norm(x, weight, 0.5), rms_norm.rms_norm_reference(x.double(), weight.double(), 0.5), dtype)
+    agree(rms_norm(x, weight, 0.5), rms_norm_reference(x.double(), weight.double(), 0.5), dtype)
     residual, whole = inside((3, 70), dtype, torch.randn(3, 70, device=DEVICE))
     wanted_residual = residual.double()
-    wanted = rms_norm.rms_norm_reference(x.double(), weight.double(), 1e-5, wanted_residual)
-    agree(rms_norm.rms_norm(x, weight, 1e-5, residual), wanted, dtype)
+    wanted = rms_norm_reference(x.double(), weight.double(), 1e-5, wanted_residual)
+    agree(rms_norm(x, weight, 1e-5, residual), wanted, dtype)
     agree(residual, wanted_residual, dtype)
     assert guarded() and (whole.view(-1)[MARGIN:-MARGIN].view(3, 86)[:, 70:] == CANARY).all()
 
@@ -299,7 +329,7 @@ def test_rms_norm_with_and_without_a_residual_equals_fp64(guarded, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_swiglu_equals_fp64(guarded, F, dtype):
     x = normal(3, 2 * F, dtype=dtype)
-    agree(swiglu.swiglu(x), swiglu.swiglu_reference(x.double()), dtype)
+    agree(swiglu(x), swiglu_reference(x.double()), dtype)
     assert guarded()
 
 
@@ -308,10 +338,12 @@ def test_rope_and_append_turn_queries_and_keys_and_write_their_slots_only(guarde
     M, N, K, H, C = 5, 6, 2, 24, 7
     qkv, angles = normal(M, N + 2 * K, H, dtype=dtype), 6 * torch.rand(M, H // 2, device=DEVICE)
     slots = torch.tensor([27, 0, 3, 9, 8], device=DEVICE)
-    (k, whole_k), (v, whole_v) = (inside((4, K, C, H), dtype, torch.zeros(4, K, C, H, device=DEVICE)) for _ in "kv")
-    wanted_k, wanted_v = k.double(), v.double()
-    wanted = rope_append.rope_append_reference(qkv.double(), angles.cos().double(), angles.sin().double(), slots, wanted_k, wanted_v)
-    agree(rope_append.rope_append(qkv, angles.cos(), angles.sin(), slots, k, v), wanted, dtype)
+    empty = torch.zeros(4, K, C, H, device=DEVICE)
+    (k, whole_k), (v, whole_v) = (inside(empty.shape, dtype, empty) for _ in "kv")
+    wanted_k, wanted_v, cos, sin = k.double(), v.double(), angles.cos(), angles.sin()
+    wanted = rope_append_reference(qkv.double(), cos.double(), sin.double(), slots, wanted_k,
+                                   wanted_v)
+    agree(rope_append(qkv, cos, sin, slots, k, v), wanted, dtype)
     agree(k, wanted_k, dtype)
     agree(v, wanted_v, dtype)
     assert guarded()
@@ -325,8 +357,9 @@ def test_rope_and_append_turn_queries_and_keys_and_write_their_slots_only(guarde
 @pytest.mark.parametrize("M", [1, 17])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_linear_layer_of_8_bits_equals_fp64_on_what_the_codes_stand_for(guarded, M, dtype):
-    x, codes, scales = normal(M, 150, dtype=dtype), integers(-127, 128, (70, 150), torch.int8), torch.rand(70, device=DEVICE) / 1000
-    agree(linear_int8.linear_int8(x, codes, scales), linear_int8.linear_int8_reference(x.double(), codes, scales), dtype)
+    x, codes = normal(M, 150, dtype=dtype), integers(-127, 128, (70, 150), torch.int8)
+    scales = torch.rand(70, device=DEVICE) / 1000
+    agree(linear_int8(x, codes, scales), linear_int8_reference(x.double(), codes, scales), dtype)
     assert guarded()
 
 
@@ -334,9 +367,10 @@ def test_a_linear_layer_of_8_bits_equals_fp64_on_what_the_codes_stand_for(guarde
 @pytest.mark.parametrize("dtype", FLOATS[:2])
 def test_a_linear_layer_of_4_bits_equals_fp64_on_what_the_codes_stand_for(guarded, M, K, g, dtype):
     x, codes = normal(M, K, dtype=dtype), torch.randint(0, 16, (70, K), device=DEVICE)
-    scales, zeros = (torch.rand(K // g, 70, device=DEVICE) / 100).half(), torch.randint(0, 16, (K // g, 70), device=DEVICE).half()
-    got = linear_int4.linear_int4(x, linear_int4.pack_int4(codes, g), scales, zeros)
-    agree(got, linear_int4.linear_int4_reference(x.double(), codes, scales, zeros), dtype)
+    scales = (torch.rand(K // g, 70, device=DEVICE) / 100).half()
+    zeros = torch.randint(0, 16, (K // g, 70), device=DEVICE).half()
+    got = linear_int4(x, pack_int4(codes, g), scales, zeros)
+    agree(got, linear_int4_reference(x.double(), codes, scales, zeros), dtype)
     assert guarded()
 
 
@@ -346,124 +380,140 @@ def test_a_linear_layer_of_4_bits_equals_fp64_on_what_the_codes_stand_for(guarde
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_sampling_draws_the_token_that_inversion_in_fp64_draws(guarded, temperature):
     logits, uniform = 3 * torch.randn(12, 2500, device=DEVICE), torch.rand(12, device=DEVICE)
-    logits[:6, 5:1500], logits[0, 1:] = -torch.inf, -torch.inf              # half of them filtered; and a row with one token left
+    logits[:6, 5:1500] = -torch.inf                 # half of them filtered,
+    logits[0, 1:] = -torch.inf                      # and a row with one token left
     uniform[1:3], uniform[6:] = torch.tensor([0, 1 - 2**-24]), torch.linspace(0.05, 0.99, 6)
-    assert torch.equal(sample.sample(logits, uniform, temperature), sample.sample_reference(logits, uniform, temperature))
+    assert torch.equal(sample(logits, uniform, temperature),
+                       sample_reference(logits, uniform, temperature))
     assert guarded()
 
 
-def test_of_equals_greedy_takes_the_first_and_a_point_on_the_border_of_two_pieces_belongs_to_the_second():
-    """A half of four equal weights: the first two make just that half, and what is drawn must be equally likely for all."""
-    assert sample.sample(torch.zeros(1, 2500, device=DEVICE), torch.zeros(1, device=DEVICE), 0.0).tolist() == [0]
-    equal = torch.zeros(4, 4, device=DEVICE)
-    assert sample.sample(equal, torch.tensor([0, 0.25, 0.5, 0.75], device=DEVICE)).tolist() == [0, 1, 2, 3]
+def test_of_equals_greedy_takes_the_first_and_a_point_on_a_border_belongs_to_the_second_piece():
+    """A half of four equal weights: the first two make just that half, and what is drawn must be
+    equally likely for all."""
+    nothing = torch.zeros(1, device=DEVICE)
+    assert sample(torch.zeros(1, 2500, device=DEVICE), nothing, 0.0).tolist() == [0]
+    points = torch.tensor([0, 0.25, 0.5, 0.75], device=DEVICE)
+    assert sample(torch.zeros(4, 4, device=DEVICE), points).tolist() == [0, 1, 2, 3]
 
 
-def test_verification_keeps_and_draws_what_the_algorithm_in_fp64_does():
+def test_verification_accepts_and_draws_what_the_algorithm_in_fp64_does():
     B, T, V = 30, 3, 2500
     p = torch.softmax(2 * torch.randn(B, T + 1, V, device=DEVICE), -1)
     q = torch.softmax(p[:, :T].log() + torch.randn(B, T, V, device=DEVICE) / 2, -1)
-    drafted, uniform = torch.multinomial(q.view(-1, V), 1).view(B, T), torch.rand(B, T + 1, device=DEVICE)
-    kept, token = verify.verify(p, q, drafted, uniform)
-    wanted_kept, wanted_token = verify.verify_reference(p.cpu(), q.cpu(), drafted.cpu(), uniform.cpu())
-    assert kept.tolist() == wanted_kept.tolist() and token.tolist() == wanted_token.tolist()
-    assert set(kept.tolist()) == {0, 1, 2, 3}
+    drafted = torch.multinomial(q.view(-1, V), 1).view(B, T)
+    uniform = torch.rand(B, T + 1, device=DEVICE)
+    accepted, token = verify(p, q, drafted, uniform)
+    wanted = verify_reference(p.cpu(), q.cpu(), drafted.cpu(), uniform.cpu())
+    assert (accepted.tolist(), token.tolist()) == (wanted[0].tolist(), wanted[1].tolist())
+    assert set(accepted.tolist()) == {0, 1, 2, 3}
+    # A draft that was certain of each, of which some are shorter.
     counts = torch.arange(B, device=DEVICE) % (T + 1)
-    q, before = torch.nn.functional.one_hot(drafted, V).float(), kept
-    certain, token = verify.verify(p, None, drafted, uniform, counts)       # a draft that was certain of each, of which some are shorter
+    q = torch.nn.functional.one_hot(drafted, V).float()
+    certain, token = verify(p, None, drafted, uniform, counts)
     for b, count in enumerate(counts.tolist()):
-        wanted = verify.verify_reference(p[b:b + 1, :count + 1].cpu(), q[b:b + 1, :count].cpu(), drafted[b:b + 1, :count].cpu(),
-                                         torch.cat((uniform[b:b + 1, :count], uniform[b:b + 1, T:]), 1).cpu())
+        own = torch.cat((uniform[b:b + 1, :count], uniform[b:b + 1, T:]), 1)
+        wanted = verify_reference(*(x.cpu() for x in (
+            p[b:b + 1, :count + 1], q[b:b + 1, :count], drafted[b:b + 1, :count], own)))
         assert (certain[b].item(), token[b].item()) == (wanted[0].item(), wanted[1].item()), b
-    assert before.tolist() != certain.tolist()
+    assert accepted.tolist() != certain.tolist()
 
 
-def test_verification_never_keeps_what_the_target_excludes_and_draws_where_rounding_leaves_no_residual():
+def test_verification_never_accepts_what_the_target_excludes_and_draws_where_no_residual_is_left():
     p = torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]], device=DEVICE)
     drafted, nothing = torch.tensor([[0]], device=DEVICE), torch.zeros(1, 2, device=DEVICE)
-    assert [x.item() for x in verify.verify(p, p[:, 1:], drafted, nothing)] == [0, 1]       # p = 0 and u = 0: rejected
+    assert [x.item() for x in verify(p, p[:, 1:], drafted, nothing)] == [0, 1]  # p = 0 and u = 0
     almost = torch.tensor([[[0.5, 0.5, 0.0]]], device=DEVICE)
     p, q = torch.cat((almost, almost), 1), almost.nextafter(torch.ones_like(almost))
     sure = torch.tensor([[1 - 2**-24, 0.75]], device=DEVICE)
-    kept, token = verify.verify(p, q * 1.001, drafted, sure)
-    assert (kept.item(), token.item()) == (0, 1)                                            # max(0, p - q) is 0 everywhere: from p
+    accepted, token = verify(p, q * 1.001, drafted, sure)
+    assert (accepted.item(), token.item()) == (0, 1)    # max(0, p - q) is 0 everywhere: from p
 
 
 # ---- the interpreter's trap ----
 
 
 def far(x):
-    """The same numbers, but the third of the first dimension begins 2^31 numbers on. Only the pages that are touched take memory."""
+    """The same numbers, but the third of the first dimension begins 2^31 numbers on. Only the pages
+    that are touched take memory."""
     x = x.contiguous()
-    made = torch.empty(2**31 + x[0].numel(), dtype=x.dtype, device=DEVICE).as_strided(x.shape, (2**30, *x[0].stride()))
+    room = torch.empty(2**31 + x[0].numel(), dtype=x.dtype, device=DEVICE)
+    made = room.as_strided(x.shape, (2**30, *x[0].stride()))
     made[:] = x
     return made
 
 
-@pytest.mark.parametrize("name", ["swiglu", "rms_norm", "linear_int8", "linear_int4", "sample", "decode_grouped", "decode_paged",
-                                  "decode_int8"])
+@pytest.mark.parametrize("name", ["swiglu", "rms_norm", "linear_int8", "linear_int4", "sample",
+                                  "decode_grouped", "decode_paged", "decode_int8"])
 def test_numbers_beyond_the_2_31st_are_found(name):
-    """Where an offset is a product of 32-bit numbers, it wraps round, and the kernel reads what lies elsewhere."""
+    """Where an offset is a product of 32-bit numbers it wraps round, and the kernel reads what lies
+    elsewhere."""
     x, q = normal(3, 64, dtype=torch.half), normal(3, 1, 16, dtype=torch.half)
-    codes, pool = torch.randint(-9, 9, (3, 64), device=DEVICE).to(torch.int8), normal(3, 1, 8, 16, dtype=torch.half)
+    codes = torch.randint(-9, 9, (3, 64), device=DEVICE).to(torch.int8)
+    pool = normal(3, 1, 8, 16, dtype=torch.half)
     whole, ones = (9 * pool).to(torch.int8), torch.ones(3, 1, 8, dtype=torch.half, device=DEVICE)
-    table, lengths = (torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in ([[2], [0], [1]], [7, 7, 1]))
+    table, lengths = int32([[2], [0], [1]]), int32([7, 7, 1])
     run = {
-        "swiglu": lambda of: swiglu.swiglu(of(x)),
-        "rms_norm": lambda of: rms_norm.rms_norm(of(x), x[0], 1e-5),
-        "linear_int8": lambda of: linear_int8.linear_int8(x, of(codes), torch.ones(3, device=DEVICE)),
-        "linear_int4": lambda of: linear_int4.linear_int4(x[:, :64], of(codes[:, :32].to(torch.uint8)), *[x[:2, :3].contiguous()] * 2),
-        "sample": lambda of: sample.sample(of(x), torch.full((3,), 0.4, device=DEVICE)),
-        "decode_grouped": lambda of: decode_grouped.decode_grouped(q, of(pool), of(pool), lengths),
-        "decode_paged": lambda of: decode_paged.decode_paged(q, of(pool), of(pool), table, lengths),
-        "decode_int8": lambda of: decode_int8.decode_int8(q, of(whole), ones, of(whole), ones, table, lengths),
+        "swiglu": lambda of: swiglu(of(x)),
+        "rms_norm": lambda of: rms_norm(of(x), x[0], 1e-5),
+        "linear_int8": lambda of: linear_int8(x, of(codes), torch.ones(3, device=DEVICE)),
+        "linear_int4": lambda of: linear_int4(x[:, :64], of(codes[:, :32].to(torch.uint8)),
+                                              *[x[:2, :3].contiguous()] * 2),
+        "sample": lambda of: sample(of(x), torch.full((3,), 0.4, device=DEVICE)),
+        "decode_grouped": lambda of: decode_grouped(q, of(pool), of(pool), lengths),
+        "decode_paged": lambda of: decode_paged(q, of(pool), of(pool), table, lengths),
+        "decode_int8": lambda of: decode_int8(q, of(whole), ones, of(whole), ones, table, lengths),
     }[name]
     torch.testing.assert_close(run(far), run(lambda near: near))
 
 
 def test_a_product_of_bf16_multiplies_numbers_and_not_their_bits(monkeypatch):
-    """What our `_create_dot` is there for. If the plain one is right one day, this test says so, and it can go."""
+    """What our `_create_dot` is there for. Is the plain one right one day, this test says so, and
+    it can go."""
     if DEVICE == "cuda":
         pytest.skip("a GPU multiplies numbers")
     from clawdemy_kernels import launch
 
-    q, k, v = (torch.randn(shape).bfloat16() for shape in ((1, 2, 16), (1, 1, 20, 16), (1, 1, 20, 16)))
+    q, (k, v) = torch.randn(1, 2, 16).bfloat16(), torch.randn(2, 1, 1, 20, 16).bfloat16()
     lengths = torch.tensor([20], dtype=torch.int32)
-    wanted = decode_naive.decode_reference(q.double(), k.double(), v.double(), lengths)
-    agree(decode_grouped.decode_grouped(q, k, v, lengths), wanted, torch.bfloat16)
-    monkeypatch.setattr(launch.interpreter.InterpreterBuilder, "create_dot", launch._create_dot.__kwdefaults__["plain"])
-    bits = decode_grouped.decode_grouped(q, k, v, lengths)
+    wanted = decode_reference(q.double(), k.double(), v.double(), lengths)
+    agree(decode_grouped(q, k, v, lengths), wanted, torch.bfloat16)
+    monkeypatch.setattr(launch.interpreter.InterpreterBuilder, "create_dot",
+                        launch._create_dot.__kwdefaults__["plain"])
+    bits = decode_grouped(q, k, v, lengths)
     assert not torch.allclose(bits.double(), wanted, **KERNEL[torch.bfloat16])
 
 
 # ---- these tests can fail ----
 
 
-def mutant(module, tmp_path, old, new):
-    """`module` with one piece of its source changed."""
-    source = inspect.getsource(module)
+def mutant(name, tmp_path, old, new):
+    """The kernel `name` with one piece of its source changed."""
+    source = inspect.getsource(importlib.import_module(f"clawdemy_kernels.{name}"))
     assert source.count(old) >= 1
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("mutant", path)
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
-    return made
+    return getattr(made, name)
 
 
-@pytest.mark.parametrize("old, new", [("s < length", "s <= length"), ("range(0, length,", "range(0, length - 1,"), ("n // G", "n % G")])
+@pytest.mark.parametrize("old, new", [("s < length", "s <= length"), ("n // G", "n % G"),
+                                      ("range(0, length,", "range(0, length - 1,")])
 def test_a_planted_slip_in_a_mask_a_bound_or_a_head_is_caught(tmp_path, old, new):
     B, N, K, S, H = 2, 6, 2, 65, 24
-    q, k, v = normal(B, N, H, dtype=torch.float32), normal(B, K, S + 1, H, dtype=torch.float32), normal(B, K, S + 1, H, dtype=torch.float32)
-    lengths = lengths_of(B, S)
-    wanted = decode_naive.decode_reference(q.double(), k.double(), v.double(), lengths)
-    got = mutant(decode_naive, tmp_path, old, new).decode_naive(q, k, v, lengths)
+    q, lengths = normal(B, N, H, dtype=torch.float32), lengths_of(B, S)
+    k, v = (normal(B, K, S + 1, H, dtype=torch.float32) for _ in "kv")
+    wanted = decode_reference(q.double(), k.double(), v.double(), lengths)
+    got = mutant("decode_naive", tmp_path, old, new)(q, k, v, lengths)
     assert not torch.allclose(got.double(), wanted, **KERNEL[torch.float32])
 
 
 def test_a_planted_store_beside_the_output_is_caught(guarded, tmp_path):
     x = normal(3, 70, dtype=torch.float32)
-    mutant(swiglu, tmp_path, ".to(out.dtype.element_ty), mask=f < F", ".to(out.dtype.element_ty), mask=f <= F").swiglu(x)
+    store = ".to(out.dtype.element_ty), mask=f "
+    mutant("swiglu", tmp_path, store + "< F", store + "<= F")(x)
     assert not guarded()
 
 
@@ -477,18 +527,18 @@ def test_a_planted_store_beside_the_output_is_caught(guarded, tmp_path):
         ({"q": torch.zeros(2, 16)}, r"q is \[2, 16\]: \[any, any, any\] is accepted"),
         ({"k": torch.zeros(2, 2, 9, 8)}, r"k is \[2, 2, 9, 8\]: \[any, any, any, 16\]"),
         ({"v": torch.zeros(2, 2, 8, 16)}, r"v is \[2, 2, 8, 16\]: \[2, 2, 9, 16\]"),
-        ({"k": torch.zeros(2, 2, 9, 16, dtype=torch.half)}, r"k is of torch.float16: torch.float32"),
-        ({"lengths": torch.zeros(2, dtype=torch.int64)}, "lengths is of torch.int64"),
+        ({"k": torch.zeros(2, 2, 9, 16, dtype=torch.half)}, "k is of torch.float16: torch.float32"),
+        ({"seq_lens": torch.zeros(2, dtype=torch.int64)}, "seq_lens is of torch.int64"),
         ({"v": torch.zeros(2, 2, 16, 9).transpose(2, 3)}, "v has strides .*: the last must be 1"),
         ({"q": torch.zeros(0, 4, 16)}, "q is .*: it is empty"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name_before_the_launch(change, message):
-    given = {"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 9, 16), "v": torch.zeros(2, 2, 9, 16),
-             "lengths": torch.ones(2, dtype=torch.int32)}
+    given = {"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 9, 16),
+             "v": torch.zeros(2, 2, 9, 16), "seq_lens": torch.ones(2, dtype=torch.int32)}
     given = {name: tensor.to(DEVICE) for name, tensor in (given | change).items()}
     with pytest.raises(ValueError, match=message):
-        decode_grouped.decode_grouped(**given)
+        decode_grouped(**given)
 
 
 def of(*shape, dtype=torch.float32):
@@ -499,33 +549,40 @@ def whole(*shape):
     return of(*shape, dtype=torch.int32)
 
 
-Q, Q4, KEYS, POOL, CODES = of(1, 2, 16), of(1, 2, 32), of(1, 1, 9, 16), of(3, 1, 4, 16), of(2, 1, 32, 16, dtype=torch.uint8)
-HALVES = of(2, 1, 2, 32, dtype=torch.half)
-REST = HALVES, HALVES, CODES, HALVES.view(2, 1, 32, 2), HALVES.view(2, 1, 32, 2), whole(1, 1), whole(1)
+Q, Q4, KEYS, POOL = of(1, 2, 16), of(1, 2, 32), of(1, 1, 9, 16), of(3, 1, 4, 16)
+CODES, HALVES = of(2, 1, 32, 16, dtype=torch.uint8), of(2, 1, 2, 32, dtype=torch.half)
+BY_TOKEN, GROUPS = HALVES.view(2, 1, 32, 2), of(2, 4, dtype=torch.half)
+REST = HALVES, HALVES, CODES, BY_TOKEN, BY_TOKEN, whole(1, 1), whole(1)
 
 
 @pytest.mark.parametrize("launch, message", [
-    (lambda: decode_split.decode_split(Q, KEYS, KEYS, whole(1), parts=0), "parts=0: 1 or more"),
-    (lambda: decode_sinks.decode_sinks(Q, Q, KEYS, KEYS, whole(1), sinks=9), "sinks=9: 1 to 8 of the 9 tokens"),
-    (lambda: decode_sinks.decode_sinks(Q, Q4, KEYS, KEYS, whole(1), sinks=2), r"turned is \[1, 2, 32\]: \[1, 2, 16\]"),
-    (lambda: decode_paged.decode_paged(Q, POOL, POOL, whole(2, 1), whole(1)), r"table is \[2, 1\]: \[1, any\]"),
-    (lambda: decode_paged.decode_paged(Q, POOL, POOL, whole(1, 2), whole(1), block_size=3), "block_size=3: what divides the 4 tokens"),
-    (lambda: decode_int8.decode_int8(Q, POOL, POOL, POOL, POOL, whole(1, 2), whole(1)), "k is of torch.float32: torch.int8"),
-    (lambda: decode_int4.decode_int4(of(1, 2, 64), CODES, *REST), r"k is .*: \[any, any, any, 32\]"),
-    (lambda: decode_int4.decode_int4(Q4, CODES[:, :, :8], *REST), "groups of 16, 32, 64 ... that divide a block"),
-    (lambda: decode_int4.decode_int4(Q4, CODES.repeat(1, 1, 1, 2)[..., :16], *REST), "v has strides .*, those of its twin"),
-    (lambda: prefill_paged.prefill_paged(Q, POOL, POOL, whole(1, 2), whole(1), whole(1), 4), r"starts is \[1\]: \[2\]"),
-    (lambda: rms_norm.rms_norm(of(2, 8), of(9), 1e-5), r"weight is \[9\]: \[8\]"),
-    (lambda: rope_append.rope_append(of(2, 4, 16), of(2, 8), of(2, 8), of(2, dtype=torch.int64), of(3, 2, 4, 16), of(3, 2, 4, 16)),
-     "a multiple of K=2 query heads"),
-    (lambda: swiglu.swiglu(of(2, 7)), "an even number of columns"),
-    (lambda: linear_int8.linear_int8(of(1, 8), of(4, 8), of(4)), "codes is of torch.float32: torch.int8"),
-    (lambda: linear_int4.linear_int4(of(1, 96), of(4, 48, dtype=torch.uint8), of(2, 4, dtype=torch.half), of(2, 4, dtype=torch.half)),
+    (lambda: decode_split(Q, KEYS, KEYS, whole(1), parts=0), "parts=0: 1 or more"),
+    (lambda: decode_sinks(Q, Q, KEYS, KEYS, whole(1), sinks=9), "sinks=9: 1 to 8 of the 9 tokens"),
+    (lambda: decode_sinks(Q, Q4, KEYS, KEYS, whole(1), sinks=2),
+     r"turned is \[1, 2, 32\]: \[1, 2, 16\]"),
+    (lambda: decode_paged(Q, POOL, POOL, whole(2, 1), whole(1)),
+     r"block_table is \[2, 1\]: \[1, any\]"),
+    (lambda: decode_int8(Q, POOL, POOL, POOL, POOL, whole(1, 2), whole(1)),
+     "k is of torch.float32: torch.int8"),
+    (lambda: decode_int4(of(1, 2, 64), CODES, *REST), r"k is .*: \[any, any, any, 32\]"),
+    (lambda: decode_int4(Q4, CODES[:, :, :8], *REST),
+     "groups of 16, 32, 64 ... that divide a block"),
+    (lambda: decode_int4(Q4, CODES.repeat(1, 1, 1, 2)[..., :16], *REST),
+     "v has strides .*, those of its twin"),
+    (lambda: prefill_paged(Q, POOL, POOL, whole(1, 2), whole(1), whole(1), 4),
+     r"cu_seqlens_q is \[1\]: \[2\]"),
+    (lambda: rms_norm(of(2, 8), of(9), 1e-5), r"weight is \[9\]: \[8\]"),
+    (lambda: rope_append(of(2, 4, 16), of(2, 8), of(2, 8), of(2, dtype=torch.int64),
+                         of(3, 2, 4, 16), of(3, 2, 4, 16)), "a multiple of K=2 query heads"),
+    (lambda: swiglu(of(2, 7)), "an even number of columns"),
+    (lambda: linear_int8(of(1, 8), of(4, 8), of(4)), "codes is of torch.float32: torch.int8"),
+    (lambda: linear_int4(of(1, 96), of(4, 48, dtype=torch.uint8), GROUPS, GROUPS),
      "groups of a power of 2 from 32 on"),
-    (lambda: linear_int4.pack_int4(of(4, 64), 16), "group=16: powers of 2 from 32 on"),
-    (lambda: sample.sample(of(2, 8), of(3)), r"uniform is \[3\]: \[2\]"),
-    (lambda: sample.sample(of(2, 8), of(2), -1.0), "temperature=-1.0"),
-    (lambda: verify.verify(of(1, 2, 8), of(1, 2, 8), of(1, 1, dtype=torch.int64), of(1, 2)), r"q is \[1, 2, 8\]: \[1, 1, 8\]"),
+    (lambda: pack_int4(of(4, 64), 16), "group=16: powers of 2 from 32 on"),
+    (lambda: sample(of(2, 8), of(3)), r"uniform is \[3\]: \[2\]"),
+    (lambda: sample(of(2, 8), of(2), -1.0), "temperature=-1.0"),
+    (lambda: verify(of(1, 2, 8), of(1, 2, 8), of(1, 1, dtype=torch.int64), of(1, 2)),
+     r"q is \[1, 2, 8\]: \[1, 1, 8\]"),
 ])
 def test_every_launcher_says_what_does_not_fit(launch, message):
     with pytest.raises(ValueError, match=message):

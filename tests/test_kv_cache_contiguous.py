@@ -7,7 +7,8 @@ from clawdemy_infer.kv_cache import ContiguousCache
 
 
 def cache_of(capacity=11, dtype=torch.float32):
-    return ContiguousCache(layers=2, batch=3, kv_heads=2, head_dim=5, capacity=capacity, dtype=dtype)
+    return ContiguousCache(layers=2, batch=3, kv_heads=2, head_dim=5, capacity=capacity,
+                           dtype=dtype)
 
 
 def some(tokens, seed):
@@ -16,11 +17,13 @@ def some(tokens, seed):
 
 
 def remember(cache, layers, k, v):
-    """One step over k, v [B, T, K, H] in which nobody looks; what could be seen of the last layer. It is not committed."""
+    """One step over k, v [B, T, K, H] in which nobody attends; what could be seen of the last
+    layer. It is not committed."""
     step = cache.begin(dict.fromkeys(range(3), [0] * k.shape[1]))
+    part = step.parts[0]
     for layer in layers:
-        seen = cache.remember(layer, step.rectangles[0].stretches, k.flatten(0, 1) + layer, v.flatten(0, 1) - layer)
-    return step, *seen
+        cache.write(layer, part, k.flatten(0, 1) + layer, v.flatten(0, 1) - layer)
+    return step, *cache.read(layers[-1], part)
 
 
 def test_appended_chunks_come_back_in_order_layer_by_layer():
@@ -30,8 +33,12 @@ def test_appended_chunks_come_back_in_order_layer_by_layer():
         step, keys, values = remember(cache, (0, 1), k, v)
         step.commit()
     assert cache.length == 11
-    torch.testing.assert_close(keys, torch.cat([k for k, _ in chunks], dim=1).transpose(1, 2) + 1, rtol=0, atol=0)
-    torch.testing.assert_close(values, torch.cat([v for _, v in chunks], dim=1).transpose(1, 2) - 1, rtol=0, atol=0)
+    torch.testing.assert_close(keys,
+                               torch.cat([k for k, _ in chunks], dim=1).transpose(1, 2) + 1, rtol=0,
+                               atol=0)
+    torch.testing.assert_close(values,
+                               torch.cat([v for _, v in chunks], dim=1).transpose(1, 2) - 1, rtol=0,
+                               atol=0)
 
 
 def test_length_moves_only_with_commit_so_that_a_step_can_be_repeated():
@@ -52,7 +59,9 @@ def test_truncate_forgets_the_end_and_keeps_the_beginning():
     cache.truncate(3)
     _, keys, _ = remember(cache, (0,), *second)
     assert cache.length == 3
-    torch.testing.assert_close(keys, torch.cat([first[0][:, :3], second[0]], dim=1).transpose(1, 2), rtol=0, atol=0)
+    torch.testing.assert_close(keys,
+                               torch.cat([first[0][:, :3], second[0]], dim=1).transpose(1, 2),
+                               rtol=0, atol=0)
 
 
 def test_one_sequence_can_be_truncated_alone():
@@ -77,8 +86,10 @@ def test_allocated_bytes_are_both_tensors_at_full_capacity(dtype, element):
 
 
 def test_llama_2_13b_needs_800_kib_per_token():
-    """Kwon et al. 2023 (PagedAttention), section 3: 800 KB per token for a 13B model of 40 layers and 40 heads of 128."""
-    cache = ContiguousCache(layers=40, batch=1, kv_heads=40, head_dim=128, capacity=3, dtype=torch.float16, device="meta")
+    """Kwon et al. 2023 (PagedAttention), section 3: 800 KB per token for a 13B model of 40 layers
+    and 40 heads of 128."""
+    cache = ContiguousCache(layers=40, batch=1, kv_heads=40, head_dim=128, capacity=3,
+                            dtype=torch.float16, device="meta")
     assert cache.allocated_bytes == 3 * 800 * 1024
 
 
@@ -92,9 +103,10 @@ def test_more_than_the_capacity_is_refused_and_writes_nothing():
     torch.testing.assert_close(cache.keys[0, :, :, :4], k.transpose(1, 2), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("new", "message"), [
-    ({}, "at least one sequence"), ({3: [1]}, "no sequence 3"), ({0: [1], 1: []}, "sequence 1 brings no token"),
-], ids=["nobody", "unknown", "nothing"])
+@pytest.mark.parametrize(("new", "message"), [({}, "at least one sequence"),
+                                              ({3: [1]}, "no sequence 3"),
+                                              ({0: [1], 1: []}, "sequence 1 brings no token"), ],
+                         ids=["nobody", "unknown", "nothing"])
 def test_a_step_that_brings_nothing_is_refused(new, message):
     with pytest.raises(ValueError, match=message):
         cache_of().begin(new)

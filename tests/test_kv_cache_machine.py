@@ -1,5 +1,6 @@
-"""Random operations on block tables. In place of keys and values, each slot remembers the whole text up to its token, as its
-digest: that is what a key depends on. Whatever happens, a sequence must find its own text in its blocks.
+"""Random operations on block tables. In place of keys and values, each slot remembers the whole
+text up to its token, as its digest: that is what a key depends on. Whatever happens, a sequence
+must find its own text in its blocks.
 """
 
 from collections import Counter
@@ -7,9 +8,18 @@ from collections import Counter
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
-from clawdemy_infer.kv_cache import BlockPool, BlockTables
+from clawdemy_infer.batching.swapping import SwappingTables
+from clawdemy_infer.kv_cache import BlockPool
 
 SIZE, BLOCKS, HOST = 3, 16, 5
 TOKENS = st.integers(0, 1)              # two tokens only, so that prompts often begin alike
@@ -20,7 +30,7 @@ def digests(ids):
 
 
 class Blocks(RuleBasedStateMachine):
-    Tables = BlockTables
+    Tables = SwappingTables
     sequences = Bundle("sequences")
     swapped = Bundle("swapped")
 
@@ -29,7 +39,8 @@ class Blocks(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         type(self).operations -= 1      # what always holds is asked once before the first
-        self.tables = self.Tables(BlockPool(BLOCKS, SIZE), BlockPool(HOST, SIZE), prefix_caching=True)
+        self.tables = self.Tables(BlockPool(BLOCKS, SIZE), BlockPool(HOST, SIZE),
+                                  prefix_caching=True)
         self.slots, self.host_slots = {}, {}
         self.ids = {}                   # the oracle: what each sequence holds
         self.names = 0
@@ -83,7 +94,8 @@ class Blocks(RuleBasedStateMachine):
         for sequence, ids in new.items():
             self.ids[sequence] = self.ids[sequence] + ids
 
-    @rule(sequence=sequences, ids=st.lists(TOKENS, min_size=1, max_size=9), written=st.integers(0, 9))
+    @rule(sequence=sequences, ids=st.lists(TOKENS, min_size=1, max_size=9), written=st.integers(
+        0, 9))
     def interrupted_step(self, sequence, ids, written):
         if self.tables.can_append({sequence: len(ids)}):
             self.tables.reserve({sequence: len(ids)}, self.copy(self.slots, self.slots))
@@ -142,7 +154,8 @@ class Blocks(RuleBasedStateMachine):
         for sequence, blocks in self.tables.blocks.items():
             ids = self.ids[sequence]
             assert self.tables.lengths[sequence] == len(ids)
-            assert [self.slots.get((blocks[i // SIZE], i % SIZE)) for i in range(len(ids))] == digests(ids)
+            assert [self.slots.get((blocks[i//SIZE], i % SIZE))
+                    for i in range(len(ids))] == digests(ids)
 
     @invariant()
     def free_and_used_are_all_there_is(self):
@@ -154,8 +167,10 @@ class Blocks(RuleBasedStateMachine):
     def a_block_counts_the_tables_that_point_at_it(self):
         pointers = Counter(block for blocks in self.tables.blocks.values() for block in blocks)
         assert self.tables.pool.counts == [pointers[block] for block in range(BLOCKS)]
-        host = Counter(block for swapped in self.tables.swapped.values() for block in swapped.blocks)
-        assert self.tables.host.counts == [host[block] for block in range(HOST)] and set(host.values()) <= {1}
+        host = Counter(
+            block for swapped in self.tables.swapped.values() for block in swapped.blocks)
+        assert self.tables.host.counts == [host[block]
+                                           for block in range(HOST)] and set(host.values()) <= {1}
 
     @invariant()
     def no_table_points_at_a_free_block(self):
@@ -176,7 +191,8 @@ class Blocks(RuleBasedStateMachine):
         assert taken == set(range(BLOCKS))              # and every block can be had again
 
 
-BUDGET = settings(max_examples=250, stateful_step_count=60, deadline=None)      # not every example takes all of its steps
+# not every example takes all of its steps
+BUDGET = settings(max_examples=250, stateful_step_count=60, deadline=None)
 
 
 def test_blocks_are_conserved_and_hold_the_right_text_under_10_000_operations_in_any_sequence():
@@ -184,7 +200,7 @@ def test_blocks_are_conserved_and_hold_the_right_text_under_10_000_operations_in
     assert Blocks.operations >= 10_000
 
 
-class DoubleFree(BlockTables):
+class DoubleFree(SwappingTables):
     def free(self, sequence):
         last = self.blocks.get(sequence, [])[-1:]
         super().free(sequence)
@@ -192,14 +208,14 @@ class DoubleFree(BlockTables):
             self.pool.release(block)
 
 
-class ForkWithoutCounting(BlockTables):
+class ForkWithoutCounting(SwappingTables):
     def fork(self, parent, child):
         super().fork(parent, child)
         for block in self.blocks[child]:
             self.pool.counts[block] -= 1
 
 
-class NeverForgets(BlockTables):
+class NeverForgets(SwappingTables):
     """Writes into a block that the prefix cache knows, and leaves it known."""
 
     def __init__(self, *arguments, **options):
@@ -208,22 +224,29 @@ class NeverForgets(BlockTables):
         self.pool.on_evict = lambda block: None
 
 
-class WritesToShared(BlockTables):
+class WritesToShared(SwappingTables):
     """No copy on write."""
 
-    def tail(self, sequence):
-        return None
+    def reserve(self, new, copy=None):
+        if not self.can_append(new):
+            raise ValueError("new: there is no room")
+        for sequence, count in new.items():
+            blocks = self.blocks[sequence]
+            while self.lengths[sequence] + count > len(blocks) * self.pool.block_size:
+                blocks.append(self.pool.allocate())
 
 
-class KeepsAfterTruncate(BlockTables):
+class KeepsAfterTruncate(SwappingTables):
     """Takes a sequence that was cut for the text it had."""
 
     def truncate(self, length, sequence):
         self.lengths[sequence] = length
 
 
-@pytest.mark.parametrize("broken", [DoubleFree, ForkWithoutCounting, NeverForgets, WritesToShared, KeepsAfterTruncate])
+@pytest.mark.parametrize(
+    "broken", [DoubleFree, ForkWithoutCounting, NeverForgets, WritesToShared, KeepsAfterTruncate])
 def test_a_planted_mistake_is_caught(broken):
     machine = type("Broken", (Blocks,), {"Tables": broken})
     with pytest.raises((AssertionError, ValueError, IndexError)):
-        run_state_machine_as_test(machine, settings=settings(BUDGET, database=None, phases=[Phase.generate]))
+        run_state_machine_as_test(machine, settings=settings(BUDGET, database=None,
+                                                             phases=[Phase.generate]))

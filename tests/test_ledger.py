@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from clawdemy_infer import ledger
-from clawdemy_infer.ledger import Row, append, latest, ratio_error, read, scoreboard
+from clawdemy_infer.lesson import ledger
+from clawdemy_infer.lesson.ledger import LedgerRow, append, latest, ratio_error, read, scoreboard
 
 
-def row(quantity="time per token", measured=0.031, **changes) -> Row:
-    return replace(Row("01 counting", quantity, "s", napkin=0.025, predicted=0.030, measured=measured, why="fixed cost, 3 µs"), **changes)
+def row(quantity="time per token", measured=0.031, **changes) -> LedgerRow:
+    return replace(
+        LedgerRow("01 counting", quantity, "s", napkin=0.025, predicted=0.030, measured=measured,
+            why="fixed cost, 3 µs"), **changes)
 
 
 def test_what_is_appended_is_read_back_in_order(tmp_path):
@@ -35,14 +37,17 @@ def test_a_ledger_cut_at_any_byte_reads_and_goes_on(tmp_path):
     both = path.read_bytes()
     for cut in range(len(whole), len(both) + 1):
         path.write_bytes(both[:cut])
-        survivors = ["first", "second"] if cut >= len(both) - 1 else ["first"]  # a row lost at most its newline
+        # a row lost at most its newline
+        survivors = ["first", "second"] if cut >= len(both) - 1 else ["first"]
         assert [one.quantity for one in read(path)] == survivors
         append(row("third"), path)
         append(row("fourth"), path)
-        assert [one.quantity for one in read(path)] == [*survivors, "third", "fourth"], f"cut at byte {cut}"
+        found = [one.quantity for one in read(path)]
+        assert found == [*survivors, "third", "fourth"], f"cut at byte {cut}"
 
 
-@pytest.mark.parametrize("line", ['{"lesson": "01 cou', "[1, 2]", '{"lesson": "01"}', "not json", ""])
+@pytest.mark.parametrize("line",
+                         ['{"lesson": "01 cou', "[1, 2]", '{"lesson": "01"}', "not json", ""])
 def test_a_wrong_line_that_is_not_the_torn_last_one_is_named(tmp_path, line):
     path = tmp_path / "ledger.jsonl"
     append(row(), path)
@@ -59,12 +64,16 @@ def test_several_kernels_append_at_once_and_every_row_arrives(tmp_path):
     with path.open("a") as file:
         file.write('{"lesson": "torn')
     script = (
-        "import sys; from pathlib import Path; from clawdemy_infer.ledger import Row, append\n"
-        "for i in range(50): append(Row('01', f'{sys.argv[1]} {i}', 's', napkin=1.0, measured=2.0, why='x' * 500), Path(sys.argv[2]))"
-    )
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from clawdemy_infer.lesson.ledger import LedgerRow, append\n"
+        "for i in range(50):\n"
+        "    row = LedgerRow('01', f'{sys.argv[1]} {i}', 's', 1.0, measured=2.0, why='x' * 500)\n"
+        "    append(row, Path(sys.argv[2]))\n")
     kernels = [subprocess.Popen([sys.executable, "-c", script, name, str(path)]) for name in "abc"]
     assert [kernel.wait() for kernel in kernels] == [0, 0, 0]
-    assert {one.quantity for one in read(path)} == {"before"} | {f"{name} {i}" for name in "abc" for i in range(50)}
+    found = {one.quantity for one in read(path)}
+    assert found == {"before"} | {f"{name} {i}" for name in "abc" for i in range(50)}
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
@@ -105,7 +114,8 @@ def test_a_quantity_measured_again_counts_once_with_its_last_value():
 
 
 def test_the_scoreboard_agrees_with_a_count_by_hand():
-    # measured / roofline: 5/4, 1/2, 1, and one row that has a napkin alone; measured / napkin: 5, 2, 4, 3
+    # measured / roofline: 5/4, 1/2, 1, and one row that has a napkin alone; measured / napkin: 5,
+    # 2, 4, 3
     rows = [
         row("a", 5.0, napkin=1.0, predicted=4.0),
         row("b", 2.0, napkin=1.0, predicted=4.0),
@@ -123,4 +133,6 @@ def test_the_scoreboard_agrees_with_a_count_by_hand():
 
 
 def test_an_empty_scoreboard_judges_nothing():
-    assert scoreboard([]).to_json() == {"rows": [], "median_ratio_error": None, "median_ratio_error_napkin": None, "worst": None}
+    assert scoreboard([]).to_json() == {
+        "rows": [], "median_ratio_error": None, "median_ratio_error_napkin": None, "worst": None
+    }

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from clawdemy_infer.ledger import read
 from clawdemy_infer.lesson import Lesson, NotRight
+from clawdemy_infer.lesson.ledger import read
 
 
 @pytest.fixture
@@ -27,15 +27,17 @@ def test_a_measurement_lands_beside_its_prediction(lesson, ledger_file):
     assert read(ledger_file) == []
     lesson.measure("TTFT", 0.75, why="cold cache")
     (row,) = read(ledger_file)
-    assert (row.lesson, row.machine, row.quantity, row.unit) == ("01 counting_inference", "a test's machine", "TTFT", "s")
-    assert (row.guess, row.napkin, row.predicted, row.measured, row.why) == (1.0, 0.25, 0.5, 0.75, "cold cache")
+    assert (row.lesson, row.machine) == ("01 counting_inference", "a test's machine")
+    assert (row.quantity, row.unit, row.why) == ("TTFT", "s", "cold cache")
+    assert (row.guess, row.napkin, row.predicted, row.measured) == (1.0, 0.25, 0.5, 0.75)
     assert (row.ratio, row.ratio_napkin) == (1.5, 3.0)
     assert "750 ms" in repr(lesson.table())
 
 
 def test_what_was_never_predicted_cannot_be_measured_or_explained(lesson, ledger_file):
     lesson.predict("TTFT", napkin=1.0, unit="s")
-    for forbidden in (lambda: lesson.measure("TPOT", 1.0), lambda: lesson.explain("TPOT", "why not")):
+    for forbidden in (lambda: lesson.measure("TPOT", 1.0),
+                      lambda: lesson.explain("TPOT", "why not")):
         with pytest.raises(ValueError, match="'TPOT' was never predicted.*'TTFT'"):
             forbidden()
     with pytest.raises(ValueError, match="not been measured"):
@@ -48,7 +50,8 @@ def test_running_a_cell_again_replaces_in_the_lesson_and_appends_to_the_file(les
     lesson.measure("TTFT", 2.0)
     lesson.measure("TTFT", 3.0)
     lesson.explain("TTFT", "the second was slower")
-    assert [(row.measured, row.why) for row in read(ledger_file)] == [(2.0, ""), (3.0, ""), (3.0, "the second was slower")]
+    assert [(row.measured, row.why)
+            for row in read(ledger_file)] == [(2.0, ""), (3.0, ""), (3.0, "the second was slower")]
     assert len(lesson.table().rows) == 1
 
 
@@ -75,7 +78,7 @@ def test_the_machine_may_be_an_object_with_a_name(ledger_file):
     assert Lesson("00 your_machine", machine=Machine()).machine == "H100"
 
 
-# -- exercises --------------------------------------------------------------------------------------------------------------------
+# -- exercises ------------------------------------------------------------------------------------
 
 CASES = {(2, 3): 6, (5, 0.5): 2.5}
 
@@ -89,25 +92,26 @@ def raises(error):
 
 @pytest.mark.parametrize(
     ("answer", "status", "line"),
-    [
-        (..., "open", "○ product: not attempted yet"),
-        (lambda a, b: ..., "open", "○ product: not attempted yet"),
-        (lambda a, b: 2 * ..., "open", "○ product: not attempted yet"),
-        (lambda a, b: a * b, "right", "✓ product: it multiplies"),
-        (lambda a, b: torch.tensor(float(a * b)), "right", "✓ product: it multiplies"),
-        (lambda a, b: a + b, "wrong", "✗ product(2, 3) gave 5; 6 was asked for. think of areas"),
-        (lambda a, b: 6, "wrong", "✗ product(5, 0.5) gave 6; 2.5 was asked for. think of areas"),
-        (lambda a, b: None, "wrong", "✗ product(2, 3) gave None; 6 was asked for. think of areas"),
-        (lambda a, b: [6], "wrong", "✗ product(2, 3) gave [6]; 6 was asked for. think of areas"),
-        (lambda a, b: float("nan"), "wrong", "✗ product(2, 3) gave nan; 6 was asked for. think of areas"),
-        (lambda a: a, "wrong", "✗ product(2, 3) raised TypeError:"),
-        (raises(ZeroDivisionError("division by zero")), "wrong", "✗ product(2, 3) raised ZeroDivisionError: division by zero. think"),
-        (6, "wrong", "✗ product is 6; a function was asked for. think of areas"),
-    ],
+    [(..., "open", "○ product: not attempted yet"),
+     (lambda a, b: ..., "open", "○ product: not attempted yet"),
+     (lambda a, b: 2*..., "open", "○ product: not attempted yet"),
+     (lambda a, b: a*b, "right", "✓ product: it multiplies"),
+     (lambda a, b: torch.tensor(float(a*b)), "right", "✓ product: it multiplies"),
+     (lambda a, b: a + b, "wrong", "✗ product(2, 3) gave 5; 6 was asked for. think of areas"),
+     (lambda a, b: 6, "wrong", "✗ product(5, 0.5) gave 6; 2.5 was asked for. think of areas"),
+     (lambda a, b: None, "wrong", "✗ product(2, 3) gave None; 6 was asked for. think of areas"),
+     (lambda a, b: [6], "wrong", "✗ product(2, 3) gave [6]; 6 was asked for. think of areas"),
+     (lambda a, b: float("nan"), "wrong",
+      "✗ product(2, 3) gave nan; 6 was asked for. think of areas"),
+     (lambda a: a, "wrong", "✗ product(2, 3) raised TypeError:"),
+     (raises(ZeroDivisionError("division by zero")), "wrong",
+      "✗ product(2, 3) raised ZeroDivisionError: division by zero. think"),
+     (6, "wrong", "✗ product is 6; a function was asked for. think of areas"), ],
 )
 def test_a_function_is_judged_in_one_line(lesson, capsys, monkeypatch, answer, status, line):
     def check():
-        lesson.exercise("product", answer, cases=CASES, nudge="think of areas", means="it multiplies")
+        lesson.exercise("product", answer, cases=CASES, nudge="think of areas",
+                        means="it multiplies")
 
     check()
     printed = capsys.readouterr().out
@@ -145,7 +149,9 @@ def test_words_lists_and_single_arguments_are_judged_too(lesson):
     lesson.exercise("which", "compute", expected="memory")
     lesson.exercise("shape", [1, 2, 3], expected=(1, 2, 3))
     lesson.exercise("double", lambda x: 2 * x, cases={3: 6})
-    assert lesson.exercises == {"side": "right", "which": "wrong", "shape": "right", "double": "right"}
+    assert lesson.exercises == {
+        "side": "right", "which": "wrong", "shape": "right", "double": "right"
+    }
 
 
 def test_an_interrupt_in_an_answer_is_not_a_wrong_answer(lesson):
@@ -164,7 +170,8 @@ def test_a_prediction_is_judged_at_the_speed_of_the_machine_during_the_run(lesso
     lesson.measure("TTFT", 1.1, speed=0.5)
     lesson.measure("TTFT", 0.9, speed=0.6)  # measured again: the first speed is forgotten
     rows = read(ledger_file)
-    assert [(row.predicted, row.speed) for row in rows] == [(1.0, 0.5), (pytest.approx(0.8333, abs=1e-4), 0.6)]
+    assert [row.speed for row in rows] == [0.5, 0.6]
+    assert [row.predicted for row in rows] == [1.0, pytest.approx(0.8333, abs=1e-4)]
     assert rows[0].ratio == pytest.approx(1.1)
 
 

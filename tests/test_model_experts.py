@@ -1,4 +1,5 @@
-"""Experts against transformers' Mixtral, and what they touch against counting and against chance."""
+"""Experts against transformers' Mixtral, and what they touch against counting and against
+chance."""
 
 from dataclasses import replace
 
@@ -8,10 +9,10 @@ from tolerances import LOGITS
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from clawdemy_infer.arithmetic import ModelShape, MoE
+from clawdemy_infer.files.directory import destinations
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import ModelConfig
-from clawdemy_infer.model.experts import ExpertLayer, Experts, decoder_with_experts
-from clawdemy_infer.model.weights import destinations
+from clawdemy_infer.variants.experts import ExpertLayer, Experts, decoder_with_experts
 
 TOKENS = 19
 
@@ -19,15 +20,18 @@ TOKENS = 19
 DENSE = ModelShape("tiny", L=3, D=60, N=6, K=2, H=10, F=84, V=131, max_context=256)
 
 
-@pytest.fixture(scope="module", params=[(8, 2), (5, 3), (7, 1), (4, 4)], ids=lambda Ek: f"{Ek[1]} of {Ek[0]}")
+@pytest.fixture(scope="module", params=[(8, 2), (5, 3), (7, 1), (4, 4)],
+                ids=lambda Ek: f"{Ek[1]} of {Ek[0]}")
 def both(request):
     """transformers' Mixtral of random weights, norms included, and ours with the same."""
     E, k = request.param
     torch.manual_seed(E)
-    theirs = MixtralForCausalLM(MixtralConfig(
-        hidden_size=60, intermediate_size=84, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, vocab_size=131,
-        num_local_experts=E, num_experts_per_tok=k, sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        rms_norm_eps=1e-5, max_position_embeddings=256)).eval()
+    theirs = MixtralForCausalLM(
+        MixtralConfig(hidden_size=60, intermediate_size=84, num_hidden_layers=3,
+                      num_attention_heads=6, num_key_value_heads=2, vocab_size=131,
+                      num_local_experts=E, num_experts_per_tok=k, sliding_window=None,
+                      rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+                      rms_norm_eps=1e-5, max_position_embeddings=256)).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
@@ -35,10 +39,13 @@ def both(request):
     weights = dict(theirs.named_parameters())
     copied = 0
     for index, layer in enumerate(ours.layers):
-        # `destinations` names the places of a dense layer; these stand in for its MLP while it is asked.
-        layer.gate_up, layer.down = torch.nn.Linear(60, 168, bias=False), torch.nn.Linear(84, 60, bias=False)
+        # `destinations` names the places of a dense layer; these stand in for its MLP while it is
+        # asked.
+        layer.gate_up = torch.nn.Linear(60, 168, bias=False)
+        layer.down = torch.nn.Linear(84, 60, bias=False)
         experts, there = layer.experts, f"model.layers.{index}.mlp"
-        for target, name in ((experts.router.weight, "gate.weight"), (experts.gate_up, "experts.gate_up_proj"),
+        for target, name in ((experts.router.weight, "gate.weight"),
+                             (experts.gate_up, "experts.gate_up_proj"),
                              (experts.down, "experts.down_proj")):
             target.copy_(weights[f"{there}.{name}"].detach())
             copied += 1
@@ -72,7 +79,8 @@ def test_logits_with_a_cache_equal_transformers_however_the_tokens_are_cut(both,
 
 def test_the_parameters_are_as_many_as_the_shape_counts_and_transformers_has(both):
     ours, theirs, _, shape = both
-    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters() == shape.parameters()
+    count = sum(p.numel() for p in ours.parameters())
+    assert count == theirs.num_parameters() == shape.parameters()
 
 
 def test_a_row_of_experts_is_what_its_experts_say_one_by_one():
@@ -96,17 +104,24 @@ def test_every_chosen_expert_runs_once_and_the_others_not_at_all(monkeypatch):
     torch.manual_seed(0)
     layer = Experts(12, 20, experts=9, active=2).requires_grad_(False)
     x, ran, expert = torch.randn(3, 12), [], layer.expert
-    monkeypatch.setattr(layer, "expert", lambda e, rows: ran.append((e, len(rows))) or expert(e, rows))
+
+    def counted(e, rows):
+        ran.append((e, len(rows)))
+        return expert(e, rows)
+    monkeypatch.setattr(layer, "expert", counted)
     layer(x)
     chosen, _ = layer.route(x)
-    assert ran == [(e, chosen.eq(e).sum().item()) for e in chosen.unique().tolist()] and len(ran) < 9
+    assert ran == [(e, chosen.eq(e).sum().item()) for e in chosen.unique().tolist()]
+    assert len(ran) < 9
 
 
 def test_random_tokens_touch_as_many_experts_as_chance_says():
-    """Each of 4,000 batches chooses evenly at random: the mean of the counts, against the closed form."""
+    """Each of 4,000 batches chooses evenly at random: the mean of the counts, against the closed
+    form."""
     generator = torch.Generator().manual_seed(0)
     for E, k, B in ((8, 2, 5), (60, 4, 13), (16, 16, 2), (7, 3, 1)):
-        draws = torch.rand(4000, B, E, generator=generator).topk(k, dim=-1).indices.flatten(1)        # [4000, B*k]
+        # [4000, B*k]
+        draws = torch.rand(4000, B, E, generator=generator).topk(k, dim=-1).indices.flatten(1)
         distinct = torch.zeros(4000, E).scatter_(1, draws, 1.0).sum(1)
         error = distinct.std() / 4000**0.5
         assert abs(distinct.mean() - MoE(E, k).touched(B)) <= 5 * error + 1e-9

@@ -1,4 +1,5 @@
-"""Every family against transformers: prefill, decode step by step, and anything between, on small random models."""
+"""Every family against transformers: prefill, decode step by step, and anything between, on small
+random models."""
 
 import json
 
@@ -7,31 +8,40 @@ import torch
 from tolerances import LOGITS
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from clawdemy_infer.files import load_model
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.model import load_model
 from clawdemy_infer.model.rope import angular_frequencies
 
-SMALL = {"hidden_size": 60, "intermediate_size": 84, "num_hidden_layers": 3, "vocab_size": 131, "max_position_embeddings": 256,
-         "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": False}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+SMALL = {
+    "hidden_size": 60, "intermediate_size": 84, "num_hidden_layers": 3, "vocab_size": 131,
+    "max_position_embeddings": 256, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "tie_word_embeddings": False
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32
+}
 FAMILIES = {
     "llama 2: MHA": LlamaConfig(**SMALL | {"num_key_value_heads": 6}),
-    "llama: MQA, tied": LlamaConfig(**SMALL | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama: MQA, tied": LlamaConfig(**SMALL
+                                    | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama 3.1: GQA, scaled rope": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
     "mistral: window 7": MistralConfig(**SMALL, sliding_window=7),
     "mistral: no window": MistralConfig(**SMALL, sliding_window=None),
     "qwen2: bias, tied": Qwen2Config(**SMALL | {"tie_word_embeddings": True}),
-    "qwen2: window 5 in all layers": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    "qwen2: window 5 in all layers": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5,
+                                                 max_window_layers=0),
     "qwen3: norms on Q and K, explicit head_dim": Qwen3Config(**SMALL, head_dim=16),
-    "qwen3: tied, MHA": Qwen3Config(**SMALL | {"num_key_value_heads": 6, "tie_word_embeddings": True}, head_dim=8),
+    "qwen3: tied, MHA": Qwen3Config(
+        **SMALL | {"num_key_value_heads": 6, "tie_word_embeddings": True}, head_dim=8),
 }
 PROMPT = 19         # longer than either window, and no multiple of anything
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def directory(request, tmp_path_factory):
-    """A random checkpoint of one family. Norms and biases are random too: at their initial 1 and 0 they would hide mistakes."""
+    """A random checkpoint of one family. Norms and biases are random too: at their initial 1 and 0
+    they would hide mistakes."""
     torch.manual_seed(sum(map(ord, request.param)))
     model = AutoModelForCausalLM.from_config(FAMILIES[request.param])
     with torch.no_grad():
@@ -103,16 +113,21 @@ def test_llama_3_1s_own_frequencies_equal_transformers():
 
     from clawdemy_infer.model.rope import Llama3Scaling
 
-    theirs = LlamaConfig(head_dim=128, max_position_embeddings=131072, rope_parameters={
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192})
+    theirs = LlamaConfig(
+        head_dim=128, max_position_embeddings=131072, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
+        })
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
-    torch.testing.assert_close(angular_frequencies(128, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        angular_frequencies(128, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)), expected, rtol=1e-6,
+        atol=0)
 
 
 def test_the_old_spelling_of_scaled_rope_gives_the_same_model(tmp_path):
     torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(FAMILIES["llama 3.1: GQA, scaled rope"]).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(
+        FAMILIES["llama 3.1: GQA, scaled rope"]).save_pretrained(tmp_path)
     ids = torch.arange(60)[None]
     new = load_model(tmp_path)(ids)
     file = tmp_path / "config.json"
@@ -126,18 +141,20 @@ def test_the_old_spelling_of_scaled_rope_gives_the_same_model(tmp_path):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"max_position_embeddings": 12})).save_pretrained(path)
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(**SMALL | {"max_position_embeddings": 12})).save_pretrained(path)
     return load_model(path)
 
 
-@pytest.mark.parametrize(("tokens", "message"), [
-    (torch.tensor([[3, 131]]), r"tokens hold 131: ids from 0 to V-1 = 130"),
-    (torch.tensor([[3, -1]]), r"tokens hold -1"),
-    (torch.tensor([3, 4]), r"tokens \[2\]"),
-    (torch.zeros(1, 0, dtype=torch.int64), r"tokens \[1, 0\]"),
-    (torch.zeros(1, 3), r"torch.float32"),
-    (torch.zeros(1, 13, dtype=torch.int64), r"0 in the cache and 13 new make 13; the model's context is 12"),
-], ids=["unknown", "negative", "no batch", "none", "no ids", "too many"])
+@pytest.mark.parametrize(("tokens", "message"),
+                         [(torch.tensor([[3, 131]]), r"tokens hold 131: ids from 0 to V-1 = 130"),
+                          (torch.tensor([[3, -1]]), r"tokens hold -1"),
+                          (torch.tensor([3, 4]), r"tokens \[2\]"),
+                          (torch.zeros(1, 0, dtype=torch.int64), r"tokens \[1, 0\]"),
+                          (torch.zeros(1, 3), r"torch.float32"),
+                          (torch.zeros(1, 13, dtype=torch.int64),
+                           r"0 in the cache and 13 new make 13; the model's context is 12"), ],
+                         ids=["unknown", "negative", "no batch", "none", "no ids", "too many"])
 def test_tokens_the_model_cannot_take_are_refused_by_value(tiny, tokens, message):
     with pytest.raises(ValueError, match=message):
         tiny(tokens)

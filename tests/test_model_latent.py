@@ -1,4 +1,5 @@
-"""Multi-head latent attention: the logits of transformers' DeepSeek-V2 both ways, and as many bytes as the shape counts."""
+"""Multi-head latent attention: the logits of transformers' DeepSeek-V2 both ways, and as many bytes
+as the shape counts."""
 
 from dataclasses import replace
 
@@ -8,9 +9,10 @@ from tolerances import LOGITS
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from clawdemy_infer.arithmetic import MLA, ModelShape
-from clawdemy_infer.model.latent import LatentCache, LatentConfig, LatentDecoder
+from clawdemy_infer.variants.latent import LatentCache, LatentConfig, LatentDecoder
 
-SHAPE = ModelShape("small", L=3, D=54, N=6, K=6, H=14 + 8, F=44, V=101, mla=MLA(latent=20, rope=8, value=10), max_context=256)
+SHAPE = ModelShape("small", L=3, D=54, N=6, K=6, H=14 + 8, F=44, V=101, max_context=256,
+                   mla=MLA(latent=20, rope=8, value=10))
 TEXT = torch.randint(101, (83,), generator=torch.Generator().manual_seed(3)).tolist()
 BOTH_WAYS = pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "naive"])
 
@@ -19,10 +21,12 @@ BOTH_WAYS = pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", 
 def theirs():
     """Random weights, norms too, of which none is near enough to 0 or 1 to hide a mistake."""
     torch.manual_seed(5)
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(
-        num_hidden_layers=3, first_k_dense_replace=3, hidden_size=54, num_attention_heads=6, num_key_value_heads=6, q_lora_rank=None,
-        kv_lora_rank=20, qk_nope_head_dim=14, qk_rope_head_dim=8, v_head_dim=10, intermediate_size=44, vocab_size=101,
-        max_position_embeddings=256, rms_norm_eps=1e-6, tie_word_embeddings=False)).eval()
+    model = DeepseekV2ForCausalLM(
+        DeepseekV2Config(num_hidden_layers=3, first_k_dense_replace=3, hidden_size=54,
+                         num_attention_heads=6, num_key_value_heads=6, q_lora_rank=None,
+                         kv_lora_rank=20, qk_nope_head_dim=14, qk_rope_head_dim=8, v_head_dim=10,
+                         intermediate_size=44, vocab_size=101, max_position_embeddings=256,
+                         rms_norm_eps=1e-6, tie_word_embeddings=False)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
@@ -30,7 +34,8 @@ def theirs():
 
 
 def halves(rows):
-    """DeepSeek rotates neighbours (0,1), (2,3), ...; this decoder halves (0, n/2), (1, n/2 + 1), ..."""
+    """DeepSeek rotates neighbours (0,1), (2,3), ...; this decoder halves (0, n/2), (1, n/2 + 1),
+    ..."""
     return torch.cat((rows[0::2], rows[1::2]))
 
 
@@ -57,7 +62,8 @@ def ours_from(theirs, absorbed):
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("pieces", [[83], [1] * 83, [40, 3, 1, 1, 38]], ids=["whole", "one by one", "in pieces"])
+@pytest.mark.parametrize("pieces", [[83], [1]*83, [40, 3, 1, 1, 38]],
+                         ids=["whole", "one by one", "in pieces"])
 def test_logits_equal_transformers_deepseek_v2(theirs, absorbed, pieces):
     ours = ours_from(theirs, absorbed)
     with torch.no_grad():
@@ -78,8 +84,10 @@ def test_a_ragged_batch_computes_what_each_sequence_does_alone(theirs, absorbed)
     ours.step({i: TEXT[i:i + n] for i, n in enumerate(starts)}, cache)
     logits = ours.step({i: [TEXT[i + n]] for i, n in enumerate(starts)}, cache)
     with torch.no_grad():
-        expected = torch.cat([theirs(torch.tensor([TEXT[i:i + n + 1]])).logits[:, -1] for i, n in enumerate(starts)])
-    torch.testing.assert_close(logits / expected.std(), expected / expected.std(), **LOGITS[torch.float32])
+        expected = torch.cat(
+            [theirs(torch.tensor([TEXT[i:i + n + 1]])).logits[:, -1] for i, n in enumerate(starts)])
+    torch.testing.assert_close(logits/expected.std(), expected/expected.std(),
+                               **LOGITS[torch.float32])
 
 
 def test_a_token_leaves_latent_and_rope_once_a_layer(theirs):

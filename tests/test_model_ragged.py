@@ -1,4 +1,5 @@
-"""Steps in which every sequence brings its own number of tokens, on every way of keeping keys and values, against transformers."""
+"""Steps in which every sequence brings its own number of tokens, on every way of keeping keys and
+values, against transformers."""
 
 import random
 
@@ -8,17 +9,21 @@ from test_model_families import FAMILIES
 from tolerances import LOGITS
 from transformers import AutoModelForCausalLM
 
+from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
+from clawdemy_infer.files import load_model
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
-from clawdemy_infer.model import load_model
 
 LENGTHS = [37, 1, 20, 64, 9, 50, 28]            # 7 sequences, no two alike
-CHOSEN = ["llama 2: MHA", "llama: MQA, tied", "mistral: window 7", "qwen3: norms on Q and K, explicit head_dim"]
-KEEPERS = {
+CHOSEN = [
+    "llama 2: MHA", "llama: MQA, tied", "mistral: window 7",
+    "qwen3: norms on Q and K, explicit head_dim"
+]
+CACHES = {
     "contiguous": lambda model: ContiguousCache.for_model(model, 7, 70),
     "paged": lambda model: PagedCache.for_model(model, 7, 70),
     "paged, blocks of 3": lambda model: PagedCache.for_model(model, 7, 70, block_size=3),
-    "paged, no tiles": lambda model: paged(model, 7 * 18 + 1, 4),
-    "paged, gathered": lambda model: PagedCache.for_model(model, 7, 70, block_size=5, attention="gather"),
+    "paged, a block to spare": lambda model: paged(model, 7 * 18 + 1, 4),
+    "paged, blocks of 1": lambda model: PagedCache.for_model(model, 7, 70, block_size=1),
 }
 
 
@@ -45,11 +50,12 @@ def both(request, tmp_path_factory):
 
 
 def schedule(seed, lengths=LENGTHS):
-    """Steps {sequence: new tokens} until every text is through, half of them in the order of the sequences, and half of them with one
-    token each, as in decode."""
+    """Steps {sequence: new tokens} until every text is through, half of them in the order of the
+    sequences, and half of them with one token each, as in decode."""
     chance, left = random.Random(seed), dict(enumerate(lengths))
     while left:
-        chosen = chance.choice([sorted, list])(chance.sample(sorted(left), chance.randint(1, len(left))))
+        chosen = chance.choice([sorted, list])(chance.sample(sorted(left),
+                                                             chance.randint(1, len(left))))
         most = chance.choice([1, 16])
         step = {sequence: min(left[sequence], chance.randint(1, most)) for sequence in chosen}
         yield step
@@ -72,37 +78,53 @@ def run(model, cache, texts, steps):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("keeper", KEEPERS.values(), ids=KEEPERS.keys())
-def test_logits_of_a_ragged_batch_are_those_of_each_text_alone(both, keeper, seed):
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES.keys())
+def test_logits_of_a_ragged_batch_are_those_of_each_text_alone(both, make_cache, seed):
     model, texts, expected = both
-    cache = keeper(model)
+    cache = make_cache(model)
     for ours, theirs in zip(run(model, cache, texts, schedule(seed)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **LOGITS[torch.float32])
     assert list(cache.lengths.values()) == LENGTHS
 
 
-@pytest.mark.parametrize("keeper", KEEPERS.values(), ids=KEEPERS.keys())
-def test_a_step_gives_the_last_row_of_each_sequence_in_the_order_asked_for(both, keeper):
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES.keys())
+def test_a_step_gives_the_last_row_of_each_sequence_in_the_order_asked_for(both, make_cache):
     model, texts, expected = both
-    cache = keeper(model)
+    cache = make_cache(model)
     rows = model.step({5: texts[5][:30], 1: texts[1], 3: texts[3][:4]}, cache)
-    torch.testing.assert_close(rows, torch.stack([expected[5][29], expected[1][0], expected[3][3]]), **LOGITS[torch.float32])
+    torch.testing.assert_close(rows, torch.stack([expected[5][29], expected[1][0], expected[3][3]]),
+                               **LOGITS[torch.float32])
     rows = model.step({3: texts[3][4:5], 5: texts[5][30:31]}, cache)
-    torch.testing.assert_close(rows, torch.stack([expected[3][4], expected[5][30]]), **LOGITS[torch.float32])
+    torch.testing.assert_close(rows, torch.stack([expected[3][4], expected[5][30]]),
+                               **LOGITS[torch.float32])
+
+
+def test_pages_are_read_only_where_their_sequence_has_written(both):
+    """NaN in a slot that is somebody else's, or nobody's, would spread through any read of it."""
+    model, texts, expected = both
+    cache = PagedCache.for_model(model, 7, 70, block_size=3)
+    for tensor in (cache.keys, cache.values):
+        tensor.fill_(torch.nan)
+    for ours, theirs in zip(run(model, cache, texts, schedule(5)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **LOGITS[torch.float32])
 
 
 def test_a_rectangle_in_pages_is_a_rectangle(both):
     model, texts, expected = both
     cache = PagedCache.for_model(model, 3, 40, block_size=4)
     tokens = torch.tensor([texts[i][:28] for i in (0, 3, 6)])
-    logits = torch.cat([model(part, cache) for part in tokens.split([13, 1, 1, 9, 4], dim=1)], dim=1)
-    torch.testing.assert_close(logits, torch.stack([expected[i][:28] for i in (0, 3, 6)]), **LOGITS[torch.float32])
+    logits = torch.cat([model(part, cache) for part in tokens.split([13, 1, 1, 9, 4], dim=1)],
+                       dim=1)
+    torch.testing.assert_close(logits, torch.stack([expected[i][:28] for i in (0, 3, 6)]),
+                               **LOGITS[torch.float32])
     cache.truncate(11)
-    torch.testing.assert_close(model(tokens[:, 11:12], cache), logits[:, 11:12], **LOGITS[torch.float32])
+    torch.testing.assert_close(model(tokens[:, 11:12], cache), logits[:, 11:12],
+                               **LOGITS[torch.float32])
 
 
 def test_forks_that_part_are_each_themselves(both):
-    """Four continuations of one text, of which one forks again; they share all blocks that are full, and read each of them once."""
+    """Four continuations of one text, of which one forks again; they share all blocks that are
+    full, and read each of them once."""
     model, texts, expected = both
     cache = paged(model, 60, 4, sequences=0)
     cache.add("root")
@@ -113,13 +135,17 @@ def test_forks_that_part_are_each_themselves(both):
     tails = {"root": texts[0][:6], "a": texts[2][:6], "b": texts[5][:6], "c": texts[3][22:28]}
     logits = {name: [] for name in tails}
     for i in range(6):
-        for name, row in zip(tails, model.step({name: tail[i:i + 1] for name, tail in tails.items()}, cache), strict=True):
+        for name, row in zip(
+                tails, model.step({name: tail[i:i + 1]
+                                   for name, tail in tails.items()}, cache), strict=True):
             logits[name].append(row)
         if i == 2:
             cache.fork("c", "late")
-    # Five full ones that all share; four copies of the sixth, four sevenths, and the seventh as it was when `late` forked.
+    # Five full ones that all share; four copies of the sixth, four sevenths, and the seventh as it
+    # was when `late` forked.
     assert cache.tables.pool.used == 5 + 4 + 4 + 1
-    torch.testing.assert_close(torch.stack(logits["c"]), expected[3][22:28], **LOGITS[torch.float32])
+    torch.testing.assert_close(torch.stack(logits["c"]), expected[3][22:28],
+                               **LOGITS[torch.float32])
     alone = model(torch.tensor([texts[3][:22] + tails["a"]]))[0, 22:]
     torch.testing.assert_close(torch.stack(logits["a"]), alone, **LOGITS[torch.float32])
     late = model.step({"late": texts[3][25:30]}, cache, last_only=False)
@@ -148,8 +174,8 @@ def test_a_prefix_hit_does_not_change_the_output(both):
 
 def test_swapping_out_and_in_does_not_change_the_output(both):
     model, texts, expected = both
-    tables = BlockTables(BlockPool(24, 4), host=BlockPool(20, 4))
-    cache = PagedCache.over(model, tables)
+    tables = SwappingTables(BlockPool(24, 4), host=BlockPool(20, 4))
+    cache = SwappingCache.over(model, tables)
     for name in ("a", "b"):
         cache.add(name)
     model.step({"a": texts[3][:41], "b": texts[5][:30]}, cache)
@@ -158,7 +184,8 @@ def test_swapping_out_and_in_does_not_change_the_output(both):
     model.step({"b": texts[5][30:47]}, cache)
     cache.swap_in("a")
     rows = model.step({"a": texts[3][41:42], "b": texts[5][47:48]}, cache)
-    torch.testing.assert_close(rows, torch.stack([expected[3][41], expected[5][47]]), **LOGITS[torch.float32])
+    torch.testing.assert_close(rows, torch.stack([expected[3][41], expected[5][47]]),
+                               **LOGITS[torch.float32])
 
 
 def test_what_does_not_fit_is_refused_before_anything_happens(both):
@@ -177,14 +204,16 @@ def test_what_does_not_fit_is_refused_before_anything_happens(both):
 
 @pytest.mark.parametrize(("blocks", "block_size"), [(24, 16), (7, 3), (1, 1)])
 def test_allocated_bytes_are_those_of_whole_blocks(both, blocks, block_size):
-    """2 (K and V) · L · K · H · 4 bytes a token, as the arithmetic counts them, for every token that the blocks have room for."""
+    """2 (K and V) · L · K · H · 4 bytes a token, as the arithmetic counts them, for every token
+    that the blocks have room for."""
     model, *_ = both
     shape = model.config.shape
-    tables = BlockTables(BlockPool(blocks, block_size), host=BlockPool(3, block_size))
-    cache = PagedCache.over(model, tables)
+    tables = SwappingTables(BlockPool(blocks, block_size), host=BlockPool(3, block_size))
+    cache = SwappingCache.over(model, tables)
     per_token = 2 * shape.L * shape.K * shape.H * 4
-    assert cache.allocated_bytes == blocks * block_size * per_token == blocks * block_size * shape.kv_bytes_per_token("fp32")
-    assert cache.store.host_bytes == 3 * block_size * per_token
+    assert per_token == shape.kv_bytes_per_token("fp32")
+    assert cache.allocated_bytes == blocks * block_size * per_token
+    assert sum(tensor.nbytes for tensor in cache.host) == 3 * block_size * per_token
 
 
 def test_paged_decode_in_bf16_is_as_near_to_fp32_as_contiguous_is(both):
@@ -193,12 +222,8 @@ def test_paged_decode_in_bf16_is_as_near_to_fp32_as_contiguous_is(both):
     half.load_state_dict(model.state_dict())
     half = half.to(torch.bfloat16)
     errors = {}
-    for keeper in ("contiguous", "paged"):
-        logits = run(half, KEEPERS[keeper](half), texts, schedule(3))
-        errors[keeper] = sum((ours.float() - theirs).square().mean() for ours, theirs in zip(logits, expected, strict=True)) ** 0.5
+    for make_cache in ("contiguous", "paged"):
+        logits = run(half, CACHES[make_cache](half), texts, schedule(3))
+        errors[make_cache] = sum((ours.float() - theirs).square().mean()
+                             for ours, theirs in zip(logits, expected, strict=True))**0.5
     assert errors["paged"] < 1.3 * errors["contiguous"]
-
-
-def test_an_unknown_way_to_read_the_pages_is_refused(both):
-    with pytest.raises(ValueError, match="attention='magic': tiles, triton, cpp, gather are accepted"):
-        PagedCache.for_model(both[0], 1, 8, attention="magic")

@@ -1,4 +1,5 @@
-"""The distribution we draw from is transformers' after the same filters, and the draws follow it."""
+"""The distribution we draw from is transformers' after the same filters, and the draws follow
+it."""
 
 import re
 
@@ -15,11 +16,13 @@ from clawdemy_infer.model import Sampling, probabilities, sample
 
 LOGITS = torch.randn(7, 331, generator=torch.Generator().manual_seed(5)) * 3
 
-SETTINGS = [
-    {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.3, "top_p": 0.9}, {"temperature": 1.0, "min_p": 0.1},
-    {"temperature": 0.8, "top_k": 50, "top_p": 0.95}, {"temperature": 2.0, "top_k": 40, "top_p": 0.6, "min_p": 0.05},
-    {"temperature": 1.0, "top_k": 100_000}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}, {"temperature": 0.5, "top_p": 1e-6},
-]
+SETTINGS = [{"temperature": 0.7}, {"temperature": 1.0,
+                                   "top_k": 5}, {"temperature": 1.3,
+                                                 "top_p": 0.9}, {"temperature": 1.0, "min_p": 0.1},
+            {"temperature": 0.8, "top_k": 50,
+             "top_p": 0.95}, {"temperature": 2.0, "top_k": 40, "top_p": 0.6,
+                              "min_p": 0.05}, {"temperature": 1.0, "top_k": 100_000},
+            {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}, {"temperature": 0.5, "top_p": 1e-6}, ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -34,12 +37,14 @@ def test_probabilities_are_those_of_transformers_filters_in_its_order(settings):
     expected = LOGITS.clone()
     for warper in warpers:
         expected = warper(None, expected)
-    torch.testing.assert_close(probabilities(LOGITS, Sampling(**settings)), expected.softmax(-1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(probabilities(LOGITS, Sampling(**settings)), expected.softmax(-1),
+                               rtol=1e-5, atol=1e-7)
 
 
 def test_greedy_is_certain_of_the_likeliest_and_the_limit_of_a_low_temperature():
     greedy = probabilities(LOGITS, Sampling())
-    assert greedy.argmax(-1).tolist() == LOGITS.argmax(-1).tolist() == sample(LOGITS, Sampling()).tolist()
+    assert greedy.argmax(-1).tolist() == LOGITS.argmax(-1).tolist() == sample(LOGITS,
+                                                                              Sampling()).tolist()
     assert greedy.sum() == 7 and greedy.max() == 1
     torch.testing.assert_close(probabilities(LOGITS, Sampling(temperature=1e-6)), greedy)
     assert torch.isfinite(probabilities(LOGITS * 1e30, Sampling(temperature=1e-30))).all()
@@ -52,7 +57,8 @@ def test_bf16_logits_give_fp32_probabilities_that_sum_to_one():
 
 
 def test_draws_follow_the_distribution():
-    """Pearson's chi-square over 20,000 draws, 30 kept tokens: 29 degrees of freedom, 58.3 at p = 0.001."""
+    """Pearson's chi-square over 20,000 draws, 30 kept tokens: 29 degrees of freedom, 58.3 at p =
+    0.001."""
     sampling = Sampling(temperature=1.5, top_k=30, seed=11)
     logits = LOGITS[:1].expand(20_000, -1)
     drawn = sample(logits, sampling, sampling.generator()).bincount(minlength=331).double()
@@ -74,10 +80,10 @@ def test_a_seed_repeats_and_none_does_not():
     assert len(set(map(str, draws(3)))) > 1         # one seed per generation, not per token
 
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": 0}, {"top_k": 2.5}, {"top_p": 0.0},
-    {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.5}, {"seed": -1}, {"seed": "x"}, {"seed": 2**63},
-], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
+              {"top_k": 0}, {"top_k": 2.5}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1},
+              {"min_p": 1.5}, {"seed": -1}, {"seed": "x"}, {"seed": 2**63}, ], ids=str)
 def test_a_setting_that_makes_no_sense_is_refused_by_name_and_value(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=re.escape(f"{name}={value}: ")):

@@ -7,22 +7,22 @@ import torch
 from reference import transformers_model
 from tolerances import LOGITS
 
-from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
-from clawdemy_infer.model import generate, load_model
-from clawdemy_infer.model.load import PACKAGED, packaged_file
+from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
+from clawdemy_infer.files import load_model
+from clawdemy_infer.files.load import PACKAGED, packaged_file
+from clawdemy_infer.kv_cache import BlockPool, ContiguousCache
+from clawdemy_infer.model import generate
 
 CHAT = [{"role": "user", "content": "Name three rivers of Europe."}]
 PROMPTS = {
-    "one token": "The",
-    "short": "The capital of France is",
+    "one token": "The", "short": "The capital of France is",
     "question": "Q: How many legs does a spider have?\nA:",
     "code": "def fibonacci(n):\n    if n < 2:\n        return n\n",
     "digits": "3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5,",
     "unicode": "Straße, café, naïve — 日本語 и кириллица 🙂🏽:",
-    "list": "Shopping list:\n\n1. bread\n2. milk\n\n3.",
-    "white space": "a\t\tb\n\n\n   c  d",
-    "long": "Once upon a time there was a lighthouse keeper who counted the waves. " * 24 + "One night",
-    "chat": CHAT,
+    "list": "Shopping list:\n\n1. bread\n2. milk\n\n3.", "white space": "a\t\tb\n\n\n   c  d",
+    "long": "Once upon a time there was a lighthouse keeper who counted the waves. "*24 +
+    "One night", "chat": CHAT,
 }
 NEW = 16
 
@@ -34,7 +34,8 @@ def reference():
 
 
 def token_ids(model, prompt):
-    return model.tokenizer.encode(prompt) if isinstance(prompt, str) else model.tokenizer.chat(prompt)
+    return model.tokenizer.encode(prompt) if isinstance(prompt,
+                                                        str) else model.tokenizer.chat(prompt)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def continuation(reference):
     def continuation(ids, new=NEW):
         if (tuple(ids), new) not in known:
             with torch.no_grad():
-                out = reference.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, pad_token_id=0)
+                out = reference.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False,
+                                         pad_token_id=0)
             known[tuple(ids), new] = out[0, len(ids):].tolist()
         return known[tuple(ids), new]
     return continuation
@@ -67,7 +69,7 @@ def test_greedy_tokens_are_those_of_transformers(smollm, continuation, prompt):
 
 
 def test_every_weight_is_the_one_transformers_reads(smollm, reference):
-    from clawdemy_infer.model.weights import destinations
+    from clawdemy_infer.files.directory import destinations
 
     theirs = dict(reference.named_parameters())
     ours = destinations(smollm)
@@ -77,7 +79,9 @@ def test_every_weight_is_the_one_transformers_reads(smollm, reference):
 
 
 def test_logits_equal_transformers_in_prefill_in_chunks_and_step_by_step(smollm, reference):
-    ids = torch.tensor([token_ids(smollm, PROMPTS["long"])[:150], token_ids(smollm, PROMPTS["long"])[33:183]])
+    ids = torch.tensor(
+        [token_ids(smollm, PROMPTS["long"])[:150],
+         token_ids(smollm, PROMPTS["long"])[33:183]])
     with torch.no_grad():
         expected = reference(ids).logits
     assert_logits_close(smollm(ids), expected)
@@ -92,12 +96,14 @@ def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_transformers(smollm, ref
     with torch.no_grad():
         theirs, exact = copy.deepcopy(reference).bfloat16()(ids).logits, reference(ids).logits
     assert_logits_close(ours, theirs)
-    our_error, their_error = ((logits.float() - exact).square().mean().sqrt() for logits in (ours, theirs))
+    our_error, their_error = ((logits.float() - exact).square().mean().sqrt()
+                              for logits in (ours, theirs))
     assert our_error < 1.3 * their_error
 
 
 class Batch:
-    """Sequences that decode greedily together in one cache: every step brings what is not yet in it, at most `chunk` tokens each."""
+    """Sequences that decode greedily together in one cache: every step brings what is not yet in
+    it, at most `chunk` tokens each."""
 
     def __init__(self, model, cache, chunk):
         self.model, self.cache, self.chunk = model, cache, chunk
@@ -107,14 +113,16 @@ class Batch:
         self.tokens[name], self.goal[name] = list(ids), len(ids) + new
 
     def step(self):
-        """One token more, or a part of a prompt, for each that is not yet done. False where all are."""
+        """One token more, or a part of a prompt, for each that is not yet done. False where all
+        are."""
         held = self.cache.lengths
         new = {name: ids[held[name]:held[name] + self.chunk] for name, ids in self.tokens.items()
                if name in held and len(ids) < self.goal[name]}
         if not new:
             return False
         assert self.cache.can_append({name: len(ids) for name, ids in new.items()})
-        for name, token in zip(new, self.model.step(new, self.cache).argmax(-1).tolist(), strict=True):
+        for name, token in zip(new,
+                               self.model.step(new, self.cache).argmax(-1).tolist(), strict=True):
             if self.cache.lengths[name] == len(self.tokens[name]):
                 self.tokens[name].append(token)
         return True
@@ -127,7 +135,10 @@ class Batch:
 @pytest.fixture(scope="module")
 def seven(smollm):
     """Prompts of 1 to 2,040 tokens, and how many tokens each is to be continued by."""
-    ids = [token_ids(smollm, PROMPTS[name]) for name in ("one token", "question", "code", "unicode", "long", "chat")]
+    ids = [
+        token_ids(smollm, PROMPTS[name])
+        for name in ("one token", "question", "code", "unicode", "long", "chat")
+    ]
     return [(each, NEW) for each in ids] + [((ids[4] * 9)[:2040], 8)]
 
 
@@ -141,12 +152,14 @@ def test_a_ragged_batch_of_seven_is_token_identical_to_transformers(smollm, cont
         assert batch.generated(name, ids) == continuation(ids, new)
 
 
-def test_a_paged_batch_of_seven_is_token_identical_through_forks_hits_and_preemptions(smollm, continuation, seven):
-    """After each of some steps something happens that must not show: fork, swap out and in, preemption by recompute (whose
-    blocks are still known), a prefix hit, a step that is interrupted in the middle, the end of a sequence.
+def test_a_paged_batch_of_seven_is_token_identical_through_forks_hits_and_preemptions(
+        smollm, continuation, seven):
+    """After each of some steps something happens that must not show: fork, swap out and in,
+    preemption by recompute (whose blocks are still known), a prefix hit, a step that is interrupted
+    in the middle, the end of a sequence.
     """
-    tables = BlockTables(BlockPool(260), host=BlockPool(40), prefix_caching=True)
-    batch = Batch(smollm, PagedCache.over(smollm, tables), chunk=700)
+    tables = SwappingTables(BlockPool(260), host=BlockPool(40), prefix_caching=True)
+    batch = Batch(smollm, SwappingCache.over(smollm, tables), chunk=700)
     for name, (ids, new) in enumerate(seven):
         tables.add(name, ids)
         batch.add(name, ids, new)
@@ -168,7 +181,10 @@ def test_a_paged_batch_of_seven_is_token_identical_through_forks_hits_and_preemp
         with interrupt(smollm.layers[17]), pytest.raises(KeyboardInterrupt):
             batch.step()
 
-    events = {5: fork, 6: lambda: batch.cache.swap_out(5), 7: interrupted, 8: recompute, 10: lambda: batch.cache.swap_in(5), 11: hit}
+    events = {
+        5: fork, 6: lambda: batch.cache.swap_out(5), 7: interrupted, 8: recompute,
+        10: lambda: batch.cache.swap_in(5), 11: hit
+    }
     steps = 0
     while batch.step():
         steps += 1
@@ -181,7 +197,8 @@ def test_a_paged_batch_of_seven_is_token_identical_through_forks_hits_and_preemp
 
 
 def test_an_interrupt_in_layer_17_changes_nothing(smollm):
-    """Ctrl-C in the middle of the fourth decode step: the cache still has the length of the third, and the step can be run again."""
+    """Ctrl-C in the middle of the fourth decode step: the cache still has the length of the third,
+    and the step can be run again."""
     ids = token_ids(smollm, PROMPTS["code"])
     expected = generate(smollm, ids, max_tokens=9).tokens
     cache = ContiguousCache.for_model(smollm, batch=1, capacity=len(ids) + 9)

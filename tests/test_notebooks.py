@@ -1,4 +1,5 @@
-"""Every lesson: in step with its script, six beats, readable without a kernel, exercises with solutions. `make test` runs them all."""
+"""Every lesson: in step with its script, six beats, readable without a kernel, exercises with
+solutions. `make test` runs them all."""
 
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-BEATS = ("question", "envelope", "prediction", "measurement", "reconciliation", "play and exercises")
+BEATS = ("question", "envelope", "prediction", "measurement", "reconciliation",
+         "play and exercises")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -38,12 +40,14 @@ def mime_types(cell) -> set[str]:
 def texts(cell):
     """Everything that a cell's outputs say in words."""
     for output in cell.outputs:
-        yield from (value for mime, value in output.get("data", {}).items() if mime.startswith("text/"))
+        yield from (value for mime, value in output.get("data", {}).items()
+                    if mime.startswith("text/"))
         yield output.get("text", "")
 
 
 def test_every_script_has_its_notebook_and_every_notebook_its_script():
-    assert [path.stem for path in NOTEBOOKS] == [script.stem for script in sorted(FOLDER.glob("src/*.py"))]
+    assert [path.stem
+            for path in NOTEBOOKS] == [script.stem for script in sorted(FOLDER.glob("src/*.py"))]
 
 
 def test_a_notebook_is_in_step_with_its_script(path, notebook):
@@ -58,7 +62,12 @@ def test_a_notebook_was_run_from_top_to_bottom_and_nothing_failed(notebook):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert any(cell.outputs for cell in cells)
-    assert not [cell.source for cell in cells for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        cell.source
+        for cell in cells
+        for output in cell.outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
 
 
 def test_a_notebook_is_small_enough_to_open_on_a_telephone(path):
@@ -67,10 +76,15 @@ def test_a_notebook_is_small_enough_to_open_on_a_telephone(path):
 
 def test_the_six_beats_come_in_order(notebook):
     headings = [
-        line.lower() for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines() if line.startswith("#")
+        line.lower() for cell in notebook.cells if cell.cell_type == "markdown"
+        for line in cell.source.splitlines() if line.startswith("#")
     ]
-    places = [next((place for place, heading in enumerate(headings) if beat in heading), None) for beat in BEATS]
-    assert None not in places, f"missing: {[beat for beat, place in zip(BEATS, places, strict=True) if place is None]}"
+    places = [
+        next((place for place, heading in enumerate(headings) if beat in heading),
+             None) for beat in BEATS
+    ]
+    missing = [beat for beat, place in zip(BEATS, places, strict=True) if place is None]
+    assert not missing
     assert places == sorted(places)
 
 
@@ -78,12 +92,19 @@ def test_what_differs_between_machines_is_not_compared(notebook):
     timed = re.compile(r"\.measure\(|\.table\(|\bstopwatch\(|\balternate\(|\bcalibrate\(")
     for cell in code_cells(notebook):
         if timed.search(cell.source) and cell.outputs:
-            assert "nbval-ignore-output" in tags(cell), f"needs the tag nbval-ignore-output: {cell.source}"
+            assert "nbval-ignore-output" in tags(
+                cell), f"needs the tag nbval-ignore-output: {cell.source}"
 
 
 def test_outputs_name_no_place_of_the_machine_they_were_made_on(notebook):
-    private = re.compile(r"(?<![\w.:/])/(home|root|tmp|work|Users|usr|opt|var|private)/|site-packages|\bat 0x[0-9a-f]+")
-    assert not [found[0] for cell in code_cells(notebook) for text in texts(cell) if (found := private.search(text))]
+    private = re.compile(r"(?<![\w.:/])/(home|root|tmp|work|Users|usr|opt|var|private)/"
+                         r"|site-packages|\bat 0x[0-9a-f]+")
+    assert not [
+        found[0]
+        for cell in code_cells(notebook)
+        for text in texts(cell)
+        if (found := private.search(text))
+    ]
 
 
 def test_every_widget_is_followed_by_a_figure_that_needs_no_kernel(notebook):
@@ -91,7 +112,8 @@ def test_every_widget_is_followed_by_a_figure_that_needs_no_kernel(notebook):
     assert not [cell.source for cell in cells if WIDGET in mime_types(cell)]
     for cell, following in zip(cells, [*cells[1:], None], strict=True):
         if "widget" in tags(cell):
-            assert following is not None and "image/png" in mime_types(following), f"no static figure after: {cell.source}"
+            assert following is not None and "image/png" in mime_types(
+                following), f"no static figure after: {cell.source}"
 
 
 def test_there_are_three_exercises_each_with_a_stub_a_hint_and_a_folded_solution(notebook):
@@ -99,8 +121,13 @@ def test_there_are_three_exercises_each_with_a_stub_a_hint_and_a_folded_solution
     assert len(exercises) >= 3
     for index in exercises:
         cell, hint, solution = notebook.cells[index : index + 3]
-        (name,) = (tag.removeprefix("exercise:") for tag in tags(cell) if tag.startswith("exercise:"))
-        assert "..." in cell.source and re.search(rf"^lesson\.exercise\(\s*[\"']{name}[\"']", cell.source, re.MULTILINE), name
+        (name, ) = (tag.removeprefix("exercise:")
+                    for tag in tags(cell)
+                    if tag.startswith("exercise:"))
+        assert "..." in cell.source and re.search(rf"^lesson\.exercise\(\s*[\"']{name}[\"']",
+                                                  cell.source, re.MULTILINE), name
         assert ["".join(texts(cell))[:1]] == ["○"], f"{name} is not shipped open"
-        assert "hint" in tags(hint) and "solution" in tags(solution), f"{name}: after it come its hint and its solution"
-        assert solution.source.startswith("<details>") and solution.source.rstrip().endswith("</details>"), name
+        assert "hint" in tags(hint) and "solution" in tags(
+            solution), f"{name}: after it come its hint and its solution"
+        assert solution.source.startswith("<details>") and solution.source.rstrip().endswith(
+            "</details>"), name

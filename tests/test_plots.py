@@ -1,4 +1,5 @@
-"""Figures, by what is drawn on them: the places of the dots are worked out by hand from round numbers."""
+"""Figures, by what is drawn on them: the places of the dots are worked out by hand from round
+numbers."""
 
 import matplotlib
 
@@ -7,12 +8,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 
-from clawdemy_infer import plots
 from clawdemy_infer.arithmetic import Work
-from clawdemy_infer.ledger import Row
-from clawdemy_infer.roofline import Machine
+from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.lesson import plots
+from clawdemy_infer.lesson.ledger import LedgerRow
 
-MACHINE = Machine("round numbers", ((1.0, 100e9),), {"bf16": 2e12}, memory=1e9)  # 2 TFLOP/s over 100 GB/s: the ridge is at 20
+# 2 TFLOP/s over 100 GB/s: the ridge is at 20
+MACHINE = Machine("round numbers", ((1.0, 100e9),), {"bf16": 2e12}, memory=1e9)
 
 
 @pytest.fixture
@@ -26,7 +28,8 @@ def ax():
 
 def dots(ax) -> list[tuple[float, float]]:
     """The single points on the axes, in the order in which they were drawn."""
-    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if len(line.get_xdata()) == 1]
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines
+            if len(line.get_xdata()) == 1]
 
 
 def ticks(axis, values) -> list[str]:
@@ -48,7 +51,8 @@ def test_intensities_are_written_out_and_rates_carry_prefixes(ax):
     assert ticks(ax.yaxis, [100e9, 1e12]) == ["100 GFLOP/s", "1 TFLOP/s"]
 
 
-@pytest.mark.parametrize(("flops", "bytes", "rate"), [(6e9, 3e9, 200e9), (9e12, 9e9, 2e12)], ids=["memory-bound", "compute-bound"])
+@pytest.mark.parametrize(("flops", "bytes", "rate"), [(6e9, 3e9, 200e9), (9e12, 9e9, 2e12)],
+                         ids=["memory-bound", "compute-bound"])
 def test_a_mark_without_a_time_is_on_the_roof(ax, flops, bytes, rate):
     plots.mark(ax, MACHINE, Work(flops, bytes, dtype="bf16"))
     assert dots(ax) == [(pytest.approx(flops / bytes), pytest.approx(rate))]
@@ -68,13 +72,14 @@ def test_a_mark_in_a_dtype_that_the_machine_has_no_figure_for_is_refused_and_dra
 
 def test_ratios_have_a_line_for_each_measured_row_and_a_dot_for_each_prediction(ax):
     rows = [
-        Row("00", "both", "s", napkin=2.0, predicted=4.0, measured=6.0),
-        Row("00", "not measured", "s", napkin=1.0),
-        Row("00", "napkin only", "s", napkin=2.0, measured=1.0),
+        LedgerRow("00", "both", "s", napkin=2.0, predicted=4.0, measured=6.0),
+        LedgerRow("00", "not measured", "s", napkin=1.0),
+        LedgerRow("00", "napkin only", "s", napkin=2.0, measured=1.0),
     ]
     plots.ratios(ax, rows)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["both", "napkin only"]
-    drawn = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in ax.lines}
+    drawn = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+             for line in ax.lines}
     assert drawn["over the napkin"] == [(3.0, 2), (0.5, 1)]
     assert drawn["over the calibrated roofline"] == [(1.5, 2)]
     assert ticks(ax.xaxis, [0.5, 1, 2]) == ["0.5×", "1×", "2×"]
@@ -87,14 +92,16 @@ def test_ratios_of_nothing_are_an_empty_figure(ax):
 
 def test_a_frontier_has_a_dot_for_each_batch_that_fits(ax):
     def row(batch, seconds, fits=True):
-        return {"batch": batch, "fits": fits, "seconds": seconds, "tokens_per_s": batch / seconds if fits else None}
+        return {"batch": batch, "fits": fits, "seconds": seconds,
+                "tokens_per_s": batch / seconds if fits else None}
 
     plots.pareto(ax, [row(1, 0.010), row(2, 0.016), row(4, None, fits=False)], label="one")
     plots.pareto(ax, [row(1, 0.030)], label="another")
-    assert [line.get_xydata().tolist() for line in ax.lines] == [[[0.010, 100], [0.016, 125]], [[0.030, pytest.approx(100 / 3)]]]
+    one, another = (line.get_xydata().tolist() for line in ax.lines)
+    assert (one, another) == ([[0.010, 100], [0.016, 125]], [[0.030, pytest.approx(100 / 3)]])
     assert [text.get_text() for text in ax.texts] == ["1", "2", "1"]
     left, right = ax.get_xlim()
-    assert left == 0 and right > 0.030                                  # from zero, and wide enough for both
+    assert left == 0 and right > 0.030  # from zero, and wide enough for both
     assert ticks(ax.xaxis, [0.02]) == ["20 ms"]
 
 
@@ -106,5 +113,5 @@ def test_napkin_roofline_and_measurement_stand_beside_each_other_over_zero(ax):
 
 
 def test_text_is_never_smaller_than_nine_points(ax):
-    sizes = [plt.rcParams[f"{what}.titlesize" if what == "axes" else f"{what}.fontsize"] for what in ("axes", "legend")]
-    assert min([*sizes, plt.rcParams["font.size"]]) >= 9
+    sizes = [plt.rcParams[name] for name in ("axes.titlesize", "legend.fontsize", "font.size")]
+    assert min(sizes) >= 9

@@ -1,23 +1,26 @@
-"""AWQ: an identity that must hold exactly, and searches that must never make it worse on the text they look at."""
+"""AWQ: an identity that must hold exactly, and searches that must never make it worse on the text
+they look at."""
+
+from copy import deepcopy
 
 import pytest
 import torch
 from tolerances import LOGITS
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.evaluation import Reference
+from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens
+from clawdemy_infer.fast.quantized import on_kernels
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.quantization import (
-    IntFormat,
-    Quantized,
-    Reference,
-    awq,
-    calibration_tokens,
-    evaluation_tokens,
-    format_named,
-    on_kernels,
-    round_to_nearest,
+from clawdemy_infer.quantization import IntFormat, Quantized, awq, format_named, round_to_nearest
+from clawdemy_infer.quantization.awq import (
+    SINK,
+    _ordinary,
+    best_scales,
+    clipped,
+    fold,
+    shared,
 )
-from clawdemy_infer.quantization.awq import SINK, _ordinary, _with_own_weights, best_scales, clipped, fold, shared
 
 NO_SINKS = torch.zeros(200, dtype=torch.bool)
 TOKENS = torch.randint(0, 101, (3, 31), generator=torch.Generator().manual_seed(1))
@@ -25,28 +28,31 @@ TOKENS = torch.randint(0, 101, (3, 31), generator=torch.Generator().manual_seed(
 
 def tiny(**more):
     torch.manual_seed(0)
-    shape = ModelShape(name="tiny", source="test", L=2, D=96, N=6, K=2, H=16, F=160, V=101, tied=True, max_context=64, **more)
+    shape = ModelShape(name="tiny", source="test", L=2, D=96, N=6, K=2, H=16, F=160, V=101,
+                       tied=True, max_context=64, **more)
     model = Decoder(ModelConfig(shape)).eval().requires_grad_(False)
     for layer in model.layers:
-        for norm in (layer.attention_norm, layer.mlp_norm):             # a few channels far above the rest
+        for norm in (layer.attention_norm, layer.mlp_norm):  # a few channels far above the rest
             norm.weight.uniform_(0.5, 1.5)
             norm.weight[[3, 40, 77]] = 12.0
             norm.weight.div_(4)
     return model
 
 
-@pytest.mark.parametrize("more", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("more", [{}, {"qkv_bias": True}, {"qk_norm": True}],
+                         ids=["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("name", ["qkv", "out", "gate_up", "down"])
 def test_scaled_and_folded_the_model_computes_the_same(name, more):
     model = tiny(**more)
-    copy, random = _with_own_weights(model), torch.Generator().manual_seed(2)
+    copy, random = deepcopy(model), torch.Generator().manual_seed(2)
     for layer in copy.layers:
         before = getattr(layer, name).weight.clone()
         s = torch.rand(before.shape[1], generator=random) * 3 + 0.2
         fold(layer, name, shared(layer, name, s))
         assert not torch.equal(getattr(layer, name).weight, before)
     expected = model(TOKENS)
-    torch.testing.assert_close(copy(TOKENS) / expected.std(), expected / expected.std(), **LOGITS[torch.float32])
+    torch.testing.assert_close(copy(TOKENS) / expected.std(), expected / expected.std(),
+                               **LOGITS[torch.float32])
 
 
 def test_query_heads_that_share_a_v_share_its_scales():
@@ -60,25 +66,29 @@ def test_awq_beats_rounding_where_some_channels_are_large(name):
     model, format = tiny(), format_named(name)
     before = model(TOKENS)
     result = awq(model, TOKENS, format)
-    assert torch.equal(model(TOKENS), before)                           # the model itself is untouched
-    errors = [(each.decoder(TOKENS) - before).square().mean() for each in (result, round_to_nearest(model, format))]
+    assert torch.equal(model(TOKENS), before)  # the model itself is untouched
+    errors = [(each.decoder(TOKENS) - before).square().mean()
+              for each in (result, round_to_nearest(model, format))]
     assert errors[0] < 0.8 * errors[1]
 
 
 def test_awq_codes_run_on_the_kernels_of_plain_int4():
     result = awq(tiny(), TOKENS, format_named("int4-g32-asym"))
     expected = result.decoder(TOKENS)
-    torch.testing.assert_close(on_kernels(result)(TOKENS) / expected.std(), expected / expected.std(), **LOGITS[torch.bfloat16])
+    torch.testing.assert_close(on_kernels(result)(TOKENS) / expected.std(),
+                               expected / expected.std(), **LOGITS[torch.bfloat16])
 
 
 def test_the_search_finds_a_channel_that_matters_and_never_does_worse_than_no_scaling():
     torch.manual_seed(3)
-    linear, x, format = torch.nn.Linear(64, 24, bias=False).requires_grad_(False), torch.randn(200, 64), format_named("int3-g16-asym")
+    linear = torch.nn.Linear(64, 24, bias=False).requires_grad_(False)
+    x, format = torch.randn(200, 64), format_named("int3-g16-asym")
     x[:, 9] *= 50
     exact, before = linear(x), linear.weight.clone()
     s = best_scales(linear, x.abs().mean(0), format, lambda: linear(x), NO_SINKS)
     assert torch.equal(linear.weight, before) and s.argmax() == 9
-    scaled, plain = (x @ w.T for w in (Quantized.of(format, before * s).dequantize() / s, Quantized.of(format, before).dequantize()))
+    scaled, plain = (x @ w.T for w in (Quantized.of(format, before*s).dequantize()/s,
+                                       Quantized.of(format, before).dequantize()))
     assert (scaled - exact).square().mean() < 0.5 * (plain - exact).square().mean()
     calm = best_scales(linear, torch.ones(64), format, lambda: linear(x), NO_SINKS)
     assert torch.equal(calm, torch.ones(64))
@@ -92,13 +102,15 @@ def test_sinks_are_told_apart_by_their_length():
 
 def test_a_sink_among_the_tokens_does_not_move_the_scales():
     torch.manual_seed(5)
-    linear, x, format = torch.nn.Linear(64, 24, bias=False).requires_grad_(False), torch.randn(50, 64), IntFormat(4, 16)
+    linear = torch.nn.Linear(64, 24, bias=False).requires_grad_(False)
+    x, format = torch.randn(50, 64), IntFormat(4, 16)
     x[:, 9] *= 20
     ordinary = torch.arange(50) > 0
     found = []
     for sink in (1.0, 1e4):
         x[0] = sink
-        found.append(best_scales(linear, x[ordinary].abs().mean(0), format, lambda: linear(x), ~ordinary))
+        size = x[ordinary].abs().mean(0)
+        found.append(best_scales(linear, size, format, lambda: linear(x), ~ordinary))
     assert torch.equal(*found)
 
 
@@ -111,13 +123,15 @@ def test_clipping_lowers_the_error_of_every_group_or_leaves_it(name):
     g = format.group
     for group in range(64 // g):
         part = slice(group * g, group * g + g)
-        plain, clip = ((x[:, part] @ (Quantized.of(format, w).dequantize() - weight)[:, part].T).square().sum(0) for w in (weight, kept))
+        off = [(Quantized.of(format, w).dequantize() - weight)[:, part] for w in (weight, kept)]
+        plain, clip = ((x[:, part] @ each.T).square().sum(0) for each in off)
         assert (clip <= plain * (1 + 1e-4)).all()
 
 
 def test_q_and_k_are_not_clipped():
     model, format = tiny(), IntFormat(3, 16)
-    with_clip, without = (awq(model, TOKENS, format, clip=clip).tensors["layers.0.qkv"] for clip in (True, False))
+    with_clip, without = (awq(model, TOKENS, format, clip=clip).tensors["layers.0.qkv"]
+                          for clip in (True, False))
     q_and_k = (6 + 2) * 16
     assert torch.equal(with_clip.scale[:q_and_k], without.scale[:q_and_k])
     assert not torch.equal(with_clip.scale[q_and_k:], without.scale[q_and_k:])
@@ -126,23 +140,27 @@ def test_q_and_k_are_not_clipped():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4-g64", "int3-g64"])
 def test_awq_takes_a_tenth_off_the_kl_of_rounding_whatever_text_it_saw(name, smollm):
-    """All of SmolLM2, on text that the calibration has not: each of three seeds, and not their mean. Some two minutes a format."""
-    reference, format = Reference(smollm, evaluation_tokens(smollm.tokenizer, 4)), format_named(name)
+    """All of SmolLM2, on text that the calibration has not: each of three seeds, and not their
+    mean. Some two minutes a format."""
+    reference, format = Reference(smollm, evaluation_tokens(smollm.tokenizer,
+                                                            4)), format_named(name)
     nearest = reference.judge(round_to_nearest(smollm, format).decoder)
     for seed in range(3):
-        quality = reference.judge(awq(smollm, calibration_tokens(smollm.tokenizer, 4, seed=seed), format).decoder)
+        quality = reference.judge(
+            awq(smollm, calibration_tokens(smollm.tokenizer, 4, seed=seed), format).decoder)
         gain, error = quality.difference(nearest)
-        print(f"{name}, seed {seed}: KL {quality.kl:.4f}, nearest {nearest.kl:.4f}, -{gain / nearest.kl:.1%} ± {error / nearest.kl:.1%}")
+        print(f"{name}, seed {seed}: KL {quality.kl:.4f}, nearest {nearest.kl:.4f}, "
+              f"-{gain / nearest.kl:.1%} ± {error / nearest.kl:.1%}")
         assert gain - 2 * error > 0.1 * nearest.kl
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda m: awq(m, TOKENS, IntFormat(4, 64)), "group=64 does not divide the 96 inputs"),
-    (lambda m: awq(m, TOKENS, format_named("int4-tensor")), "format=int4-tensor"),
-    (lambda m: awq(m, TOKENS[:, :0], IntFormat(4, 32)), "tokens"),
-    (lambda m: awq(m, TOKENS + 1000, IntFormat(4, 32)), "tokens hold"),
-    (lambda m: m.layers[1].mlp_norm.weight.fill_(float("nan")) is None or awq(m, TOKENS, IntFormat(4, 32)), "the output of layer 1"),
-])
+@pytest.mark.parametrize(
+    "call, said",
+    [(lambda m: awq(m, TOKENS, IntFormat(4, 64)), "group=64 does not divide the 96 inputs"),
+     (lambda m: awq(m, TOKENS[:, :0], IntFormat(4, 32)), "tokens"),
+     (lambda m: awq(m, TOKENS + 1000, IntFormat(4, 32)), "tokens hold"),
+     (lambda m: m.layers[1].mlp_norm.weight.fill_(float("nan")) is None or
+      awq(m, TOKENS, IntFormat(4, 32)), "the output of layer 1"), ])
 def test_bad_input_is_refused_by_name(call, said):
     with pytest.raises(ValueError, match=said):
         call(tiny())

@@ -1,4 +1,5 @@
-"""Checkpoints in the layouts of GPTQ and AWQ: unpacked bit by bit by a reader written from their definition, and run by transformers."""
+"""Checkpoints in the layouts of GPTQ and AWQ: unpacked bit by bit by a reader written from their
+definition, and run by transformers."""
 
 import json
 
@@ -8,11 +9,14 @@ from safetensors.torch import load_file, save_file
 from tolerances import LOGITS
 from transformers import AutoConfig, LlamaForCausalLM
 
-from clawdemy_infer import cli
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.cli import main as cli
+from clawdemy_infer.fast.quantized import on_kernels
+from clawdemy_infer.files.checkpoint import load_quantized, save_quantized
+from clawdemy_infer.files.directory import destinations, to_hf
+from clawdemy_infer.files.layouts import from_gptq, to_awq, to_gptq, to_packed
 from clawdemy_infer.model import Decoder, ModelConfig, generate
 from clawdemy_infer.model.rope import Llama3Scaling
-from clawdemy_infer.model.weights import destinations
 from clawdemy_infer.quantization import (
     IntFormat,
     Quantized,
@@ -20,39 +24,38 @@ from clawdemy_infer.quantization import (
     awq,
     format_named,
     gptq,
-    load_quantized,
-    on_kernels,
     round_to_nearest,
-    save_quantized,
 )
-from clawdemy_infer.quantization.hf_config import to_hf
-from clawdemy_infer.quantization.layouts import from_gptq, to_awq, to_gptq
 
 TOKENS = torch.randint(0, 101, (3, 31), generator=torch.Generator().manual_seed(1))
 
 
 def tiny(V=101, D=96, N=6, K=2, F=160, **more):
     torch.manual_seed(0)
-    shape = ModelShape(name="tiny", source="test", L=2, D=D, N=N, K=K, H=16, F=F, V=V, tied=True, max_context=64, **more)
+    shape = ModelShape(name="tiny", source="test", L=2, D=D, N=N, K=K, H=16, F=F, V=V, tied=True,
+                       max_context=64, **more)
     return Decoder(ModelConfig(shape)).eval().requires_grad_(False)
 
 
 def bits_of(column, bits):
-    """Numbers of `bits` bits out of one column of 32-bit words: a stream, the first number in the lowest bits of the first word."""
+    """Numbers of `bits` bits out of one column of 32-bit words: a stream, the first number in the
+    lowest bits of the first word."""
     stream = sum((int(word) & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(column))
     return [stream >> (bits * i) & (2**bits - 1) for i in range(32 * len(column) // bits)]
 
 
 def read_gptq(stored, bits, version=1):
     codes = torch.tensor([bits_of(column, bits) for column in stored["qweight"].T])         # [N, K]
-    zeros = torch.tensor([bits_of(row, bits) for row in stored["qzeros"]]) + (version == 1)  # [G, N]
+    # [G, N]
+    zeros = torch.tensor([bits_of(row, bits) for row in stored["qzeros"]]) + (version == 1)
     group = stored["g_idx"].long()
     return (codes - zeros.T[:, group]) * stored["scales"].T.float()[:, group]
 
 
 def read_awq(stored):
     def nibbles(words):
-        """[rows, n] of words [rows, n/8]: the i-th lowest four bits hold output 0 2 4 6 1 3 5 7 of the eight."""
+        """[rows, n] of words [rows, n/8]: the i-th lowest four bits hold output 0 2 4 6 1 3 5 7 of
+        the eight."""
         out = torch.empty(words.shape[0], words.shape[1] * 8, dtype=torch.long)
         for i, place in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
             out[:, place::8] = (words.long() >> (4 * i)) & 15
@@ -64,7 +67,10 @@ def read_awq(stored):
             * scales.repeat_interleave(repeat, 0)).T
 
 
-@pytest.mark.parametrize("name", ["int2-g16", "int3-g32", "int3-g32-asym", "int4-g32", "int4-g16-asym", "int4", "int8-g32-asym", "int8"])
+@pytest.mark.parametrize("name", [
+    "int2-g16", "int3-g32", "int3-g32-asym", "int4-g32", "int4-g16-asym", "int4", "int8-g32-asym",
+    "int8"
+])
 def test_the_gptq_layout_means_the_same_to_another_reader(name):
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     quantized = Quantized.of(format_named(name), weight)
@@ -75,19 +81,21 @@ def test_the_gptq_layout_means_the_same_to_another_reader(name):
 
 @pytest.mark.parametrize("name", ["int4-g32", "int4-g16-asym", "int4"])
 def test_the_awq_layout_means_the_same_to_another_reader(name):
-    quantized = Quantized.of(format_named(name), torch.randn(24, 96, generator=torch.Generator().manual_seed(0)))
+    quantized = Quantized.of(format_named(name),
+                             torch.randn(24, 96, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(read_awq(to_awq(quantized)), quantized.dequantize())
 
 
 def test_awq_word_by_hand():
     # AutoAWQ: the outputs 0 1 2 3 4 5 6 7 make the word 0x75316420.
-    quantized = Quantized(IntFormat(4, None, "integer"), torch.arange(8, dtype=torch.uint8)[:, None].repeat(1, 8),
-                          torch.ones(8, 1), torch.zeros(8, 1))
+    quantized = Quantized(IntFormat(4, None, "integer"),
+                          torch.arange(8, dtype=torch.uint8)[:, None].repeat(1, 8), torch.ones(
+                              8, 1), torch.zeros(8, 1))
     assert to_awq(quantized)["qweight"][0].item() == 0x75316420
 
 
 def test_a_zero_point_of_0_asks_for_version_2():
-    weight = torch.rand(32, 32) + 0.1                                   # all positive: the grid begins at 0
+    weight = torch.rand(32, 32) + 0.1  # all positive: the grid begins at 0
     quantized = Quantized.of(IntFormat(4, 32, "integer"), weight)
     assert (quantized.zero == 0).all()
     stored = to_gptq(quantized, version=2)
@@ -107,32 +115,43 @@ METHODS = {
 def saved(request, tmp_path_factory):
     method, format, layout = METHODS[request.param]
     result = method(tiny(), format_named(format))
-    return result, layout, save_quantized(result, tmp_path_factory.mktemp("quantized") / request.param, layout)
+    return result, layout, save_quantized(result,
+                                          tmp_path_factory.mktemp("quantized")/request.param,
+                                          layout)
 
 
 def test_what_is_saved_is_loaded_code_for_code(saved):
     result, _, directory = saved
     loaded = load_quantized(directory)
-    assert loaded.format == result.format and loaded.method == result.method and loaded.bits_per_weight == result.bits_per_weight
+    assert loaded.format == result.format and loaded.method == result.method
+    assert loaded.bits_per_weight == result.bits_per_weight
     for name, tensor in result.tensors.items():
         assert torch.equal(loaded.tensors[name].dequantize(), tensor.dequantize()), name
     expected = result.decoder(TOKENS)
-    torch.testing.assert_close(loaded.decoder(TOKENS) / expected.std(), expected / expected.std(), **LOGITS[torch.float16])
+    torch.testing.assert_close(
+        loaded.decoder(TOKENS)/expected.std(), expected/expected.std(), **LOGITS[torch.float16])
 
 
 def test_another_reader_and_transformers_run_what_is_saved(saved):
     result, layout, directory = saved
     config = json.loads((directory / "config.json").read_text())
     said = config.pop("quantization_config")
-    assert (said["quant_method"], said["bits"], said["group_size"]) == (layout, result.format.bits, 32)
-    assert said["desc_act"] == (result.tensors["layers.0.qkv"].group_of is not None) if layout == "gptq" else said["zero_point"]
+    assert (said["quant_method"], said["bits"], said["group_size"]) == (layout, result.format.bits,
+                                                                        32)
+    assert said["desc_act"] == (result.tensors["layers.0.qkv"].group_of
+                                is not None) if layout == "gptq" else said["zero_point"]
     tensors, weights = load_file(directory / "model.safetensors"), {}
     for key in tensors:
         stem, _, kind = key.rpartition(".")
         if kind == "qweight":
-            stored = {name: tensors[f"{stem}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{name}" in tensors}
+            stored = {
+                name: tensors[f"{stem}.{name}"]
+                for name in ("qweight", "qzeros", "scales", "g_idx")
+                if f"{stem}.{name}" in tensors
+            }
             version = 2 if said.get("checkpoint_format") == "gptq_v2" else 1
-            weights[f"{stem}.weight"] = read_awq(stored) if layout == "awq" else read_gptq(stored, said["bits"], version)
+            weights[f"{stem}.weight"] = read_awq(stored) if layout == "awq" else read_gptq(
+                stored, said["bits"], version)
         elif kind == "weight":
             weights[key] = tensors[key].float()
     theirs = LlamaForCausalLM(AutoConfig.for_model(**config | {"dtype": "float32"})).eval()
@@ -141,7 +160,8 @@ def test_another_reader_and_transformers_run_what_is_saved(saved):
     with torch.no_grad():
         expected = theirs(TOKENS).logits
     ours = load_quantized(directory).decoder(TOKENS)
-    torch.testing.assert_close(ours / expected.std(), expected / expected.std(), **LOGITS[torch.float32])
+    torch.testing.assert_close(ours/expected.std(), expected/expected.std(),
+                               **LOGITS[torch.float32])
 
 
 def test_a_loaded_checkpoint_runs_on_the_int4_kernels(saved):
@@ -149,10 +169,14 @@ def test_a_loaded_checkpoint_runs_on_the_int4_kernels(saved):
     loaded = load_quantized(directory)
     if result.format.bits == 4 and loaded.tensors["layers.0.qkv"].group_of is None:
         expected = loaded.decoder(TOKENS)
-        torch.testing.assert_close(on_kernels(loaded)(TOKENS) / expected.std(), expected / expected.std(), **LOGITS[torch.bfloat16])
+        torch.testing.assert_close(
+            on_kernels(loaded)(TOKENS)/expected.std(), expected/expected.std(),
+            **LOGITS[torch.bfloat16])
 
 
-@pytest.mark.parametrize("more", [{}, {"window": 40}, {"qkv_bias": True}, {"qk_norm": True}, {"qkv_bias": True, "window": 40}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"window": 40}, {"qkv_bias": True}, {"qk_norm": True}, {"qkv_bias": True, "window": 40}])
 def test_a_config_survives_the_way_to_hugging_face_and_back(more):
     scaling = Llama3Scaling(8.0, 1.0, 4.0, 32) if not more else None
     config = ModelConfig(tiny(**more).config.shape, 1e-5, 5e5, scaling, bos_id=1, eos_ids=(2, 3))
@@ -162,7 +186,7 @@ def test_a_config_survives_the_way_to_hugging_face_and_back(more):
     assert AutoConfig.for_model(**said).architectures == said["architectures"]
 
 
-PACKED = ["nf4", "mxfp4", "nvfp4", "fp8-e4m3", "fp8-e4m3-tensor", "int8-tensor", "int5-g32", "int4-g32-float"]
+PACKED = ["nf4", "mxfp4", "nvfp4", "fp8-e4m3", "int5-g32", "int4-g32-float"]
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -176,8 +200,11 @@ def test_what_no_engine_reads_is_saved_packed_and_loaded_code_for_code(name, tmp
     assert loaded.format == result.format and loaded.bits_per_weight == result.bits_per_weight
     for key, tensor in result.tensors.items():
         assert torch.equal(loaded.tensors[key].dequantize(), tensor.dequantize()), key
-    others = sum(tensor.nbytes for tensor in load_file(directory / "model.safetensors").values()) - 2 * (101 * 64 + 5 * 64)
-    parts = 7 / 4 if "outer" in result.tensors["layers.0.qkv"].packed() or name.endswith("tensor") else 1      # one number for Q, K and V
+    others = sum(
+        tensor.nbytes
+        for tensor in load_file(directory/"model.safetensors").values()) - 2*(101*64 + 5*64)
+    # one number for Q, K and V
+    parts = 7/4 if "outer" in to_packed(result.tensors["layers.0.qkv"]) else 1
     assert 0 <= others - result.matrix_bytes <= 8 * 4 * (parts - 1) * 4
 
 
@@ -185,18 +212,22 @@ def test_awq_in_nf4_is_found_again(tmp_path):
     result = awq(tiny(D=64, N=4, F=128), TOKENS, format_named("nf4"))
     loaded = load_quantized(save_quantized(result, tmp_path / "out"))
     expected = result.decoder(TOKENS)
-    torch.testing.assert_close(loaded.decoder(TOKENS) / expected.std(), expected / expected.std(), **LOGITS[torch.float16])
+    torch.testing.assert_close(
+        loaded.decoder(TOKENS)/expected.std(), expected/expected.std(), **LOGITS[torch.float16])
 
 
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("format, layout, said", [
-    ("mxfp4", "gptq", "format=mxfp4: the gptq layout holds integers of 2, 3, 4, 8 bits"),
-    ("int4-g32-float", "gptq", "format=int4-g32-float"), ("int3-g32", "awq", "format=int3-g32: the awq layout holds integers of 4 bits"),
-    ("int5-g32", "gptq", "format=int5-g32"), ("int4-g32", "gguf", "layout='gguf': accepted are gptq, awq"),
-])
-def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(format, layout, said, tmp_path):
+@pytest.mark.parametrize(
+    "format, layout, said",
+    [("mxfp4", "gptq", "format=mxfp4: the gptq layout holds integers of 2, 3, 4, 8 bits"),
+     ("int4-g32-float", "gptq", "format=int4-g32-float"),
+     ("int3-g32", "awq", "format=int3-g32: the awq layout holds integers of 4 bits"),
+     ("int5-g32", "gptq", "format=int5-g32"),
+     ("int4-g32", "gguf", "layout='gguf': accepted are gptq, awq"), ])
+def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(format, layout, said,
+                                                                     tmp_path):
     with pytest.raises(ValueError, match=said):
         save_quantized(round_to_nearest(tiny(), format_named(format)), tmp_path / "out", layout)
     assert list(tmp_path.iterdir()) == []
@@ -209,7 +240,7 @@ def test_a_directory_that_exists_is_not_written_over(tmp_path):
 
 
 def test_a_width_that_does_not_fill_its_words_is_refused(tmp_path):
-    model = tiny(D=36, N=2, K=1, F=64)                                  # 36 inputs are four and a half words
+    model = tiny(D=36, N=2, K=1, F=64)  # 36 inputs are four and a half words
     with pytest.raises(ValueError, match="multiple of 8 inputs"):
         save_quantized(round_to_nearest(model, IntFormat(4)), tmp_path / "out")
 
@@ -233,7 +264,8 @@ def test_a_checkpoint_of_another_kind_is_refused(change, said, tmp_path):
 
 
 def test_symmetric_is_believed_only_with_the_zero_points_that_go_with_it(tmp_path):
-    directory = save_quantized(round_to_nearest(tiny(), IntFormat(4, 32, "integer")), tmp_path / "out")
+    directory = save_quantized(round_to_nearest(tiny(), IntFormat(4, 32, "integer")),
+                               tmp_path/"out")
     with pytest.raises(ValueError, match="qzeros: .* symmetric"):
         load_quantized(broken(directory, lambda config: config.update(sym=True)))
 
@@ -249,7 +281,8 @@ def test_missing_tensors_and_directories_are_named(tmp_path):
         load_quantized(directory)
 
 
-@pytest.mark.parametrize("format, key", [("int4-g32", "self_attn.q_proj.scales"), ("nvfp4", "mlp.up_proj.scale")])
+@pytest.mark.parametrize("format, key", [("int4-g32", "self_attn.q_proj.scales"),
+                                         ("nvfp4", "mlp.up_proj.scale")])
 def test_a_matrix_without_its_scales_is_named(format, key, tmp_path):
     directory = save_quantized(round_to_nearest(tiny(), format_named(format)), tmp_path / "out")
     tensors = load_file(directory / "model.safetensors")
@@ -266,7 +299,8 @@ def test_a_matrix_without_its_scales_is_named(format, key, tmp_path):
 def small_model(smollm, tmp_path_factory):
     """A model directory of a few rows, with a real tokenizer."""
     directory, model = tmp_path_factory.mktemp("model"), tiny(V=49152, D=64, N=4, K=2, F=96)
-    save_file({name: tensor.contiguous() for name, tensor in destinations(model).items()}, directory / "model.safetensors")
+    save_file({name: tensor.contiguous()
+               for name, tensor in destinations(model).items()}, directory/"model.safetensors")
     (directory / "config.json").write_text(json.dumps(to_hf(model.config)))
     smollm.tokenizer.backend.save(str(directory / "tokenizer.json"))
     return directory
@@ -276,20 +310,31 @@ def small_model(smollm, tmp_path_factory):
 def test_quantize_and_evaluate_keep_their_contract(method, small_model, tmp_path, capsys):
     out = tmp_path / "out"
     short = ["--sequences", "2", "--length", "32"]
-    command = ["quantize", "--model", str(small_model), "--method", method, "--group", "32", "--out", str(out), "--json"]
+    command = [
+        "quantize", "--model",
+        str(small_model), "--method", method, "--group", "32", "--out",
+        str(out), "--json"
+    ]
     assert cli.main([*command, *short]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["bits_effective"] == 4.5 and result["seconds"] > 0 and result["bytes"] == (out / "model.safetensors").stat().st_size
+    assert result["bits_effective"] == 4.5 and result["seconds"] > 0 and result["bytes"] == (
+        out/"model.safetensors").stat().st_size
     assert cli.main(["evaluate", str(out), "--reference", str(small_model), "--json", *short]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert {"kl", "kl_se", "perplexity", "top1", "reference"} <= result.keys() and 0 < result["kl"] < 1
+    assert {"kl", "kl_se", "perplexity", "top1", "reference"
+            } <= result.keys() and 0 < result["kl"] < 1
 
 
 def test_a_format_by_name_is_saved_and_generates(small_model, tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(["quantize", "--model", str(small_model), "--method", "rtn", "--format", "mxfp4", "--out", str(out), "--json"]) == 0
+    assert cli.main([
+        "quantize", "--model",
+        str(small_model), "--method", "rtn", "--format", "mxfp4", "--out",
+        str(out), "--json"
+    ]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["format"], result["layout"], result["bits_effective"]) == ("mxfp4", "packed", 4.25)
+    assert (result["format"], result["layout"], result["bits_effective"]) == ("mxfp4", "packed",
+                                                                              4.25)
     ask = ["generate", "--model", str(out), "--prompt", "Hello", "--max-tokens", "3", "--json"]
     assert cli.main(ask) == 0
     expected = generate(load_quantized(out).decoder, "Hello", 3)
@@ -298,38 +343,58 @@ def test_a_format_by_name_is_saved_and_generates(small_model, tmp_path, capsys):
     assert "weights='int8'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, code, said", [
-    (["--format", "nf5"], 2, "format='nf5' is not known; near ones: nf4"), (["--format", "int4-g48"], 2, "format=int4-g48"),
-    (["--group", "48"], 2, "group=48"), (["--bits", "9"], 2, "bits"), (["--group", "0"], 2, "group"), (["--method", "best"], 2, "method"),
-    (["--calibration", "nowhere.txt"], 2, "calibration='nowhere.txt': no such file"), (["--bits", "3", "--layout", "awq"], 2, "awq layout"),
-])
-def test_wrong_usage_is_one_line_that_names_the_argument(arguments, code, said, small_model, tmp_path, capsys):
-    command = ["quantize", "--model", str(small_model), "--out", str(tmp_path / "out"), "--group", "32", *arguments]
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [(["--format", "nf5"], 2, "format='nf5' is not known; near ones: nf4"),
+     (["--format", "int4-g48"], 2, "format=int4-g48"), (["--group", "48"], 2, "group=48"),
+     (["--bits", "9"], 2, "bits"), (["--group", "0"], 2, "group"),
+     (["--method", "best"], 2, "method"),
+     (["--calibration", "nowhere.txt"], 2, "calibration='nowhere.txt': no such file"),
+     (["--bits", "3", "--layout", "awq"], 2, "awq layout"), ])
+def test_wrong_usage_is_one_line_that_names_the_argument(arguments, code, said, small_model,
+                                                         tmp_path, capsys):
+    command = [
+        "quantize", "--model",
+        str(small_model), "--out",
+        str(tmp_path/"out"), "--group", "32", *arguments
+    ]
     try:
         found = cli.main(command)
     except SystemExit as exit:
         found = exit.code
     error = capsys.readouterr().err.strip()
-    assert found == code and said in error and error.count("\n") == 0 and not (tmp_path / "out").exists()
+    assert found == code and said in error and error.count("\n") == 0 and not (tmp_path/
+                                                                               "out").exists()
 
 
 @pytest.mark.parametrize("arguments", [["{out}"], ["--table"]])
 def test_a_wrong_reference_is_called_by_its_option(arguments, small_model, tmp_path, capsys):
-    out = save_quantized(round_to_nearest(tiny(V=49152, D=64, N=4, K=2, F=96), IntFormat(4, 32)), tmp_path / "out")
-    assert cli.main(["evaluate", *(each.format(out=out) for each in arguments), "--reference", "smollm3"]) == 2
-    assert capsys.readouterr().err.startswith("clawdemy-infer evaluate: reference='smollm3' is not known here; near matches: smollm2-135m")
+    out = save_quantized(round_to_nearest(tiny(V=49152, D=64, N=4, K=2, F=96), IntFormat(4, 32)),
+                         tmp_path/"out")
+    assert cli.main(
+        ["evaluate", *(each.format(out=out) for each in arguments), "--reference", "smollm3"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "clawdemy-infer evaluate: reference='smollm3' is not known here; near matches: smollm2-135m"
+    )
 
 
 def test_an_empty_calibration_text_is_refused(small_model, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
-    command = ["quantize", "--model", str(small_model), "--out", str(tmp_path / "out"), "--group", "32"]
+    command = [
+        "quantize", "--model",
+        str(small_model), "--out",
+        str(tmp_path/"out"), "--group", "32"
+    ]
     assert cli.main([*command, "--calibration", str(tmp_path / "empty.txt")]) == 2
     assert "calibration text: it has 0 tokens" in capsys.readouterr().err
 
 
 def test_a_quantized_model_of_a_foreign_kind_has_no_place(tmp_path):
     model = round_to_nearest(tiny(), IntFormat(4, 32))
-    part = QuantizedModel("RTN", model.format, {k: v for k, v in model.tensors.items() if k != "layers.1.out"}, model.decoder)
+    part = QuantizedModel("RTN", model.format,
+                          {k: v
+                           for k, v in model.tensors.items()
+                           if k != "layers.1.out"}, model.decoder)
     directory = save_quantized(part, tmp_path / "out")
     with pytest.raises(ValueError, match="layers.1.self_attn.o_proj: it is not quantized"):
         load_quantized(directory)

@@ -1,4 +1,5 @@
-"""Number formats: every code means what its definition says, every weight gets the nearest one, and the bytes are counted."""
+"""Number formats: every code means what its definition says, every weight gets the nearest one, and
+the bytes are counted."""
 
 import math
 from statistics import NormalDist
@@ -8,37 +9,41 @@ import numpy as np
 import pytest
 import torch
 
+from clawdemy_infer.files.layouts import from_packed, pack, to_packed, unpack
 from clawdemy_infer.quantization import IntFormat, Quantized, Scales, format_named
-from clawdemy_infer.quantization.floats import FLOATS, NF4, NormalFloat
-from clawdemy_infer.quantization.minifloat import E2M1, E4M3, E5M2
-from clawdemy_infer.quantization.packing import pack, unpack
+from clawdemy_infer.quantization.floats import E2M1, E4M3, E5M2, FLOATS, NF4, NormalFloat
 
-ALL = ["int8", "int8-tensor", "int8-asym", "int6-g32", "int4-g64", "int4-g64-asym", "int4-g64-float", "int3-g64", "int3-g64-asym",
-       "int2-g32", "q4_1", *FLOATS]
+ALL = ["int8", "int8-asym", "int6-g32", "int4-g64", "int4-g64-asym", "int4-g64-float", "int3-g64",
+       "int3-g64-asym", "int2-g32", "q4_1", *FLOATS]
 each_format = pytest.mark.parametrize("name", ALL)
 
 
 def weights(rows=37, columns=192, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator).mul(4).exp() / 40
+    x = torch.randn(rows, columns, generator=generator)
+    return x * torch.rand(rows, 1, generator=generator).mul(4).exp() / 40
 
 
-# -- floating point ---------------------------------------------------------------------------------------------------------------
+# -- floating point -------------------------------------------------------------------------------
 
-FP8 = pytest.mark.parametrize(("numbers", "dtype"), [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)], ids=["e4m3", "e5m2"])
+FP8 = pytest.mark.parametrize(("numbers", "dtype"), [(E4M3, torch.float8_e4m3fn),
+                                                     (E5M2, torch.float8_e5m2)],
+                              ids=["e4m3", "e5m2"])
 
 
 @FP8
 def test_all_256_codes_mean_what_torch_says(numbers, dtype):
     codes = torch.arange(256).to(torch.uint8)
-    assert torch.allclose(numbers.decode(codes), codes.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.allclose(numbers.decode(codes), codes.view(dtype).float(), rtol=0, atol=0,
+                          equal_nan=True)
 
 
 @FP8
 def test_a_number_becomes_the_code_that_torch_gives_it(numbers, dtype):
     x = weights(200, 300) * 1000
     levels = numbers.levels
-    x = torch.cat((x.flatten(), levels, (levels[1:] + levels[:-1]) / 2, torch.tensor([0.0, -0.0, 1e-30, -1e-30])))
+    x = torch.cat((x.flatten(), levels, (levels[1:] + levels[:-1]) / 2,
+                   torch.tensor([0.0, -0.0, 1e-30, -1e-30])))
     x = x.clamp(-numbers.largest, numbers.largest)
     assert torch.equal(numbers.encode(x), x.to(dtype).view(torch.uint8))
 
@@ -46,12 +51,14 @@ def test_a_number_becomes_the_code_that_torch_gives_it(numbers, dtype):
 @FP8
 def test_what_is_too_large_becomes_the_largest(numbers, dtype):
     largest = torch.finfo(dtype).max
-    assert numbers.decode(numbers.encode(torch.tensor([largest * 1.2, -1e30, math.inf]))).tolist() == [largest, -largest, largest]
+    codes = numbers.encode(torch.tensor([largest * 1.2, -1e30, math.inf]))
+    assert numbers.decode(codes).tolist() == [largest, -largest, largest]
 
 
 def test_e2m1_has_the_values_of_the_mx_specification():
     values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]                               # OCP MX 1.0, table 5
-    assert E2M1.decode(torch.arange(16).to(torch.uint8)).tolist() == values + [-value for value in values]
+    codes = torch.arange(16).to(torch.uint8)
+    assert E2M1.decode(codes).tolist() == values + [-value for value in values]
 
 
 def test_e2m1_rounds_to_the_nearest_and_ties_to_even():
@@ -73,9 +80,11 @@ def test_mxfp4_against_a_plain_program():
     for i, row in enumerate(weight.double().numpy()):
         for block in range(0, 96, 32):
             largest = max(abs(row[block:block + 32]))
-            scale = 2.0 ** (math.floor(math.log2(largest)) - 2) if largest else 1.0                 # section 6.3
-            expected[i, block:block + 32] = [nearest_e2m1(x / scale) * scale for x in row[block:block + 32]]
-    assert torch.equal(Quantized.of(FLOATS["mxfp4"], weight).dequantize(), torch.from_numpy(expected).float())
+            scale = 2.0 ** (math.floor(math.log2(largest)) - 2) if largest else 1.0  # section 6.3
+            expected[i, block:block + 32] = [nearest_e2m1(x / scale) * scale
+                                             for x in row[block:block + 32]]
+    ours = Quantized.of(FLOATS["mxfp4"], weight).dequantize()
+    assert torch.equal(ours, torch.from_numpy(expected).float())
 
 
 def test_mxfp4_against_the_reader_of_gguf():
@@ -83,14 +92,17 @@ def test_mxfp4_against_the_reader_of_gguf():
     weight = weights(6, 64)
     quantized = Quantized.of(FLOATS["mxfp4"], weight)
     codes = quantized.codes.view(6, 2, 32).numpy()
-    blocks = np.concatenate([quantized.packed()["scale"].numpy()[..., None], codes[..., :16] | codes[..., 16:] << 4], axis=-1)
+    blocks = np.concatenate(
+        [to_packed(quantized)["scale"].numpy()[..., None], codes[..., :16] | codes[..., 16:] << 4],
+        axis=-1)
     read = gguf.quants.dequantize(blocks.reshape(6, -1), gguf.GGMLQuantizationType.MXFP4)
     assert torch.equal(quantized.dequantize(), torch.from_numpy(read))
 
 
 def test_a_scale_of_mxfp4_is_stored_as_torchs_e8m0():
     quantized = Quantized.of(FLOATS["mxfp4"], weights())
-    assert torch.equal(quantized.packed()["scale"].view(torch.float8_e8m0fnu).float(), quantized.scale)
+    assert torch.equal(to_packed(quantized)["scale"].view(torch.float8_e8m0fnu).float(),
+                       quantized.scale)
 
 
 def test_nvfp4_against_a_plain_program():
@@ -101,12 +113,14 @@ def test_nvfp4_against_a_plain_program():
     for i, row in enumerate(weight.numpy()):
         for block in range(0, 48, 16):
             numbers = row[block:block + 16]
-            scale = torch.tensor(np.abs(numbers).max() / np.float32(6) / matrix).to(torch.float8_e4m3fn).float().numpy()
-            step = scale * matrix
-            expected[i, block:block + 16] = [np.float32(nearest_e2m1(x / step)) * step if step else 0 for x in numbers]
+            scale = torch.tensor(np.abs(numbers).max() / np.float32(6) / matrix)
+            step = scale.to(torch.float8_e4m3fn).float().numpy() * matrix
+            expected[i, block:block + 16] = [
+                np.float32(nearest_e2m1(x / step)) * step if step else 0 for x in numbers]
     quantized = Quantized.of(FLOATS["nvfp4"], weight)
     assert torch.equal(quantized.dequantize(), torch.from_numpy(expected))
-    assert torch.equal(quantized.packed()["scale"].view(torch.float8_e4m3fn).float(), quantized.scale)
+    assert torch.equal(to_packed(quantized)["scale"].view(torch.float8_e4m3fn).float(),
+                       quantized.scale)
     assert quantized.scale.max() == 448
 
 
@@ -126,10 +140,11 @@ def test_nf4_takes_the_nearest_of_its_numbers():
     assert torch.equal(quantized.codes.view(7, 2, 64).long(), nearest)
 
 
-# -- integers ---------------------------------------------------------------------------------------------------------------------
+# -- integers -------------------------------------------------------------------------------------
 
 def test_symmetric_int4_by_hand():
-    # The largest, 3.75, is code 7.5, so a step is 0.5; 3.75 itself would be code 8, which there is not.
+    # The largest, 3.75, is code 7.5, so a step is 0.5; 3.75 itself would be code 8, which there is
+    # not.
     quantized = Quantized.of(IntFormat(4, 4), torch.tensor([[3.75, -3.75, 0.30, -0.80]]))
     assert quantized.scale.tolist() == [[0.5]]
     assert quantized.codes.tolist() == [[7, -8, 1, -2]]
@@ -137,7 +152,8 @@ def test_symmetric_int4_by_hand():
 
 
 def test_symmetric_int8_by_hand():
-    quantized = Quantized.of(IntFormat(8), torch.tensor([[-63.5, 10.3, 0.2, 63.5], [1.0, 0.0, 0.0, 0.0]]))
+    weight = torch.tensor([[-63.5, 10.3, 0.2, 63.5], [1.0, 0.0, 0.0, 0.0]])
+    quantized = Quantized.of(IntFormat(8), weight)
     assert quantized.codes.tolist() == [[-127, 21, 0, 127], [127, 0, 0, 0]]
     assert quantized.scale[0].item() == 0.5
 
@@ -156,17 +172,18 @@ def test_a_grid_with_a_whole_zero_holds_the_weight_0_exactly_also_where_all_are_
     assert (Quantized.of(IntFormat(4, 32, "integer"), weight).dequantize()[:, 5] == 0).all()
 
 
-@pytest.mark.parametrize("group", [32, 64, None, "tensor"])
+@pytest.mark.parametrize("group", [32, 64, None])
 @pytest.mark.parametrize("zero", ["none", "integer", "float"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_every_weight_gets_the_nearest_code(bits, zero, group):
     """In float64, with the stored scale and zero: no other code would be nearer."""
     format, weight = IntFormat(bits, group, zero), weights(11, 192)
     quantized = Quantized.of(format, weight)
-    width = weight.numel() if group == "tensor" else group or 192
+    width = group or 192
     groups = weight.double().reshape(-1, width, 1)
     scale, low = quantized.scale.double().view(-1, 1, 1), torch.zeros(1)
-    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) if zero == "none" else torch.arange(2**bits)
+    lowest = -(2 ** (bits - 1)) if zero == "none" else 0
+    codes = torch.arange(lowest, lowest + 2**bits)
     if zero == "integer":
         codes, low = codes - quantized.zero.double().view(-1, 1, 1), torch.zeros(1)
     elif zero == "float":
@@ -181,25 +198,29 @@ def test_codes_are_chosen_for_the_scale_that_is_stored():
     weight = weights(64, 256)
     quantized = Quantized.of(IntFormat(8), weight)
     assert torch.equal(quantized.scale.half().float(), quantized.scale)
-    assert ((quantized.dequantize() - weight).abs() <= quantized.scale * 0.5 * 1.0001 + quantized.scale * 127 / 2048).all()
-    assert torch.equal(quantized.codes, (weight / quantized.scale).round().clamp(-128, 127).to(torch.int8))
+    allowed = quantized.scale * 0.5 * 1.0001 + quantized.scale * 127 / 2048
+    assert ((quantized.dequantize() - weight).abs() <= allowed).all()
+    codes = (weight / quantized.scale).round().clamp(-128, 127).to(torch.int8)
+    assert torch.equal(quantized.codes, codes)
 
 
 def test_q4_1_is_ggufs():
-    """gguf-py's own rounding of the same weights: a block is scale and lowest weight in fp16, then codes i and i + 16 in a byte."""
+    """gguf-py's own rounding of the same weights: a block is scale and lowest weight in fp16, then
+    codes i and i + 16 in a byte."""
     weight = weights(9, 64)
     theirs = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_1)
     ours = Quantized.of(format_named("q4_1"), weight)
     blocks = theirs.reshape(9, 2, 20)
     numbers = torch.from_numpy(blocks[..., :4].copy().view(np.float16).astype(np.float32))
     assert torch.equal(ours.zero, numbers[..., 1])
-    assert torch.allclose(ours.scale, numbers[..., 0], rtol=2e-3)         # they take the range before the lowest weight is rounded
+    # they take the range before the lowest weight is rounded
+    assert torch.allclose(ours.scale, numbers[..., 0], rtol=2e-3)
     read = torch.from_numpy(gguf.quants.dequantize(theirs, gguf.GGMLQuantizationType.Q4_1))
     again = Quantized.of(format_named("q4_1"), read)
-    assert torch.equal(again.dequantize(), read)                          # on its own grid it is exact
+    assert torch.equal(again.dequantize(), read)  # on its own grid it is exact
 
 
-# -- bytes ------------------------------------------------------------------------------------------------------------------------
+# -- bytes ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("signed", [False, True])
@@ -225,13 +246,15 @@ def test_codes_that_do_not_fit_are_refused():
 
 
 # Codes, and the scale and zero that g weights share.
-BITS = {"int8": 8 + 16 / 192, "int4-g64": 4 + 16 / 64, "int4-g32": 4 + 16 / 32, "int3-g64": 3 + 16 / 64, "int4-g64-float": 4 + 32 / 64,
-        "q4_1": 5, "fp8-e4m3": 8 + 32 / 192, "mxfp4": 4 + 8 / 32, "nf4": 4 + 32 / 64}
+BITS = {"int8": 8 + 16/192, "int4-g64": 4 + 16/64, "int4-g32": 4 + 16/32, "int3-g64": 3 + 16/64,
+        "int4-g64-float": 4 + 32/64, "q4_1": 5, "fp8-e4m3": 8 + 32/192, "mxfp4": 4 + 8/32,
+        "nf4": 4 + 32/64}
 
 
 @pytest.mark.parametrize("name", BITS)
 def test_effective_bits_count_the_scales(name):
-    assert Quantized.of(format_named(name), weights()).bits_per_weight == pytest.approx(BITS[name], rel=1e-12)
+    quantized = Quantized.of(format_named(name), weights())
+    assert quantized.bits_per_weight == pytest.approx(BITS[name], rel=1e-12)
 
 
 def test_nvfp4_also_stores_one_number_for_the_matrix():
@@ -239,13 +262,14 @@ def test_nvfp4_also_stores_one_number_for_the_matrix():
 
 
 def test_zeros_of_4_bits_are_packed_row_by_row():
-    assert Quantized.of(format_named("int4-g64-asym"), weights(10, 192)).nbytes == 10 * (192 // 2 + 3 * 2 + 2)
+    quantized = Quantized.of(format_named("int4-g64-asym"), weights(10, 192))
+    assert quantized.nbytes == 10 * (192 // 2 + 3 * 2 + 2)
 
 
 @each_format
 def test_what_is_packed_comes_back_bit_for_bit(name):
     quantized = Quantized.of(format_named(name), weights(13))
-    again = Quantized.unpacked(quantized.format, quantized.shape, quantized.packed())
+    again = from_packed(to_packed(quantized), quantized.format, quantized.shape)
     assert torch.equal(again.codes, quantized.codes) and again.codes.dtype == quantized.codes.dtype
     assert torch.equal(again.dequantize(), quantized.dequantize())
 
@@ -253,7 +277,7 @@ def test_what_is_packed_comes_back_bit_for_bit(name):
 @each_format
 def test_bytes_are_those_of_the_packed_tensors(name):
     quantized = Quantized.of(format_named(name), weights(13))
-    assert quantized.nbytes == sum(tensor.nbytes for tensor in quantized.packed().values())
+    assert quantized.nbytes == sum(tensor.nbytes for tensor in to_packed(quantized).values())
 
 
 @each_format
@@ -271,19 +295,22 @@ def test_some_rows_are_those_of_the_whole(name):
 def test_rounding_twice_changes_nothing(name):
     """Codes mean numbers that are on the grid: with the same scales they become themselves."""
     quantized = Quantized.of(format_named(name), weights(13))
-    scales = Scales(quantized.scale[..., None], None if quantized.zero is None else quantized.zero[..., None], quantized.outer)
-    again = quantized.format.encode(quantized.format.grouped(quantized.dequantize()), scales).view(quantized.shape)
-    assert torch.equal(quantized.format.decode(quantized.format.grouped(again), scales).view(quantized.shape), quantized.dequantize())
+    scales = Scales(quantized.scale[..., None],
+                    None if quantized.zero is None else quantized.zero[..., None], quantized.outer)
+    format, numbers = quantized.format, quantized.dequantize()
+    again = format.encode(format.grouped(numbers), scales)
+    assert torch.equal(format.decode(again, scales).view(quantized.shape), numbers)
 
 
 def test_columns_may_belong_to_any_group():
     group_of = torch.tensor([1, 0, 0, 1])
-    quantized = Quantized(IntFormat(4, 2, "integer"), torch.tensor([[3, 3, 3, 3]], dtype=torch.uint8), torch.tensor([[0.5, 2.0]]),
+    codes = torch.tensor([[3, 3, 3, 3]], dtype=torch.uint8)
+    quantized = Quantized(IntFormat(4, 2, "integer"), codes, torch.tensor([[0.5, 2.0]]),
                           torch.tensor([[1.0, 2.0]]), group_of=group_of)
     assert quantized.dequantize().tolist() == [[2.0, 1.0, 1.0, 2.0]]
 
 
-# -- names and errors -------------------------------------------------------------------------------------------------------------
+# -- names and errors -----------------------------------------------------------------------------
 
 @each_format
 def test_a_format_is_found_by_its_own_name(name):
@@ -294,7 +321,7 @@ def test_a_format_is_found_by_its_own_name(name):
 @pytest.mark.parametrize(("name", "message"), [
     ("int9", "bits=9: 2 to 8 are accepted"),
     ("int1-g64", "bits=1: 2 to 8 are accepted"),
-    ("int4-g0", "group=0: a number of weights, 'tensor', or None"),
+    ("int4-g0", "group=0: a number of weights, or None for a whole row, is accepted"),
     ("nfp4", "format='nfp4' is not known; near ones: nvfp4, nf4"),
     ("int4g64", "format='int4g64' is not known; near ones: int4-g64"),
 ])
@@ -304,7 +331,9 @@ def test_a_wrong_name_is_answered_with_what_is_accepted(name, message):
 
 
 def test_a_group_must_divide_the_row():
-    with pytest.raises(ValueError, match="int4-g128: group=128 does not divide the 576 inputs of a row; 16, 32, 64 would"):
+    with pytest.raises(
+            ValueError,
+            match="int4-g128: group=128 does not divide the 576 inputs of a row; 16, 32, 64 would"):
         Quantized.of(format_named("int4-g128"), torch.zeros(2, 576))
 
 
@@ -312,5 +341,6 @@ def test_a_group_must_divide_the_row():
 def test_weights_beyond_a_scale_are_refused(bad):
     weight = weights(3, 64)
     weight[1, 7] = bad
-    with pytest.raises(ValueError, match="int4-g64: the weights are not all finite, or too large for a scale"):
+    with pytest.raises(ValueError,
+                       match="int4-g64: the weights are not all finite, or too large for a scale"):
         Quantized.of(format_named("int4-g64"), weight)

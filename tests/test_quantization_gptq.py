@@ -1,4 +1,5 @@
-"""GPTQ against the Optimal Brain formulas written out: one column after another, on the inverse itself, in float64."""
+"""GPTQ against the Optimal Brain formulas written out: one column after another, on the inverse
+itself, in float64."""
 
 import sys
 from dataclasses import replace
@@ -8,21 +9,38 @@ import torch
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.quantization import IntFormat, Quantized, format_named, gptq, linears, observe, round_to_nearest
-from clawdemy_infer.quantization.gptq import gptq_matrix, hessian_of, inverse_factor, output_error
+from clawdemy_infer.quantization import (
+    IntFormat,
+    Quantized,
+    format_named,
+    gptq,
+    linears,
+    observe,
+    round_to_nearest,
+)
+from clawdemy_infer.quantization.gptq import (
+    column_step,
+    gptq_matrix,
+    hessian_of,
+    inverse_factor,
+    output_error,
+)
 
 SHAPES = [("int4-g16", 7, 80), ("int3-g32-asym", 11, 96), ("int4", 5, 37), ("int8-g5", 3, 35)]
 
 
 def problem(N, K, seed=0):
-    """Weights [N, K] and inputs [M, K] whose channels are correlated and of very different size, as a language model's are."""
+    """Weights [N, K] and inputs [M, K] whose channels are correlated and of very different size, as
+    a language model's are."""
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(3 * K, K, generator=random) @ torch.randn(K, K, generator=random) * torch.rand(K, generator=random).exp()
+    x = torch.randn(3*K, K, generator=random) @ torch.randn(K, K, generator=random)*torch.rand(
+        K, generator=random).exp()
     return torch.randn(N, K, generator=random), x
 
 
 def grid_of(group, bits, symmetric):
-    """Scale and zero point of each row of `group` in float64, the scale as fp16 holds it: published formulas, not the library's."""
+    """Scale and zero point of each row of `group` in float64, the scale as fp16 holds it: published
+    formulas, not the library's."""
     top = 2**bits - 1
     if symmetric:
         span = 2 * group.abs().amax(1) if bits < 8 else 2 * group.abs().amax(1) * 255 / 254
@@ -45,8 +63,8 @@ def reference(weight, hessian, bits, g, symmetric, order, static, damping=0.01):
             grids[step // g] = grid_of(W[:, order[step:step + g]], bits, symmetric)
         scale, zero = grids[j // g if static else step // g]
         Q[:, j] = ((W[:, j] / scale + zero).round().clamp(0, top) - zero) * scale
-        W = W - torch.outer((W[:, j] - Q[:, j]) / inverse[j, j], inverse[j])                # equation 2
-        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]          # equation 3
+        W = W - torch.outer((W[:, j] - Q[:, j]) / inverse[j, j], inverse[j])  # equation 2
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]  # equation 3
     return Q
 
 
@@ -61,26 +79,32 @@ def test_gptq_is_the_optimal_brain_update_of_every_column(name, N, K, act_order,
     format, (weight, x) = format_named(name), problem(N, K)
     H = hessian_of(x)
     order = H.diagonal().argsort(descending=True).tolist() if act_order else range(K)
-    expected = reference(weight, H, format.bits, format.width(K), format.zero == "none", list(order), static)
-    ours = gptq_matrix(weight, H, format, act_order=act_order, static_groups=static, search=False, block=24)
-    assert rows_that_differ(ours.dequantize(), expected) <= 1           # a weight half-way between two codes may go either way in fp32
+    expected = reference(weight, H, format.bits, format.width(K), format.zero == "none",
+                         list(order), static)
+    ours = gptq_matrix(weight, H, format, act_order=act_order, static_groups=static, search=False,
+                       block=24)
+    # a weight half-way between two codes may go either way in fp32
+    assert rows_that_differ(ours.dequantize(), expected) <= 1
 
 
 def planted(bug, weight, H, format, monkeypatch):
     if bug == "transposed factor":
-        monkeypatch.setattr(sys.modules[gptq_matrix.__module__], "inverse_factor", lambda H, damping: inverse_factor(H, damping).T)
+        monkeypatch.setattr(sys.modules[gptq_matrix.__module__], "inverse_factor",
+                            lambda H, damping: inverse_factor(H, damping).T)
     result = gptq_matrix(weight, H, format, static_groups=False, search=False)
-    return {
-        "none": result, "transposed factor": result, "group of neighbours": replace(result, group_of=None),
-        "sign of the zero": replace(result, zero=-result.zero), "scale in bf16": replace(result, scale=result.scale.bfloat16().float()),
-    }[bug]
+    return {"none": result, "transposed factor": result,
+            "group of neighbours": replace(result, group_of=None),
+            "sign of the zero": replace(result, zero=-result.zero),
+            "scale in bf16": replace(result, scale=result.scale.bfloat16().float())}[bug]
 
 
-@pytest.mark.parametrize("bug", ["none", "transposed factor", "group of neighbours", "sign of the zero", "scale in bf16"])
+@pytest.mark.parametrize("bug", ["none", "transposed factor", "group of neighbours",
+                                 "sign of the zero", "scale in bf16"])
 def test_the_comparison_catches_planted_bugs(bug, monkeypatch):
     format, (weight, x) = format_named("int4-g16-asym"), problem(20, 64)
     H = hessian_of(x)
-    expected = reference(weight, H, 4, 16, False, H.diagonal().argsort(descending=True).tolist(), static=False)
+    expected = reference(weight, H, 4, 16, False,
+                         H.diagonal().argsort(descending=True).tolist(), static=False)
     differ = rows_that_differ(planted(bug, weight, H, format, monkeypatch).dequantize(), expected)
     assert differ <= 1 if bug == "none" else differ > 10
 
@@ -89,12 +113,14 @@ def test_the_comparison_catches_planted_bugs(bug, monkeypatch):
 @pytest.mark.parametrize("block", [1, 7, 32, 1000])
 def test_the_lazy_update_changes_nothing(block, static):
     weight, x = problem(9, 96)
-    at_once = gptq_matrix(weight, hessian_of(x), format_named("int4-g16"), static_groups=static, block=128)
-    assert torch.equal(gptq_matrix(weight, hessian_of(x), format_named("int4-g16"), static_groups=static, block=block).codes, at_once.codes)
+    at_once, in_blocks = (gptq_matrix(weight, hessian_of(x), format_named("int4-g16"),
+                                      static_groups=static, block=size) for size in (128, block))
+    assert torch.equal(in_blocks.codes, at_once.codes)
 
 
 def test_two_columns_by_hand():
-    # H = [[2, 1], [1, 2]]: after w0 = 1.4 is rounded to 1, w1 = 0.4 does best to become 0.4 + 0.4 * H01 / H11 = 0.6, and rounds to 1.
+    # H = [[2, 1], [1, 2]]: after w0 = 1.4 is rounded to 1, w1 = 0.4 does best to become 0.4 + 0.4 *
+    # H01 / H11 = 0.6, and rounds to 1.
     H, weight = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[1.4, 0.4, 7.0]])
     H = torch.block_diag(H, torch.eye(1))
     format = IntFormat(4)
@@ -102,10 +128,25 @@ def test_two_columns_by_hand():
     weight = torch.tensor([[1.4, 0.4, 7.0]]) * scale
     weight[0, 2] = 7.5 * scale
     assert Quantized.of(format, weight).codes.tolist()[0][:2] == [1, 0]
-    assert gptq_matrix(weight, H, format, act_order=False, damping=0, search=False).codes.tolist()[0][:2] == [1, 1]
+    assert gptq_matrix(weight, H, format, act_order=False, damping=0,
+                       search=False).codes.tolist()[0][:2] == [1, 1]
 
 
-@pytest.mark.parametrize("name", ["int4-g16", "int3-g32-asym", "nf4", "mxfp4", "nvfp4", "int4-g32-float"])
+def test_a_column_step_by_hand():
+    """The example of `column_step`: of two correlated inputs, the second weight makes up for the
+    first."""
+    H, W = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[1.4], [0.4]])
+    U = inverse_factor(H, 0)
+    torch.testing.assert_close(U, torch.tensor([[0.816, -0.408], [0, 0.707]]), rtol=0, atol=1e-3)
+    error = column_step(W, 0, torch.tensor([1.0]), U)
+    torch.testing.assert_close(error, torch.tensor([0.4 / 0.816]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(W, torch.tensor([[1.4], [0.6]]))
+    off = {q: torch.tensor([1.4, 0.4]) - torch.tensor(q) for q in ((1.0, 1.0), (1.0, 0.0))}
+    assert [float(d @ H @ d) for d in off.values()] == pytest.approx([0.56, 0.96])
+
+
+@pytest.mark.parametrize("name",
+                         ["int4-g16", "int3-g32-asym", "nf4", "mxfp4", "nvfp4", "int4-g32-float"])
 def test_gptq_loses_less_of_the_output_and_more_of_the_weights_than_rounding(name):
     format, (weight, x) = format_named(name), problem(32, 128)
     H, nearest = hessian_of(x), Quantized.of(format_named(name), weight).dequantize()
@@ -134,8 +175,9 @@ def test_a_dead_column_is_rounded_to_nearest_and_bothers_no_other():
 
 def test_damping_grows_until_the_hessian_can_be_factored():
     weight, x = problem(4, 32)
-    flat = x[:1].repeat(5, 1)                                           # one direction only: no inverse
-    assert gptq_matrix(weight, hessian_of(flat), IntFormat(4, 16), damping=0).dequantize().isfinite().all()
+    flat = x[:1].repeat(5, 1)  # one direction only: no inverse
+    assert gptq_matrix(weight, hessian_of(flat), IntFormat(4, 16),
+                       damping=0).dequantize().isfinite().all()
 
 
 def test_the_factor_is_that_of_the_inverse():
@@ -143,7 +185,7 @@ def test_the_factor_is_that_of_the_inverse():
     U = inverse_factor(H, 0.01).double()
     expected = torch.linalg.inv(H.double() + 0.01 * H.double().diagonal().mean() * torch.eye(40))
     assert torch.equal(U, U.triu())
-    torch.testing.assert_close(U.T @ U, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(U.T @ U, expected, rtol=1e-4, atol=1e-6*float(expected.abs().max()))
 
 
 # ---- the model ----
@@ -151,7 +193,8 @@ def test_the_factor_is_that_of_the_inverse():
 
 def tiny(**more):
     torch.manual_seed(0)
-    shape = ModelShape(name="tiny", source="test", L=2, D=96, N=6, K=2, H=16, F=160, V=101, tied=True, max_context=64, **more)
+    shape = ModelShape(name="tiny", source="test", L=2, D=96, N=6, K=2, H=16, F=160, V=101,
+                       tied=True, max_context=64, **more)
     return Decoder(ModelConfig(shape)).eval().requires_grad_(False)
 
 
@@ -166,7 +209,8 @@ def test_each_linear_is_quantized_on_what_the_quantized_ones_before_it_give():
     for name, linear in linears(model).items():
         expected = gptq_matrix(linear.weight, hessian_of(torch.cat(inputs[name])), format)
         assert (expected.codes != result.tensors[name].codes).float().mean() < 0.01, name
-        assert output_error(linear.weight, result.tensors[name].dequantize(), hessian_of(torch.cat(inputs[name]))) < 0.1
+        assert output_error(linear.weight, result.tensors[name].dequantize(),
+                            hessian_of(torch.cat(inputs[name]))) < 0.1
 
 
 def test_gptq_leaves_the_model_as_it_was_and_beats_rounding():
@@ -175,21 +219,25 @@ def test_gptq_leaves_the_model_as_it_was_and_beats_rounding():
     result = gptq(model, TOKENS, format)
     assert torch.equal(model(TOKENS), before)
     nearest = round_to_nearest(model, format)
-    assert list(result.tensors) == list(nearest.tensors) and result.bits_per_weight == nearest.bits_per_weight
-    assert (result.decoder(TOKENS) - before).square().mean() < 0.5 * (nearest.decoder(TOKENS) - before).square().mean()
+    assert list(result.tensors) == list(nearest.tensors)
+    assert result.bits_per_weight == nearest.bits_per_weight
+    ours, plain = ((each.decoder(TOKENS) - before).square().mean() for each in (result, nearest))
+    assert ours < 0.5 * plain
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda m: gptq(m, TOKENS, IntFormat(4, 64)), "group=64 does not divide the 96 inputs"),
-    (lambda m: gptq(m, TOKENS, format_named("int4-tensor")), "format=int4-tensor: one scale for a whole matrix"),
-    (lambda m: gptq(m, TOKENS, IntFormat(9, 32)), "bits=9: 2 to 8"),
-    (lambda m: gptq(m, TOKENS, IntFormat(4, 32), damping=-1), "damping=-1"),
-    (lambda m: gptq(m, TOKENS[:, :0], IntFormat(4, 32)), "tokens"),
-    (lambda m: gptq(m, TOKENS + 1000, IntFormat(4, 32)), "tokens hold"),
-    (lambda m: gptq_matrix(torch.zeros(3, 32), torch.eye(16), IntFormat(4, 16)), r"hessian \[16, 16\]"),
-    (lambda m: gptq_matrix(torch.zeros(3, 32), torch.full((32, 32), torch.nan), IntFormat(4, 16)), "hessian: .* not finite"),
-    (lambda m: gptq_matrix(torch.ones(3, 32), -torch.eye(32), IntFormat(4, 16)), "hessian: not positive"),
-])
+@pytest.mark.parametrize(
+    "call, said",
+    [(lambda m: gptq(m, TOKENS, IntFormat(4, 64)), "group=64 does not divide the 96 inputs"),
+     (lambda m: gptq(m, TOKENS, IntFormat(9, 32)), "bits=9: 2 to 8"),
+     (lambda m: gptq(m, TOKENS, IntFormat(4, 32), damping=-1), "damping=-1"),
+     (lambda m: gptq(m, TOKENS[:, :0], IntFormat(4, 32)), "tokens"),
+     (lambda m: gptq(m, TOKENS + 1000, IntFormat(4, 32)), "tokens hold"),
+     (lambda m: gptq_matrix(torch.zeros(3, 32), torch.eye(16), IntFormat(4, 16)),
+      r"hessian \[16, 16\]"),
+     (lambda m: gptq_matrix(torch.zeros(3, 32), torch.full((32, 32), torch.nan), IntFormat(4, 16)),
+      "hessian: .* not finite"),
+     (lambda m: gptq_matrix(torch.ones(3, 32), -torch.eye(32), IntFormat(4, 16)),
+      "hessian: not positive"), ])
 def test_bad_input_is_refused_by_name(call, said):
     with pytest.raises(ValueError, match=said):
         call(tiny())

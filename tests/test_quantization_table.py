@@ -1,4 +1,5 @@
-"""The large table: every place filled once, kept on disk and not judged again; and the one in data/, of which a piece is made anew."""
+"""The large table: every place filled once, kept on disk and not judged again; and the one in
+data/, of which a piece is made anew."""
 
 import json
 import re
@@ -9,22 +10,29 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clawdemy_infer import cli
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.kv_cache import KiviCache
+from clawdemy_infer.cli import main as cli
+from clawdemy_infer.evaluation import Reference
+from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens
+from clawdemy_infer.files.directory import destinations, to_hf
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.model.weights import destinations
-from clawdemy_infer.quantization import Reference, calibration_tokens, clock, evaluation_tokens, kept, table
-from clawdemy_infer.quantization.clock import timed, work_of
-from clawdemy_infer.quantization.grid import cells, through
-from clawdemy_infer.quantization.hf_config import to_hf
-from clawdemy_infer.quantization.report import untimed
+from clawdemy_infer.rigs import quantization_grid
+from clawdemy_infer.rigs.quantization_grid import cells, coded_step, through_cache, with_times
+from clawdemy_infer.rigs.quantization_table import (
+    quantization_table,
+    read_table,
+    shipped_table,
+    why_untimed,
+    write_table,
+)
+from clawdemy_infer.variants.int4_cache import KiviCache
 
 
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    shape = ModelShape(name="small", source="test", L=1, D=64, N=2, K=1, H=32, F=128, V=49152, tied=True, max_context=96)
+    shape = ModelShape(name="small", source="test", L=1, D=64, N=2, K=1, H=32, F=128, V=49152,
+                       tied=True, max_context=96)
     return Decoder(ModelConfig(shape)).eval().requires_grad_(False)
 
 
@@ -32,7 +40,8 @@ def small():
 def directory(small, smollm, tmp_path_factory):
     """The small model with a real tokenizer."""
     folder = tmp_path_factory.mktemp("small")
-    save_file({name: tensor.contiguous() for name, tensor in destinations(small).items()}, folder / "model.safetensors")
+    save_file({name: tensor.contiguous()
+               for name, tensor in destinations(small).items()}, folder/"model.safetensors")
     (folder / "config.json").write_text(json.dumps(to_hf(small.config)))
     smollm.tokenizer.backend.save(str(folder / "tokenizer.json"))
     return folder
@@ -46,20 +55,28 @@ def filled(directory, tmp_path_factory):
 
 
 def ask(directory, file, *more):
-    return ["evaluate", "--table", str(file), "--reference", str(directory), "--sequences", "2", "--length", "40", "--json", *more]
+    return [
+        "evaluate", "--table",
+        str(file), "--reference",
+        str(directory), "--sequences", "2", "--length", "40", "--json", *more
+    ]
 
 
 def test_every_place_is_filled_once(filled):
-    source, rows = kept.read(filled)
+    source, rows = read_table(filled)
     places = [(row.method, row.format) for row in rows]
-    assert places == [(cell.method, cell.format) for cell in cells()] and len(set(places)) == len(places)
+    assert places == [(cell.method, cell.format)
+                      for cell in cells()] and len(set(places)) == len(places)
     formats = {format for method, format in places if method not in ("KV cache", "–")}
     assert formats == {"int8", "int4-g64", "int4-g32", "int3-g64", "nf4", "mxfp4", "nvfp4"}
-    assert {method for method, _ in places} - {"–", "KV cache", "int8 activations"} == {"RTN", "LLM.int8", "SmoothQuant", "GPTQ",
-                                                                                        "GPTQ act-order", "AWQ"}
+    assert {method
+            for method, _ in places} - {"–", "KV cache", "int8 activations"} == {
+                "RTN", "LLM.int8", "SmoothQuant", "GPTQ", "GPTQ act-order", "AWQ"
+            }
     assert {"command", "model", "text", "machine", "date", "torch"} <= source.keys()
     by_place = {place: row for place, row in zip(places, rows, strict=True)}
-    assert by_place["RTN", "int4-g32"].bits == 4.5 and by_place["–", "bf16"].stored * 2 == by_place["–", "fp32"].stored
+    assert by_place["RTN", "int4-g32"].bits == 4.5 and by_place["–", "bf16"].stored*2 == by_place[
+        "–", "fp32"].stored
     assert by_place["–", "fp32"].quality.kl == by_place["KV cache", "fp32"].quality.kl == 0
     assert all(row.quality.kl > 0 for row in rows if row.format != "fp32")
 
@@ -67,11 +84,14 @@ def test_every_place_is_filled_once(filled):
 def test_what_the_file_has_is_not_judged_again(filled, directory, tmp_path, capsys):
     lines = filled.read_text().splitlines(keepends=True)
     file = tmp_path / "begun.jsonl"
-    file.write_text("".join(lines[:-3]))                                # all but three rows, as after Ctrl-C
+    file.write_text("".join(lines[:-3]))  # all but three rows, as after Ctrl-C
     assert cli.main(ask(directory, file)) == 0
     result = capsys.readouterr()
-    assert result.err.count(": KL ") == 3 and "RTN int8: KL" not in result.err and "AWQ int3-g64: KL" in result.err
-    assert [row["quality"] for row in json.loads(result.out)["rows"]] == [json.loads(line)["quality"] for line in lines[1:]]
+    assert result.err.count(
+        ": KL ") == 3 and "RTN int8: KL" not in result.err and "AWQ int3-g64: KL" in result.err
+    assert [row["quality"] for row in json.loads(result.out)["rows"]] == [
+        json.loads(line)["quality"] for line in lines[1:]
+    ]
 
 
 @pytest.mark.parametrize(("more", "said"), [
@@ -87,7 +107,8 @@ def test_a_table_of_another_text_is_not_continued(more, said, filled, directory,
 
 def test_evaluate_without_anything_to_evaluate_is_refused(capsys):
     assert cli.main(["evaluate"]) == 2
-    assert "directory: name that of a quantized model, or ask for --table" in capsys.readouterr().err
+    assert "directory: name that of a quantized model, or ask for --table" in capsys.readouterr(
+    ).err
     assert cli.main(["evaluate", "somewhere", "--timed"]) == 2
     assert "timed: only --table has times" in capsys.readouterr().err
 
@@ -95,68 +116,81 @@ def test_evaluate_without_anything_to_evaluate_is_refused(capsys):
 def test_a_damaged_line_is_named(filled, tmp_path):
     file = tmp_path / "torn.jsonl"
     file.write_text(filled.read_text()[:-40])
-    with pytest.raises(ValueError, match=f"line {len(filled.read_text().splitlines())} is not one of a kept table"):
-        kept.read(file)
+    with pytest.raises(
+            ValueError,
+            match=f"line {len(filled.read_text().splitlines())} is not one of a kept table"):
+        read_table(file)
 
 
 def test_rows_come_back_from_disk(filled, tmp_path):
-    source, rows = kept.read(filled)
-    kept.write(tmp_path / "copy.jsonl", source, rows)
+    source, rows = read_table(filled)
+    write_table(tmp_path / "copy.jsonl", source, rows)
     assert (tmp_path / "copy.jsonl").read_text() == filled.read_text()
-    assert repr(table(kept.read(tmp_path / "copy.jsonl")[1])) == repr(table(rows))
+    again = read_table(tmp_path / "copy.jsonl")[1]
+    assert repr(quantization_table(again)) == repr(quantization_table(rows))
 
 
 def test_a_cache_is_judged_as_if_each_token_came_alone(small):
-    """Steps of 32 tokens through the 4-bit cache, whose newest 32 are kept in full, against steps of one."""
+    """Steps of 32 tokens through the 4-bit cache, whose newest 32 are kept in full, against steps
+    of one."""
     tokens = torch.randint(0, 49152, (1, 70), generator=torch.Generator().manual_seed(2))
-    at_once, alone = through(small, KiviCache, 32)(tokens), through(small, KiviCache, 1)(tokens)
+    at_once, alone = (through_cache(small, KiviCache, step)(tokens) for step in (32, 1))
     exact = small(tokens)
-    assert torch.allclose(at_once / exact.std(), alone / exact.std(), atol=1e-4) and (at_once - exact).abs().max() > 1e-3 * exact.std()
+    assert torch.allclose(at_once/exact.std(), alone/exact.std(),
+                          atol=1e-4) and (at_once - exact).abs().max() > 1e-3*exact.std()
 
 
-# -- times ------------------------------------------------------------------------------------------------------------------------
+# -- times ----------------------------------------------------------------------------------------
 
 
 def test_a_format_is_timed_once_for_all_its_methods(filled, small, monkeypatch):
     asked = []
-    monkeypatch.setattr(clock, "times", lambda model, machine, format: asked.append(format) or ({1: 0.5}, {1: 0.25 * len(asked)}))
-    rows = list(timed(kept.read(filled)[1], small, None))
+    monkeypatch.setattr(
+        quantization_grid, "step_seconds",
+        lambda model, machine, format: asked.append(format) or ({1: 0.5}, {1: 0.25*len(asked)}))
+    rows = list(with_times(read_table(filled)[1], small, None))
     assert asked == ["fp32", "bf16", "int4-g64", "int4-g32", "int8"]
     by_place = {(row.method, row.format): row for row in rows}
     assert by_place["GPTQ", "int4-g32"].measured == by_place["RTN", "int4-g32"].measured == {1: 1.0}
-    assert by_place["SmoothQuant", "int8"].measured == {1: 1.25} and not by_place["RTN", "int8"].measured
-    reasons = untimed(rows)
+    assert by_place["SmoothQuant", "int8"].measured == {1: 1.25
+                                                        } and not by_place["RTN", "int8"].measured
+    reasons = why_untimed(rows)
     assert any("RTN nf4" in each and "no kernel" in each for each in reasons)
     assert any("RTN int8: the fast int8 kernel" in each for each in reasons)
     assert all(bool(row.measured) != bool(row.untimed) for row in rows)
     asked.clear()
-    assert list(timed(rows, small, None)) == rows and not asked         # what has times is not timed again
+    assert list(with_times(rows, small, None)) == rows and not asked    # nothing is timed again
 
 
 def test_the_predicted_step_reads_codes_for_the_layers_and_fp32_for_the_head(small):
     shape = small.config.shape
     matrices, head = 64 * (4 * 32 + 64 + 3 * 128), 64 * 49152
-    floats, codes = work_of(shape, "fp32", 1), work_of(shape, "int4", 1)
+    floats, codes = coded_step(shape, "fp32", 1), coded_step(shape, "int4", 1)
     assert floats.flops == codes.flops
-    assert floats.bytes - codes.bytes == pytest.approx(matrices * (4 - 0.5), rel=1e-9) and codes.bytes > 4 * head
+    assert floats.bytes - codes.bytes == pytest.approx(matrices*
+                                                       (4 - 0.5), rel=1e-9) and codes.bytes > 4*head
 
 
-# -- the table in data/ -----------------------------------------------------------------------------------------------------------
+# -- the table in data/ ---------------------------------------------------------------------------
 
 
 def test_the_kept_table_meets_what_is_said_of_it():
-    source, rows = kept.ours()
+    source, rows = shipped_table()
     quality = {(row.method, row.format): row.quality for row in rows}
     assert quality["GPTQ act-order", "int4-g64"].kl <= 0.16
-    assert quality["GPTQ act-order", "int4-g64"].kl < quality["GPTQ", "int4-g64"].kl < quality["RTN", "int4-g64"].kl
-    assert all(quality["AWQ", name].kl < 0.9 * quality["RTN", name].kl for name in ("int4-g64", "int3-g64"))
-    assert [(row.method, row.format) for row in rows] == [(cell.method, cell.format) for cell in cells()]
+    assert quality["GPTQ act-order",
+                   "int4-g64"].kl < quality["GPTQ", "int4-g64"].kl < quality["RTN", "int4-g64"].kl
+    assert all(
+        quality["AWQ", name].kl < 0.9*quality["RTN", name].kl for name in ("int4-g64", "int3-g64"))
+    assert [(row.method, row.format) for row in rows] == [(cell.method, cell.format)
+                                                          for cell in cells()]
     assert {row.bits for row in rows if row.format == "int4-g64"} == {4.25}
-    assert source["model"] == "smollm2-135m" and source["command"] == "clawdemy-infer evaluate --table"
+    assert source["model"] == "smollm2-135m" and source[
+        "command"] == "clawdemy-infer evaluate --table"
 
 
 def test_a_piece_of_the_kept_table_made_anew(smollm):
-    source, rows = kept.ours()
+    source, rows = shipped_table()
     place = ("RTN", "int4-g64")
     row = next(row for row in rows if (row.method, row.format) == place)
     sequences, length = int(source["text"].split()[0]), int(source["text"].split()[3])
@@ -170,8 +204,9 @@ def test_a_piece_of_the_kept_table_made_anew(smollm):
     assert again.bits == row.bits and again.stored == row.stored
 
 
-def test_the_readme_shows_rows_of_it():
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    shown = readme.split("$ clawdemy-infer evaluate --table\n…\n")[1].split("\n…\n")[0].splitlines()
-    lines = [set(" ".join(row).split()) for row in table(kept.ours()[1]).rows]
-    assert len(shown) > 8 and all(any(set(line.split()) <= other for other in lines) for line in shown[2:])
+def test_the_results_show_rows_of_it():
+    page = (Path(__file__).parents[1] / "notebooks" / "RESULTS.md").read_text("utf-8")
+    shown = page.split("$ clawdemy-infer evaluate --table\n…\n")[1].split("\n…\n")[0].splitlines()
+    lines = [set(" ".join(row).split()) for row in quantization_table(shipped_table()[1]).rows]
+    assert len(shown) > 8 and all(
+        any(set(line.split()) <= other for other in lines) for line in shown[2:])

@@ -1,11 +1,12 @@
-"""Adaptive γ: it finds what pays, gives up what does not, tries again, and changes no distribution."""
+"""Adaptive γ: it finds what pays, gives up what does not, tries again, and changes no
+distribution."""
 
 from chi_square import FALSE_ALARM
 from test_speculative_exactness import TARGET, Chain, ChainDraft, loop_p_value
 
 from clawdemy_infer.model import Sampling
 from clawdemy_infer.speculative import Proposal
-from clawdemy_infer.speculative.adaptive import Adaptive
+from clawdemy_infer.variants.adaptive import Adaptive
 
 
 class Says:
@@ -31,7 +32,8 @@ def sizes(right, rounds, c=0.1, v=lambda rows: 1.0, most=6):
 
 
 def test_it_finds_how_many_guesses_pay():
-    # The first two always stand and the third never: 3 tokens for 1.2, against 2 for 1.1 and 3 for 1.3.
+    # The first two always stand and the third never: 3 tokens for 1.2, against 2 for 1.1 and 3 for
+    # 1.3.
     found = sizes(right=2, rounds=40)
     assert found[0] > 2 and set(found[12:]) <= {2, 3} and found[12:].count(2) > 14
     assert sizes(right=6, rounds=20)[-1] == 6
@@ -58,5 +60,5 @@ def test_where_rows_are_dear_fewer_are_asked_and_a_batch_makes_them_dear():
 
 
 def test_sampled_text_is_still_the_targets():
-    draft = Adaptive(ChainDraft(Chain(4, seed=4, near=TARGET)), 0.1, lambda rows: 1 + 0.02 * rows, 3)
+    draft = Adaptive(ChainDraft(Chain(4, seed=4, near=TARGET)), 0.1, lambda rows: 1 + 0.02*rows, 3)
     assert loop_p_value(draft, 4, 4_000) > FALSE_ALARM

@@ -1,4 +1,5 @@
-"""The comparison with plain decoding: costs are interpolated as drawn by hand, and a row says what its rounds say."""
+"""The comparison with plain decoding: costs are interpolated as drawn by hand, and a row says what
+its rounds say."""
 
 from dataclasses import replace
 
@@ -7,28 +8,32 @@ import torch
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling
-from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup
-from clawdemy_infer.speculative.compare import Costs, compare, measure_costs
+from clawdemy_infer.rigs.compare_drafts import RoundCosts, compare_drafts, measure_costs
+from clawdemy_infer.speculative import ModelDraft, PromptLookup
+from clawdemy_infer.variants.self_drafts import EarlyExit
 
 SHAPE = ModelShape(name="tiny", L=3, D=8, N=2, K=1, H=4, F=16, V=11, tied=True, max_context=64)
 
 
 def test_costs_between_two_measured_numbers_of_rows_lie_on_a_line():
-    costs = Costs({1: 2.0, 2: 2.2, 5: 3.4}, {"small": 0.5})
+    costs = RoundCosts({1: 2.0, 2: 2.2, 5: 3.4, "small": 0.5})
     assert [costs.v(rows) for rows in (1, 2, 3, 5, 9)] == pytest.approx([1.0, 1.1, 1.3, 1.7, 1.7])
     assert (costs.c("small"), costs.c("lookup")) == (0.25, 0.0)
 
 
-@pytest.mark.parametrize(("batch", "sampling"), [(1, None), (3, None), (1, Sampling(temperature=1.0, seed=0))])
+@pytest.mark.parametrize(("batch", "sampling"), [(1, None), (3, None),
+                                                 (1, Sampling(temperature=1.0, seed=0))])
 def test_rows_hold_every_draft_on_every_prompt(batch, sampling):
     torch.manual_seed(0)
     model = Decoder(ModelConfig(SHAPE)).eval()
     drafts = {"lookup": PromptLookup(), "itself": ModelDraft(model), "exit": EarlyExit(model, 1),
               "other": ModelDraft(Decoder(ModelConfig(replace(SHAPE, L=1))).eval())}
     costs = measure_costs(model, drafts, 9, rows=(1, 4), batch=batch, repeats=1, sampling=sampling)
-    assert set(costs.reading) == {1, 4} and set(costs.drafting) == {"itself", "exit", "other"}
-    rows = compare(model, drafts, {"a": [1, 2, 3], "b": [4, 5]}, costs, gamma=3, max_tokens=14, sampling=sampling, batch=batch, repeats=1)
-    assert [(row.prompt, row.draft) for row in rows] == [(prompt, draft) for prompt in "ab" for draft in drafts]
+    assert set(costs.seconds) == {1, 4, "itself", "exit", "other"}
+    rows = compare_drafts(model, drafts, {"a": [1, 2, 3], "b": [4, 5]}, costs, gamma=3,
+                          max_tokens=14, sampling=sampling, batch=batch, repeats=1)
+    assert [(row.prompt, row.draft)
+            for row in rows] == [(prompt, draft) for prompt in "ab" for draft in drafts]
     for row in rows:
         assert row.identical is (None if sampling else True)
         assert row.measured > 0 and row.predicted > 0

@@ -10,7 +10,8 @@ import torch
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling
-from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup, SelfDraft, draft_named
+from clawdemy_infer.speculative import ModelDraft, PromptLookup
+from clawdemy_infer.variants.self_drafts import EarlyExit, SelfDraft, draft_named
 
 GREEDY = Sampling()
 
@@ -23,8 +24,9 @@ def copied(text, count=4, **sizes):
 
 @pytest.mark.parametrize(("text", "expected"), [
     ([1, 2, 3, 4, 5, 1, 2], [3, 4, 5, 1]),
-    ([1, 2, 7, 9, 2, 8, 1, 2], [7, 9, 2, 8]),               # two tokens that came before beat one that came later
-    ([5, 1, 5, 2, 5], [2, 5, 2, 5]),                        # of equals the latest, and the copy runs into itself
+    # two tokens that came before beat one that came later
+    ([1, 2, 7, 9, 2, 8, 1, 2], [7, 9, 2, 8]),
+    ([5, 1, 5, 2, 5], [2, 5, 2, 5]),  # of equals the latest, and the copy runs into itself
     ([6, 6], [6, 6, 6, 6]),
     ([1, 2, 3], []), ([4], []),
 ])
@@ -35,7 +37,8 @@ def test_prompt_lookup_copies_what_followed_the_longest_repetition(text, expecte
 def test_prompt_lookup_keeps_to_its_sizes_and_to_the_count():
     assert copied([1, 2, 3, 1], shortest=2) == []
     assert copied([1, 2, 3, 1, 2], shortest=2, count=1) == [3]
-    assert copied([9, 1, 2, 3, 4, 0, 9, 2, 3, 5, 1, 2, 3], longest=2, count=1) == [5]       # 1 2 3 would say 4
+    # 1 2 3 would say 4
+    assert copied([9, 1, 2, 3, 4, 0, 9, 2, 3, 5, 1, 2, 3], longest=2, count=1) == [5]
     with pytest.raises(ValueError, match="shortest=3, longest=2"):
         PromptLookup(2, 3)
 
@@ -59,20 +62,23 @@ def tiny(**changes):
 
 
 def test_q_is_what_the_tokens_were_drawn_from():
-    """20,000 sequences draw one token each from the same q, and its frequencies are q's; a filter's zeros are zeros in both."""
+    """20,000 sequences draw one token each from the same q, and its frequencies are q's; a filter's
+    zeros are zeros in both."""
     model, B = tiny(), 20_000
     draft, prompt = ModelDraft(model), [1, 2, 3]
     texts = dict.fromkeys(range(B), prompt)
     draft.begin(model, SimpleNamespace(capacity=5), texts)
     sampling = Sampling(temperature=0.8, top_k=4)
-    tokens, q = draft.propose(texts, dict.fromkeys(texts, 1), sampling, torch.Generator().manual_seed(0))
+    tokens, q = draft.propose(texts, dict.fromkeys(texts, 1), sampling,
+                              torch.Generator().manual_seed(0))
     assert q.shape == (B, 1, 11) and (q == q[0]).all()
     share = torch.bincount(torch.tensor(tokens)[:, 0], minlength=11) / B
     assert (share > 0).sum() == 4 and ((share - q[0, 0]).abs() <= 5 * (q[0, 0] / B).sqrt()).all()
 
 
 def test_a_draft_that_was_partly_rejected_goes_on_as_if_it_had_known():
-    """Proposals after a rejection, an acceptance of all and a round without a draft are those of a draft that begins there."""
+    """Proposals after a rejection, an acceptance of all and a round without a draft are those of a
+    draft that begins there."""
     model = tiny()
     old, text = ModelDraft(model), [1, 2, 3, 4]
     old.begin(model, SimpleNamespace(capacity=30), {0: text})
@@ -105,7 +111,8 @@ def test_a_draft_of_another_vocabulary_or_too_short_a_context_is_refused():
 
 
 def test_a_copy_of_the_target_guesses_from_the_targets_own_keys_and_values():
-    """Where they are in one piece and of its dtype; it leaves them as they were, and goes on from them whatever fell."""
+    """Where they are in one piece and of its dtype; it leaves them as they were, and goes on from
+    them whatever fell."""
     target, rough, text = tiny(), tiny(), [1, 2, 3, 4]
     with torch.no_grad():
         rough.layers[0].down.weight.mul_(1.5)
@@ -128,7 +135,8 @@ def test_a_copy_of_the_target_guesses_from_the_targets_own_keys_and_values():
 def test_an_exit_must_leave_layers_out_and_shares_those_it_keeps():
     model = tiny()
     draft = EarlyExit(model, 2)
-    assert [layer is mine for layer, mine in zip(model.layers, draft.model.layers, strict=False)] == [True, True]
+    assert [layer is mine
+            for layer, mine in zip(model.layers, draft.model.layers, strict=False)] == [True, True]
     for layers in (0, 3):
         with pytest.raises(ValueError, match=f"layers={layers}: 1 to 2 are accepted"):
             EarlyExit(model, layers)

@@ -1,7 +1,9 @@
-"""Speculative samples have the target's own distribution, and a test that says so must also be able to say no.
+"""Speculative samples have the target's own distribution, and a test that says so must also be able
+to say no.
 
-Chi-square tests in float64 on small vocabularies, of at least 20,000 rounds each, with `chi_square.FALSE_ALARM` as the chance
-that a correct sampler fails. Every planted bug must fail by far more than that.
+Chi-square tests in float64 on small vocabularies, of at least 20,000 rounds each, with
+`chi_square.FALSE_ALARM` as the chance that a correct sampler fails. Every planted bug must fail by
+far more than that.
 """
 
 import copy
@@ -14,30 +16,42 @@ from chi_square import FALSE_ALARM, Chain, Lengths, p_value, triple_chances, tri
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import PagedCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, probabilities
-from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup, Proposal, SelfDraft, Verdict, speculate_batch, verify
+from clawdemy_infer.speculative import (
+    ModelDraft,
+    PromptLookup,
+    Proposal,
+    Verdict,
+    speculate_batch,
+    verify,
+)
+from clawdemy_infer.variants.self_drafts import EarlyExit, SelfDraft
 
 V, G, ROUNDS = 7, 3, 40_000
 FILTERS = {
-    "none": {}, "cold": {"temperature": 0.4}, "hot": {"temperature": 2.5}, "top-k": {"top_k": 3}, "top-p": {"top_p": 0.7},
-    "min-p": {"min_p": 0.15}, "all": {"temperature": 1.3, "top_k": 5, "top_p": 0.9, "min_p": 0.05},
+    "none": {}, "cold": {"temperature": 0.4}, "hot": {"temperature": 2.5}, "top-k": {"top_k": 3},
+    "top-p": {"top_p": 0.7}, "min-p": {"min_p": 0.15},
+    "all": {"temperature": 1.3, "top_k": 5, "top_p": 0.9, "min_p": 0.05},
 }
-each_filter = pytest.mark.parametrize("sampling", [Sampling(**{"temperature": 1.0} | each) for each in FILTERS.values()], ids=FILTERS)
+each_filter = pytest.mark.parametrize(
+    "sampling", [Sampling(**{"temperature": 1.0} | each) for each in FILTERS.values()], ids=FILTERS)
 
 
 # ---- the rule alone, over all rounds at once ----
 
 def chains(seed=0):
-    """Logits [V, V] of two Markov chains of first order: the target's, and those of a draft that resembles it."""
+    """Logits [V, V] of two Markov chains of first order: the target's, and those of a draft that
+    resembles it."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(V, V, generator=generator, dtype=torch.float64)
     return target, target + torch.randn(V, V, generator=generator, dtype=torch.float64)
 
 
 def play(sampling, verify=verify, drawn=None, ragged=False):
-    """The first two tokens after token 0 of `ROUNDS` texts, by speculation: [ROUNDS, 2]. The draft draws as `drawn` says, and
-    claims to draw as `sampling` says."""
+    """The first two tokens after token 0 of `ROUNDS` texts, by speculation: [ROUNDS, 2]. The draft
+    draws as `drawn` says, and claims to draw as `sampling` says."""
     target, draft = chains()
-    p, q, really = probabilities(target, sampling), probabilities(draft, sampling), probabilities(draft, drawn or sampling)
+    p, q, really = probabilities(target, sampling), probabilities(draft, sampling), probabilities(
+        draft, drawn or sampling)
     generator = torch.Generator().manual_seed(1)
     at = torch.zeros(ROUNDS, dtype=torch.int64)
     texts = torch.full((ROUNDS, 2 * (G + 1)), -1)
@@ -45,7 +59,8 @@ def play(sampling, verify=verify, drawn=None, ragged=False):
     for _ in range(2):                                  # a round brings one token at least
         drafted = [at]
         for _ in range(G):
-            drafted.append(torch.multinomial(really[drafted[-1]], 1, generator=generator).squeeze(-1))
+            drafted.append(
+                torch.multinomial(really[drafted[-1]], 1, generator=generator).squeeze(-1))
         drafted = torch.stack(drafted, 1)
         counts = torch.arange(ROUNDS) % (G + 1) if ragged else torch.full((ROUNDS,), G)
         verdict = verify(p[drafted], q[drafted[:, :-1]], drafted[:, 1:], counts, generator)
@@ -77,7 +92,8 @@ def test_tokens_and_pairs_are_distributed_as_the_targets_own(sampling, ragged):
 def test_a_draft_may_be_certain_of_what_it_says():
     p = probabilities(chains()[0], Sampling(temperature=1.0))[:1].expand(ROUNDS, 2, V)
     drafted = (torch.arange(ROUNDS) % V)[:, None]
-    verdict = verify(p, None, drafted, torch.ones(ROUNDS, dtype=torch.int64), torch.Generator().manual_seed(0))
+    verdict = verify(p, None, drafted, torch.ones(ROUNDS, dtype=torch.int64),
+                     torch.Generator().manual_seed(0))
     first = torch.where(verdict.accepted == 1, drafted[:, 0], verdict.token)
     assert p_value(torch.bincount(first, minlength=V), p[0, 0]) > FALSE_ALARM
 
@@ -92,7 +108,8 @@ def residual_dropped(p, q, drafted, counts, generator):
 def bonus_off_by_one(p, q, drafted, counts, generator):
     """Draw the bonus from the row before its own."""
     accepted, token = verify(p, q, drafted, counts, generator)
-    early = torch.multinomial(p[torch.arange(len(p)), accepted - (accepted == counts).long()], 1, generator=generator).squeeze(-1)
+    early = torch.multinomial(p[torch.arange(len(p)), accepted - (accepted == counts).long()], 1,
+                              generator=generator).squeeze(-1)
     return Verdict(accepted, torch.where(accepted == counts, early, token))
 
 
@@ -110,7 +127,8 @@ def test_a_planted_bug_is_seen_in_one_token(bug):
 
 
 def test_a_bonus_from_the_wrong_row_is_seen_in_what_follows():
-    """It is the last token of a round: the first token of a text never shows it, and with G = 3 few pairs do. So bring only one."""
+    """It is the last token of a round: the first token of a text never shows it, and with G = 3 few
+    pairs do. So bring only one."""
     def one_drafted(*arguments):
         p, q, drafted, counts, generator = arguments
         return bonus_off_by_one(p, q, drafted, counts.clamp(max=1), generator)
@@ -123,7 +141,8 @@ def test_where_p_and_q_agree_but_for_rounding_there_is_still_a_token():
     p = torch.tensor([[[0.25, 0.75, 0.0]]]).expand(1000, 2, 3)
     q = p[:, :1] * (1 + 2e-7)                           # the residual is 0 everywhere
     drafted = torch.ones(1000, 1, dtype=torch.int64)
-    verdict = verify(p * 0.5, q, drafted, torch.ones(1000, dtype=torch.int64), torch.Generator().manual_seed(0))
+    verdict = verify(p*0.5, q, drafted, torch.ones(1000, dtype=torch.int64),
+                     torch.Generator().manual_seed(0))
     assert 0 < verdict.accepted.float().mean() < 1 and set(verdict.token.tolist()) == {0, 1}
 
 
@@ -141,13 +160,15 @@ TARGET = Chain(4, seed=3)
 LOOP = {"temperature": 1.2, "min_p": 0.1}
 IN_THE_LOOP = Sampling(**LOOP)
 DRAFTS = {
-    "lookup": lambda: PromptLookup(), "second model": lambda: ChainDraft(Chain(4, seed=4, near=TARGET)),
+    "lookup": lambda: PromptLookup(),
+    "second model": lambda: ChainDraft(Chain(4, seed=4, near=TARGET)),
     "itself": lambda: ChainDraft(Chain(4, seed=3)),
 }
 
 
 def loop_p_value(draft, batch, least, sampling=IN_THE_LOOP):
-    """Of all tokens after all pairs, in texts from batches of this size, until there were so many rounds."""
+    """Of all tokens after all pairs, in texts from batches of this size, until there were so many
+    rounds."""
     texts, rounds = [], 0
     while rounds < least:
         prompts, seeded = [[0, i % 4] for i in range(batch)], replace(sampling, seed=rounds)
@@ -168,7 +189,8 @@ def test_the_loop_draws_from_the_target_whatever_the_draft(draft, batch, least):
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_the_loop_draws_from_the_target_through_every_filter(draft, batch, sampling):
-    """The table: at least 20,000 rounds for each draft, filter and batch; single tokens and pairs are margins of these triples."""
+    """The table: at least 20,000 rounds for each draft, filter and batch; single tokens and pairs
+    are margins of these triples."""
     assert loop_p_value(DRAFTS[draft](), batch, 20_000, sampling) > FALSE_ALARM
 
 
@@ -182,7 +204,8 @@ class Boasting(ChainDraft):
     """Draws at its own temperature, and claims another."""
 
     def propose(self, texts, counts, sampling, generator):
-        tokens, q = super().propose(texts, counts, Sampling(**LOOP | {"temperature": 0.8}), generator)
+        tokens, q = super().propose(texts, counts, Sampling(**LOOP | {"temperature": 0.8}),
+                                    generator)
         claimed = q if q is None else q ** (0.8 / LOOP["temperature"])
         return Proposal(tokens, q if q is None else claimed / claimed.sum(-1, keepdim=True))
 
@@ -207,13 +230,15 @@ def rounded(model):
     return rough
 
 
-@pytest.mark.parametrize(("keeper", "dtype", "draft"), [
-    ("contiguous", torch.float64, lambda model: EarlyExit(model, 1)), ("paged", torch.float32, lambda model: EarlyExit(model, 1)),
-    ("contiguous", torch.float64, lambda model: SelfDraft(rounded(model))),
-    ("paged", torch.float32, lambda model: SelfDraft(rounded(model))),
-], ids=["exit", "exit, paged", "rounded self", "rounded self, paged"])
+@pytest.mark.parametrize(("keeper", "dtype", "draft"),
+                         [("contiguous", torch.float64, lambda model: EarlyExit(model, 1)),
+                          ("paged", torch.float32, lambda model: EarlyExit(model, 1)),
+                          ("contiguous", torch.float64, lambda model: SelfDraft(rounded(model))),
+                          ("paged", torch.float32, lambda model: SelfDraft(rounded(model))), ],
+                         ids=["exit", "exit, paged", "rounded self", "rounded self, paged"])
 def test_a_draft_on_the_targets_own_cache_leaves_its_distribution_as_it_is(keeper, dtype, draft):
-    """A random decoder of three layers. All triples of tokens after one prompt, against the product of its conditional chances."""
+    """A random decoder of three layers. All triples of tokens after one prompt, against the product
+    of its conditional chances."""
     shape = ModelShape(name="tiny", L=3, D=8, N=2, K=1, H=4, F=16, V=5, tied=False)
     torch.manual_seed(0)
     model = Decoder(ModelConfig(shape)).to(dtype).eval()
@@ -223,9 +248,10 @@ def test_a_draft_on_the_targets_own_cache_leaves_its_distribution_as_it_is(keepe
     sampling, prompt, texts, rounds = Sampling(temperature=1.0, min_p=0.05), [1, 2], [], 0
     while rounds < 5_000:
         batch = 1000
-        cache = "contiguous" if keeper == "contiguous" else PagedCache.for_model(model, batch, 8, block_size=4)
+        cache = "contiguous" if keeper == "contiguous" else PagedCache.for_model(
+            model, batch, 8, block_size=4)
         seeded = Sampling(temperature=1.0, min_p=0.05, seed=rounds)
-        done = speculate_batch(model, [prompt] * batch, draft(model), 3, seeded, gamma=2, cache=cache)
+        done = speculate_batch(model, [prompt]*batch, draft(model), 3, seeded, gamma=2, cache=cache)
         texts += [each.tokens for each in done]
         rounds += sum(len(each.rounds) for each in done)
     chances = triple_chances(model, prompt, 5, sampling)

@@ -1,15 +1,26 @@
-"""Speculative decoding with the real model: greedy tokens are those of plain decoding, whoever drafts and however keys are kept."""
+"""Speculative decoding with the real model: greedy tokens are those of plain decoding, whoever
+drafts and however keys are kept."""
 
 import json
 
 import pytest
 
-from clawdemy_infer import cli
+from clawdemy_infer.cli import main as cli
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
 from clawdemy_infer.model import Sampling, generate
-from clawdemy_infer.speculative import EarlyExit, ModelDraft, PromptLookup, Proposal, draft_named, speculate, speculate_batch
+from clawdemy_infer.speculative import (
+    ModelDraft,
+    PromptLookup,
+    Proposal,
+    speculate,
+    speculate_batch,
+)
+from clawdemy_infer.variants.self_drafts import EarlyExit, draft_named
 
-PROMPTS = ["The capital of France is", "def area(r):\n    return 3.14 * r * r\n\ndef area(", "red, green, blue, red, green, blue, red,"]
+PROMPTS = [
+    "The capital of France is", "def area(r):\n    return 3.14 * r * r\n\ndef area(",
+    "red, green, blue, red, green, blue, red,"
+]
 TOKENS = 11
 
 
@@ -53,13 +64,15 @@ def test_greedy_tokens_of_a_ragged_batch_in_pages_are_those_of_plain_decoding(sm
 def test_greedy_tokens_of_one_sequence_are_those_of_plain_decoding(smollm, plain, draft):
     alone = speculate(smollm, PROMPTS[1], draft, TOKENS, gamma=4)
     assert alone.tokens == plain[1].tokens
-    assert sum(each.accepted + 1 for each in alone.rounds) == TOKENS - 1     # the first came from the prefill
+    # the first came from the prefill
+    assert sum(each.accepted + 1 for each in alone.rounds) == TOKENS - 1
 
 
 def test_a_draft_that_is_right_brings_all_its_tokens_and_one_more(smollm, plain):
     result = speculate(smollm, PROMPTS[0], oracle(plain[:1]), TOKENS, gamma=3)
     assert result.tokens == plain[0].tokens
-    assert [(len(each.drafted), each.accepted) for each in result.rounds] == [(3, 3), (3, 3), (1, 1)]
+    assert [(len(each.drafted), each.accepted) for each in result.rounds] == [(3, 3), (3, 3),
+                                                                              (1, 1)]
     assert [each.token for each in result.rounds] == [result.tokens[i] for i in (4, 8, 10)]
 
 
@@ -87,9 +100,11 @@ def test_a_stop_string_inside_an_accepted_run_ends_the_text_before_it(smollm, pl
     stop = plain[0].text[3:17]
     expected = generate(smollm, PROMPTS[0], TOKENS, stop=stop)
     pieces = []
-    result = speculate(smollm, PROMPTS[0], oracle(plain[:1]), TOKENS, gamma=12, stop=stop, on_token=pieces.append)
+    result = speculate(smollm, PROMPTS[0], oracle(plain[:1]), TOKENS, gamma=12, stop=stop,
+                       on_token=pieces.append)
     assert result.rounds[0].accepted == TOKENS - 2           # it could have gone on
-    assert (result.text, result.tokens, result.finish_reason) == (expected.text, expected.tokens, "stop")
+    assert (result.text, result.tokens, result.finish_reason) == (expected.text, expected.tokens,
+                                                                  "stop")
     assert "".join(pieces) == result.text
 
 
@@ -99,7 +114,8 @@ def test_an_end_of_sequence_token_inside_an_accepted_run_ends_the_text(smollm):
     assert expected.finish_reason == "eos"
     beyond = Oracle([[*ids, *expected.tokens, 5, 5, 5]])
     result = speculate(smollm, ids, beyond, 60, gamma=len(expected.tokens) + 2)
-    assert (result.tokens, result.text, result.finish_reason) == (expected.tokens, expected.text, "eos")
+    assert (result.tokens, result.text, result.finish_reason) == (expected.tokens, expected.text,
+                                                                  "eos")
     assert len(result.rounds) == 1
 
 
@@ -107,16 +123,16 @@ def test_an_end_of_sequence_token_inside_an_accepted_run_ends_the_text(smollm):
 def test_the_context_can_be_filled_to_its_last_token_and_no_further(smollm, name):
     from dataclasses import replace
 
-    from clawdemy_infer.model.pruning import without_layers
+    from clawdemy_infer.variants.pruning import without_layers
 
-    small = without_layers(smollm, range(6, 30))            # a model of its own with a short context
+    small = without_layers(smollm, range(6, 30))  # a model of its own with a short context
     small.config = replace(small.config, shape=replace(small.config.shape, max_context=24))
     draft = ModelDraft(small) if name == "itself" else EarlyExit(small, 5)
     prompt = [17, 4, 998, 17, 4]
     expected = generate(small, prompt, 19)
     assert len(expected.tokens) == 19
     tables = BlockTables(BlockPool(3, 8))                   # and not a block more than that
-    cache = PagedCache.over(small, tables, 24, attention="gather")
+    cache = PagedCache.over(small, tables, 24)
     cache.add(0)
     assert speculate(small, prompt, draft, 19, gamma=5, cache=cache).tokens == expected.tokens
     with pytest.raises(ValueError, match="together 25, but the model's context is 24"):
@@ -125,7 +141,8 @@ def test_the_context_can_be_filled_to_its_last_token_and_no_further(smollm, name
 
 def test_sampling_from_a_seed_can_be_repeated(smollm, draft):
     def sampled(seed):
-        return speculate(smollm, PROMPTS[0], draft, 5, Sampling(temperature=0.9, top_k=40, seed=seed)).tokens
+        return speculate(smollm, PROMPTS[0], draft, 5, Sampling(temperature=0.9, top_k=40,
+                                                                seed=seed)).tokens
 
     assert sampled(3) == sampled(3)
 
@@ -150,18 +167,22 @@ def test_an_interrupt_keeps_text_and_cache_in_step(smollm, plain):
         if len(shown) == 4:
             raise KeyboardInterrupt
 
-    result = speculate(smollm, PROMPTS[0], oracle(plain[:1]), TOKENS, gamma=8, cache=cache, on_token=impatient)
-    assert result.finish_reason == "interrupted" and result.tokens == plain[0].tokens[:len(result.tokens)]
+    result = speculate(smollm, PROMPTS[0], oracle(plain[:1]), TOKENS, gamma=8, cache=cache,
+                       on_token=impatient)
+    assert result.finish_reason == "interrupted" and result.tokens == plain[0].tokens[:len(result.
+                                                                                           tokens)]
     assert cache.lengths[0] == len(result.prompt_tokens) + len(result.tokens) - 1
     rest = generate(smollm, result.tokens[-1:], TOKENS - len(result.tokens), cache=cache)
     assert result.tokens + rest.tokens == plain[0].tokens
 
 
-@pytest.mark.parametrize(("prompt", "arguments", "message"), [
-    ("", {}, "prompt is empty"), ("hi", {"gamma": -1}, "gamma=-1"), ("hi", {"max_tokens": 0}, "max_tokens=0"),
-    ("hi", {"cache": "window"}, "cache='window': speculation takes tokens back; accepted are contiguous, paged"),
-    ("hi", {"stop": ""}, "stop="), ([3, 49152], {}, "tokens hold 49152"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "message"),
+    [("", {}, "prompt is empty"), ("hi", {"gamma": -1}, "gamma=-1"),
+     ("hi", {"max_tokens": 0}, "max_tokens=0"),
+     ("hi", {"cache": "window"
+             }, "cache='window': speculation takes tokens back; accepted are contiguous, paged"),
+     ("hi", {"stop": ""}, "stop="), ([3, 49152], {}, "tokens hold 49152"), ])
 def test_what_cannot_be_generated_is_refused_by_value(smollm, prompt, arguments, message):
     with pytest.raises(ValueError, match=message):
         speculate(smollm, prompt, PromptLookup(), **arguments)
@@ -175,8 +196,11 @@ def test_a_cache_that_holds_tokens_already_is_refused(smollm):
 
 
 def test_the_command_speculates_and_lists_its_rounds(smollm, plain, monkeypatch, capsys):
-    monkeypatch.setattr("clawdemy_infer.model.load_model", lambda *_, **__: smollm)
-    line = ["generate", "--prompt", PROMPTS[2], "--max-tokens", str(TOKENS), "--draft", "lookup", "--gamma", "3"]
+    monkeypatch.setattr("clawdemy_infer.files.load_model", lambda *_, **__: smollm)
+    line = [
+        "generate", "--prompt", PROMPTS[2], "--max-tokens",
+        str(TOKENS), "--draft", "lookup", "--gamma", "3"
+    ]
     assert cli.main([*line, "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert out["tokens"] == plain[2].tokens
@@ -188,4 +212,5 @@ def test_the_command_speculates_and_lists_its_rounds(smollm, plain, monkeypatch,
 def test_the_command_refuses_an_unknown_draft_before_it_loads_anything(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "--prompt", "a", "--draft", "magic"])
-    assert stop.value.code == 2 and "--draft: 'magic': accepted are lookup" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--draft: 'magic': accepted are lookup" in capsys.readouterr(
+    ).err

@@ -5,11 +5,13 @@ import random
 import pytest
 
 from clawdemy_infer import catalog
-from clawdemy_infer.roofline import Machine
+from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.speculative import Round, theory
 
-# Leviathan et al. 2023, table 1: alpha, gamma, and the factors of operations and of speed with c = 0 and v = 1.
-TABLE_1 = [(0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71), (0.9, 10, 6.86)]
+# Leviathan et al. 2023, table 1: alpha, gamma, and the factors of operations and of speed with c =
+# 0 and v = 1.
+TABLE_1 = [(0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71),
+           (0.9, 10, 6.86)]
 
 
 @pytest.mark.parametrize(("alpha", "gamma", "speed"), TABLE_1)
@@ -29,17 +31,20 @@ def test_expected_tokens_with_an_alpha_for_each_position_are_those_of_dice():
 
 
 def test_the_ends_of_the_formula():
-    assert theory.expected_tokens(1.0, 7) == 8 and theory.expected_tokens(0.0, 7) == 1 == theory.expected_tokens(0.5, 0)
+    assert theory.expected_tokens(
+        1.0, 7) == 8 and theory.expected_tokens(0.0, 7) == 1 == theory.expected_tokens(0.5, 0)
     for alpha, gamma in ((1.1, 2), (-0.1, 2), ([0.5], 2), (0.5, -1)):
         with pytest.raises(ValueError, match="alpha=|gamma="):
             theory.expected_tokens(alpha, gamma)
 
 
 def test_the_best_gamma_falls_with_the_price_of_checking_and_is_0_where_nothing_pays():
-    assert theory.best_gamma(0.8, 0.0, lambda rows: 1.0, most=9) == 9           # free on both sides: as many as allowed
+    # free on both sides: as many as allowed
+    assert theory.best_gamma(0.8, 0.0, lambda rows: 1.0, most=9) == 9
     # By hand, alpha 0.5, c 0.1, v 1: 1, 1.5/1.1 = 1.364, 1.75/1.2 = 1.458, 1.875/1.3 = 1.442
     assert theory.best_gamma(0.5, 0.1, lambda rows: 1.0) == 2
-    assert theory.best_gamma(0.5, 0.1, lambda rows: 1 + 0.3 * (rows - 1)) == 1  # 1.5/1.4 = 1.07 and 1.75/1.8 = 0.97
+    # 1.5/1.4 = 1.07 and 1.75/1.8 = 0.97
+    assert theory.best_gamma(0.5, 0.1, lambda rows: 1 + 0.3 * (rows - 1)) == 1
     assert theory.best_gamma(0.5, 0.6, lambda rows: 1.0) == 0                   # 1.5/1.6
     assert theory.best_gamma([0.9, 0.9, 0.0], 0.1, lambda rows: 1.0) == 2
 
@@ -50,12 +55,14 @@ ROUNDS = [Round([1, 2, 3], 3, 4), Round([1, 2, 3], 1, 9), Round([5], 0, 6), Roun
 def test_alpha_is_counted_where_a_token_was_looked_at():
     assert theory.acceptance(ROUNDS) == [2 / 3, 1 / 2, 1.0]
     assert theory.mean_acceptance(ROUNDS) == 4 / 6
-    assert theory.mean_acceptance([Round([], 0, 7)]) != theory.mean_acceptance([Round([], 0, 7)])     # NaN
+    # NaN
+    assert theory.mean_acceptance([Round([], 0, 7)]) != theory.mean_acceptance([Round([], 0, 7)])
 
 
 def test_rounds_that_were_played_are_priced_each_at_its_own_size():
     v = {4: 1.5, 2: 1.2, 1: 1.0}.__getitem__
-    assert theory.speedup_of(ROUNDS, c=0.5, v=v) == pytest.approx((4 + 2 + 1 + 1) / (2 * (3 * 0.5 + 1.5) + (0.5 + 1.2) + 1.0))
+    assert theory.speedup_of(ROUNDS, c=0.5, v=v) == pytest.approx(
+        (4 + 2 + 1 + 1)/(2*(3*0.5 + 1.5) + (0.5 + 1.2) + 1.0))
 
 
 def test_a_verification_streams_the_weights_once_and_names_every_row():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from clawdemy_infer.ledger import Row
-from clawdemy_infer.tables import Table, ledger_table, si
+from clawdemy_infer.lesson.ledger import LedgerRow
+from clawdemy_infer.lesson.tables import Table, ledger_table, si
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,8 @@ def test_a_quantity_reads_with_three_figures_and_its_prefix(value, unit, said):
 
 
 def test_a_table_lines_up_as_text_and_escapes_as_html():
-    table = Table(["what", "time"], [["<b>[bold]", "1.00 s"], ["x", "100 s"]], numeric=["time"], title="A & B")
+    table = Table(["what", "time"], [["<b>[bold]", "1.00 s"], ["x", "100 s"]], numeric=["time"],
+                  title="A & B")
     assert repr(table).splitlines()[-2:] == ["<b>[bold]   1.00 s", "x            100 s"]
     html = table._repr_html_()
     assert "&lt;b&gt;[bold]" in html and "A &amp; B" in html
@@ -43,9 +44,14 @@ def test_a_table_lines_up_as_text_and_escapes_as_html():
 
 
 def test_a_ledger_table_leaves_out_what_no_row_fills():
-    napkin_only = Row("01 counting", "TTFT", "s", napkin=0.2)
+    napkin_only = LedgerRow("01 counting", "TTFT", "s", napkin=0.2)
     assert ledger_table([napkin_only]).header == ["quantity", "napkin", "measured"]
-    full = Row("01 counting", "TTFT", "s", napkin=0.2, predicted=0.25, measured=0.3, guess=1.0, why="fixed cost")
+    full = LedgerRow("01 counting", "TTFT", "s", napkin=0.2, predicted=0.25, measured=0.3,
+                     guess=1.0, why="fixed cost")
     table = ledger_table([napkin_only, full], lessons=True)
-    assert table.header == ["lesson", "quantity", "guess", "napkin", "roofline", "measured", "÷ napkin", "÷ roofline", "why"]
-    assert table.rows[1] == ("01 counting", "TTFT", "1.00 s", "200 ms", "250 ms", "300 ms", "1.50", "1.20", "fixed cost")
+    assert table.header == [
+        "lesson", "quantity", "guess", "napkin", "roofline", "measured", "÷ napkin", "÷ roofline",
+        "why"
+    ]
+    assert table.rows[1] == ("01 counting", "TTFT", "1.00 s", "200 ms", "250 ms", "300 ms", "1.50",
+                             "1.20", "fixed cost")

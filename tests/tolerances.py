@@ -1,8 +1,9 @@
 """The one table of tolerances: how far logits may lie from the reference, by dtype.
 
-For logits with a standard deviation near 1; divide others by theirs first. The order of additions and of roundings is free,
-and so two correct computations in bf16 (8 bits) differ by a hundredth in the mean, and by ten times that in the worst of a
-million logits. Such a bound lets mistakes pass: a test in bf16 also asks who is nearer to fp32.
+For logits with a standard deviation near 1; divide others by theirs first. The order of additions
+and of roundings is free, and so two correct computations in bf16 (8 bits) differ by a hundredth in
+the mean, and by ten times that in the worst of a million logits. Such a bound lets mistakes pass: a
+test in bf16 also asks who is nearer to fp32.
 """
 
 import torch

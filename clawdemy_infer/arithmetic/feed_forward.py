@@ -1,10 +1,9 @@
-"""The feed-forward half of a layer: one MLP for every token, or many experts of which each token takes a few.
+"""The feed-forward half of a layer: an MLP for every token, or experts of which each takes a few.
 
-Gated MLPs: Shazeer 2020. Mixture of experts: Shazeer et al. 2017, Jiang et al. 2024 (Mixtral); shared experts: Dai et al. 2024.
-`parameters(tokens)` counts the numbers that so many tokens touch: all of an MLP, but of the experts only some.
+Gated MLPs: Shazeer 2020. Mixture of experts: Shazeer et al. 2017, Jiang et al. 2024 (Mixtral);
+shared experts: Dai et al. 2024. `parameters(tokens)` counts the numbers that `tokens` tokens are
+expected to touch: all of an MLP, of the experts only some; for None, all of them.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -34,15 +33,15 @@ class MLP:
         return run.elementwise(name, arrays * rows * self.F)
 
     def work(self, run: Pass) -> list[Work]:
-        return [*(run.matmul(name, k, n) for name, (k, n) in self.matrices().items()), self.activation(run, run.tokens)]
+        products = [run.matmul(name, k, n) for name, (k, n) in self.matrices().items()]
+        return [*products, self.activation(run, run.tokens)]
 
 
 @dataclass(frozen=True)
 class MoE:
-    """`active` of `experts` for each token, of width F (None: the model's F), and one more of width `shared` for all of them.
-
-    The first `first_dense` layers have a plain MLP; after them every `every`-th has experts, counted from layer `offset`.
-    `shared_gate`: each token weighs the shared expert by one number (Qwen2-MoE).
+    """`active` of `experts` for each token, of width F (None: the model's F), and one more of width
+    `shared` for all of them, which a number weighs where there is a `shared_gate` (Qwen2-MoE). The
+    first `first_dense` layers have a plain MLP; then every `every`-th, from `offset`, has experts.
     """
 
     experts: int
@@ -64,14 +63,14 @@ class MoE:
         return index >= self.first_dense and index % self.every == self.offset
 
     def touched(self, tokens: float) -> float:
-        """Distinct experts that `tokens` tokens need, if each chooses evenly: an expert is missed by all of them with
-        probability (1 - active/experts)^tokens."""
+        """Distinct experts that `tokens` tokens need, if each chooses evenly: all miss an expert
+        with probability (1 - active/experts)^tokens."""
         return self.experts * (1 - (1 - self.active / self.experts) ** tokens)
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A router and its experts in a model of width D. The experts' biases are those of "gate_up" and "down"; "router" has its own."""
+    """A router and its experts. `biases`: the experts' "gate_up" and "down", and "router"."""
 
     D: int
     F: int
@@ -87,26 +86,25 @@ class Experts:
         return MLP(self.D, self.moe.shared) if self.moe.shared else None
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Those a token is multiplied by: the router's, and one expert's as wide as all its active ones together."""
+        """Those a token meets: the router's, and one expert's as wide as all its active ones."""
         active = MLP(self.D, self.moe.active * self.F + self.moe.shared)
         return {"router": (self.D, self.moe.experts)} | active.matrices()
 
     def parameters(self, tokens: int | None = None) -> float:
-        """The numbers that `tokens` tokens are expected to touch; all of them for None."""
         moe = self.moe
-        router = self.D * moe.experts + moe.experts * ("router" in self.biases) + self.D * moe.shared_gate
+        router = (self.D + ("router" in self.biases)) * moe.experts + self.D * moe.shared_gate
         read = moe.experts if tokens is None else moe.touched(tokens)
-        return router + read * self.expert.parameters() + (self.shared.parameters() if self.shared else 0)
+        shared = self.shared.parameters() if self.shared else 0
+        return router + read * self.expert.parameters() + shared
 
     def work(self, run: Pass) -> list[Work]:
-        """Each token's rows go to its experts: `active` rows a token, spread over the experts touched, each of which is read once."""
-        moe, rows = self.moe, run.tokens * self.moe.active
-        touched = moe.touched(run.tokens)
-        # M is what one expert sees: its weights are read for so few rows, however large the batch.
-        each = [matmul(max(1, rows / touched), k, n, f"expert {name}", run.weights, run.activations)
+        """Each token sends `active` rows to its experts. Those touched are read once each."""
+        moe, rows, touched = self.moe, run.tokens * self.moe.active, self.moe.touched(run.tokens)
+        m = max(1, rows / touched)                          # rows of one expert
+        each = [matmul(m, k, n, f"expert {name}", run.weights, run.activations) * touched
                 for name, (k, n) in self.expert.matrices().items()]
-        shared = [op._replace(name=f"shared {op.name}") for op in self.shared.work(run)] \
-            if self.shared else []
-        router, gate = run.matmul("router", self.D, moe.experts), self.expert.activation(run, rows)
-        combine = run.elementwise("combine", (moe.active + 1) * run.tokens * self.D)     # read `active` outputs, write their sum
-        return [router, *(op * touched for op in each), gate, *shared, combine]
+        gate = self.expert.activation(run, rows)
+        shared = [op._replace(name=f"shared {op.name}")
+                  for op in (self.shared.work(run) if self.shared else [])]
+        combine = run.elementwise("combine", (moe.active + 1) * run.tokens * self.D)    # a sum
+        return [run.matmul("router", self.D, moe.experts), *each, gate, *shared, combine]

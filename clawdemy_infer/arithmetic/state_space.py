@@ -1,13 +1,13 @@
-"""State-space mixers: a state of fixed size instead of a cache that grows. Mamba (Gu and Dao 2023), Mamba-2 (Dao and Gu 2024).
+"""State-space mixers: a state of fixed size instead of a cache that grows. Mamba (Gu and Dao 2023),
+Mamba-2 (Dao and Gu 2024).
 
-    h_t = a_t h_{t-1} + (dt_t x_t) B_t      for each of `inner` channels, a vector of `state` numbers
+    h_t = a_t h_{t-1} + (dt_t x_t) B_t      for each of `inner` channels, `state` numbers
     y_t = C_t · h_t
 
-A short convolution over the last `conv` tokens goes before it. Mamba computes dt, B and C from each channel's input by two
-thin matrices, and a_t differs for every state; Mamba-2 takes all from one product, with one a_t for a head of channels.
+A short convolution over the last `conv` tokens goes before it. Mamba computes dt, B and C from each
+channel's input by two thin matrices, and a_t differs for every state; Mamba-2 takes all from one
+product, with one a_t for a head of channels.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -16,8 +16,9 @@ from clawdemy_infer.arithmetic.work import Pass, Work, element_bytes
 
 @dataclass(frozen=True)
 class SSM:
-    """`inner` channels, `state` numbers for each, a convolution over `conv` tokens. Mamba has `dt_rank`, the width through which
-    dt comes; Mamba-2 has `heads`, and `groups` that share B and C. `norms`: dt, B and C are normed (Jamba)."""
+    """`inner` channels, `state` numbers for each, a convolution over `conv` tokens. Mamba has
+    `dt_rank`, the width through which dt comes; Mamba-2 has `heads`, and `groups` that share B and
+    C. `norms`: dt, B and C are normed (Jamba)."""
 
     inner: int
     state: int
@@ -29,7 +30,8 @@ class SSM:
 
     def __post_init__(self) -> None:
         if bool(self.dt_rank) == bool(self.heads):
-            raise ValueError(f"dt_rank={self.dt_rank}, heads={self.heads}: one of them is given; Mamba has a dt_rank, Mamba-2 has heads")
+            raise ValueError(f"dt_rank={self.dt_rank}, heads={self.heads}: one of them is given; "
+                             "Mamba has a dt_rank, Mamba-2 has heads")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class StateSpace:
         D, s = self.D, self.ssm
         if s.heads:
             return {"in": (D, s.inner + self._conv_channels + s.heads), "out": (s.inner, D)}
-        return {"in": (D, 2 * s.inner), "x": (s.inner, s.dt_rank + 2 * s.state), "dt": (s.dt_rank, s.inner), "out": (s.inner, D)}
+        return {"in": (D, 2 * s.inner), "x": (s.inner, s.dt_rank + 2 * s.state),
+                "dt": (s.dt_rank, s.inner), "out": (s.inner, D)}
 
     @property
     def _conv_channels(self) -> int:
@@ -53,14 +56,11 @@ class StateSpace:
 
     def parameters(self) -> int:
         s = self.ssm
-        vectors = self._conv_channels * (s.conv + 1)                    # the convolution and its bias
-        # Mamba-2: A, D and the bias of dt by head, and a norm. Mamba: A by state, D and the bias of dt by channel.
+        vectors = self._conv_channels * (s.conv + 1)                    # and its bias
+        # Mamba-2: A, D and dt's bias by head, and a norm. Mamba: A by state, D and dt's bias.
         vectors += 3 * s.heads + s.inner if s.heads else s.inner * (s.state + 2)
         vectors += s.norms * (s.dt_rank + 2 * s.state)
         return sum(k * n for k, n in self.matrices().values()) + vectors
-
-    def kept_tokens(self, S: int) -> int:
-        return 0
 
     def kept(self, S: int) -> int:
         """The state, and the last inputs of the convolution: the same for every S."""
@@ -71,16 +71,15 @@ class StateSpace:
         return [*products, self.scan(run)]
 
     def scan(self, run: Pass) -> Work:
-        """Convolution and recurrence, token by token: the fewest FLOPs. Kernels that go by chunks do more of them, as products.
+        """Convolution and recurrence, token by token. Kernels that go by chunks do more FLOPs.
 
-        FLOPs for each token: 2·conv a convolved channel, and for each state 1 for a·h, 2 to add x·B, 2 for C·h, and in Mamba
-        2 to make a = exp(dt·A); what is done once a channel is left out. Bytes: the state is read and written once in a pass, the
-        inputs once for each token.
-        """
+        FLOPs a token: 2·conv a convolved channel, and for each state 1 for a·h, 2 to add x·B, 2 for
+        C·h, and in Mamba 2 to make a = exp(dt·A). Bytes: the state is read and written once in a
+        pass, the inputs once for each token."""
         s, channels = self.ssm, self._conv_channels
         flops = run.tokens * (2 * s.conv * channels + (5 if s.heads else 7) * s.inner * s.state)
         state = 2 * run.B * self.kept(run.S) * element_bytes("kv", run.kv)
         # Channels with B and C, and dt and the gate in; y out.
         inputs = channels + (s.heads if s.heads else 2 * s.state + s.inner) + s.inner
-        return Work(flops, state + run.tokens * (inputs + s.inner) * element_bytes("activations", run.activations),
-                    "scan", run.activations, "scan", run.T)
+        moved = run.tokens * (inputs + s.inner) * element_bytes("activations", run.activations)
+        return Work(flops, state + moved, "scan", run.activations, "scan", run.T)

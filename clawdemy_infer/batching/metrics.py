@@ -1,28 +1,50 @@
-"""What a run was like: for each request, and for the whole. Seconds and bytes.
+"""What serving was like: for each request, and for the whole. Seconds and bytes.
 
     TTFT   time to first token: from arrival, so queueing is in it
-    TPOT   time per output token: (last - first) / (tokens - 1), the mean of one request; None for fewer than two tokens
-    ITL    inter-token latency: every single gap, of all requests together; a stall that TPOT averages away is seen here
+    TPOT   time per output token: (last - first) / (tokens - 1), the mean of one request
+    ITL    inter-token latency: every single gap; a stall that TPOT averages away is seen here
     E2E    from arrival to the last token
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
+from typing import NamedTuple
 
 import numpy as np
 
+from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.request import OUTCOMES, Sequence, State
 
 
 @dataclass(frozen=True)
 class SLO:
-    """A service level objective: a request is good if its first token came within `ttft_s` and the others, in the mean, within `tpot_s`."""
+    """A service level objective: the most seconds of TTFT, and of TPOT."""
 
-    ttft_s: float = float("inf")
-    tpot_s: float = float("inf")
+    ttft_s: float = inf
+    tpot_s: float = inf
+
+
+class StepRecord(NamedTuple):
+    """A step: sequences alive in it, tokens that counted and that were computed, blocks in use."""
+
+    start_s: float
+    end_s: float
+    sequences: int
+    tokens: int
+    computed: int
+    blocks: int
+
+    @classmethod
+    def of(cls, start_s: float, end_s: float, plan: Plan, emitted: Mapping[Sequence, Emission],
+           blocks: int) -> "StepRecord":
+        tokens = sum(plan.new.values())
+        computed = len(plan.padded[0]) * plan.padded[1] if plan.padded else tokens
+        if plan.num_draft_tokens:
+            tokens += sum(emission.num_tokens - 1 for emission in emitted.values())
+            computed += sum(emission.num_draft_tokens for emission in emitted.values())
+        return cls(start_s, end_s, len(plan.new), tokens, computed, blocks)
 
 
 def ttft(sequence: Sequence) -> float | None:
@@ -38,32 +60,32 @@ def tpot(sequence: Sequence) -> float | None:
 
 def e2e(sequence: Sequence) -> float | None:
     """Seconds from arrival to the end; None unless it finished."""
-    return sequence.token_times[-1] - sequence.arrival_s if sequence.state is State.FINISHED else None
+    finished = sequence.state is State.FINISHED
+    return sequence.token_times[-1] - sequence.arrival_s if finished else None
 
 
 def percentiles(name: str, values: Iterable[float | None]) -> dict[str, float | None]:
     """{name_p50, name_p95, name_p99}, by linear interpolation; of nothing, None."""
     values = [value for value in values if value is not None]
-    found = np.percentile(values, (50, 95, 99)) if len(values) else (None,) * 3
-    return {f"{name}_p{p}": None if value is None else float(value) for p, value in zip((50, 95, 99), found, strict=True)}
+    found = np.percentile(values, (50, 95, 99)).tolist() if values else (None,) * 3
+    return {f"{name}_p{p}": value for p, value in zip((50, 95, 99), found, strict=True)}
 
 
 class Report:
-    """A run that is over: its `sequences`, and its `steps` in order. There are none of a server that is only seen from outside: then what
-    concerns steps, batch and blocks is None in the summary."""
+    """What became of `sequences`, and the `steps` in their order. A server that is only seen from
+    outside has no steps: what concerns steps, batch and blocks is then None."""
 
-    def __init__(self, sequences: list[Sequence], steps: list, max_batch: int, blocks: int, block_bytes: float = 0.0,
-                 slo: SLO | None = None) -> None:
+    def __init__(self, sequences: list[Sequence], steps: list[StepRecord], max_batch: int,
+                 blocks: int, block_bytes: float = 0.0, slo: SLO | None = None) -> None:
         self.sequences, self.steps, self.slo = sequences, steps, slo or SLO()
         self.max_batch, self.blocks, self.block_bytes = max_batch, blocks, block_bytes
 
     @property
     def requests(self) -> list[dict]:
-        """A row for each request."""
-        return [{
-            "id": s.request.id, "outcome": str(s.state), "reason": s.reason, "ttft_s": ttft(s), "tpot_s": tpot(s), "e2e_s": e2e(s),
-            "tokens": s.generated, "prompt_tokens": s.prompt_tokens, "cached_tokens": s.cached, "preemptions": s.preemptions,
-        } for s in self.sequences]
+        return [{"id": s.request.id, "outcome": str(s.state), "reason": s.reason,
+                 "ttft_s": ttft(s), "tpot_s": tpot(s), "e2e_s": e2e(s), "tokens": s.generated,
+                 "prompt_tokens": s.prompt_tokens, "cached_tokens": s.num_cached_tokens,
+                 "preemptions": s.preemptions} for s in self.sequences]
 
     @cached_property
     def finished(self) -> list[Sequence]:
@@ -71,70 +93,51 @@ class Report:
 
     @cached_property
     def seconds(self) -> float:
-        """From the first arrival to the last step, or where there are no steps, to the last token."""
+        """From the first arrival to the last step; where there are no steps, to the last token."""
         arrivals = [sequence.arrival_s for sequence in self.sequences]
         if self.steps:
             return self.steps[-1].end_s - min([self.steps[0].start_s, *arrivals])
-        return max([s.token_times[-1] - min(arrivals) for s in self.sequences if s.token_times], default=0.0)
+        return max([s.token_times[-1] - min(arrivals) for s in self.sequences if s.token_times],
+                   default=0.0)
 
     def good(self, sequence: Sequence, slo: SLO | None = None) -> bool:
-        """Did it finish within the SLO, and by its deadline?"""
-        slo, deadline = slo or self.slo, sequence.request.deadline_s
-        return (sequence.state is State.FINISHED and ttft(sequence) <= slo.ttft_s and (tpot(sequence) or 0.0) <= slo.tpot_s
-                and (deadline is None or e2e(sequence) <= deadline))
+        """Did it finish within the SLO?"""
+        slo = slo or self.slo
+        return (sequence.state is State.FINISHED and ttft(sequence) <= slo.ttft_s
+                and (tpot(sequence) or 0.0) <= slo.tpot_s)
 
     def goodput(self, slo: SLO | None = None) -> float:
-        """Good requests per second (Zhong et al. 2024, DistServe). Without an SLO: all that finished by their deadlines."""
-        return sum(self.good(sequence, slo) for sequence in self.sequences) / self.seconds if self.seconds else 0.0
-
-    def gaps(self) -> np.ndarray:
-        """Every inter-token latency of every request."""
-        gaps = [np.diff(sequence.token_times) for sequence in self.sequences if len(sequence.token_times) > 1]
-        return np.concatenate(gaps) if gaps else np.empty(0)
+        """Good requests per second (Zhong et al. 2024, DistServe)."""
+        return self._rate(sum(self.good(sequence, slo) for sequence in self.sequences))
 
     @cached_property
     def summary(self) -> dict:
-        """The whole run in one dictionary."""
-        seconds = self.seconds
-        prompts = sum(sequence.prompt_tokens for sequence in self.finished)
-        outcomes = {str(state): sum(s.state is state for s in self.sequences) for state in OUTCOMES}
-
-        def rate(count: float) -> float:
-            return count / seconds if seconds else 0.0
-
+        sequences, prompts = self.sequences, sum(s.prompt_tokens for s in self.finished)
+        gaps = [gap for s in sequences for gap in np.diff(s.token_times)]
         return {
-            **outcomes, "seconds": seconds,
-            "requests_per_s": rate(len(self.finished)),
-            "output_tokens_per_s": rate(sum(sequence.generated for sequence in self.sequences)),
-            "input_tokens_per_s": rate(prompts),
-            **percentiles("ttft", map(ttft, self.sequences)), **percentiles("tpot", map(tpot, self.sequences)),
-            **percentiles("itl", self.gaps()), **percentiles("e2e", map(e2e, self.sequences)),
-            "goodput": self.goodput(), **self._of_steps,
-            "cached": sum(s.cached for s in self.finished) / prompts if prompts else 0.0,
-            "preemptions": sum(sequence.preemptions for sequence in self.sequences),
-            "drafted": sum(sequence.drafted for sequence in self.sequences),
-            "accepted": sum(sequence.accepted for sequence in self.sequences),
+            **{str(state): sum(s.state is state for s in sequences) for state in OUTCOMES},
+            "seconds": self.seconds, "requests_per_s": self._rate(len(self.finished)),
+            "output_tokens_per_s": self._rate(sum(s.generated for s in sequences)),
+            "input_tokens_per_s": self._rate(prompts), **percentiles("ttft", map(ttft, sequences)),
+            **percentiles("tpot", map(tpot, sequences)), **percentiles("itl", gaps),
+            **percentiles("e2e", map(e2e, sequences)), "goodput": self.goodput(), **self._of_steps,
+            "cached": sum(s.num_cached_tokens for s in self.finished) / prompts if prompts else 0.0,
+            **{name: sum(getattr(s, name) for s in sequences)
+               for name in ("preemptions", "drafted", "accepted")},
         }
+
+    def _rate(self, count: float) -> float:
+        return count / self.seconds if self.seconds else 0.0
 
     @property
     def _of_steps(self) -> dict:
-        steps = self.steps
-        if not steps:
-            return dict.fromkeys(("steps", "busy", "occupancy", "wasted", "kv_usage", "kv_peak_bytes"))
-        busy = sum(step.end_s - step.start_s for step in steps)
-        computed = sum(step.computed * step.steps for step in steps)
-        counted = sum(step.tokens * step.steps for step in steps)
-
-        def mean(values: Iterable[float]) -> float:
-            """Over the time that steps took."""
-            weighted = sum(value * (step.end_s - step.start_s) for value, step in zip(values, steps, strict=True))
-            return weighted / busy if busy else 0.0
-
-        return {
-            "steps": sum(step.steps for step in steps),
-            "busy": busy / self.seconds if self.seconds else 0.0,               # share of the time that somebody was served
-            "occupancy": mean(step.sequences / self.max_batch for step in steps),
-            "wasted": 1 - counted / computed,                                   # share of the computed tokens that was padding
-            "kv_usage": mean(step.blocks / self.blocks for step in steps),
-            "kv_peak_bytes": max(step.blocks for step in steps) * self.block_bytes,
-        }
+        names = "steps", "busy", "occupancy", "wasted", "kv_usage", "kv_peak_bytes"
+        if not self.steps:
+            return dict.fromkeys(names)
+        start, end, alive, counted, computed, blocks = np.array(self.steps).T
+        took, busy = end - start, float((end - start).sum())
+        occupancy, usage = (float(took @ (x / most) / busy) if busy else 0.0     # means over time
+                            for x, most in ((alive, self.max_batch), (blocks, self.blocks)))
+        wasted = float(1 - counted.sum() / computed.sum())          # share that was padding
+        return dict(zip(names, (len(took), self._rate(busy), occupancy, wasted, usage,
+                                int(blocks.max()) * self.block_bytes), strict=True))

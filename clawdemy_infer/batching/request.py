@@ -1,15 +1,15 @@
-"""A request, and the sequence that it becomes: what was asked for, and how far it has come. Standard library only."""
-
-from __future__ import annotations
+"""A request, and the `Sequence` it becomes when it is added: a request that is being served, in
+vLLM's word. What was asked for, and how far it has come. Standard library only."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import count
+from math import inf
 
 
 class State(StrEnum):
-    """Where a sequence stands. The last four are final, and are what a trace calls the outcome; only somebody else's server fails."""
+    """Where a sequence stands. The last four are final; only somebody else's server fails."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -28,15 +28,14 @@ class Request:
     """What somebody asks for: one line of a trace.
 
     prompt          token ids, or a text, or only how many tokens: the cost depends on nothing else
-    max_tokens      most tokens that may be generated; what it could need at most is checked on arrival
+    max_tokens      most tokens that may be generated
     arrival_s       seconds on the engine's clock; None: the moment it is added
-    output_tokens   how many tokens are generated, where a trace knows: neither an end-of-sequence token nor a stop ends it before
+    output_tokens   tokens that are generated, where a trace knows: nothing ends it before
     priority        0 goes before 1, with a policy that looks at it
-    deadline_s      seconds after arrival by which it should be finished: counted in the goodput, enforced by nobody
     sampling        a `model.Sampling`; None is greedy
     stop            texts that end it
 
-    Raises ValueError for numbers that make no sense. Too long a prompt, or none, is refused on arrival and not here.
+    Raises ValueError for senseless numbers; an empty or too long prompt is refused on arrival.
     """
 
     id: Hashable
@@ -45,7 +44,6 @@ class Request:
     arrival_s: float | None = None
     output_tokens: int | None = None
     priority: int = 0
-    deadline_s: float | None = None
     sampling: object | None = None
     stop: tuple[str, ...] = ()
 
@@ -53,59 +51,52 @@ class Request:
         for name in ("max_tokens", "output_tokens"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r}: request {self.id!r} needs a whole number, 1 or more")
+                raise ValueError(f"{name}={value!r}: request {self.id!r} needs a whole number, 1 "
+                                 "or more")
         if type(self.prompt) is int and self.prompt < 0:
-            raise ValueError(f"prompt={self.prompt}: request {self.id!r} needs a number of tokens, token ids or a text")
-        if self.arrival_s is not None and not 0 <= self.arrival_s < float("inf"):
-            raise ValueError(f"arrival_s={self.arrival_s}: request {self.id!r} arrives at 0 s or later")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ValueError(f"deadline_s={self.deadline_s}: request {self.id!r} needs more than 0 seconds")
+            raise ValueError(f"prompt={self.prompt}: request {self.id!r} needs a number of tokens, "
+                             "token ids or a text")
+        if self.arrival_s is not None and not 0 <= self.arrival_s < inf:
+            raise ValueError(f"arrival_s={self.arrival_s}: request {self.id!r} arrives at 0 s or "
+                             "later")
 
 
 _serial = count()
 
 
 class Sequence:
-    """A request that has arrived. Equal to nothing but itself, so that block tables can be kept by sequence.
+    """A request that is being served. Equal to nothing but itself: block tables are kept by it.
 
-    prompt_tokens   tokens of the prompt; `generated` more have come since, `total` in all
-    ids             token ids of both, or None where nobody needs them
-    limit           it ends when it has generated so many
-    rank            who comes first: the smaller (priority, arrival, order of being added)
-    token_times     when each generated token was there, in seconds on the engine's clock
-    history         (seconds, state) whenever the state changed
-    cached          tokens of the prompt that were found in the prefix cache on admission
-    drafted         tokens that a draft proposed for it; `accepted` of them it has taken
-    reason          why it ended: length, eos, stop, cancelled, or what was wrong with it
-    text            what was generated, where there is a tokenizer
+    prompt_tokens       tokens of the prompt; `generated` more have come since, `total` in all
+    ids                 token ids of both, or None where nobody needs them
+    limit               it ends when it has generated this many tokens
+    rank                who comes first: the smaller (priority, arrival, order of being added)
+    token_times         seconds on the engine's clock when each generated token was there
+    history             (seconds, state) whenever the state changed
+    num_cached_tokens   tokens of the prompt that the prefix cache had on admission
+    drafted, accepted   tokens that a draft proposed for it, and those that it has taken
+    reason, text        why it ended, or what was wrong with it; and what was generated
     """
 
-    def __init__(self, request: Request, prompt_tokens: int, ids: list[int] | None = None, arrival_s: float = 0.0) -> None:
-        self.request, self.arrival_s = request, arrival_s
+    def __init__(self, request: Request, prompt_tokens: int, ids: list[int] | None = None,
+                 arrival_s: float = 0.0) -> None:
+        self.request, self.arrival_s, self.ids = request, arrival_s, ids
         self.prompt_tokens = self.total = prompt_tokens
-        self.ids = ids
-        self.generated = 0
         self.limit = min(request.max_tokens, request.output_tokens or request.max_tokens)
         self.serial = next(_serial)
         self.rank = (0, arrival_s, self.serial)
-        self.state = State.WAITING
+        self.state, self.reason, self.text, self.num_cached_tokens = State.WAITING, "", "", 0
         self.token_times: list[float] = []
         self.history: list[tuple[float, State]] = []
-        self.preemptions = self.cached = self.drafted = self.accepted = 0
-        self.reason = self.text = ""
+        self.generated = self.preemptions = self.drafted = self.accepted = 0
 
     def __repr__(self) -> str:
-        return f"<sequence {self.request.id!r}: {self.state}, {self.prompt_tokens} + {self.generated} tokens>"
+        return (f"<sequence {self.request.id!r}: {self.state}, {self.prompt_tokens} + "
+                f"{self.generated} tokens>")
 
     @property
     def over(self) -> bool:
-        """Has it ended, one way or another?"""
         return self.state in OUTCOMES
-
-    @property
-    def longest(self) -> int:
-        """The most tokens that the cache may have to hold for it. The last token of all is never brought to the model."""
-        return self.prompt_tokens + self.request.max_tokens - 1
 
     @property
     def tokens(self) -> list[int]:
@@ -114,8 +105,7 @@ class Sequence:
 
     def enter(self, state: State, now: float, reason: str = "") -> None:
         """Be in `state` from `now` on."""
-        self.state = state
-        self.reason = reason or self.reason
+        self.state, self.reason = state, reason or self.reason
         self.history.append((now, state))
 
     def extend(self, times: list[float], ids: list[int] | None = None, text: str = "") -> None:
@@ -125,5 +115,4 @@ class Sequence:
         self.total += len(times)
         if self.ids is not None:
             self.ids += ids
-        if text:
-            self.text += text
+        self.text += text

@@ -1,7 +1,10 @@
-"""The shape of a model from what describes it to Hugging Face: a config.json, its keys, or a `transformers` config object.
+"""The shape of a model from what describes it to Hugging Face: a config.json, its keys, or a
+`transformers` config object.
 
-The files in reading order: `keys`, then a file for each kind of model: `llama` (gated, rotary, RMSNorm: Llama, Mistral, Qwen,
-Gemma, Phi-3, Command R), `gpt` (what was usual before), `sparse` (experts, latent attention), `recurrent` (state spaces).
+The files in reading order: `keys`, then a file for each kind of model: `llama` (gated, rotary,
+RMSNorm: Llama, Mistral, Qwen, Gemma, Phi-3, Command R), `gpt` (what was usual before), `sparse`
+(experts, latent attention), `recurrent` (state spaces). `decoder` reads, besides the shape, what a
+decoder computes by.
 """
 
 from __future__ import annotations
@@ -19,34 +22,39 @@ FAMILIES = llama.FAMILIES | gpt.FAMILIES | sparse.FAMILIES | recurrent.FAMILIES
 
 COSTS_NOTHING = frozenset(
     # Where the file came from, how the model was trained, what Hugging Face's own classes return.
-    "_name_or_path _attn_implementation architectures attn_implementation auto_map aux_loss_alpha bos_token_id cache_implementation "
-    "chunk_size_feed_forward dtype eod_token_id eos_token_id ep_size gradient_checkpointing id2label init_std initializer_range "
-    "is_decoder is_llama_config label2id output_attentions output_hidden_states output_router_logits pad_token_id "
-    "predict_special_tokens pretraining_tp problem_type return_dict router_aux_loss_coef router_jitter_noise sep_token_id seq_aux "
-    "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class "
-    "torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache "
+    "_name_or_path _attn_implementation architectures attn_implementation auto_map aux_loss_alpha "
+    "bos_token_id cache_implementation chunk_size_feed_forward dtype eod_token_id eos_token_id "
+    "ep_size gradient_checkpointing id2label init_std initializer_range is_decoder is_llama_config "
+    "label2id output_attentions output_hidden_states output_router_logits pad_token_id "
+    "predict_special_tokens pretraining_tp problem_type return_dict router_aux_loss_coef "
+    "router_jitter_noise sep_token_id seq_aux summary_activation summary_first_dropout "
+    "summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class "
+    "torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version "
+    "use_cache "
     # Off in inference.
-    "activation_dropout attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop embedding_dropout hidden_dropout layerdrop "
-    "resid_pdrop residual_dropout "
-    # Values, not sizes: an activation function, a scale, an angle or an epsilon costs the same whatever it is.
-    "activation activation_function hidden_act hidden_activation layer_norm_eps layer_norm_epsilon mixer_rms_eps norm_eps norm_epsilon "
-    "rms_norm_eps original_max_position_embeddings partial_rotary_factor rope_interleave rope_interleaved rope_local_base_freq "
-    "rope_parameters rope_scaling rope_theta rotary rotary_dim rotary_emb_base rotary_pct use_mrope attention_softmax_in_fp32 "
-    "attn_logit_softcapping final_logit_softcapping logit_scale query_pre_attn_scalar reorder_and_upcast_attn "
-    "scale_attention_softmax_in_fp32 scale_attn_by_inverse_layer_idx scale_attn_weights n_group norm_topk_prob routed_scaling_factor "
-    "scoring_func swiglu_alpha swiglu_limit topk_group topk_method "
+    "activation_dropout attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop "
+    "embedding_dropout hidden_dropout layerdrop resid_pdrop residual_dropout "
+    # Values, not sizes: an activation function, a scale, an angle or an epsilon costs the same
+    # whatever it is.
+    "activation activation_function hidden_act hidden_activation layer_norm_eps layer_norm_epsilon "
+    "mixer_rms_eps norm_eps norm_epsilon rms_norm_eps original_max_position_embeddings "
+    "partial_rotary_factor rope_interleave rope_interleaved rope_local_base_freq rope_parameters "
+    "rope_scaling rope_theta rotary rotary_dim rotary_emb_base rotary_pct use_mrope "
+    "attention_softmax_in_fp32 attn_logit_softcapping final_logit_softcapping logit_scale "
+    "query_pre_attn_scalar reorder_and_upcast_attn scale_attention_softmax_in_fp32 "
+    "scale_attn_by_inverse_layer_idx scale_attn_weights n_group norm_topk_prob "
+    "routed_scaling_factor scoring_func swiglu_alpha swiglu_limit topk_group topk_method "
     # The format of the weights is no part of a shape: `weights=` says it, step by step.
-    "quantization_config"
-    .split()
-)
+    "quantization_config".split())
 
 
 def from_config(config: Any, name: str = "") -> ModelShape:
-    """The `ModelShape` that `config` describes: the path of a config.json or of a folder with one, a dict of its keys, or any
-    `transformers` config object. `transformers` itself is not imported.
+    """The `ModelShape` that `config` describes: the path of a config.json or of a folder with one,
+    a dict of its keys, or any `transformers` config object. `transformers` itself is not imported.
 
-    Raises ValueError naming the key, its value and what is accepted for every key that is not known to leave the cost as it
-    is, for a `model_type` outside `FAMILIES`, and for a size that is missing; FileNotFoundError where there is no such file.
+    Raises ValueError naming the key, its value and what is accepted for every key that is not known
+    to leave the cost as it is, for a `model_type` outside `FAMILIES`, and for a size that is
+    missing; FileNotFoundError where there is no such file.
     """
     source = "config"
     if isinstance(config, str | Path):
@@ -63,5 +71,6 @@ def from_config(config: Any, name: str = "") -> ModelShape:
     numbers = FAMILIES[family](keys)
     for key, value in keys.left.items():
         if value is not None and key not in COSTS_NOTHING:
-            keys.refuse(key, value, f"no such key for {family}, since it may change what the model costs")
+            keys.refuse(key, value,
+                        f"no such key for {family}, since it may change what the model costs")
     return ModelShape(name=name or config.get("_name_or_path") or family, source=source, **numbers)

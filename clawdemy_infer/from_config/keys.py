@@ -1,4 +1,5 @@
-"""The keys of a config.json, each to be asked for once. What nobody asked for may change what the model is, so it is not passed over."""
+"""The keys of a config.json, each to be asked for once. What nobody asked for may change what the
+model is, so it is not passed over."""
 
 from __future__ import annotations
 
@@ -8,24 +9,26 @@ _REQUIRED = object()
 
 
 class Keys:
-    """The keys of a config that nobody has asked for yet. A null counts as absent, as Hugging Face means it.
+    """The keys of a config that nobody has asked for yet. A null counts as absent, as Hugging Face
+    means it. Everything raises ValueError naming `source`, the key, its value and what is accepted.
 
-    Everything raises ValueError naming `source`, the key, its value and what is accepted.
+    >>> keys = Keys({"n_head": 12, "bias": None}, "config.json")
+    >>> keys.whole("n_head"), keys.take("bias", False), keys.left
+    (12, False, {})
     """
 
     def __init__(self, config: dict[str, Any], source: str) -> None:
         self.left, self.source = dict(config), source
 
     def refuse(self, key: str, value: object, accepted: str) -> NoReturn:
-        raise ValueError(f"{self.source}: {key}={repr(value)[:200]} is not supported; accepted: {accepted}")
+        raise ValueError(
+            f"{self.source}: {key}={repr(value)[:200]} is not supported; accepted: {accepted}")
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.left.pop(key, None)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
+        if value is None and default is _REQUIRED:
             raise ValueError(f"{self.source}: {key} is missing")
-        return default
+        return default if value is None else value
 
     def whole(self, key: str, default: Any = _REQUIRED) -> int:
         """A whole number, 1 or more; absent is an error where `default` is None or not given."""

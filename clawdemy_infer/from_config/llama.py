@@ -1,4 +1,5 @@
-"""Gated MLP, rotary positions, RMSNorm: Llama and what followed it. Each reader takes `Keys` and gives the fields of a ModelShape."""
+"""Gated MLP, rotary positions, RMSNorm: Llama and what followed it. Each reader takes `Keys` and
+gives the fields of a ModelShape."""
 
 from __future__ import annotations
 
@@ -10,31 +11,36 @@ PATTERN_OF = {"full_attention": "global", "sliding_attention": "local"}
 
 
 def letters(keys: Keys, H: int | None = None, tied: bool = False) -> dict:
-    """The letters under the names that most families use, with max_context and tied. `H`, `tied`: what their absence means."""
+    """The letters under the names that most families use, with max_context and tied. `H`, `tied`:
+    what their absence means."""
     D, N = keys.whole("hidden_size"), keys.whole("num_attention_heads")
-    return {
-        "L": keys.whole("num_hidden_layers"), "D": D, "N": N, "K": keys.whole("num_key_value_heads", N),
-        "H": keys.whole("head_dim", H or (D // N if D % N == 0 else None)), "F": keys.whole("intermediate_size"),
-        "V": keys.whole("vocab_size"), "max_context": keys.whole("max_position_embeddings"),
-        "tied": bool(keys.take("tie_word_embeddings", tied)),
-    }
+    return {"L": keys.whole("num_hidden_layers"), "D": D, "N": N,
+            "K": keys.whole("num_key_value_heads", N),
+            "H": keys.whole("head_dim", H or (D // N if D % N == 0 else None)),
+            "F": keys.whole("intermediate_size"), "V": keys.whole("vocab_size"),
+            "max_context": keys.whole("max_position_embeddings"),
+            "tied": bool(keys.take("tie_word_embeddings", tied))}
 
 
 def windows(keys: Keys, window: int | None, L: int, usual: Sequence[str]) -> dict:
-    """`window` and `pattern`. `usual` is the pattern of a file that has no layer_types; without a window all layers see everything."""
+    """`window` and `pattern`. `usual` is the pattern of a file that has no layer_types; without a
+    window all layers see everything."""
     types = keys.take("layer_types", None)
     for kind in types or ():
         if kind not in PATTERN_OF:
             keys.refuse("layer_types", kind, ", ".join(PATTERN_OF))
-    kinds = [PATTERN_OF[kind] for kind in types] if types else [usual[i % len(usual)] if window else "global" for i in range(L)]
+    kinds = ([PATTERN_OF[kind] for kind in types] if types else
+             [usual[i % len(usual)] if window else "global" for i in range(L)])
     if len(kinds) != L:
         keys.refuse("layer_types", types, f"one for each of the {L} layers")
     return {"window": window if "local" in kinds else None, "pattern": shortest(kinds)}
 
 
 def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
-    """The shortest pattern that gives these layers when repeated; empty where a ModelShape needs none."""
-    length = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    """The shortest pattern that gives these layers when repeated; empty where a ModelShape needs
+    none."""
+    length = next(n for n in range(1, len(kinds) + 1)
+                  if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
     return () if length == 1 and kinds[0] in ("global", "local") else tuple(kinds[:length])
 
 
@@ -55,7 +61,8 @@ def mistral(keys: Keys) -> dict:
 
 
 def phi3(keys: Keys) -> dict:
-    keys.only(lm_head_bias=False, attention_bias=False, mlp_bias=False, full_attn_mod=1, interpolate_factor=1)
+    keys.only(lm_head_bias=False, attention_bias=False, mlp_bias=False, full_attn_mod=1,
+              interpolate_factor=1)
     return mistral(keys)
 
 
@@ -70,9 +77,10 @@ def qwen3(keys: Keys, H: int | None = 128) -> dict:
 
 
 def _qwen(keys: Keys, numbers: dict) -> dict:
-    """A window is named in every file and used in few; where it is, the first `max_window_layers` layers have none."""
-    L = numbers["L"]
-    window, first = keys.take("sliding_window", None), min(L, keys.take("max_window_layers", L))
+    """A window is named in every file and used in few; where it is, the first `max_window_layers`
+    layers have none."""
+    L, window = numbers["L"], keys.take("sliding_window", None)
+    first = min(L, keys.take("max_window_layers", L))
     used = window if keys.take("use_sliding_window", False) else None
     return numbers | windows(keys, used, L, ["global"] * first + ["local"] * (L - first))
 
@@ -93,7 +101,8 @@ def gemma3_text(keys: Keys) -> dict:
     """Q and K normed too, and five windows to one layer that sees everything."""
     numbers = gemma(keys) | {"norms": 4, "qk_norm": True}
     of = keys.take("sliding_window_pattern", keys.take("_sliding_window_pattern", 6))
-    return numbers | windows(keys, keys.whole("sliding_window"), numbers["L"], ["local"] * (of - 1) + ["global"])
+    usual = ["local"] * (of - 1) + ["global"]
+    return numbers | windows(keys, keys.whole("sliding_window"), numbers["L"], usual)
 
 
 def cohere(keys: Keys) -> dict:
@@ -102,7 +111,5 @@ def cohere(keys: Keys) -> dict:
     return letters(keys, tied=True) | {"norms": 1, "parallel": True}
 
 
-FAMILIES = {
-    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "phi3": phi3, "gemma": gemma, "gemma2": gemma2,
-    "gemma3_text": gemma3_text, "cohere": cohere,
-}
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "phi3": phi3,
+            "gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3_text, "cohere": cohere}

@@ -1,88 +1,64 @@
-"""The plain KV cache: one block of memory, as long as the longest sequence may become."""
+"""The plain KV cache: one block of memory, as long as the longest sequence may become.
+
+A step cuts the batch into rectangles: neighbouring sequences that bring equally many tokens are
+computed together. A batch that decodes in step is a single rectangle. So is one whose sequences
+have different lengths, under a mask that hides what is not theirs: it reads as far as the longest,
+which is the price of a rectangle.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 
-from clawdemy_infer.backends import kernel
-from clawdemy_infer.kv_cache.decode_cpp import TYPES, decode_paged
-from clawdemy_infer.kv_cache.rectangles import RectangularStep, Stretch
-from clawdemy_infer.kv_cache.step import at_least_1
+from clawdemy_infer.attention import attend, causal_mask, ragged_mask, visible_keys
+from clawdemy_infer.kv_cache.step import Rectangle, Step, at_least_1, rectangles
 
 
-class ContiguousCache:
-    """Keys and values of `batch` sequences, 0 to B-1: two preallocated [L, B, K, capacity, H] tensors.
+class RectangularCache:
+    """A cache of sequences 0 ... B-1 with room for `capacity` tokens each.
 
-    2 * L * B * K * capacity * H elements are allocated at once, so nothing is ever copied to make room, and the keys of
-    one head lie one behind the other, as attention reads them. The price is paid for `capacity` tokens from the first
-    one on. Raises ValueError where a size is below 1.
+    What it keeps are `tensors` [L, B, K, capacity, X]; `write` and `read` say how keys and values
+    become these and come back.
     """
 
     span = None
-    backend = "torch"
-    """Who computes decode attention. `for_model` takes the model's."""
+    tensors: tuple[torch.Tensor, ...] = ()
 
-    def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        at_least_1(layers=layers, batch=batch, kv_heads=kv_heads, head_dim=head_dim, capacity=capacity)
-        self.batch, self.capacity, self.dtype, self.device = batch, capacity, dtype, torch.device(device)
+    def __init__(self, batch: int, capacity: int, dtype: torch.dtype,
+                 device: torch.device | str) -> None:
+        at_least_1(batch=batch, capacity=capacity)
+        self.batch, self.capacity = batch, capacity
+        self.dtype, self.device = dtype, torch.device(device)
         self.lengths = dict.fromkeys(range(batch), 0)
-        # Zeros, because a mask hides a stale number but not a NaN.
-        self.keys = torch.zeros(layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
 
-    @classmethod
-    def for_model(cls, model, batch: int, capacity: int) -> ContiguousCache:
-        """An empty cache in the shape, dtype and place of `model`, a `Decoder`."""
-        shape = model.config.shape
-        cache = cls(shape.L, batch, shape.K, shape.H, capacity, model.dtype, model.device)
-        cache.backend = model.backend
-        return cache
+    def write(self, layer: int, part: RectanglePart, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep k, v [B*T, K, H] behind the past of these sequences."""
+        raise NotImplementedError
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that is kept, each [L, B, K, capacity, any]."""
-        return self.keys, self.values
+    def read(self, layer: int, part: RectanglePart) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values [B, K, S, H] that may be seen, the new ones included."""
+        raise NotImplementedError
 
-    def keep(self, layer: int, stretches: Sequence[Stretch], k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k, v [B*T, K, H] behind the past of `layer`. There is one stretch for each of `tensors`: the part of it that belongs to
-        these sequences in this step.
-        """
-        for stretch, x in zip(stretches, (k, v), strict=True):
-            stretch.write(layer, x)
-
-    def remember(self, layer: int, stretches: Sequence[Stretch], k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`keep` k and v; return all keys and values that may be seen, [B, K, S, H]."""
-        self.keep(layer, stretches, k, v)
-        keys, values = stretches
-        return keys.read(layer), values.read(layer)
-
-    def decode(self, layer: int, q: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, window: int | None) -> torch.Tensor:
-        """Attention of one token for each of B sequences by a kernel, to which this cache is a pool of one block a sequence.
-
-        q [B, N, H]; `table` [B, 1], which sequences, and `lengths` [B], how long they are, both of int32 -> [B, N*H].
-        """
-        decode = decode_paged if self.backend == "cpp" else kernel("decode_paged")
-        return decode(q, self.keys[layer], self.values[layer], table, lengths, window).flatten(1)
-
-    @property
-    def by_kernel(self) -> bool:
-        """Is there a kernel for `decode`?"""
-        return self.backend == "triton" or self.backend == "cpp" and self.dtype in TYPES
+    def attend(self, layer: int, part: RectanglePart, q: torch.Tensor, k: torch.Tensor,
+               v: torch.Tensor) -> torch.Tensor:
+        """`Step.attend` for one rectangle: q [B*T, N, H], k and v [B*T, K, H] -> [B*T, N*H]."""
+        self.write(layer, part, k, v)
+        return attend(q, *self.read(layer, part), part.mask)
 
     def can_append(self, new: Mapping[int, int]) -> bool:
         """Does each sequence stay within the capacity?"""
-        return all(self.lengths[sequence] + count <= self.capacity for sequence, count in new.items())
+        return all(self.lengths[each] + count <= self.capacity for each, count in new.items())
 
     def begin(self, new: Mapping[int, Sequence[int]], window: int | None = None) -> RectangularStep:
-        """Begin a step that brings these tokens; ValueError where they do not fit."""
+        """Begin a step; ValueError where the tokens do not fit."""
         return RectangularStep(self, new, window)
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence; of every sequence, where all grow in step. Set it to move all of them at once."""
+        """Tokens of the longest sequence. Set it to move all at once."""
         return max(self.lengths.values())
 
     @length.setter
@@ -90,19 +66,99 @@ class ContiguousCache:
         self.lengths = dict.fromkeys(self.lengths, length)
 
     def truncate(self, length: int, sequence: int | None = None) -> None:
-        """Forget all but the first `length` tokens, of all sequences or of one. No byte moves."""
+        """Forget all but the first `length` tokens, of all sequences or of one."""
         for each in self.that_have(length, sequence):
             self.lengths[each] = length
 
     def that_have(self, length: int, sequence: int | None) -> list[int]:
         """All sequences, or the one. ValueError where one has not got `length` tokens."""
         chosen = list(self.lengths) if sequence is None else [sequence]
-        for each in chosen:
-            if not 0 <= length <= self.lengths[each]:
-                raise ValueError(f"length={length}: the cache holds {self.lengths[each]} tokens, so 0 to {self.lengths[each]}")
+        shortest = min(self.lengths[each] for each in chosen)
+        if not 0 <= length <= shortest:
+            raise ValueError(f"length={length}: the cache holds {shortest} tokens, so 0 to "
+                             f"{shortest}")
         return chosen
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class ContiguousCache(RectangularCache):
+    """Keys and values of `batch` sequences: two preallocated [L, B, K, capacity, H] tensors.
+
+    2 * L * B * K * capacity * H elements are allocated at once, so nothing is ever copied to make
+    room, and the keys of one head lie one behind the other, as attention reads them. Raises
+    ValueError where a size is below 1.
+    """
+
+    def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        at_least_1(layers=layers, kv_heads=kv_heads, head_dim=head_dim)
+        super().__init__(batch, capacity, dtype, device)
+        # Zeros, because a mask hides a stale number but not a NaN.
+        self.keys = torch.zeros(layers, batch, kv_heads, capacity, head_dim, dtype=dtype,
+                                device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.tensors = self.keys, self.values
+
+    @classmethod
+    def for_model(cls, model, batch: int, capacity: int) -> ContiguousCache:
+        """An empty cache in the shape, dtype and place of `model`, a `Decoder`."""
+        shape = model.config.shape
+        return cls(shape.L, batch, shape.K, shape.H, capacity, model.dtype, model.device)
+
+    def write(self, layer, part, k, v) -> None:
+        part.put(self.keys[layer], k)
+        part.put(self.values[layer], v)
+
+    def read(self, layer, part) -> tuple[torch.Tensor, torch.Tensor]:
+        return part.seen(self.keys[layer]), part.seen(self.values[layer])
+
+
+class RectanglePart:
+    """A rectangle of a step over a `RectangularCache`: where its new keys and values go, which it
+    may see, and the mask over these."""
+
+    def __init__(self, rectangle: Rectangle, cache: RectangularCache, window: int | None) -> None:
+        past, T, device = rectangle.past, rectangle.new, cache.device
+        self.rectangle, self.window, self.end = rectangle, window, max(past) + T
+        self.alike = len(set(past)) == 1                    # the sequences are equally long
+        if self.alike:
+            seen = visible_keys(T, self.end, window)
+            self.begin = self.end - seen
+            self.mask = causal_mask(T, seen, window, cache.dtype, device)
+        else:
+            self.begin = 0
+            self.mask = ragged_mask(past, T, self.end, window, cache.dtype, device)
+            row = torch.arange(len(past), device=device)[:, None]
+            places = torch.tensor(past, device=device)[:, None] + torch.arange(T, device=device)
+            self.index = row, slice(None), places           # [B, 1] and [B, T]
+
+    def put(self, tensor: torch.Tensor, x: torch.Tensor) -> None:
+        """Write x [B*T, K, X] to the tensor [all sequences, K, capacity, X] of a layer."""
+        mine, (past, T) = tensor[self.rectangle.sequences], self.rectangle[2:]
+        x = x.view(len(past), T, *x.shape[1:])
+        if self.alike:
+            mine[:, :, past[0]:self.end] = x.transpose(1, 2)
+        else:
+            mine[self.index] = x
+
+    def seen(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What these sequences may see of it: a view [B, K, S, X]."""
+        return tensor[self.rectangle.sequences, :, self.begin:self.end]
+
+
+class RectangularStep(Step):
+    """A step over the sequences of a `RectangularCache`."""
+
+    @cached_property
+    def parts(self) -> list[RectanglePart]:
+        """The rectangles; made when the first layer attends."""
+        return [RectanglePart(each, self.cache, self.window) for each in rectangles(self)]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if len(self.parts) == 1:
+            return self.cache.attend(layer, self.parts[0], q, k, v)
+        return torch.cat([self.cache.attend(layer, part, q[rows], k[rows], v[rows])
+                          for part in self.parts for rows in [part.rectangle.rows]])

@@ -1,54 +1,46 @@
-"""Which full block holds which tokens, so that a prompt that begins like an earlier one need not be computed again.
+"""Which full block holds which tokens, so that a prompt that begins like an earlier one need not be
+computed again.
 
-The keys and values of a block depend on its tokens and on all before them. So a block is known by a chain of digests, each
-over the digest before it and the block's own tokens. SHA-256: two prompts must never meet by chance, for the second would
-then be answered from the first one's memory. Standard library only.
+The keys and values of a block depend on its tokens and on all before them. So a block is known by a
+chain of digests, each over the digest before it and the block's own tokens. SHA-256: two prompts
+must never meet by chance, for the second would then be answered from the first one's memory.
+Standard library only.
 """
-
-from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 
 ROOT = b""
 """The digest before the first block."""
 
 
-@dataclass
-class PrefixStatistics:
-    """Tokens that were looked up, tokens that were found, and blocks whose content was given up for want of room."""
-
-    asked: int = 0
-    found: int = 0
-    evicted: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Found over asked; 0 before anybody has asked."""
-        return self.found / self.asked if self.asked else 0.0
-
-
 class PrefixCache:
-    """The known blocks. Who holds them is the pool's business: a block is found whether it is used or idle."""
+    """The known blocks. Who holds them is the pool's business: a block is found whether it is used
+    or idle. Counts the tokens that were `asked` for and `found`, and the blocks `evicted`."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.statistics = PrefixStatistics()
+        self.asked = self.found = self.evicted = 0
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
     def __contains__(self, block: int) -> bool:
         return block in self._digest_of
 
+    @property
+    def hit_rate(self) -> float:
+        """Tokens found over tokens asked for; 0 before anybody has asked."""
+        return self.found / self.asked if self.asked else 0.0
+
     def digest(self, before: bytes, tokens: Sequence[int]) -> bytes:
         """The name of the block that holds `tokens`, behind the block named `before`."""
         return sha256(before + array("q", tokens).tobytes()).digest()
 
     def find(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
-        """The blocks that hold the longest known beginning of `tokens`, and their digests. The last token is left out: a
-        prompt that is known whole still has to bring one token, from whose logits generation goes on.
+        """The blocks that hold the longest known beginning of `tokens`, and their digests. The last
+        token is left out: a prompt that is known whole still has to bring one token, from whose
+        logits generation goes on.
         """
         blocks, digests, before = [], [], ROOT
         for start in range(0, len(tokens) - self.block_size, self.block_size):
@@ -57,12 +49,13 @@ class PrefixCache:
                 break
             blocks.append(self._block_of[before])
             digests.append(before)
-        self.statistics.asked += len(tokens)
-        self.statistics.found += len(blocks) * self.block_size
+        self.asked += len(tokens)
+        self.found += len(blocks) * self.block_size
         return blocks, digests
 
     def learn(self, digest: bytes, block: int) -> None:
-        """`block` is full, and this is what it holds. Where another block is known for the same tokens, that one stays."""
+        """`block` is full, and this is what it holds. Where another block is known for the same
+        tokens, that one stays."""
         if digest not in self._block_of:
             self._block_of[digest], self._digest_of[block] = block, digest
 
@@ -74,4 +67,4 @@ class PrefixCache:
     def evict(self, block: int) -> None:
         """Forget an idle block, because its room is needed."""
         self.forget(block)
-        self.statistics.evicted += 1
+        self.evicted += 1

@@ -1,13 +1,13 @@
-"""Rotary position embedding (RoPE): a token's position becomes an angle by which its queries and keys are turned.
+"""Rotary position embedding (RoPE): a token's position becomes an angle by which its queries and
+keys are turned.
 
-Su et al. 2021, "RoFormer", section 3.4.2: the dimensions of a head form H/2 pairs, and at position m the pair j turns by
-m * theta^(-2j/H). A query at m and a key at n then meet at an angle that depends on m - n alone.
+Su et al. 2021, "RoFormer", section 3.4.2: the dimensions of a head form H/2 pairs, and at position
+m the pair j turns by m * theta^(-2j/H). A query at m and a key at n then meet at an angle that
+depends on m - n alone.
 
-Which dimensions pair up is a convention of the checkpoint. The paper pairs neighbours (0,1), (2,3), …; Hugging Face's
-weights pair halves (0, H/2), (1, H/2 + 1), …, and so do we.
+Which dimensions pair up is a convention of the checkpoint. The paper pairs neighbours (0,1), (2,3),
+…; Hugging Face's weights pair halves (0, H/2), (1, H/2 + 1), …, and so do we.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """How Llama 3.1 stretches RoPE from the context it was trained on to a longer one; the names are config.json's."""
+    """How Llama 3.1 stretches RoPE to a longer context, in the words of config.json."""
 
     factor: float
     low_freq_factor: float
@@ -25,14 +25,16 @@ class Llama3Scaling:
     original_max_position_embeddings: int
 
 
-def angular_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None = None) -> torch.Tensor:
+def angular_frequencies(head_dim: int, theta: float,
+                        scaling: Llama3Scaling | None = None) -> torch.Tensor:
     """Radians per position of each pair, [H/2], fp32: theta^(-2j/H).
 
-    Llama 3.1's scaling (`apply_scaling` in meta-llama/llama-models, models/llama3/model.py): a pair that turns many times
-    within the original context keeps its frequency; one that turns less than about once is slowed down by `factor`;
-    between the two, a straight line.
+    Llama 3.1's scaling (`apply_scaling` in meta-llama/llama-models, models/llama3/model.py): a pair
+    that turns many times within the original context keeps its frequency; one that turns less than
+    about once is slowed down by `factor`; between the two, a straight line.
     """
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")             # 2j
+    frequencies = 1.0 / theta**(pairs / head_dim)
     if scaling is None:
         return frequencies
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -41,17 +43,20 @@ def angular_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | No
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_tables(frequencies: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin of `positions` [M], fp32, each [M, 1, H]: made once a step and shared by all layers.
+def rope_tables(frequencies: torch.Tensor, positions: torch.Tensor,
+                dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and signed sin of `positions` [M], fp32, each [M, 1, H]: made once a step and shared by
+    all layers.
 
     The sine carries the sign of its half, (-sin, +sin), so that `rotate` needs no negation.
     """
-    angles = torch.outer(positions, frequencies)[:, None]                                   # [M, 1, H/2]
+    angles = torch.outer(positions, frequencies)[:, None]                # [M, 1, H/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn every head of x [M, heads, H]: (a, b) -> (a cos - b sin, b cos + a sin) for its two halves a and b."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)                                             # (b, a)
+    """Turn every head of x [M, heads, H]: (a, b) -> (a cos - b sin, b cos + a sin) for its two
+    halves a and b."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)                         # (b, a)
     return torch.addcmul(x * cos, swapped, sin)

@@ -1,21 +1,19 @@
 """From logits to a token: which distribution we draw from, and the draw."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 
-from clawdemy_infer.backends import choose, kernel
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature=0`, the default, is greedy and leaves nothing to the rest.
+    """How the next token is chosen. `temperature=0`, the default, is greedy and leaves nothing to
+    the rest.
 
-    top_k keeps the k likeliest tokens; top_p the fewest likeliest that hold at least p of the probability (Holtzman et al.
-    2020, nucleus sampling); min_p those at least min_p times as likely as the likeliest (Nguyen et al. 2024). Without a
-    `seed` every run draws afresh. Raises ValueError for a value that makes no sense.
+    top_k keeps the k likeliest tokens; top_p the fewest likeliest that hold at least p of the
+    probability (Holtzman et al. 2020, nucleus sampling); min_p those at least min_p times as likely
+    as the likeliest (Nguyen et al. 2024). Without a `seed` every run draws afresh. Raises
+    ValueError for a value that makes no sense.
     """
 
     temperature: float = 0.0
@@ -37,29 +35,24 @@ class Sampling:
             raise ValueError(f"seed={self.seed}: a whole number from 0 to 2^63 - 1 is accepted")
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """A source of randomness that starts from `seed`. Make one per generation: reseeding at each token would bias it."""
+        """A source of randomness that starts from `seed`. Make one per generation: reseeding at
+        each token would bias it."""
         generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
+        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
         return generator
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The distribution that `sample` draws from: [..., V] logits to [..., V] probabilities in fp32, or in fp64 if they come so.
+    """The distribution that `sample` draws from: [..., V] logits to [..., V] probabilities in fp32,
+    or in fp64 if they come so.
 
-    Filters act in the order temperature, top-k, top-p, min-p, each on what the one before left: transformers' order, and
-    other orders give other distributions. Greedy is the distribution that is certain of the likeliest token.
+    Filters act in the order temperature, top-k, top-p, min-p, each on what the one before left:
+    transformers' order, and other orders give other distributions. Greedy is the distribution that
+    is certain of the likeliest token.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    return _filtered(logits, sampling).softmax(-1)
-
-
-def _filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Logits over the temperature, and -inf where a filter struck a token out."""
     # Shifted so that the largest is 0: a tiny temperature then cannot overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
@@ -67,32 +60,31 @@ def _filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if sampling.top_p is not None:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        # A token stays if those likelier than it do not reach top_p already; the likeliest therefore always stays.
+        # A token stays if those likelier than it do not reach top_p already; the likeliest stays.
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
         beyond[..., 0] = False
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter_(-1, order, beyond), -torch.inf)
+        beyond = torch.zeros_like(beyond).scatter_(-1, order, beyond)
+        logits = logits.masked_fill(beyond, -torch.inf)
     if sampling.min_p is not None:
         # p / p_max >= min_p, and p / p_max = exp(logit - largest), whose largest is 0 by now.
         logits = logits.masked_fill(logits.exp() < sampling.min_p, -torch.inf)
-    return logits
+    return logits.softmax(-1)
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None, backend: str | None = None) -> torch.Tensor:
-    """Draw one token for each row: logits [B, V] -> ids [B]. The same seed draws other tokens with another `backend` (`backends`)."""
+def sample(logits: torch.Tensor, sampling: Sampling,
+           generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw one token for each row: logits [B, V] -> ids [B]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    if choose(logits.device, backend) == "triton":
-        uniform = torch.rand(len(logits), generator=generator, device=logits.device)
-        return kernel("sample")(_filtered(logits.float(), sampling), uniform).long()
     return draw(probabilities(logits, sampling), generator)
 
 
-def draw(chances: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token for each row of `chances` [B, V], which need not sum to 1: ids [B].
+def draw(weights: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One token for each row of `weights` [B, V], which need not sum to 1: ids [B].
 
-    The first at which the running sum exceeds a random share of the whole. `torch.multinomial` draws a random number for each token of
-    the vocabulary, and takes twenty times as long.
+    The first at which the running sum exceeds a random share of the whole. `torch.multinomial`
+    draws a random number for each token of the vocabulary, and takes twenty times as long.
     """
-    sums = chances.cumsum(-1, dtype=torch.float64)
-    at = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64, device=sums.device) * sums[:, -1:]
-    return torch.searchsorted(sums, at, right=True).squeeze(-1)
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    share = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64, device=sums.device)
+    return torch.searchsorted(sums, share * sums[:, -1:], right=True).squeeze(-1)

@@ -1,29 +1,29 @@
-"""Who takes part: each engine, the formats it has for a number of bits, and the Python that can import it."""
+"""Who takes part, each engine with its formats by bits and the Python that can import it; and what
+all of them are asked to do: decode at a batch and a context, or prefill the same tokens."""
 
-from __future__ import annotations
-
+import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from clawdemy_infer.model.converted import converted
-from clawdemy_infer.model.load import PACKAGED, packaged_file
+from tokenizers import Tokenizer
+
+from clawdemy_infer.evaluation.text import prose
+from clawdemy_infer.files.load import PACKAGED, weights_on_disk
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".peers"
 """Where `make peers` puts a virtual environment for each engine that needs its own."""
-
-BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
-"""Our formats by the bits of a weight, which say what they are compared with."""
-
-FORMATS = {
-    "transformers": {32: ["fp32"], 16: ["bf16"]},
-    "llama.cpp": {32: ["F32"], 16: ["F16"], 8: ["Q8_0"], 4: ["Q4_1"]},
-    "vllm": {32: ["fp32"], 16: ["bf16"]},
-}
-"""The formats of each peer by bits. Q4_1, 4 bits with a scale and a minimum for 32 weights, is how the packaged model is stored."""
-
+WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+"""Bits of a weight in our formats, which say what they are compared with."""
+PEER_FORMATS = {"transformers": {32: ["fp32"], 16: ["bf16"]}, "vllm": {32: ["fp32"], 16: ["bf16"]},
+                "llama.cpp": {32: ["F32"], 16: ["F16"], 8: ["Q8_0"], 4: ["Q4_1"]}}
+"""The formats of each peer by bits. The packaged model is stored as Q4_1: 4 bits, with a scale and
+a minimum for 32 weights."""
 TARGETS = {"llama.cpp": "peer-llama", "vllm": "peer-vllm"}
-"""The make target that sets a peer up. `transformers` is there already: the project depends on it."""
+"""Make targets that set peers up; the project depends on `transformers` anyway."""
+DEFAULT_WORKLOADS = "decode-1 decode-8 decode-16 decode-32 decode-1@2000 prefill-512".split()
+"""Workloads that take a minute each for a few engines."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Contestant:
     @property
     def command(self) -> list[str]:
         """What starts its worker, without the settings."""
-        return [str(python(self.engine)), str(Path(__file__).with_name(f"serve_{self.engine.replace('.', '_')}.py"))]
+        script = Path(__file__).with_name(f"serve_{self.engine.replace('.', '_')}.py")
+        return [str(python(self.engine)), str(script)]
 
 
 def python(engine: str) -> Path:
@@ -50,29 +51,63 @@ def python(engine: str) -> Path:
 
 
 def weights_of(model: str) -> tuple[Path, Path | None]:
-    """The same weights twice: a Hugging Face directory, and the GGUF file that it was made from, if it was."""
-    path = Path(model).expanduser()
-    if model in PACKAGED:
-        package, file, digest = PACKAGED[model]
-        path = packaged_file(package, file)
-        return converted(path, digest), path
-    if path.suffix == ".gguf" and path.is_file():
-        return converted(path), path
-    if path.is_dir():
-        return path, None
-    raise ValueError(f"model={model!r}: beside peers, accepted are {', '.join(PACKAGED)}, and the path of a GGUF file or of a "
-                     "Hugging Face directory")
+    """The same weights twice: a Hugging Face directory, and the GGUF file that it was made from, if
+    any. Raises ValueError for what is neither a packaged model nor a path."""
+    directory, gguf = weights_on_disk(model)
+    if directory is None:
+        raise ValueError(f"model={model!r}: beside peers, accepted are {', '.join(PACKAGED)}, and "
+                         "the path of a GGUF file or of a Hugging Face directory")
+    return directory, gguf
 
 
-def contestants(weights: list[str], peers: list[str], gguf: Path | None) -> tuple[list[Contestant], list[str]]:
-    """Ours in each of `weights`, then the peers in their formats of as many bits; and a sentence for each peer that takes no part."""
-    bits = dict.fromkeys(BITS[name] for name in weights)
-    found, missing = [Contestant("ours", name, BITS[name]) for name in weights], []
+def contestants(weights: list[str], peers: list[str],
+                gguf: Path | None) -> tuple[list[Contestant], list[str]]:
+    """Ours in each of `weights`, then the peers in as many bits; and why others take no part."""
+    found, missing = [Contestant("ours", name, WEIGHT_BITS[name]) for name in weights], []
     for peer in peers:
         if peer == "llama.cpp" and gguf is None:
-            missing.append("llama.cpp reads GGUF files only, and this model is not one, so it takes no part.")
-        elif python(peer).exists():
-            found += [Contestant(peer, name, width) for width in bits for name in FORMATS[peer].get(width, [])]
+            missing.append("llama.cpp reads GGUF files only, and this model is not one, so it "
+                           "takes no part.")
+        elif not python(peer).exists():
+            missing.append(f"{peer} is not set up, so it takes no part: `make {TARGETS[peer]}` in "
+                           "the checkout does that.")
         else:
-            missing.append(f"{peer} is not set up, so it takes no part: `make {TARGETS[peer]}` in the checkout does that.")
+            found += [Contestant(peer, name, bits)
+                      for bits in dict.fromkeys(WEIGHT_BITS[name] for name in weights)
+                      for name in PEER_FORMATS[peer].get(bits, [])]
     return found, missing
+
+
+@dataclass(frozen=True)
+class PeerWorkload:
+    """Decode or prefill (`phase`) `batch` prompts of `context` tokens, and generate `new` each."""
+
+    name: str
+    phase: str
+    batch: int = 1
+    context: int = 128
+    new: int = 32
+
+
+def parse(name: str) -> PeerWorkload:
+    """`decode-8` (B = 8 at context 128), `decode-1@2000` or `prefill-512`; else ValueError."""
+    if found := re.fullmatch(r"decode-([1-9]\d*)(?:@([1-9]\d*))?", name):
+        return PeerWorkload(name, "decode", int(found[1]), int(found[2] or 128))
+    if found := re.fullmatch(r"prefill-([1-9]\d*)", name):
+        return PeerWorkload(name, "prefill", 1, int(found[1]), 1)
+    raise ValueError(f"workloads={name!r}: accepted are decode-B, decode-B@S and prefill-S")
+
+
+def asked(work: PeerWorkload, directory: Path) -> dict:
+    """The command for a worker (see `serve`), with consecutive pieces of a text as prompts."""
+    ids = text(directory)
+    per_pass = max(1, len(ids) // work.context)
+    starts = [i % per_pass * work.context for i in range(work.batch)]
+    return {"prompts": [ids[start:start + work.context] for start in starts], "new": work.new}
+
+
+@cache
+def text(directory: Path) -> list[int]:
+    """Token ids of Python's own help: plain English, so greedy choices are seldom close calls."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return tokenizer.encode(prose("evaluation")[:200_000], add_special_tokens=False).ids

@@ -1,37 +1,110 @@
-"""All engines in turn, A B C A B C …: one works while the others are idle, and a drift of the machine falls on all of them alike."""
+"""A process for each engine, and all of them in turn: one works while the others are idle, and a
+drift of the machine falls on all of them alike."""
 
-from __future__ import annotations
-
+import json
+import os
+import select
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from clawdemy_infer.peers.contestants import Contestant
-from clawdemy_infer.peers.worker import Worker, WorkerFailed
-from clawdemy_infer.peers.workloads import Workload
+import psutil
 
-IDLE = 0.05
-"""Cores that all waiting workers together may use. Threads of OpenMP spin for a moment after their work, and then sleep."""
+from clawdemy_infer.peers.contestants import Contestant, PeerWorkload
+
+MAX_IDLE_CORES = 0.05
+"""Cores that waiting workers may use: threads of OpenMP spin for a moment before they sleep."""
+
+
+class WorkerFailed(RuntimeError):
+    """An engine died, hung or talked nonsense; the message says which and what it last wrote."""
+
+
+class Worker:
+    """A process that one engine lives in, started by `command` with `settings` as last argument: it
+    answers a line of JSON with a line of JSON, within `patience` seconds. `ready` is the first,
+    with its `version`, and `weight_bytes` where it knows."""
+
+    def __init__(self, name: str, command: list[str], settings: dict,
+                 patience: float = 600) -> None:
+        self.name, self.patience, self.log = name, patience, tempfile.TemporaryFile()
+        # All engines get the same number of threads. Nobody may look for anything on a network.
+        environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"]),
+                                    "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen([*command, json.dumps(settings)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.log, text=True,
+                                        env=environment)
+        self.ready = self._answer()
+
+    def ask(self, command: dict) -> dict:
+        """Its answer, with `peak_bytes`, the most memory it held. WorkerFailed ends the worker."""
+        with suppress(BrokenPipeError, ProcessLookupError):         # the answer: that it has ended
+            self._forget_peak()
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
+        return self._answer() | {"peak_bytes": self._peak()}
+
+    def _answer(self) -> dict:
+        if not select.select([self.process.stdout], [], [], self.patience)[0]:
+            raise self._failed(f"gave no answer within {self.patience:g} s")
+        if not (line := self.process.stdout.readline()):            # it has ended
+            raise self._failed(f"ended with exit code {self.process.wait()}")
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise self._failed(f"answered {line[:100]!r}, which is not JSON") from None
+
+    def _failed(self, how: str) -> WorkerFailed:
+        self.stop()
+        self.log.seek(0)
+        said = self.log.read().decode(errors="replace").strip().splitlines()
+        last = f"; the last it wrote: {said[-1].strip()[:300]}" if said else ""
+        return WorkerFailed(f"{self.name} {how}{last}")
+
+    def stop(self) -> None:
+        """End it, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        with suppress(BrokenPipeError):         # of what it did not read any more
+            self.process.stdin.close()
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    def _forget_peak(self) -> None:
+        """Linux keeps the peak of a process and lets its owner start it afresh (proc(5),
+        clear_refs). Elsewhere the peak is what it holds now."""
+        if (file := Path(f"/proc/{self.process.pid}/clear_refs")).exists():
+            file.write_text("5")
+
+    def _peak(self) -> int:
+        if (file := Path(f"/proc/{self.process.pid}/status")).exists():
+            return next(int(line.split()[1]) * 1024 for line in file.read_text().splitlines()
+                        if line.startswith("VmHWM"))
+        return psutil.Process(self.process.pid).memory_info().rss
 
 
 @dataclass
-class Run:
-    """One contestant's answers on one workload, a round each, and the read bandwidth, bytes/s, just before each."""
+class PeerRun:
+    """One contestant's answers on one workload, and the read bandwidth, bytes/s, before each."""
 
     contestant: Contestant
-    workload: Workload
-    command: dict
+    workload: PeerWorkload
     answers: list[dict] = field(default_factory=list)
     bandwidth: list[float] = field(default_factory=list)
 
 
-def race(workers: dict[Contestant, Worker], workload: Workload, command: dict, rounds: int, bandwidth: Callable[[], float],
-         note: Callable[[str], None] = print) -> list[Run]:
-    """`rounds` times in turn, each worker does `command`. One that fails is named to `note`, leaves `workers`, and the rest go on.
-
-    `bandwidth` is read before each turn. Runs that got no answer at all are left out.
-    """
-    runs = {contestant: Run(contestant, workload, command) for contestant in workers}
+def race(workers: dict[Contestant, Worker], workload: PeerWorkload, command: dict, rounds: int,
+         bandwidth: Callable[[], float], note: Callable[[str], None] = print) -> list[PeerRun]:
+    """`rounds` times in turn, each worker does `command`; `bandwidth` is read before each turn. A
+    worker that fails is named to `note`, leaves `workers`, and the rest go on."""
+    runs = {contestant: PeerRun(contestant, workload) for contestant in workers}
     for _ in range(rounds):
         for contestant, worker in list(workers.items()):
             if busy := not_idle(workers):
@@ -47,13 +120,16 @@ def race(workers: dict[Contestant, Worker], workload: Workload, command: dict, r
 
 
 def not_idle(workers: dict[Contestant, Worker], patience: float = 2.0, look: float = 0.2) -> float:
-    """Wait until the workers have come to rest. Returns 0, or the cores that they still use after `patience` seconds."""
+    """Wait until the workers rest. Returns 0, or the cores they use after `patience` seconds."""
+    def used() -> float:
+        return sum(worker.cpu_seconds() for worker in workers.values())
+
     end = time.perf_counter() + patience
     while True:
-        before, start = sum(worker.cpu_seconds() for worker in workers.values()), time.perf_counter()
+        before, start = used(), time.perf_counter()
         time.sleep(look)
-        cores = (sum(worker.cpu_seconds() for worker in workers.values()) - before) / (time.perf_counter() - start)
-        if cores <= IDLE:
+        cores = (used() - before) / (time.perf_counter() - start)
+        if cores <= MAX_IDLE_CORES:
             return 0.0
         if time.perf_counter() > end:
             return cores

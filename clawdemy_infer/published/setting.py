@@ -1,26 +1,26 @@
-"""Where a run took place: the chip behind a row's `hardware`, and what is known of the code behind its `software`.
-
-Nothing here is fitted. A chip is a data sheet (`data/chips.toml`). A `Software` is a count: the kernels that it launches for one
-layer, read off its layer's code, and whether its decode attention fetches a KV head once for all of its query heads.
-"""
-
-from __future__ import annotations
+"""What ran, and where: the chip behind a row's `hardware` (a data sheet of `data/chips.toml`), what
+is known of the code behind its `software`, and the shape of its `model`. Nothing here is fitted."""
 
 import math
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
+from clawdemy_infer import catalog
+from clawdemy_infer.arithmetic import ModelShape, MoE
+from clawdemy_infer.published.rows import PublishedRun
+
 TILES = ((64, 128, 1.0), (64, 64, 0.9))
-"""Output tiles that a GEMM library chooses from: rows, columns, and the rate beside that of a large one (fewer FLOPs for each operand).
-Larger ones are not faster than the first in the rows that we have, and fill fewer cores."""
+"""Output tiles that a GEMM library chooses from: rows, columns, and the rate beside that of a large
+one (fewer FLOPs for each operand). Larger ones are no faster in our rows, and fill fewer cores."""
+_catalog = cache(catalog.model)     # so that a shape's layers are worked out once
 
 
 @dataclass(frozen=True)
 class Chip:
-    """The figures of `data/chips.toml`; 0 where nothing is known. `tensor` and `lanes` are per core and clock, `link` in GB/s."""
+    """Figures of `data/chips.toml`; `tensor` and `lanes` per core and clock, `link` in GB/s."""
 
     match: str = ""
     cores: int = 0
@@ -42,47 +42,44 @@ class Chip:
         """Dense FLOP/s in fp16 with fp32 accumulation."""
         return 1e9 * self.cores * self.tensor * self.GHz
 
-    @property
-    def tile_rows(self) -> int:
-        """Rows of activations that share one unpacking of a quantized weight: 32 on Apple's GPUs (llama.cpp, MLX), else 128."""
-        return 32 if self.unified else 128
-
     def filled(self, blocks: int) -> float:
-        """Share of the cores that are busy while `blocks` equal pieces of work go through them in waves."""
+        """Share of the cores at work while `blocks` equal pieces go through them in waves."""
         return blocks / (math.ceil(blocks / self.cores) * self.cores) if self.cores else 1.0
 
     def gemm_filled(self, rows: int, columns: int) -> float:
-        """What is left of a tile's rate when an output of [rows, columns] is cut into tiles: padding, a last wave that is not full.
+        """What padding and a last wave that is not full leave of a tile's rate for an output of
+        [rows, columns]. A tile is as flat as the rows allow, in steps of the 16 that a matrix
+        instruction takes; a single row is no product of tiles."""
+        if not self.cores or rows == 1 or self.unified:
+            return 1.0
 
-        A tile is as flat as the rows allow, in steps of 16, what a matrix instruction takes; a single row is no product of tiles.
-        """
         def left(tall: int, wide: int, rate: float) -> float:
             tall = min(tall, 16 * math.ceil(rows / 16))
             blocks = math.ceil(rows / tall) * math.ceil(columns / wide)
             return rate * self.filled(blocks) * rows * columns / (blocks * tall * wide)
-        return max(left(*tile) for tile in TILES) if self.cores and rows > 1 and not self.unified else 1.0
+        return max(left(*tile) for tile in TILES)
 
 
 @cache
 def _chips() -> list[Chip]:
-    return [Chip(**entry) for entry in tomllib.loads((files("clawdemy_data") / "chips.toml").read_text(encoding="utf-8"))["chip"]]
+    text = (files("clawdemy_data") / "chips.toml").read_text(encoding="utf-8")
+    return [Chip(**entry) for entry in tomllib.loads(text)["chip"]]
 
 
 def chip(hardware: str) -> Chip:
-    """The chip that a row's `hardware` names. Apple's cores are in the name (`M1 Pro 14c`); an unknown one has no figures but a clock."""
+    """The chip that a row's `hardware` names. Apple's cores are in the name (`M1 Pro 14c`); an
+    unknown one, or a CPU, has no figures but a clock."""
     if "CPU" in hardware:
         return Chip()
-    for found in _chips():
-        if re.search(found.match, hardware):
-            cores = re.search(r"(\d+)c\b", hardware) if found.unified else None
-            return Chip(**vars(found) | {"cores": int(cores[1])}) if cores else found
-    return Chip()
+    found = next((each for each in _chips() if re.search(each.match, hardware)), Chip())
+    cores = re.search(r"(\d+)c\b", hardware) if found.unified else None
+    return replace(found, cores=int(cores[1])) if cores else found
 
 
 @dataclass(frozen=True)
 class Software:
-    """kernels: launched for one layer in a pass. shared: a KV head is fetched once for its whole group of query heads.
-    fp16_accumulation: its quantized products keep sums in fp16."""
+    """`kernels` are launched for a layer in a pass; `shared`: a KV head is fetched once for all its
+    query heads; `fp16_accumulation`: quantized products keep their sums in fp16."""
 
     kernels: int
     shared: bool
@@ -90,26 +87,68 @@ class Software:
 
 
 COMPILED, LIBRARY, EAGER = 12, 16, 24
-"""Kernels a layer. Compiled or fused by hand: norm, q-k-v, rope, cache write, attention in two parts, out, norm, gate and up, product,
-down, add. A library with some fused kernels: 16. Line by line: each of the three projections, both rotations, both cache writes, scores,
-softmax, values, each multiply and add on its own."""
-
+"""Kernels a layer. Compiled or fused by hand: norm, q-k-v, rope, cache write, attention in two
+parts, out, norm, gate and up, product, down, add. A library with some fused kernels: 16. Line by
+line: each projection, rotation, cache write, softmax, multiply and add on its own."""
 SOFTWARE = (
-    # TensorRT-LLM before its XQA kernel reads K and V once per query head in decode (NVIDIA's note on XQA: 2.4 times faster with it).
+    # TensorRT-LLM before XQA reads K and V once per query head (NVIDIA: XQA is 2.4 times faster).
     (r"XQA", Software(COMPILED, shared=True)),
-    (r"TensorRT-LLM 0\.[1-6]\b|TensorRT-LLM 0\.[1-6]\.|FasterTransformer", Software(COMPILED, shared=False)),
+    (r"TensorRT-LLM 0\.[1-6]\b|FasterTransformer", Software(COMPILED, shared=False)),
     # Metal kernels for one query run a threadgroup per query head (llama.cpp; MLX's sdpa_vector).
     (r"MLX", Software(COMPILED, shared=False)),
     (r"llama\.cpp", Software(EAGER, shared=False)),
     (r"TinyChat", Software(LIBRARY, shared=False, fp16_accumulation=True)),
-    (r"gpt-fast|torch\.compile|TensorRT|MLC|mlc|vLLM(?!-era)|SGLang|LMDeploy|InferSim|T5X|JAX|TPU", Software(COMPILED, shared=True)),
+    (r"gpt-fast|torch\.compile|TensorRT|MLC|mlc|vLLM(?!-era)|SGLang|LMDeploy|InferSim|T5X|JAX|TPU",
+     Software(COMPILED, shared=True)),
     (r"GPTQ|transformers|HF|PyTorch|tiny-llm", Software(EAGER, shared=True)),
 )
 
 
 def software(name: str) -> Software:
-    """What is known of the software that a row names; in between for one that nobody has looked into."""
-    for pattern, known in SOFTWARE:
-        if re.search(pattern, name):
-            return known
-    return Software(LIBRARY, shared=True)
+    """What is known of the software that a row names; in between where nobody has looked."""
+    return next((known for pattern, known in SOFTWARE if re.search(pattern, name)),
+                Software(LIBRARY, shared=True))
+
+
+def shape_of(run: PublishedRun) -> ModelShape:
+    """The shape of the model of `run`: the catalog's if its columns agree, else theirs."""
+    known = run.model.lower().replace(" ", "-")
+    if known in catalog.model_names():
+        shape = _catalog(known)
+        stated = (run.layers, run.d_model, run.n_heads)
+        if run.layers is None or (shape.L, shape.D, shape.N) == stated:
+            return shape
+    if run.whole("layers") > 1000:  # a slip in the file, and a shape has an entry for each of them
+        raise ValueError(f"layers={run.layers:g}: at most 1,000")
+    sizes = map(run.whole, "layers d_model n_heads n_kv_heads head_dim d_ff vocab".split())
+    return _columns(run.model, *sizes, bool(run.tied), 1e9 * (run.params_B or 0),
+                    1e9 * (run.active_params_B or run.params_B or 0))
+
+
+@cache
+def _columns(name: str, L: int, D: int, N: int, K: int, H: int, F: int, V: int, tied: bool,
+             parameters: float, active: float) -> ModelShape:
+    """The parameters say what no column does: how many experts, and whether the MLP has a gate."""
+    gated = ModelShape(name, L, D, N, K, H, F, V, tied)
+    if active < 0.9 * parameters:
+        expert = L * 3 * D * F
+        rest = gated.parameters() - expert
+        return replace(gated, moe=MoE(experts=round((parameters - rest) / expert),
+                                      active=max(1, round((active - rest) / expert))))
+    return min((gated, replace(gated, gated=False)),
+               key=lambda shape: abs(shape.parameters() - parameters))
+
+
+def bytes_per_weight(run: PublishedRun, shape: ModelShape) -> float:
+    """Mean bytes of a weight, scales and wider parts included: from the bytes that the source
+    states, else from its bits. Raises ValueError if it states neither."""
+    bits = run.weight_bits_eff or None
+    if run.weight_GB:
+        stated = 1e9 * run.weight_GB / shape.streamed_bytes(1.0)
+        # Otherwise it counts other weights: all experts, one matrix.
+        if bits is None or 0.6 < stated / (bits / 8) < 1.5:
+            return stated
+    if bits is None:
+        width = run.weight_dtype or "blank"
+        raise ValueError(f"the width of the weights is not stated ({width!r})")
+    return bits / 8

@@ -1,97 +1,119 @@
-"""What every number format does: find the scales of a group of weights, turn weights into codes, and codes back into numbers.
+"""What every number format does, and a matrix of its codes.
 
-    fit       numbers -> scale, and a zero where the format has one
-    encode    numbers, scale -> codes, the nearest ones; what lies beyond the last code becomes that one
-    decode    codes, scale -> numbers
-
-`integers` and `floats` are the two families. Whatever chooses codes by another rule than the nearest one (GPTQ) or
-scales by another rule than the largest weight (AWQ) uses the same three functions.
+    fit(x, outer)            groups x [..., g] -> `Scales`, so that codes reach the largest of each
+    encode(x, scales)        -> the nearest codes [..., g], int8 if `signed`, else uint8
+    decode(codes, scales)    -> the numbers that they mean, fp32 [..., g]
 """
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
-
-TENSOR = "tensor"
-"""The group that is a whole matrix."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What the codes of a group are measured in, each [..., 1], as fp32 but already rounded to the bits that are stored.
-
-    `zero` is None for a format that is symmetric; `outer` is the one number by which all scales of a matrix are multiplied.
-    """
+    """What the codes of groups are measured in, each [..., 1]: fp32, rounded to the bits stored.
+    `zero` is None for a symmetric format, `outer` multiplies all scales of a matrix."""
 
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     outer: torch.Tensor | None = None
 
-    @property
-    def step(self) -> torch.Tensor:
-        """[..., 1]: the size of code 1."""
-        return self.scale if self.outer is None else self.scale * self.outer
 
-
-class Format(ABC):
-    """How weights become codes of `bits` bits. `group` neighbours of a row share a scale: a number, None for a whole row
-    (per channel), or `TENSOR`.
-    """
+class Format:
+    """How weights become codes of `bits` bits; its name says all. `group` neighbours of a row share
+    a scale, kept as `scale_kind`: fp16, fp32, e4m3, or e8m0 (a power of two). None: a whole row.
+    `levels` are the numbers that codes mean under scale 1, from the smallest to the largest."""
 
     name: str
     bits: int
-    group: int | str | None
+    group: int | None
     scale_kind: str
-    """How a scale is stored: fp16, fp32, e4m3, or e8m0 (a power of two)."""
     zero_bits: int = 0
     signed: bool = False
-
-    @property
-    def scale_bits(self) -> int:
-        return {"fp32": 32, "fp16": 16, "e4m3": 8, "e8m0": 8}[self.scale_kind]
-
-    @property
-    def parameter_bits(self) -> int:
-        """Bits that one group stores beside its codes."""
-        return self.scale_bits + self.zero_bits
-
-    @property
-    @abstractmethod
-    def levels(self) -> torch.Tensor:
-        """All numbers that a code can mean when its scale is 1, from the smallest to the largest."""
-
-    @abstractmethod
-    def fit(self, x: torch.Tensor, outer: torch.Tensor | None = None) -> Scales:
-        """The scales of groups x [..., g], so that the largest of each is among the codes."""
-
-    @abstractmethod
-    def encode(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """Codes [..., g] of x [..., g]: int8 where the format is `signed`, else uint8."""
-
-    @abstractmethod
-    def decode(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """The numbers, fp32 [..., g], that codes [..., g] mean."""
+    levels: torch.Tensor
 
     def outer(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The scale of a whole matrix, for a format that has one above those of its groups."""
         return None
 
     def width(self, columns: int) -> int:
-        """Columns that share a scale, of a row of `columns`. ValueError where the groups would not be whole."""
-        if self.group is None or self.group == TENSOR:
-            return columns
-        if columns % self.group:
-            fit = ", ".join(str(size) for size in (16, 32, 64, 128, 256) if columns % size == 0) or "none of the usual sizes"
-            raise ValueError(f"{self.name}: group={self.group} does not divide the {columns} inputs of a row; {fit} would")
-        return self.group
+        """Columns that share a scale, in a row of `columns`. ValueError where it is no multiple."""
+        g = self.group or columns
+        if columns % g:
+            fit = ", ".join(str(size) for size in (16, 32, 64, 128, 256) if columns % size == 0)
+            raise ValueError(f"format={self.name}: group={g} does not divide the {columns} inputs "
+                             f"of a row; {fit or 'none of the usual sizes'} would")
+        return g
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, K] -> [N, groups, g]; [1, 1, N*K] where the matrix is one group."""
-        width = self.width(x.shape[-1])
-        return x.reshape(1, 1, -1) if self.group == TENSOR else x.unflatten(-1, (-1, width))
+        """[N, K] -> [N, groups, g]."""
+        return x.unflatten(-1, (-1, self.width(x.shape[-1])))
 
-    def __repr__(self) -> str:
-        return self.name
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Format) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A matrix as codes [N, K], scale and zero [N, groups] in fp32 (stored in fewer bits), outer a
+    scalar. Column k is of group k // width, or where GPTQ has reordered columns, group_of[k]."""
+
+    format: Format
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    outer: torch.Tensor | None = None
+    group_of: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, format: Format, weight: torch.Tensor) -> Self:
+        """`weight` [N, K] rounded to nearest: in 4 bits (3.75, -3.75, 0.3, -0.8) become 0.5 * (7,
+        -8, 1, -2). Raises ValueError for groups that do not divide a row, and for weights that are
+        not finite or beyond an fp16 scale."""
+        if weight.dim() != 2:
+            raise ValueError(f"weight is {list(weight.shape)}: a matrix [N, K] is accepted")
+        groups, outer = format.grouped(weight), format.outer(weight)
+        scales = format.fit(groups, outer)
+        if not scales.scale.isfinite().all() or not weight.isfinite().all():
+            raise ValueError(f"{format.name}: the weights are not all finite, or too large for a "
+                             "scale")
+        codes = format.encode(groups, scales).view(weight.shape)
+        zero = None if scales.zero is None else scales.zero.squeeze(-1)
+        return cls(format, codes, scales.scale.squeeze(-1), zero, outer)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def dequantize(self) -> torch.Tensor:
+        """The weights that the codes mean, fp32 [N, K]."""
+        by_column = self.group_of is not None
+        part = (slice(None), self.group_of) if by_column else (..., None)
+        zero = None if self.zero is None else self.zero[part]
+        codes = self.codes if by_column else self.format.grouped(self.codes)
+        scales = Scales(self.scale[part], zero, self.outer)
+        return self.format.decode(codes, scales).view(self.shape)
+
+    def rows(self, part: slice) -> Self:
+        """Some rows: Q out of the fused Q, K and V."""
+        return replace(self, codes=self.codes[part], scale=self.scale[part],
+                       zero=None if self.zero is None else self.zero[part])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file, where rows of codes, scales and zeros each end with a whole byte."""
+        (N, K), groups, format = self.shape, self.scale.shape[1], self.format
+        scale_bits = {"fp32": 32, "fp16": 16, "e4m3": 8, "e8m0": 8}[format.scale_kind]
+        parts = (K, format.bits), (groups, scale_bits), (groups, format.zero_bits)
+        rows = N * sum(-(-count * bits // 8) for count, bits in parts)
+        return rows + 4 * (self.outer is not None) + 4 * K * (self.group_of is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits: those of the codes, and the share of a weight in its scales and zeros."""
+        return 8 * self.nbytes / self.codes.numel()

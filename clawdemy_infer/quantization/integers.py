@@ -1,106 +1,76 @@
-"""Whole numbers as codes: the plain grid of equal steps, with or without a zero point.
+"""Integers as codes: the plain grid of equal steps, with or without a zero point.
 
     symmetric          x ~ code * scale                     -2^(b-1) <= code < 2^(b-1)
     integer zero       x ~ (code - zero) * scale                   0 <= code < 2^b
     float zero         x ~ code * scale + zero                     0 <= code < 2^b
 
-A group whose weights are mostly positive wastes codes of a symmetric grid. A zero point moves the grid: by whole steps, so that
-the weight 0 stays exactly 0 (GPTQ's and AWQ's files), or by any amount (llama.cpp's Q4_1, PyTorch's packed int4).
+A group of mostly positive weights wastes codes of a symmetric grid. A zero point moves the grid: by
+whole steps, so that the weight 0 stays 0 (GPTQ's and AWQ's files), or by any amount (llama.cpp's
+Q4_1, PyTorch's packed int4).
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from clawdemy_infer.quantization.format import TENSOR, Format, Scales
+from clawdemy_infer.quantization.format import Format, Scales
 
-ZEROS = ("none", "integer", "float")
+ZEROS = {"none": "", "integer": "-asym", "float": "-float"}     # zero points in a format's name
+SMALLEST_SCALE = 2.0**-24       # fp16 above 0; zeros need a scale too, since 0 / 0 is no code
 
 
-@dataclass(frozen=True, repr=False)
+def to_int8(x: torch.Tensor, scale_dtype: torch.dtype = torch.float16
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] rounded to 8 bits, symmetric, with a scale for each vector: codes int8 [..., K]
+    from -127 to 127, and scales [..., 1]."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / 127).to(scale_dtype).clamp(SMALLEST_SCALE)
+    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
 class IntFormat(Format):
-    """Integers of 2 to 8 bits. A scale takes 16 bits (fp16), a zero as many as a code ("integer") or 16 ("float").
+    """Integers of 2 to 8 bits. An "integer" zero takes as many bits as a code, a "float" one 16.
+    Raises ValueError for other bits, groups or zeros."""
 
-    Raises ValueError for other bits, groups or zeros.
-    """
+    scale_kind = "fp16"
 
-    bits: int
-    group: int | str | None = None
-    zero: str = "none"
-    scale_kind: ClassVar[str] = "fp16"
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits}: 2 to 8 are accepted")
-        if self.zero not in ZEROS:
-            raise ValueError(f"zero={self.zero!r}: accepted are {', '.join(ZEROS)}")
-        if self.group not in (None, TENSOR) and (not isinstance(self.group, int) or self.group < 1):
-            raise ValueError(f"group={self.group!r}: a number of weights, {TENSOR!r}, or None for a whole row is accepted")
-
-    @property
-    def name(self) -> str:
-        """As `format_named` reads it: int4-g64-asym."""
-        group = {None: "", TENSOR: "-tensor"}.get(self.group, f"-g{self.group}")
-        return f"int{self.bits}{group}{ {'none': '', 'integer': '-asym', 'float': '-float'}[self.zero]}"
-
-    @property
-    def signed(self) -> bool:
-        return self.zero == "none"
-
-    @property
-    def zero_bits(self) -> int:
-        return {"none": 0, "integer": self.bits, "float": 16}[self.zero]
-
-    @property
-    def lowest(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.signed else 0
-
-    @property
-    def highest(self) -> int:
-        return self.lowest + 2**self.bits - 1
-
-    @property
-    def levels(self) -> torch.Tensor:
-        return torch.arange(self.lowest, self.highest + 1, dtype=torch.float32)
+    def __init__(self, bits: int, group: int | None = None, zero: str = "none") -> None:
+        if not 2 <= bits <= 8:
+            raise ValueError(f"bits={bits}: 2 to 8 are accepted")
+        if zero not in ZEROS:
+            raise ValueError(f"zero={zero!r}: accepted are {', '.join(ZEROS)}")
+        if group is not None and group < 1:
+            raise ValueError(f"group={group}: a number of weights, or None for a whole row, is "
+                             "accepted")
+        self.bits, self.group, self.zero, self.signed = bits, group, zero, zero == "none"
+        self.name = f"int{bits}{f'-g{group}' if group else ''}{ZEROS[zero]}"
+        self.zero_bits = {"none": 0, "integer": bits, "float": 16}[zero]
+        self.lowest = -(2 ** (bits - 1)) if self.signed else 0
+        self.highest = self.lowest + 2**bits - 1
+        self.levels = torch.arange(self.lowest, self.highest + 1, dtype=torch.float32)
 
     def fit(self, x: torch.Tensor, outer: torch.Tensor | None = None) -> Scales:
-        x = x.float()
+        x, most = x.float(), self.highest
         if self.signed:
-            return Scales(_fp16(x.abs().amax(-1, keepdim=True) / self._reach))
+            # Few bits cannot leave -2^(b-1) out: half a step is given up where the largest weight
+            # is positive (as GPTQ's and compressed-tensors' grids do).
+            return Scales(_fp16(x.abs().amax(-1, True) / (most if self.bits == 8 else most + 0.5)))
         low, high = x.aminmax(dim=-1, keepdim=True)
         if self.zero == "float":
             low = low.half().float()
-            return Scales(_fp16((high - low) / self.highest), low)
-        low, high = low.clamp(max=0), high.clamp(min=0)                 # the grid has to hold the weight 0
-        scale = _fp16((high - low) / self.highest)
-        return Scales(scale, (-low / scale).round().clamp(0, self.highest))
-
-    @property
-    def _reach(self) -> float:
-        """The code that the largest weight becomes. In few bits the codes on one side are too precious to leave -2^(b-1) out:
-        half a step is given up where the largest weight is positive (as GPTQ's and compressed-tensors' symmetric grids do).
-        """
-        return self.highest if self.bits == 8 else self.highest + 0.5
+            return Scales(_fp16((high - low) / most), low)
+        low, high = low.clamp(max=0), high.clamp(min=0)     # the grid has to hold the weight 0
+        scale = _fp16((high - low) / most)
+        return Scales(scale, (-low / scale).round().clamp(0, most))
 
     def encode(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
-        if self.zero == "float":
-            codes = ((x.float() - scales.zero) / scales.scale).round()
-        else:
-            codes = (x.float() / scales.scale).round()
-            codes = codes if scales.zero is None else codes + scales.zero
+        x = x.float() - scales.zero if self.zero == "float" else x.float()
+        codes = (x / scales.scale).round() + (scales.zero if self.zero == "integer" else 0)
         return codes.clamp(self.lowest, self.highest).to(torch.int8 if self.signed else torch.uint8)
 
     def decode(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
-        if self.signed:
-            return codes * scales.scale
         if self.zero == "integer":
             return (codes - scales.zero) * scales.scale
-        return codes * scales.scale + scales.zero
+        return codes * scales.scale + (0 if self.signed else scales.zero)
 
 
 def _fp16(scale: torch.Tensor) -> torch.Tensor:
-    # Rounded before any code is chosen: codes for a scale that is not the stored one would all be a little off.
-    return scale.half().float().clamp(min=2.0**-24)                     # the smallest fp16: 0 / 0 is no code
+    """As it is stored, before any code is chosen: else all codes would be a little off."""
+    return scale.half().float().clamp(SMALLEST_SCALE)

@@ -54,14 +54,14 @@ from IPython.display import Markdown
 from matplotlib.ticker import LogLocator
 from torch.nn import functional as F
 
-from clawdemy_infer import catalog, plots, widgets
+from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import BYTES, Work, matmul, total
-from clawdemy_infer.calibrate import Pulse, calibrate, default_device, fingerprint
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.linear import PackedLinear
-from clawdemy_infer.probes import read_bandwidth
-from clawdemy_infer.roofline import Machine
-from clawdemy_infer.tables import Table, number, si
+from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.fast import PackedLinear
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.machine.calibrate import Pulse, calibrate, default_device, fingerprint
+from clawdemy_infer.machine.probes import read_bandwidth
 from clawdemy_infer.timing import alternate, count_ops, stopwatch
 
 plots.use_style()
@@ -260,7 +260,7 @@ lesson.table()
 # are heads.)
 #
 # A `PackedLinear` is the layer that this course's models are made of: `F.linear`, with the weight laid out as the fastest kernel of your processor
-# likes it. Which kernel that is, the calibration found out; `clawdemy-infer doctor` shows it.
+# likes it. Which kernel that is follows from the processor and the format; `clawdemy-infer doctor` shows it.
 #
 # The last job is a caricature of what a language model does for one token: a matrix, a few tiny operations, the next matrix.
 

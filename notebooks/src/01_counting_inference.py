@@ -21,16 +21,16 @@
 # %%
 import matplotlib.pyplot as plt
 import sympy
-import torch
 from IPython.display import Markdown
 
-from clawdemy_infer import bench, catalog, plots
+from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.calibrate import Pulse, this_machine
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import load_model
-from clawdemy_infer.napkin import card
-from clawdemy_infer.tables import Table, number, si
+from clawdemy_infer.envelope.napkin import card
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
+from clawdemy_infer.lesson import Lesson, plots, steps
+from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.machine.calibrate import Pulse, this_machine
 
 plots.use_style()
 
@@ -239,7 +239,7 @@ my_guess_token = ...
 
 # %% tags=["nbval-ignore-output"]
 PROMPTS, CONTEXTS = (64, 256, 1024), (64, 512, 1024)
-models = {"fp32": load_model("smollm2-135m", dtype=torch.float32), "bf16": load_model("smollm2-135m", dtype=torch.bfloat16)}
+models = {dtype: faster(load_model("smollm2-135m"), dtype) for dtype in ("fp32", "bf16")}
 lesson.guess("TTFT, prompt 256, fp32", my_guess_ttft)
 lesson.guess("time per token, context 512, fp32", my_guess_token)
 
@@ -251,7 +251,7 @@ def work(phase, tokens, dtype):
 
 
 # How many operations PyTorch will be asked to start: counted on the model, not timed. A long prompt takes as many as a short one.
-operations = {(phase, dtype): bench.step_ops(models[dtype], new) for phase, new in (("TTFT", 8), ("decode", 1)) for dtype in models}
+operations = {(phase, dtype): steps.step_ops(models[dtype], new) for phase, new in (("TTFT", 8), ("decode", 1)) for dtype in models}
 
 
 cases = [("TTFT", T, dtype, f"TTFT, prompt {T}, {dtype}") for dtype in models for T in PROMPTS]
@@ -285,16 +285,16 @@ spreads = {}
 for dtype, model in models.items():
     for T in PROMPTS:
         pulse = Pulse(machine, dtype, rows=T)
-        timing = bench.time_prefill(model, 1, T, repeats={64: 5, 256: 3, 1024: 2}[T], watch=pulse.stopwatch)
+        timing = steps.time_prefill(model, 1, T, repeats={64: 5, 256: 3, 1024: 2}[T], watch=pulse.stopwatch)
         lesson.measure(f"TTFT, prompt {T}, {dtype}", timing.median, speed=pulse.speed)
         spreads[f"TTFT, prompt {T}, {dtype}"] = timing.spread
 
 # %% tags=["nbval-ignore-output"]
 for dtype, model in models.items():
     pulse = Pulse(machine, dtype, rows=1)
-    cache = bench.filled_cache(model, 1, max(CONTEXTS) - 1)
+    cache = steps.filled_cache(model, 1, max(CONTEXTS) - 1)
     for S in sorted(CONTEXTS, reverse=True):                    # from the longest down: the cache is only ever cut
-        timing = bench.time_decode(model, cache, S, repeats=11, watch=pulse.stopwatch)
+        timing = steps.time_decode(model, cache, S, repeats=11, watch=pulse.stopwatch)
         lesson.measure(f"time per token, context {S}, {dtype}", timing.median, speed=pulse.speed)
         spreads[f"time per token, context {S}, {dtype}"] = timing.spread
 
@@ -375,7 +375,12 @@ The napkin promises too much by a factor of {napkins[0]:.1f} to {napkins[-1]:.1f
 
 # %%
 from clawdemy_infer import published
-from clawdemy_infer.published.on_paper import aims_table, contradictions_table, figures_table, reasons_table
+from clawdemy_infer.published.summary import (
+    aims_table,
+    contradictions_table,
+    figures_table,
+    reasons_table,
+)
 
 runs = published.read()
 evidence = published.Evidence()                     # the rows that may teach
@@ -407,14 +412,14 @@ Markdown(f"Read as a sentence: a kernel streams at {fitted['bandwidth']:.0%} of 
 # %%
 KINDS = {"decode, batch 1": "decode at batch 1", "prefill": "prefill", "one matrix product": "GEMM profiles", "served batches": "serving, all",
          "decode on several devices": "tensor parallel"}
-plans = {run.id: published.plan(run) for run in runs if run.id in {row.id for row in by_status["ok"] if row.terms}}
+demands = {run.id: published.demand(run) for run in runs if run.id in {row.id for row in by_status["ok"] if row.terms}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.2))
 low, high = 1.5e-5, 300
 for colour, (label, aim) in zip(plots.COLOURS, KINDS.items(), strict=False):
     shown = [row for row in by_status["ok"] if published.AIMS[aim](row)]
-    published_s = [plans[row.id].seconds(row.published) for row in shown]
+    published_s = [demands[row.id].seconds(row.published) for row in shown]
     predicted_s = [sum(row.terms.values()) for row in shown]
-    left.loglog(published_s, [plans[row.id].bound for row in shown], ".", color=plots.NAPKIN, markersize=4, alpha=0.6, zorder=1)
+    left.loglog(published_s, [demands[row.id].bound for row in shown], ".", color=plots.NAPKIN, markersize=4, alpha=0.6, zorder=1)
     left.loglog(published_s, predicted_s, "o", color=colour, markersize=4, alpha=0.7, label=label, markeredgewidth=0)
     right.loglog(published_s, [p / m for p, m in zip(predicted_s, published_s, strict=True)], "o", color=colour, markersize=4, alpha=0.7,
                  markeredgewidth=0)
@@ -435,7 +440,7 @@ plots.units(left.yaxis, "s")
 for id, name, place in (("r590", "a matrix-vector kernel\nthat reads a prompt", (-112, 2)), ("r093", "70B on four H100s,\na prompt of 128", (-92, -44)),
                         ("r018", "70B on two A100s", (18, -66)), ("r085", "70B, heads that\nshare reads", (-38, 22))):
     row = next(row for row in by_status["ok"] if row.id == id)
-    right.annotate(name, (plans[id].seconds(row.published), sum(row.terms.values()) / plans[id].seconds(row.published)), xytext=place,
+    right.annotate(name, (demands[id].seconds(row.published), sum(row.terms.values()) / demands[id].seconds(row.published)), xytext=place,
                    textcoords="offset points", fontsize=9, arrowprops={"arrowstyle": "-", "linewidth": 0.7})
 plt.show()
 
@@ -451,13 +456,11 @@ aims_table(verdicts, published.simpler(runs, evidence))
 # each query head:
 
 # %%
-from dataclasses import replace
-
 lines = []
 for run in runs:
     if run.software.startswith("TensorRT-LLM") and (run.gen_len or 0) >= 1024 and run.category == "serving_throughput":
         mine = evidence.figures(run)
-        once, each = (published.judge(variant, mine).ratio for variant in (replace(run, software="with shared reads (XQA)"), run))
+        once, each = (published.judge(variant, mine).ratio for variant in (run.changed(software="with shared reads (XQA)"), run))
         lines.append((run.model, run.hardware, run.n_heads / run.n_kv_heads, once, each))
 groups = {"one query head to a KV head": [line for line in lines if line[2] == 1], "8 and more": [line for line in lines if line[2] > 1]}
 Table(("predicted tokens/s as a multiple of the published", "rows", "read per KV head", "read per query head"),
@@ -500,10 +503,10 @@ for panel, hardware in zip(panels, ("A100-80GB SXM", "A40-48GB"), strict=True):
     profiled = [run for run in runs if run.category == "gemm_profile" and run.model == "Llama-2-7B" and run.hardware == hardware]
     peak, bandwidth = 1e12 * profiled[0].peak_TFLOPs_per_device, 1e9 * profiled[0].peak_bw_GBps_per_device
     for colour, (name, (k, n)) in zip(plots.COLOURS, products.items(), strict=False):
-        points = [(run.batch, 2 * run.batch * k * n / plans[run.id].seconds(run.value)) for run in profiled if run.notes.startswith(f"{name}:")]
+        points = [(run.batch, 2 * run.batch * k * n / demands[run.id].seconds(run.value)) for run in profiled if run.notes.startswith(f"{name}:")]
         panel.loglog(*zip(*points, strict=True), "o", color=colour, markersize=5, label=f"{k:,} × {n:,}")
         rows = [2**i for i in range(13)]
-        asked = published.Stack([published.plan(replace(profiled[0], notes=f"[{m},{k}]x[{k},{n}]")) for m in rows])
+        asked = published.Stack([published.demand(profiled[0].changed(notes=f"[{m},{k}]x[{k},{n}]")) for m in rows])
         seconds = asked.seconds(evidence.figures(profiled[0]))
         panel.loglog(rows, [2 * m * k * n / s for m, s in zip(rows, seconds, strict=True)], color=colour, linewidth=1)
     panel.plot([1, peak / bandwidth, 4096], [bandwidth, peak, peak], "--", color=plots.NAPKIN, linewidth=1.5)
@@ -549,7 +552,7 @@ what_if("llama-3-8b", "h100-sxm", 32, 4096, "bf16")
 # %% tags=["widget", "nbval-ignore-output"]
 from IPython.display import display
 
-from clawdemy_infer import widgets
+from clawdemy_infer.lesson import widgets
 
 widgets.play(
     lambda **values: display(what_if(**values)),

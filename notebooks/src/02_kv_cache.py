@@ -29,21 +29,23 @@ import torch
 from IPython.display import Markdown
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from clawdemy_infer import catalog, plots, widgets
-from clawdemy_infer.bench import filled_cache, random_tokens, step_ops
-from clawdemy_infer.calibrate import default_device, this_machine
+from clawdemy_infer import catalog
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import generate, load_model
-from clawdemy_infer.model.generate import KEEPERS
-from clawdemy_infer.tables import Table, si
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops
+from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.machine.calibrate import default_device, this_machine
+from clawdemy_infer.model import generate
 from clawdemy_infer.timing import alternate, count_ops, now
+from clawdemy_infer.variants.named_caches import CACHES
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90                     # six figures, and the file stays small
 machine = this_machine()
 lesson = Lesson("02 kv_cache", machine=machine)
-decoder = load_model("smollm2-135m", device=default_device())
+decoder = faster(load_model("smollm2-135m", device=default_device()), "fp32")   # matrices as this machine's kernels like them
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
          f"computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32, "
          f"and asks {si(machine.fixed_s_per_op, 's')} to start one operation.")
@@ -472,7 +474,7 @@ Markdown(f"Predicted and allocated, to the byte: **{kept.allocated_bytes:,}**. "
          f"beside {si(shape.stored_bytes('fp32'), 'B')} of weights.")
 
 # %% [markdown]
-# ### Four keepers, one interface
+# ### Five caches, one interface
 # The decoder does not care where the bytes lie. It hands a layer's keys and values to the cache, and gets back what attention makes of them. So they can
 # be kept in other ways: in *pages* of 16 tokens that are handed out as they are needed (lesson 06); as a *window* of the newest 256 tokens and the first
 # 4; in *8 or 4 bits* (lesson 03). The same three sequences of 777 tokens, counted by hand before anything is allocated:
@@ -481,14 +483,14 @@ Markdown(f"Predicted and allocated, to the byte: **{kept.allocated_bytes:,}**. "
 numbers = 2 * L * K * H                                                 # of one token: a key and a value, in all layers
 by_hand = {
     "contiguous": 3 * 777 * numbers * 4,                                # room for every token from the start
-    "paged": (3 * 49 + 5) * 16 * numbers * 4,                           # 49 blocks of 16 each; and up to a multiple of 8 blocks
+    "paged": 3 * 49 * 16 * numbers * 4,                                 # 49 blocks of 16 tokens each
     "window": 3 * (256 + 4) * numbers * 4,                              # whatever the length
     "int8": 3 * 777 * 2 * L * K * (H + 2),                              # a byte each, and a 16-bit scale for each head
     "int4": 3 * numbers * (768 * (0.5 + 4 / 32) + 32 * 4),              # half a byte, scale and zero point for 32; the last 32 in fp32
 }
 for name, bytes in by_hand.items():
-    assert KEEPERS[name](decoder, 3, 777).allocated_bytes == bytes
-Table(["keeper", "bytes", "of contiguous"],
+    assert CACHES[name](decoder, 3, 777).allocated_bytes == bytes
+Table(["cache", "bytes", "of contiguous"],
       [[name, f"{bytes:,.0f}", f"{bytes / by_hand['contiguous']:.0%}"] for name, bytes in by_hand.items()],
       numeric=["bytes", "of contiguous"])
 
@@ -497,7 +499,7 @@ Table(["keeper", "bytes", "of contiguous"],
 # still fits into it. Rounding does change the keys and values; how much that costs in quality is a question for lesson 03.
 
 # %% tags=["nbval-ignore-output"]
-told = {name: generate(decoder, prompt, max_tokens=16, cache=name).tokens for name in by_hand}
+told = {name: generate(decoder, prompt, max_tokens=16, cache=CACHES[name](decoder, 1, 1024)).tokens for name in by_hand}
 assert told["contiguous"] == told["paged"] == told["window"] == outputs["with"].tokens[:16]
 
 
@@ -506,7 +508,7 @@ def first_difference(tokens: list[int]) -> str:
     return f"another token at place {other[0]}" if other else "the same"
 
 
-Table(["keeper", "its 16 tokens"], [[name, first_difference(tokens)] for name, tokens in told.items()])
+Table(["cache", "its 16 tokens"], [[name, first_difference(tokens)] for name, tokens in told.items()])
 
 # %% [markdown]
 # ## Reconciliation: who was wrong, and why

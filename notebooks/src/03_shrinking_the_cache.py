@@ -39,26 +39,30 @@ import torch
 from IPython.display import Markdown
 from torch.nn.functional import scaled_dot_product_attention
 
-from clawdemy_infer import catalog, plots, widgets
+from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import MLA, Work, total
 from clawdemy_infer.attention import attend
-from clawdemy_infer.bench import random_tokens
-from clawdemy_infer.calibrate import Pulse, default_device, this_machine
-from clawdemy_infer.kv_cache import ContiguousCache, Int8Cache, KiviCache, SlidingWindowCache
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import load_model
-from clawdemy_infer.model.cross_layer import CrossLayerConfig, CrossLayerDecoder
-from clawdemy_infer.model.generate import KEEPERS
-from clawdemy_infer.model.grouping import with_kv_heads
-from clawdemy_infer.model.latent import LatentCache, LatentConfig, LatentDecoder
-from clawdemy_infer.tables import Table, si
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
+from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.steps import random_tokens
+from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
 from clawdemy_infer.timing import alternate, count_ops
+from clawdemy_infer.variants.cross_layer import CrossLayerConfig, CrossLayerDecoder
+from clawdemy_infer.variants.grouping import with_kv_heads
+from clawdemy_infer.variants.int4_cache import KiviCache
+from clawdemy_infer.variants.int8_cache import Int8Cache
+from clawdemy_infer.variants.latent import LatentCache, LatentConfig, LatentDecoder
+from clawdemy_infer.variants.sliding_cache import SlidingWindowCache
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90
 machine = this_machine()
 lesson = Lesson("03 shrinking_the_cache", machine=machine)
-decoder = load_model("smollm2-135m", device=default_device())
+plain = load_model("smollm2-135m", device=default_device())
+decoder = faster(plain, "fp32")                         # its matrices as the kernels of this machine like them
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory.")
 
 # %% [markdown]
@@ -281,8 +285,8 @@ def random_like(made: torch.nn.Module) -> torch.nn.Module:
 
 torch.manual_seed(0)
 models = dict.fromkeys(shapes, decoder) | {
-    "MHA, as if": with_kv_heads(decoder, N),
-    "MQA": with_kv_heads(decoder, 1),
+    "MHA, as if": faster(with_kv_heads(plain, N), "fp32"),
+    "MQA": faster(with_kv_heads(plain, 1), "fp32"),
     "MLA": random_like(LatentDecoder(LatentConfig(shapes["MLA"]))),
     "cross-layer": random_like(CrossLayerDecoder(CrossLayerConfig(shapes["cross-layer"]))),
 }
@@ -329,15 +333,6 @@ for name, each in shapes.items():
     assert predicted == allocated, (name, predicted, allocated)
     rows.append([name, f"{predicted:,.0f}", f"{allocated:,}"])
 Table(["technique", "predicted, bytes", "allocated, bytes"], rows, numeric=["predicted, bytes", "allocated, bytes"])
-
-# %% [markdown]
-# Rounding and *pages* (lesson 06) go together. A page of 32 tokens is a group: it is rounded when it is full, and can then be shared like any page. The last,
-# partly filled one waits in full precision. So the bytes are the same to the last one:
-
-# %%
-in_pages = {name: KEEPERS[f"paged-{name}"](decoder, 3, 1024).allocated_bytes for name in ("int8", "int4")}
-assert in_pages == {name: new_cache(name, capacity=1024, batch=3).allocated_bytes for name in in_pages}
-in_pages
 
 # %% [markdown]
 # Now the seconds. Caches for 4,096 tokens are filled with random numbers: a step costs the same whatever they say. (Filled they must be. Fresh zeros may be one page of memory, mapped many
@@ -626,13 +621,13 @@ draw_shares("llama-3-8b", 16, 8192)
 # ### 1 · What is left to win
 # A step reads `weights` bytes and `kv` bytes. A trick divides the KV bytes by `factor`. How many times faster is the step, if it waits for memory alone?
 
-# %% tags=["exercise", "exercise:faster"]
-def faster(weights, kv, factor):
+# %% tags=["exercise", "exercise:speedup"]
+def speedup(weights, kv, factor):
     return ...
 
 
 lesson.exercise(
-    "faster", faster,
+    "speedup", speedup,
     cases={
         (100, 100, 2): 4 / 3,           # half of the step is KV, and half of that is saved
         (100, 0, 8): 1.0,               # no context, nothing to win
@@ -654,7 +649,7 @@ lesson.exercise(
 # <details><summary>Solution</summary>
 #
 # ```python
-# def faster(weights, kv, factor):
+# def speedup(weights, kv, factor):
 #     return (weights + kv) / (weights + kv / factor)
 # ```
 #

@@ -31,23 +31,26 @@ from IPython.display import Markdown, display
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import LogLocator
 
-from clawdemy_infer import catalog, plots, widgets
+from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import matmul
-from clawdemy_infer.bench import filled_cache, random_tokens, step_ops, time_prefill
-from clawdemy_infer.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.envelope.napkin import sweep
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import generate, load_model, with_weights
-from clawdemy_infer.napkin import sweep
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops, time_prefill
+from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.model import generate
 from clawdemy_infer.published.rows import read as published_runs
-from clawdemy_infer.tables import Table, number, si
 from clawdemy_infer.timing import alternate
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90
 machine = this_machine()
 lesson = Lesson("04 batching", machine=machine)
-decoder = load_model("smollm2-135m", device=default_device())
+plain = load_model("smollm2-135m", device=default_device())
+decoder = faster(plain, "fp32")                         # its matrices as the kernels of this machine like them
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
          f"and computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32.")
 
@@ -330,7 +333,7 @@ Table(["rows", "rate of a product", "all weights once, at that rate", "against o
 
 # %% [markdown]
 # Does the last column rise smoothly? With a library alone it often does not: it has one program for a single row and another for blocks of many, and a product of two rows may cost more than one of
-# eight. Our decoder asks the stopwatch once which program is fastest for how many rows (`linear/choice.py`). No napkin knows of such things, and they are not about the hardware.
+# eight. Our own program, in C++ (`fast/cpp/product.h`), takes a few rows at a time, as many as there are registers for. No napkin knows of such things, and they are not about the hardware.
 #
 # Your own guesses, over the dots.
 
@@ -369,7 +372,7 @@ def prompts_together(time) -> float:
 lesson.predict("four prompts of 128, over one", prompts_together(machine.napkin), prompts_together(lambda work: machine.time(work, ops).seconds),
                unit="×")
 if decoder.device.type == "cpu":                    # the packed formats are for CPUs
-    packed_ops = {weights: step_ops(with_weights(decoder, weights)) for weights in ("bf16", "int4")}
+    packed_ops = {weights: step_ops(faster(plain, weights)) for weights in ("bf16", "int4")}
     for B in (1, 64):
         works = {weights: shape.decode(B, SHORT, weights=weights) for weights in packed_ops}
         lesson.predict(f"int4 over bf16, batch {B}", machine.napkin(works["bf16"]) / machine.napkin(works["int4"]),
@@ -481,7 +484,7 @@ plt.show()
 # %% tags=["nbval-ignore-output"]
 def time_formats(batches: list[int], rounds: int) -> dict:
     """Seconds of a step by (format, batch)."""
-    models = {weights: with_weights(decoder, weights) for weights in ("bf16", "int4")}
+    models = {weights: faster(plain, weights) for weights in ("bf16", "int4")}
     caches = {(weights, B): ContiguousCache.for_model(model, B, SHORT) for weights, model in models.items() for B in batches}
     for cache in caches.values():
         for tensor in cache.tensors:                # [L, B, K, S, H]: any numbers will do

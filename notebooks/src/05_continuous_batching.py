@@ -30,24 +30,27 @@ import numpy as np
 from IPython.display import Markdown
 from ipywidgets import IntSlider
 
-from clawdemy_infer import catalog, plots, widgets
-from clawdemy_infer.batching import SLO, Engine, Policy, Request, simulate, simulator, uniform, workload
-from clawdemy_infer.batching.compare import slowed
-from clawdemy_infer.batching.simulator import RooflineExecutor, scheduler_for, tables_for
-from clawdemy_infer.batching.timeline import draw_gantt, spans
-from clawdemy_infer.batching.torch_executor import count_operations, engine
-from clawdemy_infer.calibrate import Pulse, default_device, this_machine
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import load_model
-from clawdemy_infer.tables import Table, number, si
+from clawdemy_infer import catalog
+from clawdemy_infer.batching import SLO, Engine, Policy, Request, simulate, simulator
+from clawdemy_infer.batching.serving import engine, scheduler_for
+from clawdemy_infer.batching.simulator import RooflineExecutor
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.steps import count_operations
+from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.timeline import draw_gantt, spans
+from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.machine.calibrated import slowed
 from clawdemy_infer.timing import now
+from clawdemy_infer.workloads import uniform, workload
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90
 PHASES = {"waiting": "#d9d9d9", "prefill": plots.COLOURS[1], "decode": plots.COLOURS[0], "preempted": plots.COLOURS[3]}
 machine = this_machine()
 lesson = Lesson("05 continuous_batching", machine=machine)
-decoder = load_model("smollm2-135m", device=default_device())
+decoder = faster(load_model("smollm2-135m", device=default_device()), "fp32")   # matrices as this machine's kernels like them
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory "
          f"and computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32.")
 
@@ -115,21 +118,16 @@ plt.show()
 class Tick:
     """The cost of a step on a machine that takes a second for any."""
 
-    windows = (None,)
-
-    def visible(self, contexts):
-        return [0]
-
-    def seconds(self, decodes, visible, chunks=()):
+    def seconds(self, contexts, chunks=(), num_draft_tokens=0):
         return 1.0
 
-    def rectangle(self, B, T, S):
+    def padded(self, B, T, S):
         return 1.0
 
 
 def by_hand(policy: Policy) -> Engine:
-    tables = tables_for(policy, blocks=64, block_size=16)
-    return Engine(scheduler_for(policy, tables), RooflineExecutor(Tick(), tables))
+    scheduler = scheduler_for(policy, blocks=64, block_size=16)
+    return Engine(scheduler, RooflineExecutor(Tick(), scheduler.tables))
 
 
 six = [Request(name, prompt=1, max_tokens=tokens, arrival_s=0.0) for name, tokens in zip("ABCDEF", (5, 1, 2, 6, 1, 3), strict=True)]
@@ -351,7 +349,7 @@ plt.show()
 # %%
 def decisions(report) -> list[tuple[int, int]]:
     """Of each step, how many sequences were in it and how many tokens they brought."""
-    return [(step.sequences, step.tokens) for step in report.steps for _ in range(step.steps)]
+    return [(step.sequences, step.tokens) for step in report.steps]
 
 
 for name in POLICIES:

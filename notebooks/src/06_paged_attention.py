@@ -33,23 +33,34 @@ from ipywidgets import IntSlider
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-from clawdemy_infer import catalog, plots, widgets
-from clawdemy_infer.bench import filled_cache, random_tokens, step_ops
-from clawdemy_infer.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer import catalog
+from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
-from clawdemy_infer.kv_cache.allocators import Buddy, Lengths, Pages, Reservation, serve, sharegpt_like
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import Sampling, load_model
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops
+from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.model import Sampling
 from clawdemy_infer.model.sampling import sample
 from clawdemy_infer.published.rows import read as published_runs
-from clawdemy_infer.tables import Table, si
 from clawdemy_infer.timing import alternate, count_ops
+from clawdemy_infer.workloads.allocators import (
+    Buddy,
+    Lengths,
+    Pages,
+    Reservation,
+    serve,
+    sharegpt_like,
+)
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90
 machine = this_machine()
 lesson = Lesson("06 paged_attention", machine=machine)
-decoder = load_model("smollm2-135m", device=default_device())
+model = load_model("smollm2-135m", device=default_device())
+decoder = faster(model, "fp32")                         # its matrices as the kernels of this machine like them
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
          f"computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32, "
          f"and asks {si(machine.fixed_s_per_op, 's')} to start one operation.")
@@ -294,19 +305,18 @@ for user in range(users):
     tables.commit({user: ids[known:]})
 
 tokens = users * (SYSTEM + QUESTION)
-assert tables.prefix.statistics.found == (users - 1) * SYSTEM                   # all but the first
+assert tables.prefix.found == (users - 1) * SYSTEM                   # all but the first
 assert tables.pool.used * b == SYSTEM + users * QUESTION                        # and the prompt lies there once
-Markdown(f"Hit rate: **{tables.prefix.statistics.hit_rate:.1%}** of the tokens. {tokens:,} tokens lie in the room of {tables.pool.used * b:,}.")
+Markdown(f"Hit rate: **{tables.prefix.hit_rate:.1%}** of the tokens. {tokens:,} tokens lie in the room of {tables.pool.used * b:,}.")
 
 # %% [markdown]
 # ### What does the table cost?
 # Contiguous keys are read front to back. Pages are looked up first. FLOPs and bytes of the attention itself are the same, so the **napkin** says: nothing.
 #
-# The calibrated roofline counts two things more. More operations must be started, and we can count them before any clock runs. And the scores,
-# which one fused kernel would keep in a CPU cache, pass through memory a few times on their way from product to softmax to product.
-#
-# We also keep the plain way, as a warning: to *gather* each sequence's blocks into one piece in each step, and then attend as usual.
-# It reads the KV, writes it, and reads it again.
+# But somebody has to follow the table. PyTorch has no operation for it, so the plain way, and that of `kv_cache/paged.py`, is to *gather*: each step
+# copies each sequence's blocks into one piece, and then attends as usual. It reads the KV, writes it, and reads it again. A kernel reads the pages
+# where they lie: `fast/cpp/attention.h` on a CPU, `kernels/decode_paged.py` on a GPU. We time both ways, each beside a contiguous cache that the same
+# engine reads.
 
 # %% tags=["nbval-ignore-output"]
 B, S = 8, 1024
@@ -327,34 +337,38 @@ for _ in range(11):                                     # they grow in turns, as
 paged = PagedCache.over(decoder, tables)
 for sequence in range(B):
     slots = (torch.tensor(tables.blocks[sequence])[:, None] * b + torch.arange(b)).flatten()[:S - 1]
-    rows = paged.store.rows(slots.to(decoder.device))
+    rows = paged.rows(slots.to(decoder.device))
     for layer in range(shape.L):
         keys, values = (tensor[layer, sequence, :, :S - 1].transpose(0, 1) for tensor in (plain.keys, plain.values))    # [M, K, H]
-        paged.store.write(layer, rows, keys, values)
-gathered = PagedCache(tables, paged.store, attention="gather")          # the same blocks, read the plain way
-caches = {"contiguous": plain, "paged": paged, "gathered": gathered}
+        paged.write(layer, rows, keys, values)
+try:
+    kernels = faster(model, compile=True)             # the same model, whose attention follows the table
+except ValueError as missing:                           # no compiler: then PyTorch alone
+    kernels = decoder
+    print(missing)
+ways = {"contiguous, PyTorch": (decoder, plain), "gathered, PyTorch": (decoder, paged),
+        "contiguous, kernel": (kernels, plain), "paged, kernel": (kernels, paged)}
 assert plain.allocated_bytes == paged.allocated_bytes == shape.kv_bytes(B, S, "fp32")
 token = random_tokens(decoder, B, 1)
 
 
-def one_token(cache) -> torch.Tensor:
+def one_token(model, cache) -> torch.Tensor:
     cache.truncate(S - 1)
-    return decoder(token, cache, last_only=True)
+    return model(token, cache, last_only=True)
 
 
-ops = {name: count_ops(lambda cache=cache: one_token(cache)) for name, cache in caches.items()}
+ops = {name: count_ops(lambda cache=cache: one_token(decoder, cache)) for name, (_, cache) in list(ways.items())[:2]}
 work, kv = shape.decode(B, S, **FP32), shape.kv_bytes(B, S, "fp32")
-scores = shape.L * B * shape.N * S * 4
 predicted = {name: machine.time(work, count).seconds for name, count in ops.items()}
-predicted["paged"] += 9 * scores / machine.bandwidth_at()       # put in order: 2, + mask: 2, softmax: 2, put back: 2, into the product: 1
-predicted["gathered"] += 2 * kv / machine.bandwidth_at()        # each key and value read and written once more
+predicted["gathered, PyTorch"] += 2 * kv / machine.bandwidth_at()       # each key and value read and written once more
 step_bytes = shape.streamed_bytes("fp32") + kv
 
 lesson.guess("paged over contiguous", ...)
-lesson.predict("paged over contiguous", 1.0, predicted["paged"] / predicted["contiguous"], unit="×")
-lesson.predict("gathered over contiguous", (step_bytes + 2 * kv) / step_bytes, predicted["gathered"] / predicted["contiguous"], unit="×")
+lesson.predict("paged over contiguous", 1.0, 1.0, unit="×")
+lesson.predict("gathered over contiguous", (step_bytes + 2 * kv) / step_bytes,
+               predicted["gathered, PyTorch"] / predicted["contiguous, PyTorch"], unit="×")
 Table([f"a step of {B} sequences at {S:,}", "operations", "roofline says"],
-      [[name, f"{ops[name]:,}", si(predicted[name], "s")] for name in caches], numeric=["operations", "roofline says"])
+      [[name, f"{ops[name]:,}", si(predicted[name], "s")] for name in ops], numeric=["operations", "roofline says"])
 
 # %% [markdown]
 # ### Throw out a sequence: carry it away, or forget it?
@@ -416,7 +430,7 @@ def even_length(recompute, link: float = NETWORK) -> int:
     return next((S for S in range(1, shape.max_context) if 2 * S * KV / link > recompute(S)), shape.max_context)
 
 
-swapping = PagedCache.over(decoder, BlockTables(BlockPool(64, b), host=BlockPool(64, b)))
+swapping = SwappingCache.over(decoder, SwappingTables(BlockPool(64, b), host=BlockPool(64, b)))
 swapping.add("sequence")
 decoder.step({"sequence": random_tokens(decoder, 1, SYSTEM)[0].tolist()}, swapping)
 
@@ -598,16 +612,22 @@ plt.show()
 
 # %% [markdown]
 # ### The price of the table
-# First that all three read the same keys, however they lie; then the clock. And two small cases beside the large one, for the table's price is mostly fixed.
+# First that all four read the same keys, however they lie; then the clock. And two small cases beside the large one.
 
 # %% tags=["nbval-ignore-output"]
-expected = one_token(plain)
-for cache in (paged, gathered):
-    torch.testing.assert_close(one_token(cache), expected, rtol=1e-3, atol=1e-2)
-times = alternate({name: lambda cache=cache: one_token(cache) for name, cache in caches.items()}, repeats=7)
-over = {name: float(np.median(np.divide(times[name].seconds, times["contiguous"].seconds))) for name in times}
-for name in ("paged", "gathered"):
-    lesson.measure(f"{name} over contiguous", over[name])
+expected = one_token(decoder, plain)
+for model, cache in ways.values():
+    torch.testing.assert_close(one_token(model, cache), expected, rtol=1e-3, atol=1e-2)
+times = alternate({name: lambda way=way: one_token(*way) for name, way in ways.items()}, repeats=7)
+
+
+def ratio(one: str, other: str) -> float:
+    return float(np.median(np.divide(times[one].seconds, times[other].seconds)))
+
+
+over = {"gathered": ratio("gathered, PyTorch", "contiguous, PyTorch"), "paged": ratio("paged, kernel", "contiguous, kernel")}
+for name, value in over.items():
+    lesson.measure(f"{name} over contiguous", value)
 
 small = {}
 for context in (512, 64):                               # one sequence of few tokens
@@ -617,14 +637,14 @@ for context in (512, 64):                               # one sequence of few to
 
     def next_token(cache, context=context) -> None:
         cache.truncate(context - 1)
-        decoder(token[:1], cache, last_only=True)
+        kernels(token[:1], cache, last_only=True)
 
     both = alternate({name: lambda cache=cache: next_token(cache) for name, cache in ours.items()}, repeats=11)
     small[context] = {name: timing.median for name, timing in both.items()}
     small[context]["ratio"] = float(np.median(np.divide(both["paged"].seconds, both["contiguous"].seconds)))
 
 fig, ax = plt.subplots(figsize=(6.6, 2.6))
-ax.barh(list(times), [predicted[name] for name in times], color=plots.ROOFLINE, alpha=0.35, height=0.62, label="calibrated roofline")
+ax.barh(list(predicted), list(predicted.values()), color=plots.ROOFLINE, alpha=0.35, height=0.62, label="calibrated roofline")
 ax.plot([timing.median for timing in times.values()], list(times), "o", color=plots.MEASURED, label="measured")
 ax.set(xlabel=f"a step of {B} sequences at {S:,} tokens", title="Read the pages where they lie: do not gather them")
 ax.invert_yaxis()
@@ -632,8 +652,8 @@ ax.grid(axis="y", visible=False)
 plots.units(ax.xaxis, "s")
 fig.legend(loc="outside lower center", ncols=2)
 plt.show()
-Table(["step", "contiguous", "paged", "ratio"],
-      [[f"{B} sequences, {S:,} tokens each", si(times["contiguous"].median, "s"), si(times["paged"].median, "s"), f"{over['paged']:.2f} ×"]]
+Table(["step by the kernel", "contiguous", "paged", "ratio"],
+      [[f"{B} sequences, {S:,} tokens each", si(times["contiguous, kernel"].median, "s"), si(times["paged, kernel"].median, "s"), f"{over['paged']:.2f} ×"]]
       + [[f"1 sequence, {context:,} tokens", si(row["contiguous"], "s"), si(row["paged"], "s"), f"{row['ratio']:.2f} ×"]
          for context, row in small.items()],
       numeric=["contiguous", "paged", "ratio"])
@@ -646,15 +666,15 @@ Table(["step", "contiguous", "paged", "ratio"],
 LENGTHS = (4, 16, 64, 256, 512)
 
 
-def first_tile() -> torch.Tensor:
-    return swapping.store.keys[:, swapping.tables.blocks["sequence"][0] // swapping.tables.pool.tile].clone()
+def first_block() -> torch.Tensor:
+    return swapping.keys[:, swapping.tables.blocks["sequence"][0]].clone()
 
 
-before = first_tile()
+before = first_block()
 swapping.swap_out("sequence")
-swapping.store.keys.zero_()                             # whatever is there afterwards has come back
+swapping.keys.zero_()                             # whatever is there afterwards has come back
 swapping.swap_in("sequence")
-assert before.any() and torch.equal(before, first_tile())
+assert before.any() and torch.equal(before, first_block())
 
 again = ContiguousCache.for_model(decoder, 1, SYSTEM)
 
@@ -703,7 +723,7 @@ plt.show()
 because = {
     "TTFT without": "576 rows at the rates of single kernels; what passes between them on top",
     "TTFT with": f"64 rows reach {dict(machine.rates['gemm']['fp32'])[QUESTION] / machine.peak('fp32'):.0%} of the peak, and 512 keys are gathered in each layer",
-    "paged": f"{ops['paged'] - ops['contiguous']:,} operations more; unfused softmax",
+    "paged": "the kernel looks up one block for 16 tokens",
     "gathered": "each key and value copied in each layer of each step, row by row",
     "swap": "a block is many short stretches, one for each head and layer; the cost of an operation is that of the smallest ones",
     "recompute": "a prefill, as in lesson 01",

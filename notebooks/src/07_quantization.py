@@ -25,28 +25,23 @@ import numpy as np
 import torch
 from IPython.display import Markdown
 
-from clawdemy_infer import bench, catalog, plots, widgets
-from clawdemy_infer.calibrate import this_machine
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import load_model, with_weights
-from clawdemy_infer.quantization import (
-    Quantized,
-    Reference,
-    calibration_tokens,
-    compare,
-    draw,
-    evaluation_tokens,
-    format_named,
-    int8_activations,
-    linears,
-    llm_int8,
-    observe,
-    round_to_nearest,
-    smoothquant,
-    table,
+from clawdemy_infer import catalog
+from clawdemy_infer.envelope.roofline import interpolate
+from clawdemy_infer.evaluation import Reference
+from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
+from clawdemy_infer.lesson import Lesson, plots, steps, widgets
+from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.machine.calibrate import this_machine
+from clawdemy_infer.quantization import Quantized, format_named, linears, observe, round_to_nearest
+from clawdemy_infer.rigs import bench
+from clawdemy_infer.rigs.quantization_table import (
+    compare_formats,
+    quantization_table,
 )
-from clawdemy_infer.roofline import interpolate
-from clawdemy_infer.tables import Table, si
+from clawdemy_infer.variants.int8_activations import int8_activations, llm_int8
+from clawdemy_infer.variants.smoothquant import smoothquant
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90
@@ -219,17 +214,17 @@ Table(["input of", "largest", "columns that reach 6", "rounded to 0 in int8", "i
 # matrices: not from this model.
 
 # %% tags=["nbval-ignore-output"]
-models = {"fp32": decoder} | {name: with_weights(decoder, name) for name in ("bf16", "int8", "int4")}
+models = {name: faster(decoder, name) for name in ("fp32", "bf16", "int8", "int4")}
 SETTINGS = [("decode", 1, 64), ("decode", 32, 64), ("prefill", 1, 128)]
 said = {(phase, batch): f"{phase}, B = {batch}" for phase, batch, _ in SETTINGS}
 
 cards = {}
 for name, model in models.items():
-    cards[name] = bench.card(shape, machine, 4e9, [(phase, name, batch, context) for phase, batch, context in SETTINGS])
+    cards[name] = bench.bounds(shape, machine, 4e9, [(phase, name, batch, context) for phase, batch, context in SETTINGS])
     for row in cards[name]:
         phase, batch = row["phase"], row["batch"]
-        ops = bench.step_ops(model, new=2) if phase == "prefill" else bench.step_ops(model, batch=batch)
-        predicted = machine.time(bench.work_of(shape, phase, name, batch, row["context"]), ops).seconds
+        ops = steps.step_ops(model, new=2) if phase == "prefill" else steps.step_ops(model, batch=batch)
+        predicted = machine.time(steps.work_of(shape, phase, name, batch, row["context"]), ops).seconds
         lesson.predict(f"{name}, {said[phase, batch]}", row["napkin_s"], predicted, unit="s")
 lesson.guess("int4, decode, B = 1", ...)
 lesson.table()
@@ -248,13 +243,13 @@ for name, model in models.items():
         lesson.measure(f"{name}, {said[row.phase, row.batch]}", row.measured_s, speed=row.speed)
 
 
-def faster(name: str, phase: str, batch: int, attribute: str = "measured_s") -> float:
+def speedup(name: str, phase: str, batch: int, attribute: str = "measured_s") -> float:
     return getattr(timed["fp32", phase, batch], attribute) / getattr(timed[name, phase, batch], attribute)
 
 
 columns = ["bytes promise", *(f"{said[phase, batch]}" for phase, batch, _ in SETTINGS)]
 Table(["weights", *columns],
-      [[name, f"{streamed['fp32'] / streamed[name]:.2f} ×", *(f"{si(timed[name, phase, batch].measured_s, 's')} ({faster(name, phase, batch):.2f} ×)"
+      [[name, f"{streamed['fp32'] / streamed[name]:.2f} ×", *(f"{si(timed[name, phase, batch].measured_s, 's')} ({speedup(name, phase, batch):.2f} ×)"
                                                              for phase, batch, _ in SETTINGS)] for name in models], numeric=columns)
 
 # %% tags=["nbval-ignore-output"]
@@ -296,13 +291,22 @@ def candidates():
     yield smoothquant(decoder, calibration_tokens(decoder.tokenizer, 2, 128))
 
 
-rows = list(compare(reference, candidates()))
-table(rows)
+rows = list(compare_formats(reference, candidates()))
+quantization_table(rows)
 
 # %% tags=["nbval-ignore-output"]
 fig, ax = plt.subplots(figsize=(7.6, 4.4))
-draw(ax, rows, plots.COLOURS)
-ax.set(title="Eight bits are nearly free, four have a price, three ruin", xlim=(None, 1.05 * max(row.streamed for row in rows[1:]) / 1e6))
+for colour, method in zip(plots.COLOURS, dict.fromkeys(row.method for row in rows[1:]), strict=False):
+    chosen = [row for row in rows if row.method == method]
+    kls = [row.quality.kl for row in chosen]
+    ax.errorbar([row.streamed / 1e6 for row in chosen], kls, yerr=[row.quality.kl_se for row in chosen], fmt="o", color=colour, label=method)
+    for row in chosen if len(chosen) > 1 else ():       # one row is named by the legend
+        close = any(0 < kl - row.quality.kl < 0.2 * row.quality.kl for kl in kls)
+        ax.annotate(row.format, (row.streamed / 1e6, row.quality.kl), fontsize=9, textcoords="offset points", xytext=(-7 if close else 7, -3),
+                    horizontalalignment="right" if close else "left")
+ax.set(title="Eight bits are nearly free, four have a price, three ruin", xlim=(None, 1.05 * max(row.streamed for row in rows[1:]) / 1e6),
+       yscale="log", xlabel="MB read for each token", ylabel="KL to the reference, nats a token")
+ax.legend()
 plt.show()
 
 # %% [markdown]
@@ -345,9 +349,9 @@ rtn = {name: quality["RTN", name] for name in FORMATS}
 plain, outliers, smooth = (quality[name, "int8"] for name in ("int8 activations", "LLM.int8", "SmoothQuant"))
 zero_helps, error = rtn["int4-g64-asym"].difference(rtn["int4-g64"])
 Markdown(f"""**Speed.** Bytes promise {streamed['fp32'] / streamed['int8']:.1f} × for int8 and {streamed['fp32'] / streamed['int4']:.1f} × for int4. Measured at batch 1:
-{faster('int8', 'decode', 1):.1f} × and {faster('int4', 'decode', 1):.1f} ×. At batch 32 {faster('int8', 'decode', 32):.1f} × and {faster('int4', 'decode', 32):.1f} ×; in a prefill
-{faster('int8', 'prefill', 1):.1f} × and {faster('int4', 'prefill', 1):.1f} ×. Fewer bytes help who waits for bytes. A prefill waits for FLOPs, and there bf16 alone gives {faster('bf16', 'prefill', 1):.1f} ×: of what int4 gains, the bits
-bring nothing, and the bf16 that its codes become brings all. Against bf16, int8 and int4 make a prefill {faster('int8', 'prefill', 1) / faster('bf16', 'prefill', 1):.2f} × and {faster('int4', 'prefill', 1) / faster('bf16', 'prefill', 1):.2f} × as fast.
+{speedup('int8', 'decode', 1):.1f} × and {speedup('int4', 'decode', 1):.1f} ×. At batch 32 {speedup('int8', 'decode', 32):.1f} × and {speedup('int4', 'decode', 32):.1f} ×; in a prefill
+{speedup('int8', 'prefill', 1):.1f} × and {speedup('int4', 'prefill', 1):.1f} ×. Fewer bytes help who waits for bytes. A prefill waits for FLOPs, and there bf16 alone gives {speedup('bf16', 'prefill', 1):.1f} ×: of what int4 gains, the bits
+bring nothing, and the bf16 that its codes become brings all. Against bf16, int8 and int4 make a prefill {speedup('int8', 'prefill', 1) / speedup('bf16', 'prefill', 1):.2f} × and {speedup('int4', 'prefill', 1) / speedup('bf16', 'prefill', 1):.2f} × as fast.
 
 **4 bits against 8.** At batch 1 {verdict}: {against_int8:.2f} ×, where the bytes promise {streamed['int8'] / streamed['int4']:.1f} ×. The kernels' rates say why: fp32 reads its weights at {read['fp32'] / machine.bandwidth_at():.0%} of what the memory
 delivers, int8 at {read['int8'] / machine.bandwidth_at():.0%}, int4 at {read['int4'] / machine.bandwidth_at():.0%}. The fewer the bytes of a weight, the more of its time goes into taking it out of them. At batch 32, {timed['int8', 'decode', 32].measured_s / timed['int4', 'decode', 32].measured_s:.2f} ×.

@@ -30,34 +30,29 @@ import numpy as np
 import torch
 from IPython.display import Markdown
 
-from clawdemy_infer import plots, widgets
 from clawdemy_infer.arithmetic.work import matmul, total
-from clawdemy_infer.calibrate import this_machine
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import Decoder, ModelConfig, load_model
+from clawdemy_infer.evaluation import Reference, kl_by_layer, output_errors
+from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens
+from clawdemy_infer.files import load_model
+from clawdemy_infer.files.checkpoint import load_quantized, save_quantized
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.machine.calibrate import this_machine
+from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.quantization import (
     Quantized,
     QuantizedModel,
-    Reference,
     awq,
-    calibration_tokens,
-    evaluation_tokens,
     format_named,
     gptq,
-    kept,
-    kl_by_layer,
     linears,
-    load_quantized,
     observe,
-    output_errors,
     round_to_nearest,
-    save_quantized,
-    table,
-    with_modules,
 )
 from clawdemy_infer.quantization.awq import RATIOS
 from clawdemy_infer.quantization.gptq import gptq_matrix, hessian_of, output_error
-from clawdemy_infer.tables import Table, si
+from clawdemy_infer.quantization.linears import with_modules
+from clawdemy_infer.rigs.quantization_table import quantization_table, shipped_table
 from clawdemy_infer.timing import count_ops, stopwatch
 
 plots.use_style()
@@ -374,9 +369,9 @@ and its output error is {wrong['nearest'] / wrong['GPTQ act-order']:.0f} × smal
 # stay in fp32, and the bytes are those of the cache).
 
 # %% tags=["nbval-ignore-output"]
-source, all_rows = kept.ours()
+source, all_rows = shipped_table()
 print(f"{source['model']}, {source['text'].partition(',')[0]}; {source['machine']}, {source['date'][:10]}")
-table(all_rows)
+quantization_table(all_rows)
 
 # %% tags=["nbval-ignore-output"]
 whole = {(row.method, row.format): row.quality for row in all_rows}

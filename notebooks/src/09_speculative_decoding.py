@@ -29,24 +29,29 @@ import sympy
 import torch
 from IPython.display import Markdown
 
-from clawdemy_infer import catalog, plots, widgets
-from clawdemy_infer.batching import Operations, Policy, StepCost, simulate, uniform, workload
-from clawdemy_infer.bench import step_ops
-from clawdemy_infer.calibrate import this_machine
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.model import Sampling, compiled, load_model
-from clawdemy_infer.speculative import draft_named, speculate, theory, verify
-from clawdemy_infer.speculative.adaptive import Adaptive
-from clawdemy_infer.speculative.compare import compare, measure_costs
-from clawdemy_infer.speculative.prompts import prompts_of
-from clawdemy_infer.tables import Table, si
+from clawdemy_infer import catalog
+from clawdemy_infer.batching import Operations, Policy, StepCost, simulate
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.steps import step_ops
+from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.machine.calibrate import this_machine
+from clawdemy_infer.model import Sampling
+from clawdemy_infer.rigs.compare_drafts import compare_drafts, measure_costs
+from clawdemy_infer.rigs.prompts import prompts_of
+from clawdemy_infer.speculative import speculate, theory, verify
+from clawdemy_infer.variants.adaptive import Adaptive
+from clawdemy_infer.variants.self_drafts import draft_named
+from clawdemy_infer.workloads import uniform, workload
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90
 machine = this_machine()
 lesson = Lesson("09 speculative_decoding", machine=machine)
-target = load_model("smollm2-135m")
-drafts = {name: draft_named(name, target) for name in ("lookup", "int8", "int4", "trained")}
+model = load_model("smollm2-135m")
+target = faster(model, "fp32")                          # its matrices as the kernels of this machine like them
+drafts = {name: draft_named(name, model if name.startswith("int") else target) for name in ("lookup", "int8", "int4", "trained")}
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory and computes at most "
          f"{si(machine.peak('fp32'), 'FLOP/s')} in fp32.")
 
@@ -227,7 +232,7 @@ Table(["text", "draft", "α", "α by position", "tokens a round"],
 # as they are written down. Compiled into one loop nest the target decodes faster still; that comes below.
 
 # %% tags=["nbval-ignore-output"]
-rows_greedy = compare(target, drafts, prompts, costs, gamma=4, max_tokens=tokens, repeats=1)
+rows_greedy = compare_drafts(target, drafts, prompts, costs, gamma=4, max_tokens=tokens, repeats=1)
 assert all(row.identical for row in rows_greedy)                        # the same tokens, draft or no draft
 for row in rows_greedy:
     lesson.measure(f"{row.draft} on {row.prompt}", row.measured, "verification's own arithmetic and the loop around it, which no part has")
@@ -241,7 +246,7 @@ Table(["text", "draft", "α", "by hand", "predicted", "measured"],
 
 # %% tags=["nbval-ignore-output"]
 warm = Sampling(temperature=1.0, seed=1)
-rows_warm = compare(target, drafts, talk, measure_costs(target, drafts, 64, (1, 5), repeats=5, sampling=warm), gamma=4, max_tokens=tokens,
+rows_warm = compare_drafts(target, drafts, talk, measure_costs(target, drafts, 64, (1, 5), repeats=5, sampling=warm), gamma=4, max_tokens=tokens,
                     sampling=warm, repeats=1)
 Table(["text", "draft", "α", "predicted", "measured"],
       [[row.prompt, row.draft, f"{row.alpha:.2f}", f"{row.predicted:.2f} ×", f"{row.measured:.2f} ×"] for row in rows_warm],
@@ -267,20 +272,20 @@ plt.show()
 
 # %% [markdown]
 # ### Against the fastest plain decode
-# A speed-up over a slow baseline proves little. So the same target once more, each step as one call of C++ (`model/step_cpp.py`): a plain step streams its
+# A speed-up over a slow baseline proves little. So the same target once more, each step as one call of C++ (`fast/cpp/step.cpp`): a plain step streams its
 # weights nearly as fast as memory gives them. And while memory brings the next weights, the processor has time to multiply the last ones by five rows
 # as well as by one. So here a check is what the roofline says it is, and so is a draft: one with 8-bit weights reads a quarter of the bytes. Lookup
 # on the text that copies, and the 8-bit copy on prose:
 
 # %% tags=["nbval-ignore-output"]
 if shutil.which("g++"):
-    fast = compiled(target, rows=(1, 5))
+    fast = faster(model, compile=True)
     fast_drafts = {"lookup": drafts["lookup"], "int8": draft_named("int8", fast)}
     fast_costs = measure_costs(fast, fast_drafts, context=64, rows=(1, 5), repeats=7)
-    fast_rows = [compare(fast, {name: fast_drafts[name]}, {kind: prompts[kind]}, fast_costs, gamma=4, max_tokens=30, repeats=2)[0]
+    fast_rows = [compare_drafts(fast, {name: fast_drafts[name]}, {kind: prompts[kind]}, fast_costs, gamma=4, max_tokens=30, repeats=2)[0]
                  for name, kind in (("lookup", "copying"), ("int8", "prose"))]
     assert all(row.identical for row in fast_rows)
-    said = (f"Compiled in {fast.compile_s:.0f} s. A plain token takes **{si(fast_rows[0].plain_s, 's')}** ({si(rows_greedy[0].plain_s, 's')} layer by layer), a "
+    said = (f"Compiled in {fast.runner.compile_s:.0f} s. A plain token takes **{si(fast_rows[0].plain_s, 's')}** ({si(rows_greedy[0].plain_s, 's')} layer by layer), a "
             f"check of five rows {fast_costs.v(5):.2f} of a step, a step of the 8-bit copy {fast_costs.c('int8'):.2f}. "
             + " ".join(f"{row.draft} on {row.prompt}: from these prices {row.predicted:.2f} ×, measured **{row.measured:.2f} ×**." for row in fast_rows))
 else:
@@ -344,7 +349,7 @@ Markdown(f"With α = {a:.2f} and p₂ = {p2:.2f} the leaves bring {tree[0] / cha
 # %% tags=["nbval-ignore-output"]
 batch = 8
 crowded = measure_costs(target, {"int8": drafts["int8"]}, context=64, rows=(1, 5), batch=batch, repeats=5)
-row = compare(target, {"int8": drafts["int8"]}, {"prose": prompts["prose"]}, crowded, gamma=4, max_tokens=12, batch=batch, repeats=1)[0]
+row = compare_drafts(target, {"int8": drafts["int8"]}, {"prose": prompts["prose"]}, crowded, gamma=4, max_tokens=12, batch=batch, repeats=1)[0]
 alone = next(each for each in rows_greedy if (each.draft, each.prompt) == ("int8", "prose"))
 Table(["batch", "rows of a check", "v by the roofline", "v", "c", "predicted", "measured"],
       [["1", "5", f"{v_roofline[5]:.2f}", f"{alone.v:.2f}", f"{alone.c:.2f}", f"{alone.predicted:.2f} ×", f"{alone.measured:.2f} ×"],
@@ -389,7 +394,7 @@ plt.show()
 # %% tags=["nbval-ignore-output"]
 early = {"exit:10": draft_named("exit:10", target)}
 early_costs = measure_costs(target, early, context=64, rows=(1, 5), repeats=5)
-lost = compare(target, early, {"prose": prompts["prose"]}, early_costs, gamma=4, max_tokens=20, repeats=1)[0]
+lost = compare_drafts(target, early, {"prose": prompts["prose"]}, early_costs, gamma=4, max_tokens=20, repeats=1)[0]
 assert lost.identical
 Markdown(f"α = {lost.alpha:.2f}, c = {lost.c:.2f}: predicted {lost.predicted:.2f} ×, measured **{lost.measured:.2f} ×**. "
          f"The tokens are the same all the same. To break even with one guess a round, α would have to exceed c + v - 1 = "

@@ -41,14 +41,13 @@ import torch
 from IPython.display import Markdown
 from torch.nn.functional import scaled_dot_product_attention
 
-from clawdemy_infer import catalog, plots, widgets
+from clawdemy_infer import catalog
 from clawdemy_infer.attention import attend
-from clawdemy_infer.calibrate import this_machine
-from clawdemy_infer.lesson import Lesson
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.published.rows import read as published_runs
-from clawdemy_infer.published.setting import chip
-from clawdemy_infer.published.shapes import bytes_per_weight, shape_of
-from clawdemy_infer.tables import Table, si
+from clawdemy_infer.published.setting import bytes_per_weight, chip, shape_of
 from clawdemy_infer.timing import alternate, stopwatch
 
 try:
@@ -140,10 +139,10 @@ G, e = N // K, 2                                        # query heads to a KV he
 lengths = [177, 241]
 B, S = len(lengths), sum(lengths)
 
-naive = dict.fromkeys(("q", "k", "v", "lengths", "other"), 0)
+naive = dict.fromkeys(("q", "k", "v", "seq_lens", "other"), 0)
 for length in lengths:
     for _head in range(N):                              # each of these is a program
-        naive["lengths"] += 4                           # how long is my sequence?
+        naive["seq_lens"] += 4                           # how long is my sequence?
         naive["q"] += H * e
         naive["k"] += length * H * e                    # all keys of its KV head, although two others ask for the same
         naive["v"] += length * H * e
@@ -185,7 +184,7 @@ def beside(kernel, envelope, traffic):
 
 # %%
 wanted = reference(q, k, v, lengths)
-out, traffic = watch("decode_naive", q=q, k=k, v=v, lengths=how_long)
+out, traffic = watch("decode_naive", q=q, k=k, v=v, seq_lens=how_long)
 if TRITON:
     torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)     # bf16 keeps three digits
 beside("decode_naive", naive, traffic)
@@ -204,14 +203,14 @@ loop_of("decode_grouped")
 grouped = dict.fromkeys(naive, 0)
 for length in lengths:
     for _kv_head in range(K):                           # a third of the programs
-        grouped["lengths"] += 4
+        grouped["seq_lens"] += 4
         grouped["q"] += G * H * e                       # G queries each
         grouped["k"] += length * H * e                  # and the keys once
         grouped["v"] += length * H * e
         grouped["other"] += G * H * e
 
 assert grouped["k"] + grouped["v"] == 2 * K * S * H * e == S * shape.kv_bytes_per_token("bf16") // shape.L
-out, traffic = watch("decode_grouped", q=q, k=k, v=v, lengths=how_long)
+out, traffic = watch("decode_grouped", q=q, k=k, v=v, seq_lens=how_long)
 if TRITON:
     torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)
 beside("decode_grouped", grouped, traffic)
@@ -282,7 +281,7 @@ length = lengths[1]
 split = dict.fromkeys(naive, 0)
 for _kv_head in range(K):
     for _part in range(P):                              # each of these is a program
-        split["lengths"] += 4
+        split["seq_lens"] += 4
         split["q"] += G * H * e                         # every part needs the queries
         split["other"] += G * (H + 2) * 4               # leaves acc, largest and total
 split["k"] = split["v"] = K * length * H * e            # the parts share the keys out among themselves
@@ -291,7 +290,7 @@ for _head in range(N):                                  # and the join:
     split["other"] += H * e                             # writes the output
 
 assert split["other"] == 2 * P * N * (H + 2) * 4 + N * H * e
-one = {"q": q[1:], "k": k[1:], "v": v[1:], "lengths": how_long[1:]}
+one = {"q": q[1:], "k": k[1:], "v": v[1:], "seq_lens": how_long[1:]}
 out, traffic = watch("decode_split", **one, parts=P)
 if TRITON:
     torch.testing.assert_close(out.double(), wanted[1:], rtol=2e-2, atol=2e-2)
@@ -313,8 +312,8 @@ pool_k, pool_v = (torch.empty(256 // C, K, C, H, dtype=torch.bfloat16) for _ in 
 for pool, whole in ((pool_k, one["k"]), (pool_v, one["v"])):
     pool[blocks.long()] = whole[0].view(K, 256 // C, C, H).transpose(0, 1)
 
-paged = split | {"table": K * length * 4}               # each program looks up each of its tokens, at 4 bytes an entry
-out, traffic = watch("decode_paged", q=one["q"], k=pool_k, v=pool_v, table=table, lengths=one["lengths"], parts=P)
+paged = split | {"block_table": K * length * 4}               # each program looks up each of its tokens, at 4 bytes an entry
+out, traffic = watch("decode_paged", q=one["q"], k=pool_k, v=pool_v, block_table=table, seq_lens=one["seq_lens"], parts=P)
 if TRITON:
     torch.testing.assert_close(out.double(), wanted[1:], rtol=2e-2, atol=2e-2)
     assert traffic["k"].sectors == traffic["k"].asked   # whole sectors of 32 bytes: blocks are long enough to lose nothing
@@ -413,8 +412,8 @@ def predicted_on(card, kind, batch, context, parts=1):
 
 
 for kind, envelope in (("naive", naive), ("grouped", grouped)):         # the same as we counted program by program
-    assert sum(decode_bytes(kind, 1, length, heads=shape)[0] for length in lengths) == sum(envelope.values()) - envelope["lengths"]
-assert decode_bytes("split", 1, length, P, heads=shape) == (sum(split.values()) - split["lengths"], K * P)
+    assert sum(decode_bytes(kind, 1, length, heads=shape)[0] for length in lengths) == sum(envelope.values()) - envelope["seq_lens"]
+assert decode_bytes("split", 1, length, P, heads=shape) == (sum(split.values()) - split["seq_lens"], K * P)
 
 lines = []
 for batch, context in ((1, 8192), (1, 65_536), (64, 1024)):
@@ -923,9 +922,9 @@ if TRITON:
         pool = torch.zeros(batch * per_sequence, kv_heads, 16, width, dtype=torch.int8)
         scale = torch.ones(pool.shape[:-1]).half()
         _, traffic = watch("decode_int8", q=torch.zeros(batch, kv_heads, width), k=pool, k_scale=scale, v=pool.clone(), v_scale=scale.clone(),
-                           table=torch.arange(len(pool)).view(batch, -1).int(), lengths=torch.full((batch,), tokens, dtype=torch.int32),
+                           block_table=torch.arange(len(pool)).view(batch, -1).int(), seq_lens=torch.full((batch,), tokens, dtype=torch.int32),
                            window=window, parts=1)
-        assert sum(traffic[name].asked for name in ("k", "v", "k_scale", "v_scale", "table")) == expected
+        assert sum(traffic[name].asked for name in ("k", "v", "k_scale", "v_scale", "block_table")) == expected
 
 # %% tags=["exercise", "exercise:bytes_asked"]
 def bytes_asked(B, K, H, S, W):

@@ -35,18 +35,20 @@ import torch
 from IPython.display import Markdown
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from clawdemy_infer import catalog, plots, widgets
+from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import MLP, Attention, Experts, MoE, Pass, Work, total
 from clawdemy_infer.attention import attend
-from clawdemy_infer.bench import filled_cache, random_tokens, step_ops
-from clawdemy_infer.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.files import load_model
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.lesson import Lesson
-from clawdemy_infer.linear import Linear
-from clawdemy_infer.model import ModelConfig, experts, linear_attention, load_model
-from clawdemy_infer.model.pruning import influence, without_layers
-from clawdemy_infer.tables import Table, si
+from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops
+from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.model import ModelConfig
 from clawdemy_infer.timing import alternate, count_ops
+from clawdemy_infer.variants import experts, linear_attention
+from clawdemy_infer.variants.pruning import influence, without_layers
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90
@@ -54,7 +56,7 @@ torch.set_grad_enabled(False)
 machine = this_machine()
 device = default_device()
 lesson = Lesson("11 moe_and_alternatives", machine=machine)
-decoder = load_model("smollm2-135m", device=device)
+decoder = faster(load_model("smollm2-135m", device=device), "fp32")   # matrices as this machine's kernels like them
 shape = decoder.config.shape
 FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
@@ -305,7 +307,7 @@ QUARTER = MoE(experts=8, active=2)
 D, F = 1024, 3584
 torch.manual_seed(0)
 mixture = experts.Experts(D, F, QUARTER.experts, QUARTER.active).requires_grad_(False).to(device)
-dense = torch.nn.ModuleDict({"gate_up": Linear(D, 4 * F), "down": Linear(2 * F, D)}).requires_grad_(False).to(device)
+dense = torch.nn.ModuleDict({"gate_up": torch.nn.Linear(D, 4 * F, bias=False), "down": torch.nn.Linear(2 * F, D, bias=False)}).requires_grad_(False).to(device)
 expert_bytes = 3 * D * F * 4
 ROWS = [1, 2, 4, 8, 16, 32, 128]
 inputs = {B: [torch.randn(B, D, device=device) for _ in range(8)] for B in ROWS}
@@ -420,7 +422,7 @@ lesson.table()
 
 # %% [markdown]
 # ## Measurement: experts
-# Our experts are `clawdemy_infer/model/experts.py`: the pairs of token and expert are sorted by expert, and each expert that has any runs once, on all of its rows.
+# Our experts are `clawdemy_infer/variants/experts.py`: the pairs of token and expert are sorted by expert, and each expert that has any runs once, on all of its rows.
 # First: do they compute what Mixtral computes? The layer of `transformers` with the same weights must give the same numbers.
 # (The tests do it for a whole model.)
 
@@ -552,7 +554,7 @@ plt.show()
 # both are bound by FLOPs, of which they have the same, and the mixture loses only what many small products lose to few large ones.
 #
 # ## Measurement: a state instead of a cache, and a window
-# `clawdemy_infer/model/linear_attention.py` runs linear attention in two ways: token by token, as decode must, and chunk by chunk, as a prefill should.
+# `clawdemy_infer/variants/linear_attention.py` runs linear attention in two ways: token by token, as decode must, and chunk by chunk, as a prefill should.
 # They have to agree.
 
 # %%

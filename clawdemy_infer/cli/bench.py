@@ -1,0 +1,137 @@
+"""`bench`: what the roofline allows, then what the clock says; with `--breakdown`, where the time
+of a step goes. With `--peers`, `--drafts` or `--kernels` something else is measured instead."""
+
+from itertools import product
+
+from clawdemy_infer.cli import arguments, bench_drafts, bench_kernels, bench_peers
+from clawdemy_infer.cli.arguments import RUNS_IN, Args, UsageError, command, count, option
+from clawdemy_infer.cli.output import answer, say, show, table_of
+from clawdemy_infer.lesson.tables import si
+
+CONTEXTS = {"prefill": [64, 256, 1024], "decode": [64, 512, 1024]}
+"""By phase, the contexts that are timed unless told."""
+
+
+def add(subparsers) -> None:
+    c = command(subparsers, "bench", run, "Time prefill and decode of the real model beside what "
+                "was predicted, or beside other engines.",
+                "--phase prefill,decode --weights fp32,bf16 --batch 1 --context 64,512",
+                "--phase decode --weights bf16,int8,int4 --batch 1,8 --compile",
+                "--peers llama.cpp --weights int4,int8 --workloads decode-1,prefill-512 --compile",
+                "--drafts --compile", "--kernels --checks --json")
+    ours = c.add_argument_group("ours")
+    arguments.model_option(ours)
+    option(ours, "--phase LIST", "prefill, decode", [tuple(CONTEXTS)], [*CONTEXTS])
+    option(ours, "--weights LIST", ", ".join(RUNS_IN), [RUNS_IN], ["fp32", "bf16"])
+    option(ours, "--batch LIST", "sequences", [count], [1])
+    option(ours, "--context LIST", "tokens (default: three of each phase)", [count])
+    option(ours, "--breakdown", "also say where the time of each step goes", bool)
+    arguments.compile_option(ours)
+    for instead in (bench_peers, bench_drafts, bench_kernels):
+        instead.add(c)
+
+
+def run(args: Args) -> int:
+    if args.drafts:
+        return bench_drafts.run(args)
+    if args.kernels or args.checks:
+        return bench_kernels.run(args)
+    return ours(args) if args.peers is None else bench_peers.run(args)
+
+
+def ours(args: Args) -> int:
+    import psutil
+    load_average = psutil.getloadavg()[0]       # before we add to it ourselves
+    from clawdemy_infer.machine.calibrate import default_device
+    from clawdemy_infer.rigs.bench import bounds, measure, prediction_errors
+    from clawdemy_infer.rigs.breakdown import breakdown
+
+    # 1. What is asked for, refused before anything is timed.
+    device = default_device()
+    machine = arguments.calibrated(device)
+    if unknown := [weights for weights in args.weights if weights not in machine.peak_flops]:
+        raise UsageError(f"weights={unknown[0]!r}: {machine.name} is calibrated for "
+                         f"{', '.join(machine.peak_flops)}")
+    if args.compile and args.breakdown:
+        raise UsageError("breakdown: compiled, a step is one call; it is accepted without "
+                         "--compile")
+    model = arguments.running(args, args.weights[0])
+    shape = model.config.shape
+    wanted = [(phase, weights, batch, context)
+              for weights, phase in product(args.weights, args.phase)
+              for batch, context in product(args.batch, args.context or CONTEXTS[phase])]
+    if shape.max_context and (longest := max(row[-1] for row in wanted)) > shape.max_context:
+        raise UsageError(f"context={longest}: the model's context is {shape.max_context}")
+    # 2. What the roofline allows, and what does not fit.
+    available = machine.memory if device == "cuda" else psutil.virtual_memory().available
+    memory = min(machine.memory, available)
+    allowed = bounds(shape, machine, memory, wanted, device)
+    peaks = ", ".join(f"{si(machine.peak(weights), 'FLOP/s')} in {weights}"
+                      for weights in args.weights)
+    show(table_of(allowed, "phase weights batch context memory_bytes flops bytes intensity bound "
+                  "napkin_s fits", f"{shape.name} on {machine.name}: "
+                  f"{si(machine.bandwidth_at(), 'B/s')}, {peaks}"), stderr=args.json)
+    # 3. What the clock says.
+    rows, parts, compile_s = [], [], {}
+    for weights in args.weights:
+        feasible = [row for row in allowed if row["weights"] == weights and row["fits"]]
+        if feasible and model.weights != weights:
+            del model                           # before the next one takes its place
+            model = arguments.running(args, weights)
+        if args.compile:
+            compile_s[model.weights] = model.runner.compile_s
+        for row in measure(model, machine, feasible):
+            phase, batch, context = setting = row.phase, row.batch, row.context
+            say(f"{phase} {weights} B={batch} S={context}: {si(row.measured_s, 's')}")
+            rows.append(row)
+            if args.breakdown:
+                parts.append({"phase": phase, "weights": weights, "batch": batch,
+                              "context": context, "parts": breakdown(model, machine, *setting)})
+
+    notes = notes_on(rows, allowed, memory, load_average)
+    if args.compile:
+        took = ", ".join(f"{weights} {si(seconds, 's')}" for weights, seconds in compile_s.items())
+        notes.append(f"Compiled code was run, for which its seconds were: {took}.")
+    off = prediction_errors(rows) if rows else {}
+    said = [f"Prediction of {off['rows']} rows: median error {off['median']:.0%}, worst "
+            f"{off['worst']:.0%} ({off['worst_row']})."] if off else []
+    result = {"card": {"model": shape.name, "machine": machine.name, "memory_bytes": memory,
+                       "bandwidth": machine.bandwidth_at(), "peak_flops": machine.peak_flops,
+                       "fixed_s_per_op": machine.fixed_s_per_op, "rows": allowed},
+              "rows": [row.as_dict() for row in rows], "notes": notes, "errors": off}
+    result |= {"compile_s": compile_s} if args.compile else {}
+    result |= {"breakdown": parts} if args.breakdown else {}
+    answer(args.json, result, "",
+           table_of(result["rows"], "phase weights batch context napkin_s predicted_s measured_s "
+                    "spread ratio fraction_of_bound"),
+           *(table_of(each["parts"], "name flops bytes predicted_s measured_s residual_s",
+                      f"{each['phase']} in {each['weights']}, batch {each['batch']:,}, context "
+                      f"{each['context']:,}") for each in parts), *notes, *said)
+    return 0 if rows else 1
+
+
+def notes_on(rows: list, allowed: list[dict], memory: float, load_average: float) -> list[str]:
+    from clawdemy_infer.rigs.bench import MIN_SPEED
+    notes = [f"{row['phase']} in {row['weights']} of batch {row['batch']:,} and context "
+             f"{row['context']:,} was not timed: it needs {si(row['memory_bytes'], 'B')}, and "
+             f"there are {si(memory, 'B')}." for row in allowed if not row["fits"]]
+    if slow := [row.speed for row in rows if row.speed < MIN_SPEED]:
+        notes.append(f"WARNING: during {len(slow)} of {len(rows)} rows the machine ran at "
+                     f"{min(slow):.0%} of its calibrated speed or little more: something else "
+                     "runs on it. End it and measure again.")
+    spread = max((row.spread for row in rows), default=0)
+    if load_average > 0.5 or spread > 0.15:
+        notes.append(f"The machine is busy (load average {load_average:.1f} at the start, spread "
+                     f"of a row up to {spread:.0%}): trust these figures less.")
+    if any(row.fraction_of_bound > 1 for row in rows):
+        notes.append("A row is faster than its bound, which cannot be: the machine was slower "
+                     "while it was calibrated. Calibrate again.")
+    fp32 = {(row.phase, row.batch, row.context): row.measured_s for row in rows
+            if row.weights == "fp32"}
+    for row in rows:
+        times = row.measured_s / fp32.get((row.phase, row.batch, row.context), row.measured_s)
+        if times > 1:
+            notes.append(f"{row.weights} loses here: {row.phase} of batch {row.batch:,} and "
+                         f"context {row.context:,} takes {times:.2f} times as long as with fp32 "
+                         "weights.")
+    return notes

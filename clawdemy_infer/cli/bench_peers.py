@@ -1,0 +1,70 @@
+"""`bench --peers`: other engines in turn with ours, each in a process of its own."""
+
+from clawdemy_infer.cli.arguments import Args, calibrated, checked, count, option
+from clawdemy_infer.cli.output import answer, say
+
+PEERS = ("transformers", "llama.cpp", "vllm")
+
+
+def add(bench) -> None:
+    group = bench.add_argument_group("peers, instead of ours")
+    option(group, "--peers LIST", f"run {', '.join(PEERS)} in turn with ours, in as many bits as "
+           "--weights has; `make peers` sets them up", [PEERS], nargs="?", const=[*PEERS])
+    option(group, "--workloads LIST", "decode-B, decode-B@S or prefill-S (default: six)", [str])
+    option(group, "--rounds N", "turns that each gets beside peers or drafts", count, 3)
+
+
+def run(args: Args) -> int:
+    from clawdemy_infer.peers import contestants as who
+    with checked():                             # what is wrong is said before anything starts
+        works = [who.parse(name) for name in args.workloads or who.DEFAULT_WORKLOADS]
+        directory, gguf = who.weights_of(args.model)
+    entered, notes = who.contestants(args.weights, args.peers, gguf)
+    for sentence in notes:
+        say(sentence)
+
+    import torch
+
+    from clawdemy_infer.from_config import from_config
+    from clawdemy_infer.peers.race import Worker, WorkerFailed, race
+    from clawdemy_infer.peers.result import peer_rows, peers_table
+    from clawdemy_infer.timing import rates
+
+    machine, shape = calibrated("cpu"), from_config(str(directory / "config.json"))
+    data = torch.ones(int(machine.bandwidth[-1][0]) // 4)
+
+    def bandwidth() -> float:
+        return rates({"read": lambda _: data.sum() and data.nbytes}, rounds=1)["read"]
+
+    def note(sentence: str) -> None:
+        say(sentence)
+        notes.append(sentence)
+
+    settings = {"threads": torch.get_num_threads(), "batch": max(work.batch for work in works),
+                "context": max(work.context + work.new for work in works), "compile": args.compile}
+    workers, rows = {}, []
+    try:
+        for one in entered:
+            say(f"Starting {one.name} …")
+            model = str(gguf if one.engine == "llama.cpp" else directory)
+            try:
+                workers[one] = Worker(one.name, one.command,
+                                      {"model": model, "weights": one.weights, **settings})
+            except WorkerFailed as failed:
+                note(f"{failed}. The others go on.")
+        versions = {one.engine: worker.ready["version"] for one, worker in workers.items()}
+        weight_bytes = {one: worker.ready.get("weight_bytes") or shape.streamed_bytes(one.weights)
+                        for one, worker in workers.items()}
+        for work in works:
+            runs = race(workers, work, who.asked(work, directory), args.rounds, bandwidth, note)
+            rows += (new := peer_rows(runs, shape, machine, weight_bytes))
+            say(str(peers_table(new)))
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+    card = {"model": shape.name, "machine": machine.name, "bandwidth": machine.bandwidth_at(),
+            "peak_flops": machine.peak_flops, "versions": versions, "rounds": args.rounds}
+    answer(args.json, {"card": card | settings, "rows": rows,
+                       "notes": notes}, peers_table(rows), *notes)
+    return 0 if rows else 1

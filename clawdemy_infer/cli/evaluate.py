@@ -1,0 +1,126 @@
+"""`evaluate`: what quantization cost in quality, or with `--table` what every format costs by every
+method."""
+
+import functools
+import json
+import sys
+import zlib
+from pathlib import Path
+
+from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, load, option
+from clawdemy_infer.cli.output import answer, say
+from clawdemy_infer.cli.quantize import text_file
+from clawdemy_infer.lesson.ledger import today, versions
+from clawdemy_infer.lesson.tables import Table
+
+
+def add(subparsers) -> None:
+    c = command(subparsers, "evaluate", run,
+                "Say how far a quantized model is from the one it was made of.",
+                "tiny-int4", "--table my_table.jsonl --timed")
+    option(c, "directory", "a quantized model", nargs="?", metavar="DIR")
+    option(c, "--table FILE", "instead, every format by every method, some ten minutes; rows are "
+           "kept in FILE as they come, and not judged again", nargs="?", const="")
+    option(c, "--timed", "with --table: also the time of a token, where there is a kernel", bool)
+    option(c, "--reference M", "the model it was made of (default: the one that DIR names)")
+    option(c, "--text FILE", "a text to judge by (default: prose that comes with Python)")
+    option(c, "--sequences N", "of that text (default: 8; 4 for --table)", count)
+    option(c, "--length T", "tokens of a sequence", count, 512)
+
+
+def run(args: Args) -> int:
+    from clawdemy_infer.evaluation import Reference
+    from clawdemy_infer.files.checkpoint import is_quantized, load_quantized
+    if args.table is not None:
+        return table(args)
+    if args.timed:
+        raise UsageError("timed: only --table has times; `clawdemy-infer bench` times models")
+    if args.directory is None:
+        raise UsageError("directory: name that of a quantized model, or ask for --table")
+    if not is_quantized(args.directory):
+        raise UsageError(f"directory={args.directory!r}: the directory of a quantized model is "
+                         "accepted")
+    quantized = load_quantized(args.directory)
+    config = json.loads((Path(args.directory) / "config.json").read_text("utf-8"))
+    name = args.reference or config.get("_name_or_path")
+    if not name:
+        raise UsageError(f"reference: {args.directory} does not say what it was made of; name it")
+    model, tokens = reference(args, name, sequences=8)
+    if (theirs := model.config.shape.V) != (ours := quantized.decoder.config.shape.V):
+        raise UsageError(f"reference={name!r}: it has {theirs} tokens, not {ours}; the model that "
+                         "it was made of is accepted")
+    say(f"Comparing {args.directory} with {name} on {tokens.numel():,} tokens …")
+    judge = Reference(model, tokens)
+    quality, its_own = judge.judge(quantized.decoder), judge.quality.perplexity
+    answer(args.json, {"kl": quality.kl, "kl_se": quality.kl_se, "perplexity": quality.perplexity,
+                       "top1": quality.top1, "reference": name, "reference_perplexity": its_own,
+                       "tokens": tokens.numel(), "bits_effective": quantized.bits_per_weight},
+           Table(("", "value", "what it means"), [
+               ("KL divergence", f"{quality.kl:.4f} ± {quality.kl_se:.4f}",
+                f"from {name}, in nats for each token; 0 is the same model"),
+               ("perplexity", f"{quality.perplexity:.2f}", f"{name}: {its_own:.2f}"),
+               ("top-1 agreement", f"{quality.top1:.1%}",
+                "of the tokens that both find likeliest")]))
+    return 0
+
+
+def reference(args: Args, name: str, sequences: int):
+    """The model to compare with, and the tokens to compare on."""
+    from clawdemy_infer.evaluation.text import evaluation_tokens
+    text, model = text_file("text", args.text), load(name, "reference")
+    with checked():
+        return model, evaluation_tokens(model.tokenizer, args.sequences or sequences, args.length,
+                                        text)
+
+
+def table(args: Args) -> int:
+    from tqdm import tqdm
+
+    from clawdemy_infer.evaluation import Reference
+    from clawdemy_infer.evaluation.text import calibration_tokens
+    from clawdemy_infer.fast.cpp import cpu_name
+    from clawdemy_infer.machine.calibrate import this_machine
+    from clawdemy_infer.rigs import quantization_table as kept
+    from clawdemy_infer.rigs.quantization_grid import cells, with_times
+
+    # 1. What the file has already, if it is of the same model and text.
+    if args.directory is not None:
+        raise UsageError(f"directory={args.directory!r}: --table makes its own models")
+    name = args.reference or "smollm2-135m"
+    model, tokens = reference(args, name, sequences=4)
+    text = (f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens, "
+            f"crc32 {zlib.crc32(tokens.numpy().tobytes()):08x}")
+    source = {"command": "clawdemy-infer evaluate --table", "model": name, "text": text,
+              "machine": cpu_name(), "date": today(), **versions()}
+    rows = []
+    if args.table and Path(args.table).exists():
+        before, rows = kept.read_table(args.table)
+        if unlike := [key for key in ("model", "text") if before.get(key) != source[key]]:
+            raise UsageError(f"table={args.table!r}: its {unlike[0]} is {before.get(unlike[0])!r}, "
+                             f"not {source[unlike[0]]!r}; a new file is accepted")
+        source = before
+    # 2. The rest.
+    done = {(row.method, row.format) for row in rows}
+    left = [cell for cell in cells() if (cell.method, cell.format) not in done]
+    judge = Reference(model, tokens) if left else None
+    calibration = functools.cache(
+        lambda sequences: calibration_tokens(model.tokenizer, sequences, args.length))
+    with tqdm(left, desc="table", unit="row") as bar:
+        for cell in bar:
+            bar.set_postfix_str(f"{cell.method} {cell.format}")
+            rows.append(cell.make(judge, calibration))
+            quality = rows[-1].quality
+            bar.write(f"{cell.method} {cell.format}: KL {quality.kl:.4f} ± {quality.kl_se:.4f}",
+                      file=sys.stderr)
+            if args.table:
+                kept.write_table(args.table, source, rows)
+    if args.timed:
+        machine = this_machine("cpu")
+        rows = list(with_times(tqdm(rows, desc="times", unit="row"), model, machine))
+        source |= {"timed_on": machine.name, "timed": today()}
+        if args.table:
+            kept.write_table(args.table, source, rows)
+    answer(args.json, {"source": source, "rows": [kept.row_to_json(row) for row in rows]},
+           kept.quantization_table(rows), *kept.why_untimed(rows),
+           "KV cache: weights in fp32; bits and bytes are those of the cache of one sequence.")
+    return 0

@@ -1,0 +1,97 @@
+"""`quantize`: fewer bits for each weight, into a directory that serving engines load."""
+
+from pathlib import Path
+
+from clawdemy_infer.cli import arguments
+from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, option
+from clawdemy_infer.cli.output import answer
+from clawdemy_infer.lesson.tables import Table, si
+
+SEQUENCES = {"rtn": 0, "gptq": 12, "awq": 4}
+"""Ways to round, and the sequences of calibration text that each takes: AWQ fits few numbers, and
+runs each block many times."""
+
+
+def add(subparsers) -> None:
+    c = command(subparsers, "quantize", run, "Store the weights of a model in fewer bits, in a "
+                "directory that serving engines load.",
+                "--method gptq --bits 4 --group 64 --act-order --out tiny-int4",
+                "--method awq --group 128 --out tiny-awq",
+                "--method rtn --format nf4 --out tiny-nf4")
+    arguments.model_option(c)
+    option(c, "--out DIR", "a new directory for the quantized model", required=True)
+    option(c, "--method", "how to round", tuple(SEQUENCES), "gptq")
+    option(c, "--bits N", "of a code: 2, 3, 4 or 8", count, 4, choices=(2, 3, 4, 8))
+    option(c, "--group G", "neighbouring weights that share a scale, or `row`", group, 64)
+    option(c, "--symmetric", "no zero points", bool, True)
+    option(c, "--format F", "instead of bits, group and symmetric: nf4, mxfp4, fp8-e4m3, …")
+    option(c, "--act-order", "gptq: columns with large inputs first", bool, True)
+    option(c, "--layout", "of the file (default: awq for awq in 4 bits, gptq for other integers, "
+           "and packed, which we alone read, for the rest)", ("gptq", "awq", "packed"))
+    option(c, "--calibration FILE", "a text (default: prose that comes with Python)")
+    option(c, "--sequences N", "of the calibration text (default: 12 for gptq, 4 for awq)", count)
+    option(c, "--length T", "tokens of a sequence", count, 512)
+    option(c, "--seed N", "which places of the calibration text", int, 0)
+
+
+def run(args: Args) -> int:
+    from clawdemy_infer import quantization
+    from clawdemy_infer.evaluation.text import calibration_tokens
+    from clawdemy_infer.files.checkpoint import can_save, layout_for, save_quantized
+    from clawdemy_infer.timing import now
+
+    # 1. What is asked for; what cannot be saved is refused before the work.
+    with checked():
+        text = text_file("calibration", args.calibration)
+        zero = "none" if args.symmetric else "integer"
+        format = (quantization.format_named(args.format) if args.format
+                  else quantization.IntFormat(args.bits, args.group, zero))
+        layout = args.layout or layout_for(args.method.upper(), format)
+    model = arguments.load(args.model)
+    with checked():
+        for linear in quantization.linears(model).values():
+            try:
+                format.width(linear.weight.shape[1])
+            except ValueError as error:                     # it begins with the format's name
+                raise ValueError(f"format={error}") from error
+        can_save(model, format, args.out, layout)
+        if args.method != "rtn":
+            if model.tokenizer is None:
+                raise ValueError(f"model={args.model!r}: it has no tokenizer, so no text can be "
+                                 f"read to calibrate {args.method}")
+            sequences = args.sequences or SEQUENCES[args.method]
+            tokens = calibration_tokens(model.tokenizer, sequences, args.length, args.seed, text)
+    # 2. The work.
+    start = now()
+    if args.method == "rtn":
+        quantized = quantization.round_to_nearest(model, format)
+    else:
+        more = {"act_order": args.act_order} if args.method == "gptq" else {}
+        method = getattr(quantization, args.method)
+        quantized = method(model, tokens, format, progress=True, **more)
+    seconds = now() - start
+    out = save_quantized(quantized, args.out, layout)
+    bits, stored = quantized.bits_per_weight, (out / "model.safetensors").stat().st_size
+    answer(args.json, {"out": str(out), "method": quantized.method, "format": format.name,
+                       "layout": layout, "bits_effective": bits, "bytes": stored,
+                       "matrix_bytes": quantized.matrix_bytes, "seconds": seconds},
+           Table(("", "value", "what it means"), [
+               ("method", f"{quantized.method}, {format.name}", f"as {layout}, in {out}"),
+               ("effective bits", f"{bits:.3f}",
+                "of a weight of the layers, with its share of scales and zero points"),
+               ("stored", si(stored, "B"), f"of which {si(quantized.matrix_bytes, 'B')} for the "
+                "layers' matrices; the rest is in fp16"),
+               ("time", si(seconds, "s"), "to quantize")]),
+           f"`clawdemy-infer evaluate {out}` says what it cost in quality.")
+    return 0
+
+
+def group(text: str) -> int | None:
+    return None if text == "row" else count(text)
+
+
+def text_file(name: str, file: str | None) -> Path | None:
+    """The file given for the option `name`, if one was."""
+    if file is not None and not Path(file).is_file():
+        raise UsageError(f"{name}={file!r}: no such file")
+    return None if file is None else Path(file)

@@ -1,0 +1,213 @@
+"""`replay`: serve a trace with the model that runs, on a machine that need not exist, or by a
+server, and say what it was like."""
+
+from argparse import ArgumentTypeError
+from dataclasses import asdict, replace
+from math import inf
+from pathlib import Path
+
+from clawdemy_infer.arithmetic import BYTES
+from clawdemy_infer.cli import arguments
+from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, draft, option
+from clawdemy_infer.cli.napkin import machine_of, shape_of
+from clawdemy_infer.cli.output import answer, say, table_of
+from clawdemy_infer.envelope.parallel import Layout
+from clawdemy_infer.lesson.tables import Table, number, si
+
+POLICIES = {"static": {"batching": "static"}, "continuous": {}, "chunked": {"token_budget": 256}}
+"""What `--policy` stands for; other options change it."""
+LINES = {
+    "output tokens/s": ("output_tokens_per_s", ""), "requests/s": ("requests_per_s", ""),
+    "goodput, requests/s": ("goodput", ""), "TTFT": ("ttft", "s"), "TPOT": ("tpot", "s"),
+    "between two tokens": ("itl", "s"), "end to end": ("e2e", "s"),
+    "batch, share of the largest": ("occupancy", "%"), "computed for nothing": ("wasted", "%"),
+    "KV blocks in use": ("kv_usage", "%"), "KV peak": ("kv_peak_bytes", "B"),
+    "prompt tokens found in the cache": ("cached", "%"), "preemptions": ("preemptions", "")}
+"""Lines of the summary: where each is found, and its unit."""
+place = arguments.fitting("engine|simulator|https?://.*",
+                          "engine, simulator or a URL is accepted")
+
+
+def add(subparsers) -> None:
+    c = command(subparsers, "replay", run,
+                "Serve a trace: with the model, or in the time that a roofline says.",
+                "sharegpt --model llama-3.1-70b --machine h100-sxm --tp 8 --policy chunked",
+                "uniform --requests 64 --rate inf --on engine --compile",
+                "uniform --requests 64 --rate inf --compare",
+                "alpaca --on http://localhost:8000/v1 --model NAME --requests 50 --rate 2")
+    work = c.add_argument_group("workload")
+    option(work, "trace", "a file of JSON lines, or a workload to draw from: sharegpt, alpaca, "
+           "code, conversation, uniform", metavar="TRACE")
+    option(work, "--requests N", "how many to draw", count, 100)
+    option(work, "--rate R", "requests a second", float, 1.0)
+    option(work, "--burstiness CV", "1 is Poisson, more comes in bursts", float, 1.0)
+    option(work, "--seed N", "the same seed draws the same requests", int, 0)
+    option(work, "--save FILE", "write the requests as a trace")
+    option(work, "--slo-ttft S", "most seconds to the first token of a good request", float, inf)
+    option(work, "--slo-tpot S", "most seconds per output token of a good request", float, inf)
+    policy = c.add_argument_group("policy")
+    option(policy, "--policy", "how requests become batches", tuple(POLICIES), "continuous")
+    option(policy, "--max-batch B", "most sequences that run at once", count, 16)
+    option(policy, "--token-budget T", "most new tokens of a step (default of chunked: 256)", count)
+    option(policy, "--order", "who comes first", ("fcfs", "priority"), "fcfs")
+    option(policy, "--preemption", "how to give way", ("recompute", "swap"), "recompute")
+    option(policy, "--prefix-caching", "prompts that begin alike share blocks", bool)
+    option(policy, "--draft D", "speculate, as `generate` does; a simulation needs --alpha", draft)
+    option(policy, "--gamma N", "most tokens that are drafted at a time", count, 4)
+    where = c.add_argument_group("where")
+    option(where, "--on WHERE", "engine: run the model; simulator: charge what the roofline says; "
+           "or the URL of a server that speaks OpenAI's protocol", place, "simulator")
+    option(where, "--model M", "as for `generate` (engine) or `napkin` (simulator), or its name on "
+           "the server", default="smollm2-135m")
+    option(where, "--weights F", "of weights, cache and activations (default: fp32 on `this` "
+           "machine, else bf16)", tuple(BYTES))
+    option(where, "--kv-bytes BYTES", "of the cache (default: engine 1 GiB, else what fits)", float)
+    arguments.compile_option(where, "engine: ")
+    option(where, "--machine X", "simulator: one of the catalog, or `this`", default="this")
+    option(where, "--tp N", "simulator: devices that share every matrix", count, 1)
+    option(where, "--alpha A", "simulator: the chance that a drafted token is accepted", chance)
+    compare = c.add_argument_group("compare")
+    option(compare, "--compare", "static, continuous and `transformers` in turn on this machine, "
+           "and the simulator beside", bool)
+    option(compare, "--rounds N", "turns that each gets", count, 3)
+
+
+def chance(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ArgumentTypeError(f"{text!r}: 0 to 1 is accepted")
+    return float(text)
+
+
+def run(args: Args) -> int:
+    from clawdemy_infer.batching import SLO, Policy
+    from clawdemy_infer.rigs.endpoint import Endpoint
+    from clawdemy_infer.timing import now
+    from clawdemy_infer.workloads import save_trace
+    names = ("max_batch", "order", "preemption", "prefix_caching")
+    options = POLICIES[args.policy] | {name: getattr(args, name) for name in names}
+    options |= {"token_budget": args.token_budget} if args.token_budget else {}
+    options |= {"gamma": args.gamma} if args.draft else {}
+    with checked():
+        policy, requests = Policy(**options), requests_of(args)
+        slo = SLO(args.slo_ttft, args.slo_tpot)
+    if args.save:
+        save_trace(requests, args.save)
+    if args.compare:
+        return compare(args, requests)
+    serve = {"engine": engine, "simulator": simulator}.get(args.on)
+    server, where = serve(args, policy) if serve else (Endpoint(args.on, args.model), args.on)
+    say(f"Serving {len(requests)} requests …")
+    start = now()
+    try:
+        report = server.run(requests, slo)
+    except KeyboardInterrupt:
+        server.cancel_all()
+        report = server.report(slo)
+    result = {"on": args.on, "model": args.model, "machine": where, "policy": asdict(policy),
+              "requests": report.requests, "summary": report.summary, "wall_s": now() - start}
+    answer(args.json, result, *blocks(result))
+    if any(row["reason"] == "cancelled" for row in report.requests):
+        return 130
+    return 0 if report.finished else 1
+
+
+def requests_of(args: Args) -> list:
+    from clawdemy_infer.workloads import load_trace, workload, workload_names
+    if Path(args.trace).is_file():
+        return load_trace(args.trace)
+    if args.trace not in workload_names():
+        raise UsageError(f"trace={args.trace!r}: no such file, and no workload of that name: "
+                         f"{', '.join(workload_names())}")
+    return workload(args.trace, requests=args.requests, rate=args.rate, burstiness=args.burstiness,
+                    seed=args.seed, most=1024 if args.on == "engine" else None)
+
+
+def engine(args: Args, policy):
+    from clawdemy_infer.batching.serving import engine
+    from clawdemy_infer.speculative.engine import engine as speculating
+    from clawdemy_infer.variants.self_drafts import draft_named
+    memory = dict.fromkeys(("kv_bytes", "host_bytes"), args.kv_bytes or 2**30)
+    model = arguments.running(args, None if args.weights == "fp32" else args.weights)
+    with checked():
+        server = (speculating(model, draft_named(args.draft, model), policy, **memory)
+                  if args.draft else engine(model, policy, **memory))
+    return server, model.device.type
+
+
+def simulator(args: Args, policy):
+    from clawdemy_infer.batching import StepCost, simulator
+    from clawdemy_infer.lesson.steps import operations_of
+
+    default = "fp32" if args.machine == "this" else "bf16"
+    formats = dict.fromkeys(("weights", "kv", "activations"), args.weights or default)
+    with checked():
+        if args.draft and args.alpha is None:
+            raise ValueError("alpha=None: the chance that a drafted token is accepted is needed")
+        shape, machine = shape_of(args.model), machine_of(args.machine)
+        StepCost(shape, machine, **formats, layout=Layout(args.tp))     # or its ValueError
+    operations = operations_of(shape, policy) if machine.fixed_s_per_op else None
+    drafting = None
+    if args.draft and args.draft != "lookup":                           # which costs nothing
+        bits = {"weights": args.draft} if args.draft in ("int8", "int4") else {}
+        layers = {"int8": shape.L, "int4": shape.L, "trained": 1}.get(args.draft)
+        layers = layers or int(args.draft.removeprefix("exit:"))
+        drafting = StepCost(replace(shape, L=layers), machine, **formats | bits,
+                            operations=operations if layers == shape.L else None)
+    server = simulator(shape, machine, policy, tp=args.tp, kv_bytes=args.kv_bytes,
+                       host_bytes=args.kv_bytes or 2**30, operations=operations, alpha=args.alpha,
+                       draft=drafting, **formats)
+    return server, machine.name
+
+
+def blocks(result: dict) -> list[Table | str]:
+    from clawdemy_infer.batching.request import OUTCOMES
+
+    def cell(value: float | None, unit: str) -> str:
+        return f"{value:.0%}" if unit == "%" and value is not None else si(value, unit)
+
+    summary, rows = result["summary"], []
+    for name, (key, unit) in LINES.items():
+        keys = [f"{key}_p{p}" for p in (50, 95, 99)] if f"{key}_p50" in summary else [key]
+        rows.append([name, *(cell(summary[each], unit) for each in keys), "", ""][:4])
+    counts = ", ".join(f"{summary[outcome]} {outcome}" for outcome in OUTCOMES
+                       if summary[outcome] or outcome == "finished")
+    clock = f" ({result['on']})" if result["on"] in ("engine", "simulator") else ""
+    steps = f", {summary['steps']:,} steps" if summary["steps"] else ""
+    found = [f"{result['model']} on {result['machine']}{clock}: {counts} in "
+             f"{si(summary['seconds'], 's')}{steps}",
+             Table(("", "median or all", "95 %", "99 %"), rows, ("median or all", "95 %", "99 %"))]
+    if result["on"] == "simulator":
+        rate = number(len(result["requests"]) / result["wall_s"])
+        found.append(f"Simulated in {si(result['wall_s'], 's')}: {rate} requests a second of this "
+                     "machine's time.")
+    if summary["drafted"]:
+        found.append(f"{summary['accepted']:,} of {summary['drafted']:,} drafted tokens were "
+                     "accepted.")
+    failed = [row for row in result["requests"] if row["outcome"] in ("refused", "failed")]
+    return found + [f"{row['id']} {'was ' * (row['outcome'] == 'refused')}{row['outcome']}: "
+                    f"{row['reason']}." for row in failed[:5]]
+
+
+def compare(args: Args, requests: list) -> int:
+    """Every server in turn; what the simulator said of ours."""
+    from clawdemy_infer.files.load import weights_on_disk
+    from clawdemy_infer.rigs.compare_servers import compare_servers
+    model = arguments.running(args)
+    machine = arguments.calibrated(model.device.type)
+    directory, _ = weights_on_disk(args.model)          # None: `transformers` takes no part
+    found = compare_servers(model, machine, requests, args.max_batch, args.rounds,
+                            args.kv_bytes or 2**30, directory, say)
+    best = found.tokens_per_s("ours, continuous")
+    rows = [{"server": name, "output_tokens_per_s": found.tokens_per_s(name), "seconds": times,
+             "speed": found.speeds.get(name), "ours_over_it": best / found.tokens_per_s(name)}
+            for name, times in found.seconds.items()]
+    simulated = [{"server": name, "metric": metric, "simulated": said, "measured": was,
+                  "ratio": was / said if said else None}
+                 for name, metric, said, was in found.simulated]
+    at = ", ".join(f"{speed:.0%} ({name})" for name, speed in found.speeds.items())
+    answer(args.json,
+           {"machine": machine.name, "tokens": found.tokens, "rows": rows, "simulated": simulated},
+           table_of(rows, "server output_tokens_per_s ours_over_it"),
+           table_of(simulated, "server metric simulated measured ratio"),
+           f"The machine ran at {at} of its calibrated speed; the simulator was told so alone.")
+    return 0

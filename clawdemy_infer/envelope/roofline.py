@@ -1,0 +1,146 @@
+"""How long does work take? A machine moves bytes, computes, and has a fixed cost; time is the
+larger of the first two, plus the third (the roofline: Williams, Waterman and Patterson 2009).
+
+A `Machine` is a data sheet: one bandwidth, one peak by dtype. One that was measured
+(`machine.calibrated`) predicts through the same `time()` and knows more: bandwidth by working set,
+the rate of each kernel by its rows, seconds per operation.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from clawdemy_infer.arithmetic import Work
+
+Curve = tuple[tuple[float, float], ...]         # (x, y) points with rising x
+PAGED_ATTENTION = "paged attention"     # the kernel of a decode step over a block table
+
+
+def interpolate(curve: Curve, x: float) -> float:
+    """y at x, straight lines between the points on log-log axes, flat beyond the ends."""
+    if x <= curve[0][0]:
+        return curve[0][1]
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+        if x <= x1:
+            share = math.log(x / x0) / math.log(x1 / x0)
+            return y0 ** (1 - share) * y1**share
+    return curve[-1][1]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`compute_s`, `memory_s`: each alone. `seconds` takes the larger, operation by operation."""
+
+    seconds: float
+    compute_s: float
+    memory_s: float
+    fixed_s: float
+    communication_s: float = 0.0
+
+    @property
+    def bound(self) -> str:
+        return max(("compute", "memory", "fixed", "communication"),
+                   key=lambda term: getattr(self, f"{term}_s"))
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins a device with others: bytes/s that it sends while it receives as many. A transfer
+    costs `latency_s` whatever its size, to launch it and to wait for the others, and `hop_s` for
+    each step from device to device (the alpha of Hockney's model)."""
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+    hop_s: float = 0.0
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine can do: bytes, bytes/s, FLOP/s, seconds.
+
+    bandwidth          read bandwidth by working set, (bytes, bytes/s); one point on a data sheet
+    peak_flops         dense FLOP/s by dtype, with fp32 accumulation (int32 for integers); where
+                       `peak_flops_fp16_accumulation` is stated, sums in fp16 are faster
+    memory             bytes that weights and cache may occupy
+    fixed_s_per_op     seconds that an operation costs whatever its size; 0 on a data sheet
+    cache_bytes        the last cache before memory
+    link               to other devices of its kind
+    dollars_per_hour   a public list price, of the date `priced`
+
+    >>> machine = Machine("sheet", ((1.0, 100.0),), {"fp32": 1000.0}, memory=1e6)
+    >>> machine.napkin(Work(flops=500, bytes=200)), machine.ridge("fp32")
+    (2.0, 10.0)
+    """
+
+    name: str
+    bandwidth: Curve
+    peak_flops: dict[str, float]
+    memory: float
+    fixed_s_per_op: float = 0.0
+    source: str = ""
+    peak_flops_fp16_accumulation: dict[str, float] = field(default_factory=dict)
+    cache_bytes: float | None = None
+    link: Link | None = None
+    watts: float | None = None
+    dollars_per_hour: float | None = None
+    priced: str = ""
+
+    def bandwidth_at(self, working_set: float = math.inf) -> float:
+        """Bytes/s when `working_set` bytes are read over and over; by default those of memory."""
+        return interpolate(self.bandwidth, working_set)
+
+    def peak(self, dtype: str) -> float:
+        """Peak FLOP/s of `dtype`. Raises ValueError if the machine has no figure for it."""
+        if dtype not in self.peak_flops:
+            raise ValueError(f"dtype={dtype!r}: {self.name} has figures for "
+                             f"{', '.join(self.peak_flops)}")
+        return self.peak_flops[dtype]
+
+    def ridge(self, dtype: str) -> float:
+        """The ridge point, FLOPs per byte: below it memory is the limit, above it compute."""
+        return self.peak(dtype) / self.bandwidth_at()
+
+    def napkin(self, work: Work) -> float:
+        """Seconds by hand: all FLOPs at peak or all bytes from memory, whichever is longer."""
+        return max(work.flops / self.peak(work.dtype), work.bytes / self.bandwidth_at())
+
+    # ---- operation by operation; a measured machine knows better rates for these three ----
+
+    def flops_at(self, op: Work) -> float:
+        """FLOP/s that `op` can reach: the peak."""
+        return self.peak(op.dtype)
+
+    def handles_at(self, op: Work) -> float:
+        """Most bytes/s that `op` can handle, however fast they come: no limit."""
+        return math.inf
+
+    def fixed_s(self, work: Work) -> float:
+        """Seconds that each operation of `work` costs whatever its size."""
+        return self.fixed_s_per_op
+
+    def bytes_at(self, op: Work, working_set: float) -> float:
+        """Bytes/s at which `op` moves its bytes, among others that read `working_set` bytes."""
+        return min(self.bandwidth_at(working_set), self.handles_at(op))
+
+    def operation_s(self, op: Work, working_set: float) -> float:
+        """Seconds of one operation among others, without its fixed cost."""
+        return max(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, working_set))
+
+    def time(self, work: Work, ops: int = 0, communication_s: float = 0.0) -> Prediction:
+        """Seconds for `work`, each of its operations bound by compute or by memory, plus the fixed
+        cost of `ops` operations and the time that devices talk, which nothing hides. The working
+        set is the whole work: before a step reads the same bytes again it has read all others."""
+        terms = [(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, work.bytes))
+                 for op in work.operations()]
+        fixed = ops * self.fixed_s(work)
+        seconds = sum(max(term) for term in terms) + fixed + communication_s
+        return Prediction(seconds, sum(c for c, _ in terms), sum(m for _, m in terms), fixed,
+                          communication_s)
+
+    def mbu(self, work: Work, seconds: float) -> float:
+        """Memory bandwidth utilisation: bytes that had to move, a second, over the bandwidth."""
+        return work.bytes / seconds / self.bandwidth_at()
+
+    def mfu(self, work: Work, seconds: float) -> float:
+        """Model FLOPs utilisation: FLOPs that had to be done, a second, over the peak."""
+        return work.flops / seconds / self.peak(work.dtype)

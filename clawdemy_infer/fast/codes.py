@@ -1,0 +1,59 @@
+"""Integers for weights: round to nearest. How the integers were found does not matter to the
+kernels that run them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from clawdemy_infer.quantization.integers import to_int8
+
+
+class Codes(NamedTuple):
+    """A matrix of N outputs and K inputs as integers: w = (code - zero) * scale.
+
+    int8: codes [N, K] int8 in -127..127, scales [N], zeros None. int4: codes [N, K] uint8 in 0..15,
+    scales and zeros [N, K/group]; zeros are codes too, and need not be whole.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.zeros is None else 4
+
+    def dequantized(self) -> torch.Tensor:
+        """The weights that the codes stand for, [N, K] in fp32."""
+        if self.zeros is None:
+            return self.codes.float() * self.scales.float()[:, None]
+        groups = self.codes.float().view(*self.scales.shape, -1)  # [N, K/group, group]
+        return ((groups - self.zeros.float()[..., None])*self.scales.float()[..., None]).flatten(1)
+
+
+def int8_codes(weight: torch.Tensor) -> Codes:
+    """Weights [N, K] to int8, one scale for each output: its largest weight becomes 127."""
+    codes, scales = to_int8(weight.float(), torch.float32)
+    return Codes(codes, scales.squeeze(1))
+
+
+def int4_codes(weight: torch.Tensor, group: int = 64) -> Codes:
+    """Weights [N, K] to int4: in each `group` of inputs of an output, 0 and 15 stand for the
+    smallest and the largest weight.
+
+    Raises ValueError for a group that PyTorch's kernel does not know or that does not divide K.
+    """
+    K = weight.shape[1]
+    if group not in (32, 64, 128, 256) or K % group:
+        raise ValueError(
+            f"group={group}: 32, 64, 128, 256 are accepted, where they divide the K={K} inputs")
+    groups = weight.float().unflatten(1, (-1, group))
+    # zero keeps a code of its own
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    # the kernel keeps them in bf16
+    scales = ((high - low) / 15).clamp(min=1e-12).bfloat16().float()
+    zeros = (-low / scales).round().clamp(0, 15)
+    codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+    return Codes(codes.to(torch.uint8).flatten(1), scales, zeros)

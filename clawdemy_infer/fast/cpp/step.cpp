@@ -1,0 +1,124 @@
+// A step of any tokens of any sequences in one call.
+//
+// Between the products of such a step there is little to compute and much to call: nine operations
+// a layer that PyTorch starts one by one, each of which wakes all threads and waits for the last.
+// Here the threads start once, go through all layers together, and meet only where one needs what
+// another has made:
+//
+//     norm        x = x + what came, and its norm          before QKV, and before gate and up
+//     multiply    QKV; out; gate and up; down
+//     turn        bias, norms of Q and K, RoPE; new keys and values to their pages
+//     attend      over the pages
+//     gate        silu(gate) up
+//
+// Wanted: T, the type of keys and values; FORMAT of the weights; G, H, KV, D, F of the shape; EPS
+// of the norms. The residual stream x and all sums are in fp32.
+#define Y float
+#include "product.h"
+#include "attention.h"
+
+const int64_t HEADS = (G + 2) * KV * H;                            // numbers of a row's q, k and v
+
+// A layer's weights; what it has not is null. INT4 has groups of inputs.
+struct Matrix { const char* panels; int64_t group; };
+struct Layer {
+    Matrix qkv, out, gate_up, down;
+    const float *gamma, *mlp_gamma, *bias, *q_gamma, *k_gamma;
+};
+
+// x [M, D] becomes x + more, and y its norm (Zhang and Sennrich 2019, equation 4).
+template <class O>
+static void norm(float* x, const float* more, const float* gamma, O* y, int64_t M) {
+    #pragma omp for schedule(static)
+    for (int64_t m = 0; m < M; m++) {
+        float* row = x + m * D; float squares = 0;
+        if (more) for (int d = 0; d < D; d++) row[d] += more[m * D + d];
+        #pragma omp simd reduction(+:squares)
+        for (int d = 0; d < D; d++) squares += row[d] * row[d];
+        const float scale = 1 / std::sqrt(squares / D + float(EPS));
+        for (int d = 0; d < D; d++) put(row[d] * scale * gamma[d], y + m * D + d);
+    }
+}
+
+// One head of q or k: its norm, if it has one, turned by the angles of its row, scaled -> to [H].
+// The tables are (cos, cos) and (-sin, sin) (Su et al. 2021).
+template <class O>
+static void turn(const float* head, const float* gamma, const float* cos, const float* sin,
+                 float scale, O* to) {
+    float x[H], squares = 0;
+    #pragma omp simd reduction(+:squares)
+    for (int h = 0; h < H; h++) squares += head[h] * head[h];
+    const float size = gamma ? 1 / std::sqrt(squares / H + float(EPS)) : 1;
+    for (int h = 0; h < H; h++) x[h] = gamma ? head[h] * size * gamma[h] : head[h];
+    for (int h = 0, other = H / 2; h < H / 2; h++, other++) {
+        put((x[h] * cos[h] + x[other] * sin[h]) * scale, to + h);
+        put((x[other] * cos[other] + x[h] * sin[other]) * scale, to + other);
+    }
+}
+
+// heads [M, HEADS]: queries are turned where they are, keys and values go to their pages.
+static void turn_all(float* heads, const Layer& layer, const float* cos, const float* sin,
+                     const Pages& in, const Rows& rows) {
+    const int64_t M = rows.token.size(), each = (G + 2) * KV;
+    #pragma omp for schedule(static)
+    for (int64_t task = 0; task < M * each; task++) {
+        const int64_t m = task / each, n = task % each, k = n < G * KV ? 0 : (n - G * KV) % KV;
+        float* head = heads + task * H;
+        const float *c = cos + m * H, *s = sin + m * H;
+        if (layer.bias) for (int h = 0; h < H; h++) head[h] += layer.bias[n * H + h];
+        if (n < G * KV) {
+            turn(head, layer.q_gamma, c, s, SCALE, head);
+            continue;
+        }
+        const int64_t place = in.place(rows.sequence[m], k, rows.token[m]);
+        if (n < (G + 1) * KV) turn(head, layer.k_gamma, c, s, 1, in.keys + place);
+        else for (int h = 0; h < H; h++) put(head[h], in.values + place + h);
+    }
+}
+
+// silu(gate) up of both [M, 2, F] -> out [M, F] (Shazeer 2020, SwiGLU).
+static void gate(const float* both, IN* out, int64_t M) {
+    #pragma omp for schedule(static)
+    for (int64_t part = 0; part < M * F / WIDTH; part++) {
+        const float* gates = both + part / (F / WIDTH) * 2 * F + part % (F / WIDTH) * WIDTH;
+        const vec x = read<vec>(gates), up = read<vec>(gates + F);
+        put(x / (1 + power_of_2(-1.44269504f * x)) * up, out + part * WIDTH);
+    }
+}
+
+// x [M, D], the embedded tokens, becomes what the last layer leaves, and y its norm. cos, sin
+// [M, H]. Keys and values [L, blocks, KV, size, H], those of a layer `of_layer` numbers apart;
+// table [B, columns]; past, brought [B].
+extern "C" void step(float* x, float* y, const Layer* layers, const float* gamma, const float* cos,
+                     const float* sin, T* keys, T* values, const int32_t* table,
+                     const int64_t* past, const int64_t* brought, int64_t L, int64_t B,
+                     int64_t of_layer, int64_t columns, int64_t size, int64_t window) {
+    const Rows rows(B, past, brought);
+    const int64_t M = rows.token.size();
+    std::vector<IN> normed(M * D), seen(M * G * KV * H), gated(M * F);
+    std::vector<float> heads(M * HEADS), more(M * D), both(M * 2 * F);
+    std::vector<R> room[2];
+    auto multiplied = [&](const std::vector<IN>& in, const Matrix& matrix,
+                          std::vector<float>& out) {
+        const Size size(in.size() / M, out.size() / M, matrix.group);
+        multiply(in.data(), matrix.panels, out.data(), M, size);
+    };
+    #pragma omp parallel
+    {
+        for (int64_t i = 0; i < L; i++) {
+            const Layer& layer = layers[i];
+            const Pages in = {keys + i * of_layer, values + i * of_layer, table,
+                              KV, columns, size, window};
+            norm(x, i ? more.data() : nullptr, layer.gamma, normed.data(), M);
+            multiplied(normed, layer.qkv, heads);
+            turn_all(heads.data(), layer, cos, sin, in, rows);
+            attend(heads.data(), HEADS, in, rows, seen.data(), room);
+            multiplied(seen, layer.out, more);
+            norm(x, more.data(), layer.mlp_gamma, normed.data(), M);
+            multiplied(normed, layer.gate_up, both);
+            gate(both.data(), gated.data(), M);
+            multiplied(gated, layer.down, more);
+        }
+        norm(x, more.data(), gamma, y, M);
+    }
+}

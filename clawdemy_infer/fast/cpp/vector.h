@@ -1,0 +1,117 @@
+// Numbers side by side: `vec` is WIDTH of fp32, as many as the processor at hand takes at once.
+//
+//     AVX512   16 numbers, 32 registers       AVX2   8 numbers, 16 registers
+//     NEON      4 numbers, 32 registers       SSE    4 numbers, 16 registers
+//
+// It is the compiler's own vector type, so + - * are its instructions, and a product that is added
+// to something becomes one. All else in this folder is written for any WIDTH; it works on PARTS
+// vectors, 16 numbers, wherever the layout of weights or keys has 16 side by side. What a processor
+// has beyond that stands behind an #ifdef, with the portable form beside it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+
+const int PARTS = 16 / WIDTH;
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));   // WIDTH numbers of 16 bits
+typedef int16_t shorts __attribute__((vector_size(2 * WIDTH)));
+typedef uint16_t bf16;                                             // the upper half of an fp32
+
+template <class V> static inline V read(const void* from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+static inline vec all(float x) { return vec{} + x; }
+
+// bf16 <-> fp32: to the nearest, and of two to the even one.
+static inline float number(float x) { return x; }
+static inline float number(bf16 x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    return read<float>(&bits);
+}
+static inline void put(float x, float* to) { *to = x; }
+static inline void put(float x, bf16* to) {
+    const uint32_t bits = read<uint32_t>(&x);
+    *to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+static inline void put(vec x, float* to) { memcpy(to, &x, sizeof x); }
+static inline void put(vec x, bf16* to) {
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    const uvec bits = (uvec)x;
+    const halves y = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+    memcpy(to, &y, sizeof y);
+#endif
+}
+
+// WIDTH numbers in fp16 -> fp32.
+static inline vec from_fp16(const char* from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps(read<__m256i>(from));
+#elif WIDTH == 8 && defined(__F16C__)
+    return (vec)_mm256_cvtph_ps(read<__m128i>(from));
+#else
+    const uvec bits = __builtin_convertvector(read<halves>(from), uvec);
+    const vec size = (vec)((bits & 0x7fff) << 13) * 0x1p112f;      // the exponents differ by 112
+    return (vec)((uvec)size | (bits & 0x8000) << 16);
+#endif
+}
+
+// WIDTH whole numbers of 16 bits, with a sign, in 32 bits.
+static inline ivec from_int16(const char* from) {
+#if defined(__AVX512F__)
+    return (ivec)_mm512_cvtepi16_epi32(read<__m256i>(from));
+#elif WIDTH == 8
+    return (ivec)_mm256_cvtepi16_epi32(read<__m128i>(from));
+#else
+    return __builtin_convertvector(read<shorts>(from), ivec);
+#endif
+}
+
+static inline float sum_of(vec x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float sum = 0;
+    for (int i = 0; i < WIDTH; i++) sum += x[i];
+    return sum;
+#endif
+}
+static inline vec larger(vec x, vec y) { return x > y ? x : y; }
+static inline float largest_of(vec x) {
+    float most = x[0];
+    for (int i = 1; i < WIDTH; i++) most = std::max(most, x[i]);
+    return most;
+}
+
+// 2^x: a whole part, which becomes an exponent, and the series of 2^f for |f| up to a half, six
+// terms of which leave less than fp32 can tell. Below 2^-126 it is 0, above 2^127 that.
+static inline vec power_of_2(vec x) {
+    x = x < -127.f ? all(-127.f) : x > 127.f ? all(127.f) : x;
+    const vec half = (vec)(((uvec)x & 0x80000000u) | 0x3f000000u); // 0.5 with the sign of x
+    const ivec whole = __builtin_convertvector(x + half, ivec);    // which cuts towards zero
+    const vec f = x - __builtin_convertvector(whole, vec);
+    vec sum = all(1.5403530e-4f);
+    for (float term : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f,
+                       1.f})
+        sum = sum * f + term;
+    return sum * (vec)((whole + 127) << 23);
+}

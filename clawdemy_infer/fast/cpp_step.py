@@ -1,0 +1,116 @@
+"""A step of any tokens of any sequences as one call of C++ (`cpp/step.cpp`), over a
+`ContiguousCache` or a `PagedCache`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from clawdemy_infer.fast import cpp
+from clawdemy_infer.fast.cpp_product import CppProduct
+from clawdemy_infer.fast.formats import packable
+from clawdemy_infer.fast.layers import PackedLinear
+from clawdemy_infer.fast.pages import has_pages, pages_of
+from clawdemy_infer.kv_cache import Step
+from clawdemy_infer.model.config import ModelConfig
+from clawdemy_infer.model.decoder import Decoder, LastOnly, Layer, RMSNorm, wanted_rows
+from clawdemy_infer.model.rope import rope_tables
+from clawdemy_infer.timing import now
+
+
+class CppLayers:
+    """Some layers of a decoder and the norm behind them. Matrices in float are packed in `format`;
+    those of a `PackedLinear` are shared with it. `compile_s` says how long both took.
+
+    Raises ValueError for other layers than a `Layer`, for sizes that `CppProduct` refuses, and
+    where there is no compiler.
+    """
+
+    backend = "cpp"
+
+    @torch.inference_mode()
+    def __init__(self, layers: Sequence[nn.Module], norm: RMSNorm, config: ModelConfig, format: str,
+                 dtype: torch.dtype, frequencies: torch.Tensor) -> None:
+        start, shape = now(), config.shape
+        cpp.compiler()
+        if any(type(layer) is not Layer for layer in layers):
+            raise ValueError("compile: a model of plain layers is accepted, and this one has "
+                             "experts, latents or others; without compile it runs as PyTorch")
+        if shape.F % 16:
+            raise ValueError(f"compile: F={shape.F}: a feed-forward width by the sixteen is "
+                             "accepted; without compile it runs as PyTorch")
+        self.dtype, self.frequencies = dtype, frequencies
+        self.window, self.L = shape.window, len(layers)
+        self.kept = []                              # what the pointers point at
+        self.layers = torch.tensor([self.pointers_of(layer, format) for layer in layers])
+        self.gamma = norm.weight.float()
+        made = cpp.library("step", T=cpp.TYPES[dtype], FORMAT=format.upper(), G=shape.N // shape.K,
+                           H=shape.H, KV=shape.K, D=shape.D, F=shape.F, EPS=config.norm_eps)
+        self.code = cpp.function(made, "step", pointers=11, numbers=6)
+        self.compile_s = now() - start
+
+    def pointers_of(self, layer: Layer, format: str) -> list[int]:
+        """`struct Layer` of step.cpp."""
+        matrices = [packed(format, part)
+                    for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        norms = layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm
+        gamma, mlp_gamma, q_gamma, k_gamma = (norm and norm.weight.float() for norm in norms)
+        vectors = [gamma, mlp_gamma, layer.qkv.bias, q_gamma, k_gamma]
+        vectors = [None if vector is None else vector.float().contiguous() for vector in vectors]
+        self.kept += matrices + vectors
+        return [*(x for each in matrices for x in (each.panels.data_ptr(), each.group)),
+                *(0 if vector is None else vector.data_ptr() for vector in vectors)]
+
+    def takes(self, step: Step) -> bool:
+        """Do its keys and values lie plain, in the type of this model's?"""
+        return has_pages(step) and step.cache.dtype == self.dtype
+
+    def run(self, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """For x [M, D], what goes into the first layer: what the last one leaves, and its norm,
+        both [M, D] in fp32."""
+        pages = pages_of(step)
+        cos, sin = rope_tables(self.frequencies, step.positions, torch.float32)
+        x = x.float()                               # written over, and nobody else's
+        y, past, new = torch.empty_like(x), torch.tensor(step.past), torch.tensor(step.new)
+        tensors = cpp.pointers(x, y, self.layers, self.gamma, cos, sin, pages.keys, pages.values,
+                               pages.table, past, new)
+        self.code(*tensors, self.L, len(step.new), pages.keys.stride(0), pages.table.shape[1],
+                  pages.block_size, self.window or 2**40)
+        return x, y
+
+
+class CppStep(CppLayers):
+    """The whole steps of `model`. Its head may have any size: it is a `PackedLinear`."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model.layers, model.norm, model.config, model.weights, model.dtype,
+                         model.frequencies)
+        start, head = now(), model.embed if model.head is None else model.head
+        self.model = model
+        self.head = head if isinstance(head, PackedLinear) else PackedLinear(model.weights,
+                                                                             head.weight)
+        self.compile_s += now() - start
+
+    def __call__(self, tokens: torch.Tensor, step: Step,
+                 last_only: LastOnly = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """For tokens [M], what the last layer leaves, [M, D], and the logits that are wanted of
+        it."""
+        x, y = self.run(self.model.embed(tokens), step)
+        return x, self.head(wanted_rows(y, step, last_only).to(self.dtype))
+
+
+def packed(format: str, matrix: nn.Linear | PackedLinear) -> CppProduct:
+    """The matrix of a linear layer. ValueError where it cannot be packed."""
+    if isinstance(matrix, PackedLinear):
+        found = [kernel for _, kernel in matrix.kernels if isinstance(kernel, CppProduct)]
+        if not found:
+            raise ValueError(f"compile: a matrix [{matrix.out_features}, {matrix.in_features}]: "
+                             "outputs by the sixteen, inputs by the two are accepted; without "
+                             "compile it runs as PyTorch")
+        return found[0]
+    try:
+        return CppProduct(format, packable(format, matrix.weight.detach()))
+    except NotImplementedError as error:
+        raise ValueError(f"compile: {error}; without compile it runs as PyTorch") from error

@@ -1,0 +1,200 @@
+"""A Hugging Face directory: config.json, *.safetensors, tokenizer.json. Read, each stored tensor
+goes to its place in the decoder's fused matrices; written, all of it is there or nothing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from clawdemy_infer.files.tokenizer import Tokenizer
+from clawdemy_infer.model import Decoder, ModelConfig
+
+# ---- reading ----
+
+
+def read_directory(directory: Path, dtype: torch.dtype, device: torch.device | str,
+                   name: str = "") -> Decoder:
+    """The model in `directory`, its weights in `dtype` on `device`.
+
+    Raises ValueError for a config that this decoder does not run, for weights that are missing,
+    left over, stored twice, of another shape or in a damaged file, and for weights in any format
+    but safetensors, which alone cannot carry code.
+    """
+    settings = read_json(directory / "config.json")
+    # What ends a generation is said in generation_config.json where there is one: a chat model may
+    # have several such tokens.
+    generation = directory / "generation_config.json"
+    if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        settings["eos_token_id"] = eos
+    config = ModelConfig.from_hf(settings, name or directory.name, str(directory / "config.json"))
+    model = empty_decoder(config, dtype, device)
+    fill(destinations(model), stored_tensors(directory, config), directory)
+    model.tokenizer = Tokenizer.from_directory(directory)
+    return model
+
+
+def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    """A decoder whose weights are still to be filled in."""
+    with torch.device("meta"):          # no time spent on random numbers that would be overwritten
+        model = Decoder(config)
+    return model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+
+
+def stored_tensors(directory: Path,
+                   config: ModelConfig) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """File, name and tensor of all that the safetensors files hold, but for what is no weight: the
+    embedding table that a tied model stores again as its head, and RoPE's frequencies, which old
+    files stored. Raises ValueError for a damaged file, and for a name that comes twice."""
+    seen = set()
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    if key in seen:
+                        raise ValueError(f"{file}: {key} is stored twice")
+                    seen.add(key)
+                    if not (key == "lm_head.weight" and config.shape.tied
+                            or key.endswith(".rotary_emb.inv_freq")):
+                        yield file, key, tensors.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged, or not in safetensors format ({error})") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights: those named in the index of a sharded model, else
+    model.safetensors."""
+    index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
+    if index.exists():
+        files = sorted({directory / file for file in read_json(index)["weight_map"].values()})
+    if absent := [file.name for file in files if not file.exists()]:
+        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt")
+                         for file in directory.glob(kind))
+        instead = (f" {', '.join(pickled)} is a pickle, which can run code when it is read."
+                   if pickled else "")
+        raise ValueError(f"{directory}: {', '.join(absent)} is missing.{instead} "
+                         "Only safetensors weights are accepted")
+    return files
+
+
+def destinations(model: Decoder) -> dict[str, torch.Tensor]:
+    """Hugging Face's name of every tensor, and where it goes: a parameter, or the rows of a fused
+    one."""
+    shape = model.config.shape
+    heads = [shape.N * shape.H, shape.K * shape.H, shape.K * shape.H]
+    qkv = [f"self_attn.{part}_proj" for part in "qkv"]
+    places = {"model.embed_tokens.weight": model.embed.weight,
+              "model.norm.weight": model.norm.weight}
+    if model.head is not None:
+        places["lm_head.weight"] = model.head.weight
+    for i, layer in enumerate(model.layers):
+        gate, up = layer.gate_up.weight.chunk(2)
+        parts = {f"{name}.weight": rows
+                 for name, rows in zip(qkv, layer.qkv.weight.split(heads), strict=True)}
+        if shape.qkv_bias:
+            parts |= {f"{name}.bias": rows
+                      for name, rows in zip(qkv, layer.qkv.bias.split(heads), strict=True)}
+        parts |= {"self_attn.o_proj.weight": layer.out.weight, "mlp.gate_proj.weight": gate,
+                  "mlp.up_proj.weight": up, "mlp.down_proj.weight": layer.down.weight,
+                  "input_layernorm.weight": layer.attention_norm.weight,
+                  "post_attention_layernorm.weight": layer.mlp_norm.weight}
+        if shape.qk_norm:
+            parts |= {"self_attn.q_norm.weight": layer.q_norm.weight,
+                      "self_attn.k_norm.weight": layer.k_norm.weight}
+        places |= {f"model.layers.{i}.{key}": value for key, value in parts.items()}
+    return places
+
+
+def fill(places: dict[str, torch.Tensor], tensors: Iterable[tuple[Path, str, torch.Tensor]],
+         directory: Path) -> None:
+    """Copy each tensor to its place. ValueError for one that has none or another shape, and for a
+    place that is left empty: so every parameter is written exactly once."""
+    missing = dict(places)
+    for file, key, value in tensors:
+        if key not in missing:
+            raise ValueError(f"{file}: {key} has no place in this model")
+        place = missing.pop(key)
+        if place.shape != value.shape:
+            raise ValueError(f"{file}: {key} is {list(value.shape)}, "
+                             f"but config.json makes it {list(place.shape)}")
+        place.copy_(value)
+    if missing:
+        raise ValueError(f"{directory}: no weights for {', '.join(sorted(missing)[:5])}"
+                         + " and more" * (len(missing) > 5))
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file.parent}: {file.name} is missing; "
+                         "a Hugging Face model directory is accepted") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+
+
+# ---- writing ----
+
+
+@contextmanager
+def written_whole(directory: Path) -> Iterator[Path]:
+    """A fresh directory to write into, which becomes `directory` in one rename at the end of the
+    block: a reader sees all of it or nothing, and a failure leaves nothing."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as scratch:
+        fresh = Path(scratch) / directory.name
+        fresh.mkdir()
+        yield fresh
+        fresh.rename(directory)
+
+
+def write_model(directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor],
+                tokenizer: tokenizers.Tokenizer | None, settings: dict[str, Any]) -> None:
+    """The files of a Hugging Face directory; `settings` are those of tokenizer_config.json."""
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    write_json(directory / "config.json", config)
+    if tokenizer is not None:
+        tokenizer.save(str(directory / "tokenizer.json"))
+        settings = {key: value for key, value in settings.items() if value is not None}
+        write_json(directory / "tokenizer_config.json",
+                   {"tokenizer_class": "PreTrainedTokenizerFast"} | settings)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2), "utf-8")
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a `ModelConfig`: what transformers, serving engines and
+    `ModelConfig.from_hf` read."""
+    shape = config.shape
+    family = ("qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else
+              "mistral" if shape.window else "llama")
+    said = {
+        "_name_or_path": shape.name, "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family, "hidden_act": "silu", "num_hidden_layers": shape.L,
+        "hidden_size": shape.D, "num_attention_heads": shape.N, "num_key_value_heads": shape.K,
+        "head_dim": shape.H, "intermediate_size": shape.F, "vocab_size": shape.V,
+        "tie_word_embeddings": shape.tied, "max_position_embeddings": shape.max_context,
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "rope_scaling": ({"rope_type": "llama3"} | asdict(config.rope_scaling)
+                         if config.rope_scaling else None),
+        "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None,
+    }
+    if family in ("llama", "qwen3"):
+        said["attention_bias"] = False
+    if family != "llama":
+        said["sliding_window"] = shape.window
+    if family in ("qwen2", "qwen3"):
+        said |= {"use_sliding_window": shape.window is not None,
+                 "max_window_layers": 0 if shape.window else shape.L}
+    return said

@@ -1,0 +1,222 @@
+"""How a quantized matrix lies in a file: the layouts of GPTQ and of AWQ, in words of 32 bits, which
+serving engines read, and one of our own that holds any format.
+
+For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [N, K] in G groups:
+
+    GPTQ    qweight int32 [K·b/32, N]    a word holds neighbouring *inputs* k of one output, the
+                                         first in the lowest bits
+            qzeros  int32 [G, N·b/32]    zero - 1 in version 1, the usual one; zero in version 2
+            scales  fp16  [G, N]         g_idx int32 [K]: the group of each input
+    AWQ     qweight int32 [K, N/8]       a word holds eight neighbouring *outputs* n, in the order
+                                         0 2 4 6 1 3 5 7; 4 bits only
+            qzeros  int32 [G, N/8]       in the same order
+            scales  fp16  [G, N]
+    packed  codes   uint8 [N, K·b/8]     a row of codes side by side, and scales, zeros and the rest
+                                         as their format keeps them
+
+(IST-DASLab/gptq and AutoGPTQ's qlinear; mit-han-lab/llm-awq and AutoAWQ's "gemm".) A symmetric
+format's codes are moved up by 2^(b-1), which then is their zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from clawdemy_infer.quantization.floats import E4M3
+from clawdemy_infer.quantization.format import Format, Quantized
+from clawdemy_infer.quantization.integers import IntFormat
+
+LAYOUTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales"),
+           "packed": ("codes", "scale", "zero", "outer", "group_of")}
+"""What each stores of a matrix: codes first."""
+OPTIONAL = ("g_idx", "zero", "outer", "group_of")
+
+LAYOUT_BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Which of eight outputs lies in each four bits of a word, from the lowest: a GPU takes them apart
+in pairs."""
+
+
+def holds(layout: str, format: Format) -> bool:
+    """Can `layout`, "gptq" or "awq", say what `format` means?"""
+    return (isinstance(format, IntFormat) and format.bits in LAYOUT_BITS[layout]
+            and format.zero != "float")
+
+
+def accepts(layout: str, format: Format, N: int, K: int) -> None:
+    """ValueError where `layout` cannot hold a matrix [N, K] of `format` without loss, naming which
+    of them."""
+    if layout == "packed":
+        format.width(K)
+        return
+    if not holds(layout, format):
+        raise ValueError(
+            f"format={format.name}: the {layout} layout holds integers of "
+            f"{', '.join(map(str, LAYOUT_BITS[layout]))} bits, symmetric or with a whole zero "
+            "point, with a scale for each row or group; the layout packed holds any format")
+    codes = 32 // format.bits if 32 % format.bits == 0 else 32          # end where a word ends
+    for size, what in ((N, "outputs"), (K, "inputs")):
+        if size % codes:
+            raise ValueError(f"weight {[N, K]}: the {layout} layout packs codes of {format.bits} "
+                             f"bits in words of 32; a multiple of {codes} {what} is accepted")
+
+
+# ---- GPTQ ----
+
+
+def gptq_version(quantized: list[Quantized]) -> int:
+    """2 where some zero is 0, which version 1 cannot say: it would store -1."""
+    return 2 if any(each.zero is not None and bool((each.zero == 0).any())
+                    for each in quantized) else 1
+
+
+def to_gptq(quantized: Quantized, version: int = 1) -> dict[str, torch.Tensor]:
+    """The four tensors of the GPTQ layout. Raises ValueError for what it cannot hold."""
+    accepts("gptq", quantized.format, *quantized.shape)
+    codes, zeros = _unsigned(quantized)
+    bits, K, group_of = quantized.format.bits, codes.shape[1], quantized.group_of
+    if group_of is None:
+        group_of = torch.arange(K) // quantized.format.width(K)
+    return {"qweight": _words(codes, bits).T.contiguous(),
+            "qzeros": _words(zeros.T - (1 if version == 1 else 0), bits),
+            "scales": quantized.scale.T.half().contiguous(), "g_idx": group_of.int()}
+
+
+def from_gptq(stored: dict[str, torch.Tensor], format: IntFormat, version: int = 1) -> Quantized:
+    """The matrix in the GPTQ layout, as `to_gptq` or another program wrote it. `format` is what its
+    quantization_config says."""
+    (G, N), bits = stored["scales"].shape, format.bits
+    K = stored["qweight"].shape[0] * 32 // bits
+    codes = unpack(_bytes(stored["qweight"].T), bits, K)                                    # [N, K]
+    zeros = unpack(_bytes(stored["qzeros"]), bits, N).T + (1 if version == 1 else 0)        # [N, G]
+    group_of = stored["g_idx"].long() if "g_idx" in stored else None
+    if group_of is not None and torch.equal(group_of, torch.arange(K) // (K // G)):
+        group_of = None
+    return _restored(format, codes, zeros, stored["scales"], group_of)
+
+
+# ---- AWQ ----
+
+
+def to_awq(quantized: Quantized) -> dict[str, torch.Tensor]:
+    """The three tensors of the AWQ layout. Raises ValueError for what it cannot hold."""
+    accepts("awq", quantized.format, *quantized.shape)
+    if quantized.group_of is not None:
+        raise ValueError("static_groups=False: the awq layout has no index of groups; GPTQ with "
+                         "static groups is accepted")
+    qweight, qzeros = (_words(x.T.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2), 4)
+                       for x in _unsigned(quantized))
+    return {"qweight": qweight, "qzeros": qzeros, "scales": quantized.scale.T.half().contiguous()}
+
+
+def from_awq(stored: dict[str, torch.Tensor], format: IntFormat) -> Quantized:
+    """The matrix in the AWQ layout."""
+    N, order = stored["scales"].shape[1], torch.tensor(AWQ_ORDER).argsort()
+    eights = (unpack(_bytes(stored[name]), 4, N).unflatten(-1, (-1, 8))
+              for name in ("qweight", "qzeros"))
+    codes, zeros = (each[..., order].flatten(-2).T for each in eights)
+    return _restored(format, codes, zeros, stored["scales"], None)
+
+
+# ---- packed ----
+
+
+def to_packed(quantized: Quantized) -> dict[str, torch.Tensor]:
+    """The tensors that the layout "packed" stores."""
+    format, scale = quantized.format, quantized.scale
+    stored = {"codes": pack(quantized.codes, format.bits)}
+    if format.scale_kind == "e4m3":
+        stored["scale"] = E4M3.encode(scale)
+    elif format.scale_kind == "e8m0":                                           # 2^(code - 127)
+        stored["scale"] = (torch.frexp(scale).exponent + 126).to(torch.uint8)
+    else:
+        stored["scale"] = scale.half() if format.scale_kind == "fp16" else scale
+    if (zero := quantized.zero) is not None:
+        whole = format.zero_bits == format.bits
+        stored["zero"] = pack(zero.to(torch.uint8), format.bits) if whole else zero.half()
+    if quantized.outer is not None:
+        stored["outer"] = quantized.outer
+    if quantized.group_of is not None:
+        stored["group_of"] = quantized.group_of.int()
+    return stored
+
+
+def from_packed(stored: dict[str, torch.Tensor], format: Format,
+                shape: tuple[int, int]) -> Quantized:
+    """What `to_packed` stored, of a matrix of `shape` [N, K]."""
+    scale, zero, group_of = stored["scale"], stored.get("zero"), stored.get("group_of")
+    if format.scale_kind == "e4m3":
+        scale = E4M3.decode(scale)
+    elif format.scale_kind == "e8m0":
+        scale = torch.ldexp(torch.ones(scale.shape, device=scale.device), scale.int() - 127)
+    if zero is not None and zero.dtype == torch.uint8:
+        zero = unpack(zero, format.bits, scale.shape[-1])
+    codes = unpack(stored["codes"], format.bits, shape[1], format.signed)
+    return Quantized(format, codes, scale.float(), None if zero is None else zero.float(),
+                     stored.get("outer"), None if group_of is None else group_of.long())
+
+
+# ---- codes in bytes and words ----
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Bytes (uint8) [..., ceil(n * bits / 8)] of codes [..., n], the first in the lowest bits, no
+    bit unused but at the end of a row; of signed codes, the two's complement. ValueError where one
+    does not fit.
+
+        4 bits: (1, 2, 15)  ->  (0x21, 0x0F)
+    """
+    low = -(2 ** (bits - 1)) if codes.dtype == torch.int8 else 0
+    high = low + 2**bits - 1
+    if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
+        raise ValueError(f"codes hold {int(codes.min())} to {int(codes.max())}: "
+                         f"{bits} bits hold {low} to {high}")
+    each = (codes.view(torch.uint8)[..., None] >> _places(bits, codes) & 1).flatten(-2)
+    each = F.pad(each, (0, -each.shape[-1] % 8)).unflatten(-1, (-1, 8))         # [..., bytes, 8]
+    return (each << _places(8, codes)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int, signed: bool = False) -> torch.Tensor:
+    """The codes [..., count] that `pack` put into bytes: uint8, or int8 if `signed`."""
+    each = (packed[..., None] >> _places(8, packed) & 1).flatten(-2)[..., :count * bits]
+    each = each.unflatten(-1, (count, bits))
+    codes = (each << _places(bits, packed)).sum(-1, dtype=torch.uint8)
+    # the shift back repeats the sign
+    return (codes << 8 - bits).view(torch.int8) >> 8 - bits if signed else codes
+
+
+def _places(count: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.uint8, device=like.device)
+
+
+def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [..., n·bits/32] of codes [..., n]. Four bytes make a word on any machine that runs
+    torch."""
+    return pack(codes.contiguous(), bits).view(torch.int32)
+
+
+def _bytes(words: torch.Tensor) -> torch.Tensor:
+    return words.contiguous().view(torch.uint8)
+
+
+def _unsigned(quantized: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, K] and zeros [N, G] as GPTQ and AWQ count them, from 0: uint8."""
+    if quantized.zero is not None:
+        return quantized.codes, quantized.zero.to(torch.uint8)
+    middle = 2 ** (quantized.format.bits - 1)
+    return ((quantized.codes.int() + middle).to(torch.uint8),
+            torch.full_like(quantized.scale, middle, dtype=torch.uint8))
+
+
+def _restored(format: IntFormat, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor,
+              group_of: torch.Tensor | None) -> Quantized:
+    scale, middle = scales.T.float().contiguous(), 2 ** (format.bits - 1)
+    if format.zero != "none":
+        return Quantized(format, codes.contiguous(), scale, zeros.float().contiguous(),
+                         group_of=group_of)
+    if not bool((zeros == middle).all()):
+        raise ValueError("qzeros: the config says that the weights are symmetric, but not every "
+                         f"zero point is {middle}")
+    return Quantized(format, (codes.int() - middle).to(torch.int8), scale, group_of=group_of)

@@ -1,0 +1,133 @@
+"""What a decoder of the Llama family is built from: the shape, and the values that cost nothing.
+
+A key that nobody knows may change what the model computes. So every key is used, or known to change
+nothing, or refused by a ValueError that names it: a wrong model that runs is worse than none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.from_config.keys import Keys
+from clawdemy_infer.from_config.llama import llama, mistral, qwen2, qwen3
+
+DECODER_FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+
+STATED = {"llama": [], "mistral": ["num_key_value_heads"], "qwen2": ["num_key_value_heads"],
+          "qwen3": ["num_key_value_heads", "head_dim"]}
+"""Keys whose absence means a number of the family's own: then they are refused and not guessed."""
+
+CHANGES_NOTHING = frozenset(
+    # Where the file came from, how the model was trained, what Hugging Face's own classes return.
+    "_name_or_path torch_dtype dtype transformers_version unsloth_version unsloth_fixed "
+    "transformers.js_config is_llama_config initializer_range use_cache pad_token_id return_dict "
+    "output_attentions output_hidden_states".split())
+
+ONLY_AS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0,
+           "pretraining_tp": 1, "partial_rotary_factor": 1, "rope_interleaved": False,
+           "use_mrope": False, "quantization_config": None, "auto_map": None}
+"""Keys that are accepted with this one value, which is also what their absence means."""
+
+
+def decoder_from_config(config: dict[str, Any], name: str = "",
+                        source: str = "config.json") -> dict[str, Any]:
+    """The fields of a `ModelConfig`, from the keys of a config.json of one of `DECODER_FAMILIES`.
+    `rope_scaling` is a dict of Llama 3's four numbers, or None.
+
+    Raises ValueError naming key, value and what is accepted, for anything that a decoder would not
+    compute as it is meant.
+    """
+    # 1. What kind of model it is, and what it must not say.
+    keys = Keys(config, source)
+    family = keys.take("model_type")
+    if family not in tuple(DECODER_FAMILIES):           # a tuple, for the value may be a list
+        keys.refuse("model_type", family, ", ".join(DECODER_FAMILIES))
+    for architecture in keys.take("architectures", None) or ():
+        if not architecture.endswith("ForCausalLM"):
+            keys.refuse("architectures", architecture, "a causal language model, …ForCausalLM")
+    keys.only(**ONLY_AS)
+
+    # 2. The shape.
+    for key in STATED[family]:
+        keys.left[key] = keys.take(key)                 # it must be there, for the reader to take
+    window = _window(keys, family)
+    numbers = DECODER_FAMILIES[family](keys) | {"window": window}
+    if numbers["H"] % 2:
+        keys.refuse("head_dim", numbers["H"], "an even number, since RoPE turns pairs")
+    if numbers["N"] % numbers["K"]:
+        keys.refuse("num_key_value_heads", numbers["K"],
+                    f"a divisor of the {numbers['N']} query heads")
+
+    # 3. The values, and what is left over.
+    theta, scaling = _rope(keys)
+    eos = keys.take("eos_token_id", None)
+    fields = {"shape": ModelShape(name=name, source=source, **numbers),
+              "norm_eps": keys.number("rms_norm_eps"), "rope_theta": theta, "rope_scaling": scaling,
+              "bos_id": keys.take("bos_token_id", None),
+              "eos_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)}
+    for key, value in keys.left.items():
+        if key not in CHANGES_NOTHING:
+            keys.refuse(key, value, "no such key, since it may change what the model computes")
+    return fields
+
+
+def _window(keys: Keys, family: str) -> int | None:
+    """The window of all layers, in tokens, or None. Some layers with one and some without are
+    refused: no decoder here runs them."""
+    if family == "mistral" and "sliding_window" not in keys.left:
+        raise ValueError(f"{keys.source}: sliding_window is missing; "
+                         "a mistral config says it, if only as null")
+    mistral, layers = family == "mistral", keys.whole("num_hidden_layers")
+    keys.left["num_hidden_layers"] = layers                             # to be asked for again
+    size, used = keys.take("sliding_window", None), keys.take("use_sliding_window", mistral)
+    first, types = keys.take("max_window_layers", None), keys.take("layer_types", None)
+    if not isinstance(types or [], list):
+        keys.refuse("layer_types", types, "a list")
+    if family == "llama" and size is not None:
+        keys.refuse("sliding_window", size, "None for llama")
+    if size is not None and (type(size) is not int or size < 1):
+        keys.refuse("sliding_window", size, "a whole number, 1 or more")
+    window = size if used else None
+    if types is None and window and not mistral:
+        # Qwen counts the layers before the first window; layer_types has the last word over it.
+        if type(first) is not int or 0 < first < layers:
+            keys.refuse("max_window_layers", first,
+                        f"0 (all layers have a window) or at least {layers} (none has)")
+        return window if first <= 0 else None
+    expected = "sliding_attention" if window else "full_attention"
+    kinds = set(map(str, types or []))
+    if kinds == {"full_attention"} and not mistral:
+        return None
+    if kinds - {expected}:
+        keys.refuse("layer_types", types, "one type for all layers, and a window that agrees")
+    return window
+
+
+def _rope(keys: Keys) -> tuple[float, dict[str, float] | None]:
+    """Base frequency, and Llama 3's scaling. transformers 5 writes both into `rope_parameters`,
+    older ones `rope_theta` beside `rope_scaling`."""
+    old, new = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
+    if not isinstance(new or old or {}, dict):
+        keys.refuse("rope_parameters" if new else "rope_scaling", new or old, "an object")
+    if old and new and old != new:
+        keys.refuse("rope_scaling", old,
+                    "one of rope_scaling and rope_parameters, not two that differ")
+    inner = Keys(new or old or {}, f"{keys.source}: {'rope_parameters' if new else 'rope_scaling'}")
+    theta = inner.number("rope_theta", keys.number("rope_theta", 10_000.0))
+    # Older files call the type `type`, some say it twice.
+    kinds = {str(inner.take(key, "default")) for key in ("rope_type", "type")} - {"default"}
+    if kinds - {"llama3"}:
+        inner.refuse("rope_type", min(kinds), "default, llama3")
+    scaling = {key: inner.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")
+               } if kinds else None
+    if scaling:
+        scaling["original_max_position_embeddings"] = inner.whole(
+            "original_max_position_embeddings")
+        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            inner.refuse("high_freq_factor", scaling["high_freq_factor"],
+                         f"above low_freq_factor = {scaling['low_freq_factor']}")
+    inner.only(partial_rotary_factor=1)
+    for key, value in inner.left.items():
+        inner.refuse(key, value, "no such key with this rope_type")
+    return theta, scaling

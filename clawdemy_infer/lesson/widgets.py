@@ -1,0 +1,38 @@
+"""Sliders over a function: move one, and the function draws or prints anew.
+
+Every widget in a lesson is followed by a cell that draws the same with fixed values, for the places
+where no kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ipywidgets import Dropdown, HBox, SelectionSlider, VBox, interactive_output
+
+LAYOUT = {"width": "340px"}
+STYLE = {"description_width": "90px"}
+
+
+def choose(description: str, options: list[str], value: str | None = None) -> Dropdown:
+    """A list to choose from."""
+    return Dropdown(description=description, options=options, value=value or options[0],
+                    layout=LAYOUT, style=STYLE)
+
+
+def powers_of_two(description: str, low: int, high: int, value: int) -> SelectionSlider:
+    """A slider over low, 2 low, 4 low … high: batches and contexts matter by their factor."""
+    options = [low]
+    while options[-1] < high:
+        options.append(options[-1] * 2)
+    return SelectionSlider(description=description,
+                           options=[(f"{option:,}", option) for option in options], value=value,
+                           layout=LAYOUT, style=STYLE, continuous_update=True)
+
+
+def play(function: Callable[..., object], columns: int = 2, **controls) -> VBox:
+    """The controls in rows of `columns`, and below them whatever `function(**values)` draws or
+    displays."""
+    widgets = list(controls.values())
+    rows = [HBox(widgets[i: i + columns]) for i in range(0, len(widgets), columns)]
+    return VBox([*rows, interactive_output(function, controls)])

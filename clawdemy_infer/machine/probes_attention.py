@@ -1,0 +1,107 @@
+"""The probes of attention: its rate over keys and values that lie in one piece, and over those of a
+block pool.
+
+    attention         `attend` with M query rows to each KV head: of one sequence or many, over few
+                      keys or many
+    paged attention   the same of a decode step of a paged cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from clawdemy_infer.attention import attend
+from clawdemy_infer.envelope.roofline import PAGED_ATTENTION
+from clawdemy_infer.fast import FLOATS
+from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
+from clawdemy_infer.machine.calibrated import ATTENTION_KEYS, decode_attention
+from clawdemy_infer.timing import alternate, rates
+
+DECODE_ROWS = [1, 2, 4, 8, 16]
+"""Query heads to a KV head in a decode step."""
+PREFILL_ROWS = [48, 192, 432, 768, 1536, 2112, 3072]
+"""Three for each position of a prompt. PyTorch's kernel for CPUs takes larger blocks from 192
+positions on, and again from 768 on."""
+PAGED_ROWS = [1, 4, 16]
+RING_KEYS = 2**20
+"""Keys and values that the decode probes go through: 256 MB of fp32, more than caches hold."""
+
+
+def attention_rates(dtype: str, device: str, kv_heads: int = 4,
+                    head_dim: int = 64) -> dict[str, list[tuple[float, float]]]:
+    """(M, FLOP/s) of attention, M query rows to each KV head, by the names of `decode_attention`,
+    and "attention" for any.
+
+    Decode steps are of one sequence and of 16, over few keys and many, of which "attention" has
+    those in the middle. Their keys and values come from memory: a step reads all other layers
+    before it comes back to them. Prefills have three heads to a group, and M/3 positions that see
+    each other causally, over keys that were just made.
+    """
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, head_dim, device=device).to(FLOATS[dtype])
+
+    kept = tensor(RING_KEYS)
+
+    def decode(m: int, batch: int, keys: int) -> Callable[[int], int]:
+        q, size = tensor(batch, m * kv_heads), 2 * batch * kv_heads * keys
+
+        def one(i: int) -> int:
+            first = i % (len(kept) // size) * size
+            attend(q, *kept[first:first + size].view(2, batch, kv_heads, keys, head_dim))
+            return 4 * kv_heads * head_dim * batch * m * keys
+        return one
+
+    def prefill(m: int) -> Callable[[int], float]:
+        T = m // 3
+        q, (k, v) = tensor(T, 3 * kv_heads), tensor(2, 1, kv_heads, T)
+
+        def one(_: int) -> float:
+            attend(q, k, v)
+            return 4 * kv_heads * head_dim * 3 * T * (T + 1) / 2
+        return one
+
+    steps = {(decode_attention(batch * kv_heads, keys), m): decode(m, batch, keys)
+             for batch in (1, 16) for keys in ATTENTION_KEYS for m in DECODE_ROWS}
+    steps |= {("attention", m): prefill(m) for m in PREFILL_ROWS}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for (name, m), rate in rates(steps, sample_s=0.015, rounds=3).items():
+        curves.setdefault(name, []).append((m, rate))
+    middle = decode_attention(kv_heads, ATTENTION_KEYS[1])
+    curves["attention"] = curves[middle] + curves["attention"]
+    return curves | {PAGED_ATTENTION: paged_rates(dtype)} if device == "cpu" else curves
+
+
+@torch.inference_mode()
+def paged_rates(dtype: str, batch: int = 8, keys: int = 384, kv_heads: int = 4,
+                head_dim: int = 64) -> list[tuple[float, float]]:
+    """(M, FLOP/s) of a decode step's attention over the blocks of a pool, M query heads to a KV
+    head, for sequences of half as many to half as many again as `keys`; beyond what it costs them
+    to see one key each, which is the price of starting its operations."""
+    lengths = [keys // 2 + keys * i // (batch - 1) for i in range(batch)]
+    layers = 24                                         # in fp32 151 MB: caches do not hold it
+    flops = 4 * head_dim * kv_heads * (sum(lengths) - batch) * layers   # at M = 1
+
+    def decode(m: int, lengths: list[int]) -> Callable[[], None]:
+        pool = BlockPool(sum(-(-length // 16) for length in lengths), 16)
+        cache = PagedCache(BlockTables(pool), layers, kv_heads, head_dim, dtype=FLOATS[dtype])
+        for sequence, length in enumerate(lengths):
+            cache.add(sequence)
+            if length > 1:
+                cache.begin({sequence: range(length - 1)}).commit()
+        step = cache.begin({sequence: [0] for sequence in range(batch)})
+        q, k, v = (torch.randn(batch, heads, head_dim).to(FLOATS[dtype])
+                   for heads in (kv_heads * m, kv_heads, kv_heads))
+
+        def run() -> None:
+            for layer in range(layers):
+                step.attend(layer, q, k, v)
+        return run
+
+    found = []
+    for m in PAGED_ROWS:
+        works = {"keys": decode(m, lengths), "none": decode(m, [1] * batch)}
+        times = alternate(works, repeats=5)
+        found.append((m, m * flops / max(times["keys"].beyond(times["none"]), 1e-9)))
+    return found

@@ -1,0 +1,1 @@
+"""Benchmarks: the real model on the clock, beside what was predicted."""

@@ -1,0 +1,213 @@
+"""Speculative beside plain decoding on the clock, and what its rounds should gain: by parts that
+were timed apart from them, or predicted from rates that were measured of none of them.
+
+    layer by layer    the roofline: each operation's work, and what it costs to start it
+    in one call       the same, where nothing but products costs more than its bytes; products at
+                      what the calibration's probe reaches now
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+
+from clawdemy_infer.arithmetic import ModelShape, Work
+from clawdemy_infer.envelope.roofline import Curve, Machine, interpolate
+from clawdemy_infer.fast import FLOATS, computes_in
+from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.lesson.steps import is_one_call
+from clawdemy_infer.machine.calibrated import only_products
+from clawdemy_infer.machine.probes import gemm_step, gemm_weights
+from clawdemy_infer.model import Decoder, Sampling, generate
+from clawdemy_infer.model.decoder import FORMATS
+from clawdemy_infer.speculative import theory
+from clawdemy_infer.speculative.drafts import Draft, PromptLookup
+from clawdemy_infer.speculative.rounds import Round, speculate_batch
+from clawdemy_infer.speculative.verification import verify_rows
+from clawdemy_infer.timing import alternate, count_ops, rates
+
+LOGIT_BYTES_GREEDY = 4
+"""Bytes moved for each logit to find the largest: each is read once, in fp32."""
+LOGIT_BYTES_SAMPLED = 40
+"""Bytes moved for each logit to draw a token: a distribution takes four passes, of which three
+write too (largest; difference; division; softmax); its running sum writes 8 bytes for 4."""
+probe = functools.cache(lambda format: gemm_weights(format, "cpu"))
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    """Seconds of the parts of a round: the target's pass by its rows of each sequence, a step of
+    each draft by its name.
+
+    >>> costs = RoundCosts({1: 2.0, 5: 3.0, "int8": 0.5})
+    >>> costs.c("int8"), costs.v(3)
+    (0.25, 1.25)
+    """
+
+    seconds: dict[str | int, float]
+
+    def c(self, draft: str) -> float:
+        """A draft step, in steps of the target. 0 for a draft that runs no model."""
+        return self.seconds.get(draft, 0.0) / self.seconds[1]
+
+    def v(self, rows: int) -> float:
+        """A pass over `rows` rows, in steps of the target; on a line between the known ones."""
+        known = sorted(part for part in self.seconds if isinstance(part, int))
+        seconds = np.interp(rows, known, [self.seconds[part] for part in known])
+        return float(seconds) / self.seconds[1]
+
+
+def round_parts(model: Decoder, drafts: Mapping[str, Draft], context: int,
+                rows: Sequence[int] = (1, 2, 5, 9), batch: int = 1,
+                sampling: Sampling | None = None) -> dict[str | int, Callable[[], None]]:
+    """The parts of a round behind `context` tokens, each with its sampling; none is a round."""
+    sampling = sampling or Sampling()
+    generator = Sampling(seed=0).generator(model.device)
+
+    def target_pass(new: int) -> Callable[[], None]:
+        cache = ContiguousCache.for_model(model, batch, context + new)
+        model.step({sequence: [1] * context for sequence in range(batch)}, cache)
+        tokens = {sequence: [1] * new for sequence in range(batch)}
+
+        def run() -> None:
+            cache.truncate(context)
+            logits = model.step(tokens, cache, last_only=False)
+            verify_rows(logits, [[1] * (new - 1)] * batch, None, sampling, generator)
+        return run
+
+    def draft_step(draft: Draft) -> Callable[[], None]:
+        cache = ContiguousCache.for_model(model, batch, context + 16)
+        texts = {sequence: [1] * (context + 1) for sequence in range(batch)}
+
+        def run() -> None:
+            draft.propose(texts, dict.fromkeys(texts, 1), sampling, generator)
+        draft.begin(model, cache, texts)
+        model.step({sequence: text[:-1] for sequence, text in texts.items()}, cache)
+        run()                                   # the first reads what it may not have read yet
+        return run
+
+    return {new: target_pass(new) for new in sorted({1, *rows})} | {
+        name: draft_step(draft) for name, draft in drafts.items()
+        if not isinstance(draft, PromptLookup)}
+
+
+def measure_costs(model: Decoder, drafts: Mapping[str, Draft], context: int,
+                  rows: Sequence[int] = (1, 2, 5, 9), batch: int = 1, repeats: int = 7,
+                  sampling: Sampling | None = None) -> RoundCosts:
+    """Time the parts of a round, in turn."""
+    timings = alternate(round_parts(model, drafts, context, rows, batch, sampling), repeats)
+    return RoundCosts({part: timing.median for part, timing in timings.items()})
+
+
+def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft], context: int,
+                  rows: Sequence[int] = (1, 2, 5, 9), batch: int = 1,
+                  sampling: Sampling | None = None) -> RoundCosts:
+    """What `measure_costs` should find."""
+    sampling, shape, dtype = sampling or Sampling(), model.config.shape, FORMATS[model.dtype]
+    parts = round_parts(model, drafts, context, rows, batch, sampling)
+    readers = {part: model if isinstance(part, int) else drafts[part].model for part in parts}
+    formats = {reader.weights for reader in readers.values() if is_one_call(reader)}
+    in_one_call = at_this_moment(machine, formats, sorted({batch * each for each in (1, *rows)}))
+    seconds: dict[str | int, float] = {}
+    for part, run in parts.items():
+        if isinstance(part, int):
+            new, work = part, theory.verification_work(shape, batch, part, context + part,
+                                                       model.weights, dtype, dtype)
+        else:
+            new, work = 1, drafts[part].step_work(batch, context + 1)
+        one_call = is_one_call(readers[part])
+        seconds[part] = (in_one_call if one_call else machine).time(work, count_ops(run)).seconds
+        if one_call:
+            seconds[part] += sampling_seconds(machine, shape, batch * new, sampling)
+    return RoundCosts(seconds)
+
+
+def at_this_moment(machine: Machine, formats: Iterable[str], rows: Sequence[int]) -> Machine:
+    """`machine` where only products cost more than their bytes, and those with weights in `formats`
+    and `rows` rows run as fast as the calibration's probe does now."""
+    products = only_products(machine)
+    if not formats:
+        return products
+    now = rates({(format, m): gemm_step(probe(format), m, FLOATS[computes_in(format, "cpu")])
+                 for format in formats for m in rows}, sample_s=0.05)
+
+    def as_now(curve: Curve, format: str) -> Curve:
+        usual = machine.rates["gemm"][format]
+        return tuple((m, interpolate(curve, m) * now[format, m] / interpolate(usual, m))
+                     for m in rows)
+
+    return replace(products, rates={
+        kernel: curves | {format: as_now(curves[format], format)
+                          for format in formats if format in curves}
+        for kernel, curves in products.rates.items()})
+
+
+def sampling_seconds(machine: Machine, shape: ModelShape, rows: int, sampling: Sampling) -> float:
+    """Seconds of choosing a token from each of `rows` rows of logits, without starting costs."""
+    per_logit = LOGIT_BYTES_SAMPLED if sampling.temperature else LOGIT_BYTES_GREEDY
+    work = Work(0, rows * shape.V * per_logit, "sampling", kernel="elementwise",
+                rows=rows * shape.V / shape.D)
+    return machine.operation_s(work, work.bytes)
+
+
+@dataclass(frozen=True)
+class DraftRow:
+    """One draft on one prompt. Speed-ups are over plain decoding: `predicted` by the rounds played
+    and the costs, `measured` by the clock. `plain_s`: seconds per token of plain decoding;
+    `identical`: are the greedy tokens the same? None for sampling."""
+
+    draft: str
+    prompt: str
+    gamma: int
+    rounds: list[Round]
+    c: float
+    v: float
+    predicted: float
+    measured: float
+    identical: bool | None
+    plain_s: float
+    tokens: list[int]
+
+    @property
+    def alpha(self) -> float:
+        """The acceptance rate: accepted tokens over those that were verified."""
+        return theory.mean_acceptance(self.rounds)
+
+    @property
+    def tokens_per_round(self) -> float:
+        return sum(each.accepted + 1 for each in self.rounds) / len(self.rounds)
+
+
+def compare_drafts(model: Decoder, drafts: Mapping[str, Draft],
+                   prompts: Mapping[str, str | Sequence[int]], costs: RoundCosts, gamma: int = 4,
+                   max_tokens: int = 64, sampling: Sampling | None = None, batch: int = 1,
+                   repeats: int = 3) -> list[DraftRow]:
+    """Decode each prompt plainly and with each draft, in turn, `batch` copies of it at once.
+    Seconds are per token of decoding, without prefills; sampled texts differ by draft."""
+    sampling, rows, plain = sampling or Sampling(), [], ""
+    for kind, prompt in prompts.items():
+        seconds: dict[str, list[float]] = {name: [] for name in (plain, *drafts)}
+        rounds: dict[str, list[Round]] = {name: [] for name in seconds}
+        tokens = {}
+        for _ in range(repeats):
+            for name in seconds:
+                if name == plain and batch == 1:
+                    done = [generate(model, prompt, max_tokens, sampling)]
+                else:                           # plain decoding of a batch is a draft of 0 tokens
+                    draft, size = (PromptLookup(), 0) if name == plain else (drafts[name], gamma)
+                    done = speculate_batch(model, [prompt] * batch, draft, max_tokens, sampling,
+                                           gamma=size)
+                    rounds[name] += [each for one in done for each in one.rounds]
+                tokens[name] = [one.tokens for one in done]
+                seconds[name].append(median(one.tpot_s for one in done))
+        for name in drafts:
+            measured = median(slow / fast for slow, fast in
+                              zip(seconds[plain], seconds[name], strict=True))
+            rows.append(DraftRow(
+                name, kind, gamma, rounds[name], costs.c(name), costs.v(gamma + 1),
+                theory.speedup_of(rounds[name], costs.c(name), costs.v), measured,
+                tokens[name] == tokens[plain] if sampling.temperature == 0 else None,
+                median(seconds[plain]), tokens[name][0]))
+    return rows

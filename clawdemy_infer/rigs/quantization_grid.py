@@ -1,0 +1,148 @@
+"""Every number format by every method that makes sense for it: the rows of one large table, one at
+a time, and their times. LLM.int8 and SmoothQuant are for 8 bits, of activations too; GPTQ and AWQ
+for 3 and 4, as at 8 nothing is left to win."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from clawdemy_infer.arithmetic import ModelShape, Work
+from clawdemy_infer.arithmetic.work import total
+from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.evaluation import Reference
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.fast.quantized import on_kernels
+from clawdemy_infer.kv_cache import ContiguousCache, KVCache
+from clawdemy_infer.lesson.steps import filled_cache, step_ops, time_decode, work_of
+from clawdemy_infer.machine.calibrate import Pulse
+from clawdemy_infer.model import Decoder
+from clawdemy_infer.quantization import awq, format_named, gptq, round_to_nearest
+from clawdemy_infer.rigs.quantization_table import UNQUANTIZED, QuantizationRow, judged_row
+from clawdemy_infer.variants.int4_cache import KiviCache
+from clawdemy_infer.variants.int8_activations import int8_activations, llm_int8
+from clawdemy_infer.variants.int8_cache import Int8Cache
+from clawdemy_infer.variants.smoothquant import smoothquant
+
+INTEGERS, FLOATS = ("int4-g64", "int4-g32", "int3-g64"), ("nf4", "mxfp4", "nvfp4")
+
+METHODS: list[tuple[str, tuple[str, ...], int, Callable]] = [
+    ("RTN", ("int8", *INTEGERS, *FLOATS), 0,
+     lambda model, tokens, format: round_to_nearest(model, format)),
+    ("int8 activations", ("int8",), 0, lambda model, tokens, format: int8_activations(model)),
+    ("LLM.int8", ("int8",), 0, lambda model, tokens, format: llm_int8(model)),
+    ("SmoothQuant", ("int8",), 4, lambda model, tokens, format: smoothquant(model, tokens)),
+    ("GPTQ act-order", (*INTEGERS, *FLOATS), 12, gptq),
+    ("GPTQ", INTEGERS, 12, partial(gptq, act_order=False)),
+    ("AWQ", INTEGERS, 4, awq),
+]
+"""Methods that round weights, the longest last: their formats, the sequences of calibration text
+that they take, and what they do to a model."""
+KV_CACHE = "KV cache"
+JUDGED_CACHES: dict[str, tuple[type[KVCache], int]] = {
+    "fp32": (ContiguousCache, 512), "int8": (Int8Cache, 512), "int4-g32": (KiviCache, 32)}
+"""Caches by format, and how many tokens go in at a time. `KiviCache` shows new tokens in full and
+rounds each 32: in steps of 32 every token sees just what it would see if it came alone."""
+TIMED_BATCHES, TIMED_CONTEXT = (1, 8), 128
+UNTIMED = {
+    ("RTN", "int8"): "the fast int8 kernel rounds activations too: see `int8 activations`",
+    ("LLM.int8", "int8"): "its outliers are taken out in plain PyTorch, which shows no speed"}
+
+
+class Cell(NamedTuple):
+    """One place of the table, by its two names; `make(reference, calibration)` fills it."""
+
+    method: str
+    format: str
+    make: Callable[[Reference, Callable[[int], torch.Tensor]], QuantizationRow]
+
+
+def cells() -> Iterator[Cell]:
+    yield Cell(UNQUANTIZED, "fp32", lambda reference, calibration: judged_row(reference))
+    yield Cell(UNQUANTIZED, "bf16", lambda reference, calibration: _bf16_row(reference))
+    for format in JUDGED_CACHES:
+        yield Cell(KV_CACHE, format, partial(_cache_row, format))
+    for method, formats, sequences, quantize in METHODS:
+        for format in formats:
+            yield Cell(method, format, partial(_quantized_row, format, sequences, quantize))
+
+
+def _quantized_row(format: str, sequences: int, quantize: Callable, reference: Reference,
+                   calibration: Callable[[int], torch.Tensor]) -> QuantizationRow:
+    tokens = calibration(sequences) if sequences else None
+    return judged_row(reference, quantize(reference.model, tokens, format_named(format)))
+
+
+def _bf16_row(reference: Reference) -> QuantizationRow:
+    """All of the model in bf16, activations too."""
+    shape = reference.model.config.shape
+    return QuantizationRow(UNQUANTIZED, "bf16", 16, int(shape.stored_bytes("bf16")),
+                           int(shape.streamed_bytes("bf16")),
+                           reference.judge(faster(reference.model, "bf16")))
+
+
+def _cache_row(format: str, reference: Reference, calibration: Callable) -> QuantizationRow:
+    """The reference with its keys and values in `format`; bits and bytes are those of the cache of
+    one sequence, with scales and tokens that are not rounded yet."""
+    cache, step = JUDGED_CACHES[format]
+    shape, T = reference.model.config.shape, reference.tokens.shape[1]
+    size = cache.for_model(reference.model, 1, T).allocated_bytes
+    quality = reference.quality if cache is ContiguousCache else reference.judge(
+        through_cache(reference.model, cache, step))
+    bits = 8 * size / shape.kv_bytes(1, T, 1.0)
+    return QuantizationRow(KV_CACHE, format, bits, size, size, quality)
+
+
+def through_cache(model: Decoder, cache: type[KVCache],
+                  step: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """tokens [1, T] to logits [1, T, V], `step` tokens at a time through a cache."""
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        kept = cache.for_model(model, 1, tokens.shape[1])
+        return torch.cat([model(part, kept) for part in tokens.split(step, dim=1)], dim=1)
+    return run
+
+
+def with_times(rows: Iterable[QuantizationRow], model: Decoder,
+               machine: Machine) -> Iterator[QuantizationRow]:
+    """The rows with the times of a decode step of `model`, or with the reason why there are none. A
+    kernel sees codes, and not who chose them: a format is timed once for all its methods."""
+    known: dict[str, tuple[dict, dict]] = {}
+    for row in rows:
+        if row.method == KV_CACHE:
+            yield replace(row, untimed="caches are timed by lesson 03")
+        elif row.format not in ("fp32", "bf16", "int8", "int4-g32", "int4-g64"):
+            yield replace(row, untimed="PyTorch has no kernel for it on a CPU")
+        elif (row.method, row.format) in UNTIMED:
+            yield replace(row, untimed=UNTIMED[row.method, row.format])
+        else:
+            if not row.measured and row.format not in known:
+                known[row.format] = step_seconds(model, machine, row.format)
+            predicted, measured = known.get(row.format, (row.predicted, row.measured))
+            yield replace(row, predicted=predicted, measured=measured)
+
+
+def step_seconds(model: Decoder, machine: Machine,
+                 format: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Seconds of a decode step on the kernels of `format`, predicted and measured, by batch."""
+    running = faster(model, format) if format in ("fp32", "bf16") else on_kernels(
+        round_to_nearest(model, format_named(format)))
+    weights, predicted, measured = format.partition("-")[0], {}, {}
+    for batch in TIMED_BATCHES:
+        pulse = Pulse(machine, weights, batch, "cpu")
+        timing = time_decode(running, filled_cache(running, batch, TIMED_CONTEXT - 1),
+                             TIMED_CONTEXT, watch=pulse.stopwatch)
+        measured[batch] = timing.median
+        work, ops = coded_step(model.config.shape, weights, batch), step_ops(running, batch=batch)
+        predicted[batch] = machine.time(work, ops).seconds / pulse.speed
+    return predicted, measured
+
+
+def coded_step(shape: ModelShape, weights: str, batch: int) -> Work:
+    """The work of such a step: all in fp32 or bf16, or the layers' matrices in integers alone."""
+    if weights in ("fp32", "bf16"):
+        return work_of(shape, "decode", weights, batch, TIMED_CONTEXT)
+    step = shape.decode(batch, TIMED_CONTEXT, weights=weights, kv="fp32", activations="fp32")
+    layers = [op for op in step.operations() if op.name != "head"]
+    return total("step", [*layers, shape.head(batch, "fp32", "fp32")])

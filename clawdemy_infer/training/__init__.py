@@ -1,0 +1,1 @@
+"""How the shipped draft was trained."""
