@@ -1,7 +1,7 @@
 """Preemption that keeps what was computed: a sequence's blocks are copied to the host's memory and,
 when there is room again, back (Kwon et al. 2023, PagedAttention, section 4.5)."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from clawdemy_infer.batching.request import Sequence, State
 from clawdemy_infer.batching.scheduler import Scheduler
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
 from clawdemy_infer.kv_cache.block_tables import Copy, copy_nothing, released_if_interrupted
+from clawdemy_infer.kv_cache.paged import copy_blocks
 
 
 class Swapped(NamedTuple):
@@ -95,14 +96,6 @@ class SwappingCache(PagedCache):
 
     def swap_in(self, sequence: Hashable) -> None:
         self.tables.swap_in(sequence, partial(copy_blocks, self.host, (self.keys, self.values)))
-
-
-def copy_blocks(old: Iterable[torch.Tensor], new: Iterable[torch.Tensor], sources: list[int],
-                targets: list[int]) -> None:
-    """Copy blocks `sources` of the `old` tensors [L, blocks, ...] to `targets` of the `new`."""
-    for source, target in zip(sources, targets, strict=True):
-        for x, y in zip(old, new, strict=True):
-            y[:, target].copy_(x[:, source])
 
 
 class SwappingScheduler(Scheduler):

@@ -9,7 +9,7 @@ in every layer; a kernel that follows the block table (`fast/`) spares both.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -120,11 +120,17 @@ class PagedCache:
                         .view(*rows.shape, -1) for tensor in (self.keys, self.values))
         return keys, values
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy blocks within the pool, in all layers: [L, K, block_size, H] each."""
-        for source, target in zip(sources, targets, strict=True):
-            self.keys[:, target].copy_(self.keys[:, source])
-            self.values[:, target].copy_(self.values[:, source])
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copy blocks within the pool, in all layers."""
+        copy_blocks((self.keys, self.values), (self.keys, self.values), sources, targets)
+
+
+def copy_blocks(old: Iterable[torch.Tensor], new: Iterable[torch.Tensor], sources: list[int],
+                targets: list[int]) -> None:
+    """Copy blocks `sources` of the `old` tensors [L, blocks, ...] to `targets` of the `new`."""
+    for source, target in zip(sources, targets, strict=True):
+        for x, y in zip(old, new, strict=True):
+            y[:, target].copy_(x[:, source])
 
 
 class PagedStep(Step):
