@@ -16,14 +16,14 @@ PACKAGE = REPOSITORY / "clawdemy_infer"
 
 CORE = ["arithmetic", "envelope", "attention", "kv_cache", "model", "batching", "quantization",
         "speculative"]
-LIBRARY = [*CORE, "from_config", "timing", "paths", "fast", "variants", "files", "catalog"]
-RIGS = [*LIBRARY, "workloads", "evaluation", "machine", "lesson"]
+LIBRARY = [*CORE, "from_config", "timing", "paths", "fast", "variants", "files"]
+RIGS = [*LIBRARY, "machine", "lesson"]
 
 # In reading order: a room may import itself and the rooms named beside it, all of them above it.
 MAY_IMPORT = {
     "arithmetic": [],
     "envelope": ["arithmetic"],
-    "from_config": ["arithmetic"],
+    "from_config": ["arithmetic", "envelope"],
     "timing": [],
     "paths": [],
     "attention": [],
@@ -36,15 +36,12 @@ MAY_IMPORT = {
     "fast": [*CORE, "timing", "paths"],
     "variants": [*CORE, "timing", "paths", "fast"],
     "files": [*CORE, "from_config", "timing", "paths", "fast", "variants"],
-    "catalog": ["arithmetic", "envelope"],
-    "workloads": ["kv_cache", "batching"],
-    "evaluation": [*CORE, "files"],
     "machine": ["arithmetic", "envelope", "timing", "paths", "attention", "kv_cache", "fast"],
-    "lesson": [*CORE, "timing", "paths", "fast"],
+    "lesson": [*CORE, "timing", "paths", "fast", "files"],
     "rigs": RIGS,
     "peers": [*RIGS, "rigs"],
-    "published": ["arithmetic", "envelope", "catalog", "lesson"],
-    "training": [*LIBRARY, "evaluation", "rigs"],
+    "published": ["arithmetic", "envelope", "from_config", "lesson"],
+    "training": [*LIBRARY, "lesson", "rigs"],
     "cli": [*RIGS, "rigs", "peers", "published", "training"],
     "__main__": ["cli"],
 }
@@ -58,8 +55,7 @@ BUDGETS = {
                     "batching/engine.py", "batching/torch_executor.py"]),
     "variants": (1500, ["variants"]),
     "fast": (1800, ["fast"]),
-    "lesson": (4500, ["from_config", "files", "machine", "lesson", "workloads", "evaluation",
-                      "catalog.py", "timing.py", "paths.py"]),
+    "lesson": (4500, ["from_config", "files", "machine", "lesson", "timing.py", "paths.py"]),
     "rigs": (4500, ["rigs", "peers", "published", "training", "cli", "__main__.py",
                     "__init__.py"]),
 }

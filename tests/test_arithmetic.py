@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicCache
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import ModelShape, Work, matmul, total
+from clawdemy_infer.from_config import catalog
 
 ODD = ModelShape("odd", L=3, D=60, N=6, K=2, H=14, F=84, V=131)
 

@@ -9,7 +9,6 @@ import torch
 from families import SMALL, config_of, model_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import (
     BYTES,
     MLA,
@@ -21,6 +20,7 @@ from clawdemy_infer.arithmetic import (
     StateSpace,
     element_bytes,
 )
+from clawdemy_infer.from_config import catalog
 
 # ---- latent attention ----
 

@@ -237,8 +237,8 @@ def test_bench_on_a_gpu_chooses_blocks_times_every_kernel_and_says_which_machine
         monkeypatch, capsys):
     """With a clock that says a millisecond for all, and a GPU that only has a name: what is
     computed from times, and what is kept."""
-    from clawdemy_infer.catalog import machine
     from clawdemy_infer.cli.main import main
+    from clawdemy_infer.from_config.catalog import machine
     from clawdemy_infer.rigs import bench_kernels
     from clawdemy_kernels import blocks, examples, launch
 

@@ -12,10 +12,11 @@ from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.batching import Policy, Request, simulate
 from clawdemy_infer.cli import main as cli
 from clawdemy_infer.lesson.steps import count_operations
+from clawdemy_infer.lesson.trace import save_trace
+from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.machine.calibrated import Calibrated
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.rigs.compare_servers import COMPARED_METRICS, compare_servers
-from clawdemy_infer.workloads import save_trace, uniform, workload
 
 ON_PAPER = ["--model", "llama-3-8b", "--machine", "h100-sxm"]
 

@@ -9,13 +9,8 @@ import pytest
 from clawdemy_infer.batching import Policy, Request, Sequence, State
 from clawdemy_infer.batching.metrics import SLO, Report, StepRecord, e2e, tpot, ttft
 from clawdemy_infer.lesson.timeline import draw_gantt, spans
-from clawdemy_infer.workloads import (
-    load_trace,
-    lognormal,
-    save_trace,
-    uniform,
-    workload,
-)
+from clawdemy_infer.lesson.trace import load_trace, save_trace
+from clawdemy_infer.lesson.workload import lognormal, uniform, workload
 
 # ---- workloads ----
 
@@ -189,8 +184,8 @@ def test_phases_follow_the_history():
 def test_the_gantt_chart_has_a_row_for_each_request():
     from matplotlib.figure import Figure
 
-    from clawdemy_infer import catalog
     from clawdemy_infer.batching import simulate
+    from clawdemy_infer.from_config import catalog
 
     report = simulate(catalog.model("smollm2-135m"), catalog.machine("h100-sxm"),
                       workload("alpaca", requests=7), Policy(max_batch=2))

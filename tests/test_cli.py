@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clawdemy_infer import catalog, files, model
+from clawdemy_infer import files, model
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.cli import bench_peers, doctor, generate
 from clawdemy_infer.cli import main as cli
@@ -21,6 +21,7 @@ from clawdemy_infer.cli.page import page
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import FORMATS
 from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import course
 from clawdemy_infer.machine import calibrate
 from clawdemy_infer.model import Decoder, ModelConfig

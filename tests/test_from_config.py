@@ -20,8 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from clawdemy_infer import catalog
-from clawdemy_infer.from_config import FAMILIES, from_config
+from clawdemy_infer.from_config import FAMILIES, catalog, from_config
 
 
 def plain(shape):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clawdemy_infer.workloads.allocators import (
+from clawdemy_infer.lesson.allocators import (
     Buddy,
     Lengths,
     Pages,

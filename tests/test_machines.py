@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from clawdemy_infer import catalog
 from clawdemy_infer.envelope.roofline import Link
+from clawdemy_infer.from_config import catalog
 
 MACHINES = catalog._read("machines.toml")
 each_machine = pytest.mark.parametrize("name", MACHINES)

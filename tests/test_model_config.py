@@ -6,7 +6,7 @@ import re
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from clawdemy_infer import catalog
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.model import ModelConfig
 from clawdemy_infer.model.rope import Llama3Scaling
 

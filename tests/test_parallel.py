@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import MLA, SSM, ModelShape, MoE
 from clawdemy_infer.envelope.parallel import (
     Layout,
@@ -19,6 +18,7 @@ from clawdemy_infer.envelope.parallel import (
     transfers,
 )
 from clawdemy_infer.envelope.roofline import Link
+from clawdemy_infer.from_config import catalog
 
 LINK = Link(1000.0, latency_s=5.0, hop_s=0.25)
 PLAIN = ModelShape("plain", L=6, D=24, N=12, K=4, H=10, F=36, V=96)

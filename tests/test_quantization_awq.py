@@ -8,9 +8,9 @@ import torch
 from tolerances import LOGITS
 
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.evaluation import Reference
-from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.fast.quantized import on_kernels
+from clawdemy_infer.lesson.quality import Reference
+from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.quantization import IntFormat, Quantized, awq, format_named, round_to_nearest
 from clawdemy_infer.quantization.awq import (

@@ -11,12 +11,11 @@ from tolerances import LOGITS
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from clawdemy_infer.evaluation import Reference, kl_by_layer, output_errors
-from clawdemy_infer.evaluation.quality import mean_and_error
-from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens, prose
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.quantized import on_kernels
 from clawdemy_infer.files import load_model
+from clawdemy_infer.lesson.quality import Reference, kl_by_layer, mean_and_error, output_errors
+from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens, prose
 from clawdemy_infer.quantization import (
     IntFormat,
     Quantized,

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.cli import main as cli
-from clawdemy_infer.evaluation import Reference
-from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.files.directory import destinations, to_hf
+from clawdemy_infer.lesson.quality import Reference
+from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.rigs import quantization_grid
 from clawdemy_infer.rigs.quantization_grid import cells, coded_step, through_cache, with_times

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from clawdemy_infer import catalog
 from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.speculative import Round, theory
 
 # Leviathan et al. 2023, table 1: alpha, gamma, and the factors of operations and of speed with c =

@@ -1,9 +1,9 @@
 """`bench --kernels`: the Triton kernels on the roofline, and on a GPU on the clock; `--checks` adds
 what is proved without one."""
 
-from clawdemy_infer import catalog
 from clawdemy_infer.cli.arguments import Args, calibrated, checked, option
 from clawdemy_infer.cli.output import answer, say, show, table_of
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson.tables import si
 
 WITHOUT_A_GPU = "h100-sxm"

@@ -29,8 +29,8 @@ def add(subparsers) -> None:
 
 
 def run(args: Args) -> int:
-    from clawdemy_infer.evaluation import Reference
     from clawdemy_infer.files.checkpoint import is_quantized, load_quantized
+    from clawdemy_infer.lesson.quality import Reference
     if args.table is not None:
         return table(args)
     if args.timed:
@@ -66,7 +66,7 @@ def run(args: Args) -> int:
 
 def reference(args: Args, name: str, sequences: int):
     """The model to compare with, and the tokens to compare on."""
-    from clawdemy_infer.evaluation.text import evaluation_tokens
+    from clawdemy_infer.lesson.text import evaluation_tokens
     text, model = text_file("text", args.text), load(name, "reference")
     with checked():
         return model, evaluation_tokens(model.tokenizer, args.sequences or sequences, args.length,
@@ -76,9 +76,9 @@ def reference(args: Args, name: str, sequences: int):
 def table(args: Args) -> int:
     from tqdm import tqdm
 
-    from clawdemy_infer.evaluation import Reference
-    from clawdemy_infer.evaluation.text import calibration_tokens
     from clawdemy_infer.fast.cpp import cpu_name
+    from clawdemy_infer.lesson.quality import Reference
+    from clawdemy_infer.lesson.text import calibration_tokens
     from clawdemy_infer.machine.calibrate import this_machine
     from clawdemy_infer.rigs import quantization_table as kept
     from clawdemy_infer.rigs.quantization_grid import cells, with_times

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import BYTES, ModelShape
 from clawdemy_infer.cli.arguments import Args, checked, command, count, option
 from clawdemy_infer.cli.by_hand import card_blocks, ways
@@ -12,7 +11,7 @@ from clawdemy_infer.cli.output import answer, table_of
 from clawdemy_infer.envelope.napkin import card, sweep
 from clawdemy_infer.envelope.parallel import Layout
 from clawdemy_infer.envelope.roofline import Machine
-from clawdemy_infer.from_config import from_config
+from clawdemy_infer.from_config import catalog, from_config
 from clawdemy_infer.lesson.tables import Table
 
 

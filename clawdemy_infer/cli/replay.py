@@ -80,9 +80,9 @@ def chance(text: str) -> float:
 
 def run(args: Args) -> int:
     from clawdemy_infer.batching import SLO, Policy
+    from clawdemy_infer.lesson.trace import save_trace
     from clawdemy_infer.rigs.endpoint import Endpoint
     from clawdemy_infer.timing import now
-    from clawdemy_infer.workloads import save_trace
     names = ("max_batch", "order", "preemption", "prefix_caching")
     options = POLICIES[args.policy] | {name: getattr(args, name) for name in names}
     options |= {"token_budget": args.token_budget} if args.token_budget else {}
@@ -112,7 +112,8 @@ def run(args: Args) -> int:
 
 
 def requests_of(args: Args) -> list:
-    from clawdemy_infer.workloads import load_trace, workload, workload_names
+    from clawdemy_infer.lesson.trace import load_trace
+    from clawdemy_infer.lesson.workload import workload, workload_names
     if Path(args.trace).is_file():
         return load_trace(args.trace)
     if args.trace not in workload_names():

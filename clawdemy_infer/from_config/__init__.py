@@ -4,7 +4,7 @@
 The files in reading order: `keys`, then a file for each kind of model: `llama` (gated, rotary,
 RMSNorm: Llama, Mistral, Qwen, Gemma, Phi-3, Command R), `gpt` (what was usual before), `sparse`
 (experts, latent attention), `recurrent` (state spaces). `decoder` reads, besides the shape, what a
-decoder computes by.
+decoder computes by. `catalog` has the shapes and machines of `data/`.
 """
 
 from __future__ import annotations

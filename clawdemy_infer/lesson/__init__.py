@@ -1,5 +1,5 @@
-"""What a lesson is made of: the ledger, tables, plots, widgets, and the course that runs them
-all."""
+"""What a lesson is made of: the ledger, tables, plots and widgets; workloads and traces; quality,
+judged on texts; and the course that runs all lessons."""
 
 from clawdemy_infer.lesson.lesson import Lesson, NotRight
 

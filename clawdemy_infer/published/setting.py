@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import ModelShape, MoE
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.published.rows import PublishedRun
 
 TILES = ((64, 128, 1.0), (64, 64, 0.9))

@@ -12,10 +12,10 @@ import torch
 from clawdemy_infer.arithmetic import ModelShape, Work
 from clawdemy_infer.arithmetic.work import total
 from clawdemy_infer.envelope.roofline import Machine
-from clawdemy_infer.evaluation import Reference
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.quantized import on_kernels
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache
+from clawdemy_infer.lesson.quality import Reference
 from clawdemy_infer.lesson.steps import filled_cache, step_ops, time_decode, work_of
 from clawdemy_infer.machine.calibrate import Pulse
 from clawdemy_infer.model import Decoder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from clawdemy_infer.evaluation.quality import Quality, Reference
+from clawdemy_infer.lesson.quality import Quality, Reference
 from clawdemy_infer.lesson.tables import MISSING, Table, si
 from clawdemy_infer.paths import write_atomically
 from clawdemy_infer.quantization.linears import QuantizedModel, linears

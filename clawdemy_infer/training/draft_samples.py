@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from clawdemy_infer.evaluation.text import prose
 from clawdemy_infer.kv_cache import ContiguousCache
+from clawdemy_infer.lesson.text import prose
 from clawdemy_infer.model import Decoder
 
 PROMPT_KINDS = "ask chat prose chat code copy chat document ask chat listing chat".split()

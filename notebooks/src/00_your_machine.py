@@ -54,10 +54,10 @@ from IPython.display import Markdown
 from matplotlib.ticker import LogLocator
 from torch.nn import functional as F
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import BYTES, Work, matmul, total
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import PackedLinear
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.tables import Table, number, si
 from clawdemy_infer.machine.calibrate import Pulse, calibrate, default_device, fingerprint

@@ -23,11 +23,11 @@ import matplotlib.pyplot as plt
 import sympy
 from IPython.display import Markdown
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.napkin import card
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, steps
 from clawdemy_infer.lesson.tables import Table, number, si
 from clawdemy_infer.machine.calibrate import Pulse, this_machine

@@ -29,9 +29,9 @@ import torch
 from IPython.display import Markdown
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from clawdemy_infer import catalog
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops

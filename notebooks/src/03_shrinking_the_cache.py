@@ -39,11 +39,11 @@ import torch
 from IPython.display import Markdown
 from torch.nn.functional import scaled_dot_product_attention
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import MLA, Work, total
 from clawdemy_infer.attention import attend
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.steps import random_tokens

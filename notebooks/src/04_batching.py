@@ -31,11 +31,11 @@ from IPython.display import Markdown, display
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import LogLocator
 
-from clawdemy_infer import catalog
 from clawdemy_infer.arithmetic import matmul
 from clawdemy_infer.envelope.napkin import sweep
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops, time_prefill

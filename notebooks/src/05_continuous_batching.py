@@ -30,20 +30,20 @@ import numpy as np
 from IPython.display import Markdown
 from ipywidgets import IntSlider
 
-from clawdemy_infer import catalog
 from clawdemy_infer.batching import SLO, Engine, Policy, Request, simulate, simulator
 from clawdemy_infer.batching.serving import engine, scheduler_for
 from clawdemy_infer.batching.simulator import RooflineExecutor
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.steps import count_operations
 from clawdemy_infer.lesson.tables import Table, number, si
 from clawdemy_infer.lesson.timeline import draw_gantt, spans
+from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
 from clawdemy_infer.machine.calibrated import slowed
 from clawdemy_infer.timing import now
-from clawdemy_infer.workloads import uniform, workload
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90

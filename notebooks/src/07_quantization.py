@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from IPython.display import Markdown
 
-from clawdemy_infer import catalog
 from clawdemy_infer.envelope.roofline import interpolate
-from clawdemy_infer.evaluation import Reference
-from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, steps, widgets
+from clawdemy_infer.lesson.quality import Reference
 from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.quantization import Quantized, format_named, linears, observe, round_to_nearest
 from clawdemy_infer.rigs import bench

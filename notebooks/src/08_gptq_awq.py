@@ -31,12 +31,12 @@ import torch
 from IPython.display import Markdown
 
 from clawdemy_infer.arithmetic.work import matmul, total
-from clawdemy_infer.evaluation import Reference, kl_by_layer, output_errors
-from clawdemy_infer.evaluation.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.files import load_model
 from clawdemy_infer.files.checkpoint import load_quantized, save_quantized
 from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.quality import Reference, kl_by_layer, output_errors
 from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.quantization import (

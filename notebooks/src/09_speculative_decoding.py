@@ -29,13 +29,14 @@ import sympy
 import torch
 from IPython.display import Markdown
 
-from clawdemy_infer import catalog
 from clawdemy_infer.batching import Operations, Policy, StepCost, simulate
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.steps import step_ops
 from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.model import Sampling
 from clawdemy_infer.rigs.compare_drafts import compare_drafts, measure_costs
@@ -43,7 +44,6 @@ from clawdemy_infer.rigs.prompts import prompts_of
 from clawdemy_infer.speculative import speculate, theory, verify
 from clawdemy_infer.variants.adaptive import Adaptive
 from clawdemy_infer.variants.self_drafts import draft_named
-from clawdemy_infer.workloads import uniform, workload
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90

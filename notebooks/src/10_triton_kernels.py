@@ -41,8 +41,8 @@ import torch
 from IPython.display import Markdown
 from torch.nn.functional import scaled_dot_product_attention
 
-from clawdemy_infer import catalog
 from clawdemy_infer.attention import attend
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
