@@ -31,30 +31,27 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     return out.transpose(1, 2).reshape(M, -1)
 
 
-def visible_keys(new: int, context: int, window: int | None) -> int:
-    """How many of the last keys T new queries can see between them: the first of them still sees
+def visible_keys(T: int, S: int, window: int | None) -> int:
+    """How many of the last S keys T new queries can see between them: the first of them still sees
     window - 1 before it."""
-    return min(context, window + new - 1) if window else context
+    return min(S, window + T - 1) if window else S
 
 
-def causal_mask(new: int, keys: int, window: int | None, dtype: torch.dtype,
+def causal_mask(past: Sequence[int], T: int, window: int | None, dtype: torch.dtype,
                 device: torch.device | str) -> torch.Tensor | None:
-    """Which of the last `keys` keys each of T new queries sees, [T, keys]: 0 where it does, -inf
-    where not, to be added to the scores. None where causality alone says it: for one query, and for
-    a square in which the window never bites. SDPA then skips the upper triangle.
+    """Which keys the T new queries of sequence b see, which stand behind `past[b]` tokens: those up
+    to themselves, and of these the last `window`. [B or 1, 1, T, max(past) + T], 0 where they do,
+    -inf where not, to be added to the scores. None where causality alone says it: for sequences
+    equally long, one query or a square, and a window that never bites. SDPA then skips the upper
+    triangle.
     """
-    if new == 1 or (new == keys and (window is None or new <= window)):
-        return None
-    return ragged_mask([keys - new], new, keys, window, dtype, device)[0, 0]
-
-
-def ragged_mask(past: Sequence[int], new: int, keys: int, window: int | None, dtype: torch.dtype,
-                device: torch.device | str) -> torch.Tensor:
-    """The same for sequences of different lengths: sequence b has `past[b]` tokens before its T new
-    ones, and the rest of the `keys` keys is not its own. [B, 1, T, keys], of 0 and -inf.
-    """
+    if len(set(past)) == 1:
+        past = past[:1]
+        if (T == 1 or not past[0]) and (window is None or past[0] + T <= window):
+            return None
+    S = max(past) + T
     query = torch.tensor(past, device=device)[:, None, None, None]
-    query = query + torch.arange(new, device=device)[:, None]           # [B, 1, T, 1]
-    distance = query - torch.arange(keys, device=device)                # [B, 1, T, keys]
-    hidden = (distance < 0) | (distance >= (window or keys))
+    query = query + torch.arange(T, device=device)[:, None]             # [B, 1, T, 1]
+    distance = query - torch.arange(S, device=device)                   # [B, 1, T, S]
+    hidden = (distance < 0) | (distance >= (window or S))
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from clawdemy_infer.attention import attend, causal_mask, ragged_mask, visible_keys
+from clawdemy_infer.attention import attend, causal_mask, visible_keys
 from clawdemy_infer.kv_cache.step import Rectangle, Step, at_least_1, rectangles
 
 
@@ -124,13 +124,10 @@ class RectanglePart:
         past, T, device = rectangle.past, rectangle.new, cache.device
         self.rectangle, self.window, self.end = rectangle, window, max(past) + T
         self.alike = len(set(past)) == 1                    # the sequences are equally long
-        if self.alike:
-            seen = visible_keys(T, self.end, window)
-            self.begin = self.end - seen
-            self.mask = causal_mask(T, seen, window, cache.dtype, device)
-        else:
-            self.begin = 0
-            self.mask = ragged_mask(past, T, self.end, window, cache.dtype, device)
+        self.begin = self.end - visible_keys(T, self.end, window) if self.alike else 0
+        self.mask = causal_mask([each - self.begin for each in past], T, window, cache.dtype,
+                                device)
+        if not self.alike:
             row = torch.arange(len(past), device=device)[:, None]
             places = torch.tensor(past, device=device)[:, None] + torch.arange(T, device=device)
             self.index = row, slice(None), places           # [B, 1] and [B, T]

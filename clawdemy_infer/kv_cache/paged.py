@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from clawdemy_infer.attention import attend, causal_mask, ragged_mask, visible_keys
+from clawdemy_infer.attention import attend, causal_mask, visible_keys
 from clawdemy_infer.kv_cache.block_pool import BlockPool
 from clawdemy_infer.kv_cache.block_tables import BlockTables
 from clawdemy_infer.kv_cache.step import Step
@@ -182,11 +182,7 @@ class PagedStep(Step):
                  for i, keys in zip(chosen, seen, strict=True)]
         # The shorter are filled up with their own last slot: nobody reads what is another's.
         slots = [mine + mine[-1:] * (longest - len(mine)) for mine in slots]
-        if len(set(seen)) == 1:
-            mask = causal_mask(T, longest, window, cache.dtype, cache.device)
-        else:
-            mask = ragged_mask([keys - T for keys in seen], T, longest, window, cache.dtype,
-                               cache.device)
+        mask = causal_mask([keys - T for keys in seen], T, window, cache.dtype, cache.device)
         rows = [first + t for first in first_rows for t in range(T)]
         slots = cache.rows(torch.tensor(slots, device=cache.device)).transpose(1, 2)
         return torch.tensor(rows, device=cache.device), slots, mask

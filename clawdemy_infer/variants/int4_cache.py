@@ -163,8 +163,7 @@ class _Part:
             self.numbers = [torch.tensor(x, dtype=torch.int32, device=cache.device)
                             for x in ([[each] for each in mine], mine, codes, tails)]
         elif self.alike and not window:
-            self.mask = causal_mask(rectangle.new, past[0] + rectangle.new, None, cache.dtype,
-                                    cache.device)
+            self.mask = causal_mask(past, rectangle.new, None, cache.dtype, cache.device)
         else:
             past, whole, waiting = (torch.tensor(x, device=cache.device)[:, None]
                                     for x in (past, codes, tails))              # [B, 1]
