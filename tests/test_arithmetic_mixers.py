@@ -64,7 +64,7 @@ def test_the_absorbed_form_gives_the_same_numbers_and_costs_the_flops_we_say(
     visible = sum(past + i + 1 for i in range(new)) / (new * S)  # torch counts the whole rectangle
     mixer = shape.layers[0].mixer
     for form, counter in ((False, naive_counter), (True, absorbed_counter)):
-        ops = mixer.attend(Pass(batch, new, S, absorbed=form))
+        ops = mixer.of_sequences(Pass(batch, new, S, absorbed=form))
         projections = sum(op.flops for op in ops if op.kernel == "gemm")
         attention = sum(op.flops for op in ops if op.kernel == "attention")
         counts = counter.get_flop_counts()["Global"]
@@ -88,10 +88,35 @@ def test_absorbed_attention_reads_the_latents_once_for_all_heads():
     """128 heads, 576 numbers a token, 2 bytes: 1,152 bytes a token and layer, by hand."""
     mixer = LatentAttention(7168, 128, 192, MLA(512, 64, 128, 1536))
     one, other = ([
-        op for op in mixer.attend(Pass(1, 1, S, absorbed=True)) if op.kernel == "attention"
+        op for op in mixer.of_sequences(Pass(1, 1, S, absorbed=True)) if op.kernel == "attention"
     ][0] for S in (1000, 2000))
     assert other.bytes - one.bytes == 1000 * 576 * 2
     assert one.rows == 128  # all heads multiply the same rows
+
+
+@pytest.mark.parametrize("absorbed, products", [
+    # kv_b [512, 128 · (128 + 128)] makes keys and values of 2 · 300 tokens anew, whose latents lie
+    # in the cache in 2 bytes a number: 512 of them go in, 32,768 come out, written in 2 bytes.
+    (False, {"kv_b": 512 * 32768 / 2 + 600 * (512 + 32768) * 2}),
+    # A head has 128 numbers of a query for 512 of a latent, and 512 of a sum for 128 of its value.
+    (True, dict.fromkeys(("absorb_k", "absorb_v"), 128 * (128 * 512 / 2 + 2 * (128 + 512) * 2)))])
+def test_latent_products_read_int4_weights_and_say_so(absorbed, products):
+    """DeepSeek-V2 by hand: two sequences of 300 tokens bring one token each; half a byte for each
+    weight, which a machine's rate for int4 is to be asked for."""
+    mixer = catalog.model("deepseek-v2").layers[0].mixer
+    run = Pass(2, 1, 300, weights="int4", absorbed=absorbed)
+    found = [op for op in mixer.of_sequences(run) if op.kernel == "gemm"]
+    assert {op.name: op.bytes for op in found} == products
+    assert {op.weights for op in found} == {"int4"}
+    assert {op.numbers for op in found} == ({128 * 512} if absorbed else {512 * 32768})
+
+
+def test_attention_of_a_latent_model_is_all_between_queries_and_output():
+    """Two products and the attention, absorbed, by hand: DeepSeek-V2 at batch 3 and 50 tokens."""
+    work = catalog.model("deepseek-v2").attention(3, 1, 50)
+    per_head = 2 * 128 * 512 + 2 * 50 * (576 + 512) + 2 * 512 * 128
+    assert work.flops == 3 * 128 * per_head
+    assert [op.name for op in work.operations()] == ["absorb_k", "attention", "absorb_v"]
 
 
 # ---- experts ----
@@ -174,7 +199,8 @@ def test_a_scan_costs_what_its_recurrence_does_number_by_number(second):
                 a = number if second else (number * number).exp()       # Mamba-2: one a for a head
                 h[i][j] = a * h[i][j] + x[i] * number
                 y = y + number * h[i][j]
-    assert StateSpace(8, ssm).scan(Pass(1, tokens, tokens)).flops == Counted.flops
+    [scan] = StateSpace(8, ssm).of_sequences(Pass(1, tokens, tokens))
+    assert scan.flops == Counted.flops
 
 
 def test_a_state_does_not_grow_with_the_context():

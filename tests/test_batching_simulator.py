@@ -50,6 +50,19 @@ def test_sequences_that_are_all_alike_cost_what_the_roofline_says(name, machine)
             machine.time(shape.step(5, T, S), ops).seconds, rel=1e-9)
 
 
+def test_a_latent_step_has_the_flops_and_bytes_of_its_shape():
+    """Seconds are bytes where a byte takes one and FLOPs are free, and the other way round."""
+    shape, formats = catalog.model("deepseek-v2"), {"weights": "int4", "kv": "fp8"}
+    for what, (bandwidth, peak) in {"bytes": (1.0, math.inf), "flops": (math.inf, 1.0)}.items():
+        machine = Machine(what, ((1.0, bandwidth),), {"bf16": peak}, memory=1e12)
+        cost = StepCost(shape, machine, **formats)
+        assert cost.seconds([1000] * 7) == pytest.approx(
+            getattr(shape.decode(7, 1000, **formats), what), rel=1e-12)
+        # Ragged: the latents of 100 + 1,900 tokens, and the same weights.
+        assert cost.seconds([100, 1900]) == pytest.approx(
+            getattr(shape.decode(2, 1000, **formats), what), rel=1e-12)
+
+
 def test_a_ragged_step_counted_by_hand():
     """One layer of D = 8, N = K = 1, H = 8, F = 16, V = 32 in bf16, on a machine that moves a byte
     a second and computes for nothing."""

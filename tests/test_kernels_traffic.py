@@ -7,10 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
 
-from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.arithmetic.attention import Attention
-from clawdemy_infer.arithmetic.feed_forward import MLP
-from clawdemy_infer.arithmetic.work import Pass, matmul
+from clawdemy_infer.arithmetic import MLP, Attention, ModelShape, Pass, Work, matmul
 from clawdemy_kernels import checks
 from clawdemy_kernels.blocks import using
 from clawdemy_kernels.decode_grouped import decode_grouped
@@ -94,7 +91,10 @@ def test_arithmetic_and_the_counter_agree_to_the_byte_on_every_kernel():
     beside it, and why."""
     B, S, M, _, D, F, N, K, H, *_ = vars(SMALL).values()
     e = 2
-    decode, attend = Pass(B, 1, S), Attention(D, N, K, H).attend            # all in bf16
+    def attend(run: Pass) -> Work:
+        return Attention(D, N, K, H).of_sequences(run)[0]
+
+    decode = Pass(B, 1, S)                                          # all in bf16
     again = B * N * H * e                                           # the queries once more
     parts = 2 * PARTS * B * N * (H + 2) * 4                         # partial results, both ways
     split = (PARTS - 1) * again + parts + 4 * B * K * PARTS         # a program asks for its length

@@ -1,12 +1,14 @@
 """Attention with a KV cache: multi-head, grouped or multi-query, over all or through a window.
 
 Vaswani et al. 2017; MQA: Shazeer 2019; GQA: Ainslie et al. 2023; windows: Beltagy et al. 2020,
-Jiang et al. 2023. A mixer passes information between tokens. This one and the two after it count:
+Jiang et al. 2023. A mixer passes information between tokens. This one and the two after it have:
 
-    matrices()      weight matrices as (inputs, outputs)
-    parameters()    those and the vectors
-    kept(S)         numbers that a sequence of S tokens leaves in memory for the next step
-    work(run)       the operations of one forward pass
+    matrices()          weight matrices as (in, out features)
+    parameters()        those and the vectors
+    window              tokens that a query sees, None for all
+    kept(S)             numbers that a sequence of S tokens leaves in memory for the next step
+    of_rows(run)        operations of a forward pass that ask only how many rows there are
+    of_sequences(run)   those that ask whose row is whose: each row meets its own past
 """
 
 from dataclasses import dataclass
@@ -58,13 +60,13 @@ class Attention:
         """K and V of each KV head (not query head) and token that the next one can still see."""
         return self._kv_heads * self.H * (min(S, self.window) if self.window else S)
 
-    def work(self, run: Pass) -> list[Work]:
+    def of_rows(self, run: Pass) -> list[Work]:
         products = [run.matmul(name, k, n) for name, (k, n) in self.matrices().items()]
         q_and_k = run.tokens * (self.N + self._kv_heads // 2) * self.H
         rope = [run.elementwise("rope", 2 * q_and_k)] if self.rope else []      # read and write
-        return [*products, self.attend(run), *rope]
+        return products + rope
 
-    def attend(self, run: Pass) -> Work:
+    def of_sequences(self, run: Pass) -> list[Work]:
         """Scores and weighted sum: T new queries see the tokens up to themselves, S in the end.
 
         FLOPs: 2 (scores) + 2 (values) per query head, head dimension and visible pair. Bytes: Q and
@@ -77,5 +79,5 @@ class Attention:
         q_and_o = 2 * B * T * self.N * self.H * element_bytes("activations", run.activations)
         rows = T * (self.N // self.K if run.shared else 1)
         keys, heads = (seen, B * readers) if T == 1 else (0, 0)
-        return Work(flops, kv_read + q_and_o, "attention", run.activations, "attention", rows,
-                    keys=keys, heads=heads)
+        return [Work(flops, kv_read + q_and_o, "attention", run.activations, "attention", rows,
+                     keys=keys, heads=heads)]

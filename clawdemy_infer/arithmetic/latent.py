@@ -39,6 +39,7 @@ class LatentAttention:
     N: int
     H: int
     mla: MLA
+    window = None
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         D, N, H, mla = self.D, self.N, self.H, self.mla
@@ -56,13 +57,13 @@ class LatentAttention:
         """Latent and rotated part, once for all heads; values are made from the latent."""
         return (self.mla.latent + self.mla.rope) * S
 
-    def work(self, run: Pass) -> list[Work]:
+    def of_rows(self, run: Pass) -> list[Work]:
         products = [run.matmul(name, k, n)
                     for name, (k, n) in self.matrices().items() if name != "kv_b"]
         rope = run.elementwise("rope", 2 * run.tokens * (self.N + 1) * self.mla.rope)
-        return [*products, *self.attend(run), rope]
+        return [*products, rope]
 
-    def attend(self, run: Pass) -> list[Work]:
+    def of_sequences(self, run: Pass) -> list[Work]:
         """What lies between the queries and the output matrix, kv_b included, in the form that
         `run.absorbed` says; for None, the one with fewer FLOPs."""
         if run.absorbed is None:
@@ -78,7 +79,7 @@ class LatentAttention:
         product = matmul(rows, k, n, "kv_b", run.weights, run.activations)
         moved = product.bytes + rows * k * (kv - e)             # the latents lie in the cache
         read = rows * (n * e + self.mla.rope * kv)
-        return [Work(product.flops, moved, "kv_b", run.activations, "gemm", rows),
+        return [product._replace(bytes=moved),
                 self._attention(run, read, self.H, self.mla.value, run.T)]
 
     def _absorbed(self, run: Pass) -> list[Work]:
@@ -86,15 +87,9 @@ class LatentAttention:
         latent, rope = self.mla.latent, self.mla.rope
         readers, rows = (1, run.T * self.N) if run.shared else (self.N, run.T)
         read = run.B * run.S * readers * (latent + rope) * element_bytes("kv", run.kv)
-        return [self._per_head(run, "absorb_k", self.H - rope, latent),
+        return [run.matmul("absorb_k", self.H - rope, latent) * self.N,
                 self._attention(run, read, latent + rope, latent, rows),
-                self._per_head(run, "absorb_v", latent, self.mla.value)]
-
-    def _per_head(self, run: Pass, name: str, k: int, n: int) -> Work:
-        """N products X[B·T, k] @ W[k, n], a head each: all of W is read, by B·T rows."""
-        one = run.matmul(name, k, n)
-        return Work(self.N * one.flops, self.N * one.bytes, name, run.activations, "gemm",
-                    run.tokens)
+                run.matmul("absorb_v", latent, self.mla.value) * self.N]
 
     def _attention(self, run: Pass, read: float, key: int, value: int, rows: int) -> Work:
         """Scores of `key` numbers and sums of `value` for each head and visible pair; `read` bytes

@@ -40,13 +40,17 @@ class Layer:
         feed_forward = self.feed_forward.parameters(tokens) if self.feed_forward else 0
         return self.mixer.parameters() + feed_forward + norms
 
-    def work(self, run: Pass) -> Work:
+    def of_rows(self, run: Pass) -> list[Work]:
+        """All but the mixer's `of_sequences`."""
         feed_forward = self.feed_forward.work(run) if self.feed_forward else []
         # A norm reads and writes the residual stream, a sum reads one array more: 3, or 4 with two.
         sums = 4 if self.parallel else 3 * (2 if self.feed_forward else 1)
         norms = run.elementwise("norms", 2 * self.norms * run.tokens * self.D)
         residual = run.elementwise("residual", sums * run.tokens * self.D)
-        return total("layer", [*self.mixer.work(run), *feed_forward, norms, residual])
+        return [*self.mixer.of_rows(run), *feed_forward, norms, residual]
+
+    def work(self, run: Pass) -> Work:
+        return total("layer", [*self.of_rows(run), *self.mixer.of_sequences(run)])
 
 
 @dataclass(frozen=True)
@@ -227,8 +231,9 @@ class ModelShape:
     # ---- work ----
 
     def attention(self, batch: int, new: int, context: int, **options) -> Work:
-        """Scores and weighted sum of the first layer (`Attention.attend`)."""
-        return self.layers[0].mixer.attend(_pass(batch, new, context, options))
+        """`of_sequences` of the first layer, summed up where they are several operations."""
+        ops = self.layers[0].mixer.of_sequences(_pass(batch, new, context, options))
+        return ops[0] if len(ops) == 1 else total("attention", ops)
 
     def head(self, rows: int, weights: Format = "bf16", activations: str = "bf16") -> Work:
         """The output head on `rows` positions: D x V, read whole even when tied."""

@@ -40,6 +40,7 @@ class StateSpace:
 
     D: int
     ssm: SSM
+    window = None
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """`in` makes the gate beside the channels, and for Mamba-2 B, C and dt too."""
@@ -66,11 +67,10 @@ class StateSpace:
         """The state, and the last inputs of the convolution: the same for every S."""
         return self.ssm.inner * self.ssm.state + self._conv_channels * self.ssm.conv
 
-    def work(self, run: Pass) -> list[Work]:
-        products = [run.matmul(name, k, n) for name, (k, n) in self.matrices().items()]
-        return [*products, self.scan(run)]
+    def of_rows(self, run: Pass) -> list[Work]:
+        return [run.matmul(name, k, n) for name, (k, n) in self.matrices().items()]
 
-    def scan(self, run: Pass) -> Work:
+    def of_sequences(self, run: Pass) -> list[Work]:
         """Convolution and recurrence, token by token. Kernels that go by chunks do more FLOPs.
 
         FLOPs a token: 2·conv a convolved channel, and for each state 1 for a·h, 2 to add x·B, 2 for
@@ -82,4 +82,4 @@ class StateSpace:
         # Channels with B and C, and dt and the gate in; y out.
         inputs = channels + (s.heads if s.heads else 2 * s.state + s.inner) + s.inner
         moved = run.tokens * (inputs + s.inner) * element_bytes("activations", run.activations)
-        return Work(flops, state + moved, "scan", run.activations, "scan", run.T)
+        return [Work(flops, state + moved, "scan", run.activations, "scan", run.T)]

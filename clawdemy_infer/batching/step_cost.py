@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-from clawdemy_infer.arithmetic import Attention, LatentAttention, Layer, ModelShape, Pass, Work
+from clawdemy_infer.arithmetic import ModelShape, Pass, Work
 from clawdemy_infer.envelope.parallel import ONE_DEVICE, Layout, share, transfers
 from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Machine
-
-OF_SEQUENCES = ("attention", "kv_b", "absorb_k", "absorb_v", "scan")
-"""Operations that depend on more than the number of rows."""
 
 Term = tuple[float, float, float]
 """An operation: seconds to compute, bytes to move, and the most bytes/s that it can handle."""
@@ -84,39 +81,30 @@ class StepCost:
     def _rows(self, M: int, logits: int) -> list[Term]:
         """All that does not ask whose row is whose, and the head on `logits` of the M rows."""
         run = Pass(1, M, M, **self.formats)
-        formats = {name: self.formats[name] for name in ("weights", "activations")}
-        return [*(self._term(op, count) for layer, count in self.shape.groups
-                  for op in layer.work(run).operations() if op.name not in OF_SEQUENCES),
-                self._term(self.shape.head(logits, **formats))]
+        layers = [self._term(op, count) for layer, count in self.shape.groups
+                  for op in layer.of_rows(run)]
+        return [*layers, self._term(self.shape.head(logits, run.weights, run.activations))]
 
     def _talk(self, M: int) -> float:
         return sum(transfer.seconds for transfer in transfers(
             self.whole, self.layout, 1, M, self.machine.link, self.formats["activations"]))
 
     def _decode(self, contexts: Sequence[int]) -> list[Term]:
-        """All that decode, over pages; latent attention absorbed: cheaper but for few tokens."""
+        """All that decode, over pages."""
         terms = []
         for layer, count in self.shape.groups:
-            window = getattr(layer.mixer, "window", None)
+            window = layer.mixer.window
             keys = sum([min(S, window) for S in contexts] if window else contexts)
-            run = Pass(len(contexts), 1, keys / len(contexts), absorbed=True, **self.formats)
+            run = Pass(len(contexts), 1, keys / len(contexts), **self.formats)
             terms += [self._term(op._replace(kernel=PAGED_ATTENTION) if op.keys else op, count)
-                      for op in _of_sequences(layer, run)]
+                      for op in layer.mixer.of_sequences(run)]
         return terms
 
     def _attention(self, B: int, T: int, S: int) -> list[Term]:
         run = Pass(B, T, S, **self.formats)
         return [self._term(op, count) for layer, count in self.shape.groups
-                for op in _of_sequences(layer, run)]
+                for op in layer.mixer.of_sequences(run)]
 
     def _term(self, op: Work, count: int = 1) -> Term:
         compute_s = count * op.flops / self.machine.flops_at(op) if op.flops else 0.0
         return compute_s, count * op.bytes, self.machine.handles_at(op)
-
-
-def _of_sequences(layer: Layer, run: Pass) -> list[Work]:
-    """The operations of one layer that depend on whose row is whose."""
-    mixer = layer.mixer
-    if isinstance(mixer, Attention):
-        return [mixer.attend(run)]
-    return mixer.attend(run) if isinstance(mixer, LatentAttention) else [mixer.scan(run)]

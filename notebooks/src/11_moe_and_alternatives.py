@@ -363,7 +363,7 @@ LINEAR_OPS, SOFTMAX_OPS = 5, 4                                             # vie
 
 def roofline_attention(kind: str, S: int) -> float:
     # All that a sweep over the layers of a model would read, so that the caches do not help.
-    work = one_layer[kind].attend(Pass(1, 1, S, **FP32)) * 1000
+    work = one_layer[kind].of_sequences(Pass(1, 1, S, **FP32))[0] * 1000
     return machine.time(work).seconds / 1000 + SOFTMAX_OPS * machine.fixed_s_per_op
 
 
