@@ -217,6 +217,10 @@ LLAMA = {
      (GEMMA_3, {"layer_types": ["full_attention"]*25 + ["chunked_attention"]
                 }, "layer_types='chunked_attention'"),
      (GEMMA_3, {"layer_types": ["full_attention"]*25}, "accepted: one for each of the 26 layers"),
+     (GEMMA_3, {"layer_types": 5}, "layer_types=5 is not supported; accepted: one for each"),
+     (GEMMA_3, {"layer_types": [[1]] * 26}, "layer_types=[1] is not supported"),
+     (MIXTRAL, {"sliding_window": -5}, "sliding_window=-5 is not supported; accepted: a whole"),
+     (MIXTRAL, {"layer_types": ["sliding_attention"]*32}, "agrees with a window of None"),
      (GEMMA_3, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
      (GEMMA_3, {"model_type": "gemma3"}, "model_type='gemma3'"),
      (DEEPSEEK_V2, {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported; accepted: 1"),

@@ -15,22 +15,20 @@ from typing import Any
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config import gpt, llama, recurrent, sparse
+from clawdemy_infer.from_config.decoder import CHANGES_NOTHING
 from clawdemy_infer.from_config.keys import Keys
 
 FAMILIES = llama.FAMILIES | gpt.FAMILIES | sparse.FAMILIES | recurrent.FAMILIES
 """What reads each `model_type`: from keys to the fields of a ModelShape."""
 
-COSTS_NOTHING = frozenset(
-    # Where the file came from, how the model was trained, what Hugging Face's own classes return.
-    "_name_or_path _attn_implementation architectures attn_implementation auto_map aux_loss_alpha "
-    "bos_token_id cache_implementation chunk_size_feed_forward dtype eod_token_id eos_token_id "
-    "ep_size gradient_checkpointing id2label init_std initializer_range is_decoder is_llama_config "
-    "label2id output_attentions output_hidden_states output_router_logits pad_token_id "
-    "predict_special_tokens pretraining_tp problem_type return_dict router_aux_loss_coef "
-    "router_jitter_noise sep_token_id seq_aux summary_activation summary_first_dropout "
-    "summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class "
-    "torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version "
-    "use_cache "
+COSTS_NOTHING = CHANGES_NOTHING.union(
+    # How the model was trained, what Hugging Face's own classes do with it.
+    "_attn_implementation architectures attn_implementation auto_map aux_loss_alpha bos_token_id "
+    "cache_implementation chunk_size_feed_forward eod_token_id eos_token_id ep_size "
+    "gradient_checkpointing id2label init_std is_decoder label2id output_router_logits "
+    "predict_special_tokens pretraining_tp problem_type router_aux_loss_coef router_jitter_noise "
+    "sep_token_id seq_aux summary_activation summary_first_dropout summary_proj_to_labels "
+    "summary_type summary_use_proj task_specific_params tokenizer_class "
     # Off in inference.
     "activation_dropout attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop "
     "embedding_dropout hidden_dropout layerdrop resid_pdrop residual_dropout "

@@ -51,8 +51,13 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     # 2. The shape.
     for key in STATED[family]:
         keys.left[key] = keys.take(key)                 # it must be there, for the reader to take
-    window = _window(keys, family)
-    numbers = DECODER_FAMILIES[family](keys) | {"window": window}
+    if family == "mistral" and "sliding_window" not in config:
+        raise ValueError(f"{source}: sliding_window is missing; "
+                         "a mistral config says it, if only as null")
+    numbers = DECODER_FAMILIES[family](keys)
+    if numbers.get("pattern"):
+        key = "layer_types" if config.get("layer_types") else "max_window_layers"
+        keys.refuse(key, config[key], "one kind for all layers: with a window, or without")
     if numbers["H"] % 2:
         keys.refuse("head_dim", numbers["H"], "an even number, since RoPE turns pairs")
     if numbers["N"] % numbers["K"]:
@@ -67,41 +72,9 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
               "bos_id": keys.take("bos_token_id", None),
               "eos_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)}
     for key, value in keys.left.items():
-        if key not in CHANGES_NOTHING:
+        if value is not None and key not in CHANGES_NOTHING:
             keys.refuse(key, value, "no such key, since it may change what the model computes")
     return fields
-
-
-def _window(keys: Keys, family: str) -> int | None:
-    """The window of all layers, in tokens, or None. Some layers with one and some without are
-    refused: no decoder here runs them."""
-    if family == "mistral" and "sliding_window" not in keys.left:
-        raise ValueError(f"{keys.source}: sliding_window is missing; "
-                         "a mistral config says it, if only as null")
-    mistral, layers = family == "mistral", keys.whole("num_hidden_layers")
-    keys.left["num_hidden_layers"] = layers                             # to be asked for again
-    size, used = keys.take("sliding_window", None), keys.take("use_sliding_window", mistral)
-    first, types = keys.take("max_window_layers", None), keys.take("layer_types", None)
-    if not isinstance(types or [], list):
-        keys.refuse("layer_types", types, "a list")
-    if family == "llama" and size is not None:
-        keys.refuse("sliding_window", size, "None for llama")
-    if size is not None and (type(size) is not int or size < 1):
-        keys.refuse("sliding_window", size, "a whole number, 1 or more")
-    window = size if used else None
-    if types is None and window and not mistral:
-        # Qwen counts the layers before the first window; layer_types has the last word over it.
-        if type(first) is not int or 0 < first < layers:
-            keys.refuse("max_window_layers", first,
-                        f"0 (all layers have a window) or at least {layers} (none has)")
-        return window if first <= 0 else None
-    expected = "sliding_attention" if window else "full_attention"
-    kinds = set(map(str, types or []))
-    if kinds == {"full_attention"} and not mistral:
-        return None
-    if kinds - {expected}:
-        keys.refuse("layer_types", types, "one type for all layers, and a window that agrees")
-    return window
 
 
 def _rope(keys: Keys) -> tuple[float, dict[str, float] | None]:

@@ -4,7 +4,7 @@ and no rotary positions at first."""
 from __future__ import annotations
 
 from clawdemy_infer.from_config.keys import Keys
-from clawdemy_infer.from_config.llama import letters, windows
+from clawdemy_infer.from_config.llama import letters, window_of, windows
 
 LINEAR = ("qkv", "out", "up", "down")
 
@@ -79,7 +79,7 @@ def starcoder2(keys: Keys) -> dict:
     keys.only(mlp_type="default", norm_type="layer_norm")
     biases = (*LINEAR, "norm") if keys.take("use_bias", True) else ("norm",)
     numbers = letters(keys, tied=True) | {"gated": False, "biases": biases}
-    return numbers | windows(keys, keys.take("sliding_window", None), numbers["L"], ["local"])
+    return numbers | windows(keys, window_of(keys), numbers["L"], ["local"])
 
 
 FAMILIES = {"gpt2": gpt2, "gptj": gptj, "opt": opt, "gpt_neox": gpt_neox, "falcon": falcon,

@@ -22,18 +22,27 @@ def letters(keys: Keys, H: int | None = None, tied: bool = False) -> dict:
             "tied": bool(keys.take("tie_word_embeddings", tied))}
 
 
+def window_of(keys: Keys) -> int | None:
+    """The tokens that a window holds; None where the file names none, or 0."""
+    if keys.left.get("sliding_window"):
+        return keys.whole("sliding_window")
+    return keys.take("sliding_window", None) or None
+
+
 def windows(keys: Keys, window: int | None, L: int, usual: Sequence[str]) -> dict:
-    """`window` and `pattern`. `usual` is the pattern of a file that has no layer_types; without a
-    window all layers see everything."""
-    types = keys.take("layer_types", None)
-    for kind in types or ():
-        if kind not in PATTERN_OF:
-            keys.refuse("layer_types", kind, ", ".join(PATTERN_OF))
-    kinds = ([PATTERN_OF[kind] for kind in types] if types else
-             [usual[i % len(usual)] if window else "global" for i in range(L)])
-    if len(kinds) != L:
+    """`window` and `pattern`. `usual` is the pattern of a file that has no layer_types, and of
+    every file where it is a single kind; without a window all layers see everything."""
+    kinds = [usual[i % len(usual)] if window else "global" for i in range(L)]
+    types = keys.take("layer_types", [])
+    if not isinstance(types, list) or len(types) not in (0, L):
         keys.refuse("layer_types", types, f"one for each of the {L} layers")
-    return {"window": window if "local" in kinds else None, "pattern": shortest(kinds)}
+    for kind in types:
+        if kind not in tuple(PATTERN_OF):               # a tuple, for the value may be a list
+            keys.refuse("layer_types", kind, ", ".join(PATTERN_OF))
+    said = [PATTERN_OF[kind] for kind in types] or kinds
+    if said != kinds and (len(usual) == 1 or not window):
+        keys.refuse("layer_types", types, f"what agrees with a window of {window}")
+    return {"window": window if "local" in said else None, "pattern": shortest(said)}
 
 
 def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -51,13 +60,14 @@ def linear_biases(keys: Keys) -> tuple[str, ...]:
 
 
 def llama(keys: Keys) -> dict:
-    return letters(keys) | {"biases": linear_biases(keys)}
+    numbers = letters(keys) | {"biases": linear_biases(keys)}
+    return numbers | windows(keys, None, numbers["L"], ["global"])
 
 
 def mistral(keys: Keys) -> dict:
     """Every layer has the window, if the file gives one."""
     numbers = letters(keys)
-    return numbers | windows(keys, keys.take("sliding_window", None), numbers["L"], ["local"])
+    return numbers | windows(keys, window_of(keys), numbers["L"], ["local"])
 
 
 def phi3(keys: Keys) -> dict:
@@ -79,10 +89,12 @@ def qwen3(keys: Keys, H: int | None = 128) -> dict:
 def _qwen(keys: Keys, numbers: dict) -> dict:
     """A window is named in every file and used in few; where it is, the first `max_window_layers`
     layers have none."""
-    L, window = numbers["L"], keys.take("sliding_window", None)
-    first = min(L, keys.take("max_window_layers", L))
-    used = window if keys.take("use_sliding_window", False) else None
-    return numbers | windows(keys, used, L, ["global"] * first + ["local"] * (L - first))
+    L, window, used = numbers["L"], window_of(keys), keys.take("use_sliding_window", False)
+    first = keys.take("max_window_layers", None if used and not keys.left.get("layer_types") else L)
+    if type(first) is not int or first < 0:
+        keys.refuse("max_window_layers", first, "a whole number")
+    usual = ["global"] * min(L, first) + ["local"] * (L - first)
+    return numbers | windows(keys, window if used else None, L, usual)
 
 
 def gemma(keys: Keys) -> dict:
