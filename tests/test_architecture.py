@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "variants": [*CORE, "timing", "paths", "fast"],
     "files": [*CORE, "from_config", "timing", "paths", "fast", "variants"],
     "machine": ["arithmetic", "envelope", "timing", "paths", "attention", "kv_cache", "fast"],
-    "lesson": [*CORE, "timing", "paths", "fast", "files"],
+    "lesson": [*CORE, "timing", "paths", "fast", "files", "machine"],
     "rigs": RIGS,
     "peers": [*RIGS, "rigs"],
     "published": ["arithmetic", "envelope", "from_config", "lesson"],

@@ -19,7 +19,9 @@ def row(quantity="time per token", measured=0.031, **changes) -> LedgerRow:
 
 def test_what_is_appended_is_read_back_in_order(tmp_path):
     path = tmp_path / "new" / "folder" / "ledger.jsonl"
-    rows = [row(), row("TTFT", guess=1.0), row("only a napkin", predicted=None)]
+    parts = [{"name": "attention", "napkin_s": 0.0, "predicted_s": 0.01, "measured_s": 0.02}]
+    rows = [row(), row("TTFT", guess=1.0, low=0.02, high=0.04, parts=parts, cause_right=True),
+            row("only a napkin", predicted=None)]
     for one in rows:
         append(one, path)
     assert read(path) == rows
@@ -76,10 +78,10 @@ def test_several_kernels_append_at_once_and_every_row_arrives(tmp_path):
     assert found == {"before"} | {f"{name} {i}" for name in "abc" for i in range(50)}
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["napkin", "predicted", "measured", "guess"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "3"])
+@pytest.mark.parametrize("name", ["napkin", "predicted", "low", "high", "measured", "guess"])
 def test_a_number_that_cannot_have_a_ratio_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
         row(**{name: value})
 
 
@@ -114,25 +116,61 @@ def test_a_quantity_measured_again_counts_once_with_its_last_value():
 
 
 def test_the_scoreboard_agrees_with_a_count_by_hand():
-    # measured / roofline: 5/4, 1/2, 1, and one row that has a napkin alone; measured / napkin: 5,
-    # 2, 4, 3
+    # measured / predicted: 5/4, 1/2, 1, and one row that has a napkin alone; measured / napkin: 5,
+    # 2, 4, 3; intervals: 3 to 6 holds 5 and not 2, 4 to 4.84 holds 4; guesses: twice, right, late
     rows = [
-        row("a", 5.0, napkin=1.0, predicted=4.0),
-        row("b", 2.0, napkin=1.0, predicted=4.0),
-        row("c", 4.0, napkin=1.0, predicted=4.0),
-        row("d", 3.0, napkin=1.0, predicted=None),
+        row("a", 5.0, napkin=1.0, predicted=4.0, low=3.0, high=6.0, guess=10.0, explained=0.9),
+        row("b", 2.0, napkin=1.0, predicted=4.0, low=3.0, high=6.0, guess=2.0, cause_right=True),
+        row("c", 4.0, napkin=1.0, predicted=4.0, low=4.0, high=4.84, guess=9e9, late=True),
+        row("d", 3.0, napkin=1.0, predicted=None, cause_right=False, explained=0.5),
+        row("e", None, napkin=1.0, predicted=4.0, low=1.0, high=9.0, guess=1.0),
     ]
     board = scoreboard(rows)
     assert board.predicted_error == 0.25  # of 0.25, 1, 0
     assert board.napkin_error == 2.5  # of 4, 1, 3, 2
-    assert board.worst.quantity == "b"
+    assert board.guess_error == 0.5  # of 1, 0
+    assert board.coverage == pytest.approx(2 / 3)
+    assert board.median_width == pytest.approx(math.sqrt(2) - 1)  # of √2, √2, √1.21
+    assert (board.explained, board.causes, board.worst.quantity) == (0.7, (1, 2), "b")
     as_json = board.to_json()
     assert (as_json["median_ratio_error"], as_json["median_ratio_error_napkin"]) == (0.25, 2.5)
-    assert [one["ratio"] for one in as_json["rows"]] == [1.25, 0.5, 1.0, None]
+    assert (as_json["coverage"], as_json["median_width"]) == (board.coverage, board.median_width)
+    assert [one["ratio"] for one in as_json["rows"]] == [1.25, 0.5, 1.0, None, None]
+    assert [one["inside"] for one in as_json["rows"]] == ["yes", "below", "yes", None, None]
     assert as_json["worst"]["ratio_napkin"] == 2.0
 
 
 def test_an_empty_scoreboard_judges_nothing():
-    assert scoreboard([]).to_json() == {
-        "rows": [], "median_ratio_error": None, "median_ratio_error_napkin": None, "worst": None
-    }
+    empty = scoreboard([]).to_json()
+    assert empty.pop("rows") == [] and empty.pop("causes_right") == empty.pop("causes_named") == 0
+    assert set(empty.values()) == {None} and {"coverage", "worst"} <= empty.keys()
+
+
+@pytest.mark.parametrize(("measured", "where"),
+                         [(0.9, "below"), (1.0, "yes"), (1.21, "yes"), (1.22, "above")])
+def test_a_measurement_lies_in_its_interval_below_or_above(measured, where):
+    assert row(measured=measured, predicted=1.1, low=1.0, high=1.21).inside == where
+    assert row(predicted=1.1, low=1.0, high=1.21).width == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("ends", [{"low": 0.01}, {"high": 0.04}, {"low": 0.04, "high": 0.05},
+                                  {"low": 0.01, "high": 0.02}, {"low": 0.04, "high": 0.01}])
+def test_half_an_interval_or_one_beside_its_centre_is_refused(ends):
+    with pytest.raises(ValueError, match="low=.*high=.*'time per token'.*predicted=0.03") as error:
+        row(**ends)
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_without_its_seconds_is_refused():
+    with pytest.raises(ValueError, match="parts=.*'time per token'.*measured_s"):
+        row(parts=[{"name": "attention"}])
+
+
+def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"lesson": "01", "quantity": "TTFT", "unit": "s", "napkin": 1.0, "predicted": '
+                    '2.0, "measured": 3.0, "guess": null, "speed": 0.5, "why": "cold", "machine": '
+                    '"a CPU", "versions": {"torch": "2"}, "date": "2026-01-01T00:00:00+00:00"}\n')
+    [old] = read(path)
+    assert (old.predicted, old.low, old.inside, old.late, old.parts) == (2.0, None, None, False, ())
+    assert scoreboard([old]).coverage is None

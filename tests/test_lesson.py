@@ -6,6 +6,7 @@ import torch
 
 from clawdemy_infer.lesson import Lesson, NotRight
 from clawdemy_infer.lesson.ledger import read
+from clawdemy_infer.timing import Timing
 
 
 @pytest.fixture
@@ -63,12 +64,122 @@ def test_predicting_again_starts_afresh_and_keeps_the_guess(lesson):
     assert (lesson.rows["TTFT"].measured, lesson.rows["TTFT"].guess) == (None, 5.0)
 
 
-def test_dots_are_no_guess_and_a_late_guess_still_counts(lesson):
+# -- guesses --------------------------------------------------------------------------------------
+
+
+def guessed(lesson, quantity="TTFT"):
+    return lesson.rows[quantity].guess, lesson.rows[quantity].late
+
+
+def test_the_last_guess_before_the_reveal_counts(lesson):
+    lesson.guess("TTFT", 5.0)
+    lesson.guess("TTFT", "20 ms")
+    lesson.predict("TTFT", napkin=0.01, unit="s")
+    assert guessed(lesson) == (0.02, False)
+    lesson.guess("TTFT", "3 GiB")  # of what is counted in seconds: no guess
+    assert guessed(lesson) == (None, False)
+    lesson.guess("TTFT", 0.03)
     lesson.guess("TTFT", ...)
+    assert guessed(lesson) == (None, False)
+    lesson.guess("TTFT", 4)
+    assert lesson.reveal("TTFT").rows == [("TTFT", "4.00 s", "10.0 ms", "–")]
+    assert guessed(lesson) == (4.0, False)
+
+
+@pytest.mark.parametrize("shown", ["reveal", "table", "measure"])
+def test_a_guess_after_the_reveal_is_late_and_moves_no_earlier_one(lesson, shown, ledger_file):
+    def cell(early, late):
+        lesson.guess("early", early)
+        lesson.guess("late", late)
+
+    cell(2.0, ...)
+    for quantity in ("early", "late"):
+        lesson.predict(quantity, napkin=1.0, unit="s")
+    {"reveal": lesson.reveal, "table": lesson.table,
+     "measure": lambda: [lesson.measure(name, 1.0) for name in lesson.rows]}[shown]()
+    cell(3.0, 7.0)
+    cell(4.0, 8.0)  # the cell is run again
+    cell(..., ...)
+    assert guessed(lesson, "early") == (2.0, False) and guessed(lesson, "late") == (7.0, True)
+    lesson.predict("late", napkin=1.0, unit="s")
+    lesson.measure("late", 6.0)
+    assert (read(ledger_file)[-1].guess, read(ledger_file)[-1].late) == (7.0, True)
+
+
+@pytest.mark.parametrize(("value", "line"), [
+    ("20 GB", "○ your guess of 'TTFT', 20.0 GB, is in B, and the lesson counts in s"),
+    ("12 tokens", "○ your guess of 'TTFT', 12.0 tokens, is in tokens, and the lesson counts in s"),
+    ("soon", "○ your guess of 'TTFT': 'soon' is no number, nor one with a unit like 20 ms"),
+    (["20 ms"], "○ your guess of 'TTFT': "),
+    (20e6, "○ your guess of 'TTFT', 20,000,000 s, is a million times off the napkin"),
+    (1e-9, "○ your guess of 'TTFT', 1.00 ns, is a million times off the napkin"),
+    (0, "○ your guess of 'TTFT', 0 s, is a million times off"),
+    (float("nan"), "○ your guess of 'TTFT', nan s, is a million times off"),
+])
+@pytest.mark.parametrize("order", ["guess first", "prediction first"])
+def test_a_guess_that_cannot_be_meant_gets_one_line_and_does_not_count(lesson, capsys, value, line,
+                                                                       order):
+    if order == "guess first":
+        lesson.guess("TTFT", value)
+    lesson.predict("TTFT", napkin=0.01, unit="s")
+    if order == "prediction first":
+        lesson.guess("TTFT", value)
+    lesson.reveal()
+    printed = capsys.readouterr().out
+    assert printed.startswith(line) and printed.count("\n") == 1
+    assert guessed(lesson) == (None, False)
+
+
+def test_a_guess_in_the_singular_or_in_a_unit_of_its_own_is_understood(lesson, capsys):
+    lesson.predict("knee", napkin=10, unit="tokens")
+    lesson.predict("bandwidth", napkin=20e9, unit="B/s")
+    lesson.guess("knee", "8 token")
+    lesson.guess("bandwidth", 30e9, unit="B/s")
+    assert (guessed(lesson, "knee"), guessed(lesson, "bandwidth")) == ((8, False), (30e9, False))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_misspelt_quantity_is_named_when_the_right_one_is_revealed(lesson, capsys):
+    lesson.guess("time per tokn", 1)
+    lesson.guess("TTFT", 1)
+    lesson.guess("weights", 1e9)  # of a quantity that is predicted later
+    for quantity in ("time per token", "TTFT"):
+        lesson.predict(quantity, napkin=1.0, unit="s")
+    assert lesson.reveal("time per token").rows[0][:2] == ("time per token", "open")
+    printed = capsys.readouterr().out
+    assert "'time per tokn'" in printed and "did you mean 'time per token'?" in printed
+    assert printed.count("\n") == 1
+    lesson.guess("time per token", 2)
+    lesson.reveal()
+    assert "it has 'time per token', 'TTFT'" in capsys.readouterr().out
+
+
+# -- measurements ---------------------------------------------------------------------------------
+
+
+def test_no_measurement_changes_its_prediction(lesson, ledger_file):
+    lesson.predict("bandwidth", 20e9, 25e9, unit="B/s", interval=(20e9, 30e9))
+    for measured in (1e9, 25e9, 400e9):
+        lesson.measure("bandwidth", measured)
+    assert {(row.predicted, row.low, row.high) for row in read(ledger_file)} == {(25e9, 20e9, 30e9)}
+    assert [row.inside for row in read(ledger_file)] == ["below", "yes", "above"]
+
+
+def test_a_timing_brings_its_median_and_spread(lesson, ledger_file):
     lesson.predict("TTFT", napkin=1.0, unit="s")
-    assert lesson.rows["TTFT"].guess is None
-    lesson.guess("TTFT", 4.0)
-    assert lesson.rows["TTFT"].guess == 4.0
+    lesson.measure("TTFT", Timing((1.0, 2.0, 4.0)))
+    [row] = read(ledger_file)
+    assert (row.measured, row.spread) == (2.0, Timing((1.0, 2.0, 4.0)).spread)
+    lesson.measure("TTFT", 3.0)
+    assert (lesson.rows["TTFT"].measured, lesson.rows["TTFT"].spread) == (3.0, None)
+
+
+@pytest.mark.parametrize("value", [-0.001, 0.0, float("nan"), float("inf")])
+def test_a_difference_lost_in_noise_is_no_row_and_no_error(lesson, ledger_file, capsys, value):
+    lesson.predict("attention adds", napkin=1.0, unit="s")
+    lesson.measure("attention adds", value)
+    assert capsys.readouterr().out.count("○ 'attention adds'") == 1
+    assert read(ledger_file) == [] and lesson.rows["attention adds"].measured is None
 
 
 def test_the_machine_may_be_an_object_with_a_name(ledger_file):

@@ -3,7 +3,14 @@
 import pytest
 
 from clawdemy_infer.lesson.ledger import LedgerRow
-from clawdemy_infer.lesson.tables import Table, ledger_table, si
+from clawdemy_infer.lesson.tables import (
+    Table,
+    from_si,
+    interval,
+    ledger_table,
+    reveal_table,
+    si,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,15 +50,44 @@ def test_a_table_lines_up_as_text_and_escapes_as_html():
     assert html.count("<tr>") == 3
 
 
+@pytest.mark.parametrize(("text", "value", "unit"), [
+    ("20 ms", 0.02, "s"), ("20ms", 0.02, "s"), ("3.5 µs", 3.5e-6, "s"), ("3 us", 3e-6, "s"),
+    ("50 GB/s", 50e9, "B/s"), ("3 GiB", 3 * 2**30, "B"), ("1,024 KiB", 2**20, "B"),
+    ("2 TFLOP/s", 2e12, "FLOP/s"), ("2 TFLOPS", 2e12, "FLOP/s"), ("1e-3 s", 1e-3, "s"),
+    ("64", 64.0, ""), ("1,024 tokens", 1024.0, "tokens"), ("3 ×", 3.0, "×"), ("3x", 3.0, "×"),
+    (".5 B", 0.5, "B"), ("12 %", 12.0, "%"), ("9 sequences", 9.0, "sequences"),
+])
+def test_a_quantity_is_read_as_one_writes_it(text, value, unit):
+    assert from_si(text) == (pytest.approx(value), unit)
+
+
+@pytest.mark.parametrize("text", ["", "ms", "about 20 ms", "20,5 ms", "-3 s", "1.2.3 s", "2 or 3"])
+def test_text_that_is_no_quantity_is_refused(text):
+    with pytest.raises(ValueError, match=f"'{text}'.*20 ms"):
+        from_si(text)
+
+
+@pytest.mark.parametrize(("low", "high", "unit", "said"), [
+    (0.0121, 0.015, "s", "12.1 – 15.0 ms"), (0.0009, 0.0011, "s", "900 µs – 1.10 ms"),
+    (20e9, 25e9, "B/s", "20.0 – 25.0 GB/s"), (2, 3, "", "2.00 – 3.00")])
+def test_an_interval_says_its_unit_once(low, high, unit, said):
+    assert interval(low, high, unit) == said
+
+
 def test_a_ledger_table_leaves_out_what_no_row_fills():
     napkin_only = LedgerRow("01 counting", "TTFT", "s", napkin=0.2)
     assert ledger_table([napkin_only]).header == ["quantity", "napkin", "measured"]
-    full = LedgerRow("01 counting", "TTFT", "s", napkin=0.2, predicted=0.25, measured=0.3,
-                     guess=1.0, why="fixed cost")
+    full = LedgerRow("01 counting", "TTFT", "s", napkin=0.2, predicted=0.25, low=0.2, high=0.313,
+                     measured=0.32, guess=1.0, late=True, explained=0.95)
     table = ledger_table([napkin_only, full], lessons=True)
-    assert table.header == [
-        "lesson", "quantity", "guess", "napkin", "roofline", "measured", "÷ napkin", "÷ roofline",
-        "why"
-    ]
-    assert table.rows[1] == ("01 counting", "TTFT", "1.00 s", "200 ms", "250 ms", "300 ms", "1.50",
-                             "1.20", "fixed cost")
+    assert table.header == ["lesson", "quantity", "guess", "napkin", "predicted", "measured",
+                            "inside?", "explained"]
+    assert table.rows[1] == ("01 counting", "TTFT", "1.00 s (late)", "200 ms", "200 – 313 ms",
+                             "320 ms", "above", "95%")
+
+
+def test_what_is_revealed_is_not_what_was_measured():
+    row = LedgerRow("01", "TTFT", "s", napkin=0.2, predicted=0.25, low=0.2, high=0.3, measured=0.7)
+    table = reveal_table([row])
+    assert table.rows == [("TTFT", "open", "200 ms", "200 – 300 ms")]
+    assert "700" not in repr(table)

@@ -14,15 +14,18 @@ import os
 import platform
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 
 from clawdemy_infer import __version__
 from clawdemy_infer.paths import cache_dir
 
 TORN = b" #torn"
+OLD = {"speed", "why"}          # fields of earlier ledgers, which are passed over
+PART = {"name", "napkin_s", "predicted_s", "measured_s"}
 
 
 def versions() -> dict[str, str]:
@@ -39,14 +42,16 @@ def today() -> str:
 class LedgerRow:
     """One quantity of one lesson, all in `unit`: plain seconds and bytes, never milliseconds.
 
-    guess       what the learner said, if anything
-    napkin      what two or three numbers say by hand
-    predicted   the calibrated roofline at `speed`; None where a lesson has only a napkin
-    measured    what the clock said; None until then
-    speed       how fast the machine ran meanwhile, as a fraction of its calibration, by a probe
-                that is not the run; of the calibrated machine was said `predicted * speed`
+    napkin       what two or three numbers say by hand
+    predicted    the calibrated prediction, `low` to `high` its interval; None where there is none
+    measured     what the clock said, None until then; `spread` is that of its repeats, relative,
+                 None for what was derived from other measurements
+    guess        what the learner said, `late` if the prediction had been shown by then
+    cause        what the learner took for the largest difference; `cause_right` once explained
+    parts        of each part of a step: name, napkin_s, predicted_s, measured_s
+    explained    share of measured - napkin that the parts account for; `sentence` is computed too
 
-    Raises `ValueError` for a number that is not positive and finite.
+    Raises `ValueError` for a number that is not positive and finite, and for half an interval.
     """
 
     lesson: str
@@ -54,24 +59,42 @@ class LedgerRow:
     unit: str
     napkin: float
     predicted: float | None = None
+    low: float | None = None
+    high: float | None = None
     measured: float | None = None
+    spread: float | None = None
     guess: float | None = None
-    speed: float = 1.0
-    why: str = ""
+    late: bool = False
+    cause: str = ""
+    cause_right: bool | None = None
+    parts: tuple[dict, ...] = ()
+    explained: float | None = None
+    sentence: str = ""
+    speed: float = 1.0  # until the lessons have moved
+    why: str = ""  # until the lessons have moved
     machine: str = ""
     versions: dict[str, str] = field(default_factory=versions)
     date: str = field(default_factory=today)
 
     def __post_init__(self) -> None:
-        for name in ("napkin", "predicted", "measured", "guess", "speed"):
+        object.__setattr__(self, "parts", tuple(self.parts))        # JSON knows lists alone
+        for name in ("napkin", "predicted", "low", "high", "measured", "guess", "speed"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r} for {self.quantity!r}: a positive, finite "
                                  "number is needed, or its ratio means nothing")
+        ends = (self.low, self.predicted, self.high)
+        if ends != (None, self.predicted, None) and (None in ends or list(ends) != sorted(ends)):
+            raise ValueError(f"low={self.low}, high={self.high} for {self.quantity!r}: an interval "
+                             f"has both, around predicted={self.predicted}")
+        for part in self.parts:
+            if not (isinstance(part, dict) and PART <= part.keys()):
+                raise ValueError(f"parts={part!r} for {self.quantity!r}: a part has "
+                                 f"{', '.join(sorted(PART))}")
 
     @property
     def ratio(self) -> float | None:
-        """Measured over the calibrated roofline: above 1, the machine was slower than predicted."""
+        """Measured over the centre of the prediction: above 1, slower than predicted."""
         return self.measured / self.predicted if self.measured and self.predicted else None
 
     @property
@@ -79,8 +102,27 @@ class LedgerRow:
         """Measured over the napkin."""
         return self.measured / self.napkin if self.measured else None
 
+    @property
+    def ratio_guess(self) -> float | None:
+        """The guess over measured."""
+        return self.guess / self.measured if self.measured and self.guess else None
+
+    @property
+    def inside(self) -> str | None:
+        """Where the measurement lies: "yes" in the interval, else "below" or "above" it."""
+        if self.measured is None or self.low is None:
+            return None
+        where = "below" if self.measured < self.low else "above"
+        return "yes" if self.low <= self.measured <= self.high else where
+
+    @property
+    def width(self) -> float | None:
+        """Half-width of the interval, relative: 0.1 is from s / 1.1 to s * 1.1."""
+        return math.sqrt(self.high / self.low) - 1 if self.low else None
+
     def to_json(self) -> dict:
-        return asdict(self) | {"ratio": self.ratio, "ratio_napkin": self.ratio_napkin}
+        return asdict(self) | {"ratio": self.ratio, "ratio_napkin": self.ratio_napkin,
+                               "inside": self.inside}
 
 
 def ratio_error(ratio: float) -> float:
@@ -123,12 +165,14 @@ def read(path: Path | None = None) -> list[LedgerRow]:
     if _is_json(tail):
         lines.append(tail)
     rows = []
+    known = {field.name for field in fields(LedgerRow)}
     for number, line in enumerate(lines, start=1):
         if line.endswith(TORN):
             continue
         try:
-            rows.append(LedgerRow(**json.loads(line)))
-        except (TypeError, ValueError) as error:
+            rows.append(LedgerRow(**{name: value for name, value in json.loads(line).items()
+                                     if name in known or name not in OLD}))
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"line {number} of {path} is not a row of the ledger: {error}"
                              ) from error
     return rows
@@ -161,27 +205,45 @@ def latest(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
 @dataclass(frozen=True)
 class Scoreboard:
     """The ledger of one run, judged. An error of 0.25 means 1.25 times too much or too little; None
-    means nothing to judge."""
+    means nothing to judge. `coverage` is the share of measurements inside their interval; widths,
+    errors and the share `explained` are medians; `causes` counts those named rightly, and all."""
 
     rows: tuple[LedgerRow, ...]
+    coverage: float | None
+    median_width: float | None
     napkin_error: float | None
     predicted_error: float | None
+    guess_error: float | None
+    explained: float | None
+    causes: tuple[int, int]
     worst: LedgerRow | None
 
     def to_json(self) -> dict:
-        return {"rows": [row.to_json() for row in self.rows],
-                "median_ratio_error": self.predicted_error,
+        return {"rows": [row.to_json() for row in self.rows], "coverage": self.coverage,
+                "median_width": self.median_width, "median_ratio_error": self.predicted_error,
                 "median_ratio_error_napkin": self.napkin_error,
+                "median_ratio_error_guess": self.guess_error, "median_explained": self.explained,
+                "causes_right": self.causes[0], "causes_named": self.causes[1],
                 "worst": self.worst.to_json() if self.worst else None}
 
 
 def scoreboard(rows: Iterable[LedgerRow]) -> Scoreboard:
-    """Median ratio error of the napkin and of the calibrated roofline, and the row that the
-    calibrated roofline got most wrong."""
+    """The latest row of each quantity, judged; of the guesses, those made in time."""
     rows = tuple(latest(rows))
-    napkin = [ratio_error(row.ratio_napkin) for row in rows if row.ratio_napkin]
-    predicted = [ratio_error(row.ratio) for row in rows if row.ratio]
-    worst = max((row for row in rows if row.ratio), key=lambda row: ratio_error(row.ratio),
-                default=None)
-    return Scoreboard(rows, statistics.median(napkin) if napkin else None,
-                      statistics.median(predicted) if predicted else None, worst)
+    inside = [row for row in rows if row.inside]
+    named = [row.cause_right for row in rows if row.cause_right is not None]
+
+    def median(values: Iterable[float | None]) -> float | None:
+        values = [value for value in values if value is not None]
+        return statistics.median(values) if values else None
+
+    def error(ratios: Iterable[float | None]) -> float | None:
+        return median(ratio and ratio_error(ratio) for ratio in ratios)
+
+    return Scoreboard(
+        rows, sum(row.inside == "yes" for row in inside) / len(inside) if inside else None,
+        median(row.width for row in inside), error(row.ratio_napkin for row in rows),
+        error(row.ratio for row in rows), error(row.ratio_guess for row in rows if not row.late),
+        median(row.explained for row in rows), (sum(named), len(named)),
+        max((row for row in rows if row.ratio), key=lambda row: ratio_error(row.ratio),
+            default=None))

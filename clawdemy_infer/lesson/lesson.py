@@ -1,26 +1,31 @@
-"""What a notebook sees: `lesson.predict` before, `lesson.measure` after, one table at the end; and
+"""What a notebook sees: guess, predict and reveal before, `lesson.measure` after, and
 exercises that check themselves.
 
     lesson = Lesson("01 counting_inference", machine=machine)
-    lesson.guess("time per token at 512", ...)  # the learner may write a number over the dots
-    lesson.predict("time per token at 512", napkin=weight_bytes / bandwidth,
+    lesson.guess("time per token at 512", ...)      # the learner may write "20 ms" over the dots
+    lesson.predict("time per token at 512", napkin=machine.napkin(work),
                    predicted=machine.time(work), unit="s")
-    lesson.measure("time per token at 512", stopwatch(step).median,
-                   why="each operation has its fixed price")
+    lesson.reveal("time per token at 512")          # from here on a guess is late
+    lesson.measure("time per token at 512", step.time(machine), parts=step.parts(machine))
     lesson.table()
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from numbers import Real
 from types import EllipsisType
+from typing import NamedTuple
 
-from clawdemy_infer.lesson import ledger
+from clawdemy_infer.envelope.roofline import Machine, Prediction
+from clawdemy_infer.lesson import ledger, tables
 from clawdemy_infer.lesson.ledger import LedgerRow
-from clawdemy_infer.lesson.tables import Table, ledger_table, number
+from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.timing import Timing
 
 MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
             TypeError, ValueError)
@@ -33,6 +38,12 @@ class NotRight(ValueError):
     is a printed line instead."""
 
 
+class Guess(NamedTuple):
+    value: float
+    unit: str           # "" is that of the prediction
+    late: bool
+
+
 class Lesson:
     """One notebook's part of the ledger. `machine` is a `Machine` or its name; it goes into every
     row.
@@ -41,60 +52,133 @@ class Lesson:
     file.
     """
 
-    def __init__(self, name: str, machine: object) -> None:
+    def __init__(self, name: str, machine: Machine | str) -> None:
         self.name = name
         self.machine = str(getattr(machine, "name", machine))
+        self.calibrated = machine
         self.rows: dict[str, LedgerRow] = {}
-        self.guesses: dict[str, float | None] = {}
-        self.said: dict[str, float | None] = {}     # the calibrated predictions as they were made
+        self.guesses: dict[str, Guess] = {}
+        self.said: dict[str, tuple[object, LedgerRow]] = {}     # predictions as they were made
+        self.revealed: set[str] = set()
         self.exercises: dict[str, str] = {}         # name: "open", "wrong" or "right"
 
-    # -- predict, measure, explain ----------------------------------------------------------------
+    # -- guess, predict, reveal -------------------------------------------------------------------
 
-    def guess(self, quantity: str, value: float | EllipsisType = ...) -> None:
-        """The learner's own number, in the unit of the prediction; `...` is no guess."""
-        self.guesses[quantity] = None if value is ... else float(value)
-        if quantity in self.rows:
-            self.rows[quantity] = replace(self.rows[quantity], guess=self.guesses[quantity])
+    def guess(self, quantity: str, value: float | str | EllipsisType = ...,
+              unit: str = "") -> None:
+        """The learner's own number: text with a unit ("20 ms", "50 GB/s"), or a plain number in
+        `unit`, by default the prediction's; `...` is no guess.
 
-    def predict(self, quantity: str, napkin: float, predicted: float | None = None,
-                unit: str = "") -> None:
-        """Say what `quantity` will be, before it is measured: `napkin` by hand, `predicted` by the
-        calibrated roofline, both in `unit`.
-
-        Units are plain: s, B, B/s, FLOP/s, never ms or GB. Predicting again starts the quantity
-        afresh. Raises `ValueError` for a number that is not positive and finite.
+        The last guess before the prediction is shown counts. A later one is kept, as late, if there
+        was none. What cannot be read gets one line and is no guess.
         """
-        self.said[quantity] = None if predicted is None else float(predicted)
-        self.rows[quantity] = LedgerRow(
-            self.name, quantity, unit, napkin=float(napkin), predicted=self.said[quantity],
-            guess=self.guesses.get(quantity), machine=self.machine)
+        late = quantity in self.revealed
+        if late and (value is ... or quantity in self.guesses):
+            return
+        self.guesses.pop(quantity, None)
+        try:
+            if value is not ...:
+                is_text = isinstance(value, str)
+                number, said = tables.from_si(value) if is_text else (float(value), "")
+                self.guesses[quantity] = Guess(number, said or unit, late)
+        except (TypeError, ValueError) as error:
+            print(f"○ your guess of {quantity!r}: {error}. It does not count yet.")
+        self._join(quantity)
 
-    def measure(self, quantity: str, value: float, why: str = "", speed: float = 1.0) -> None:
+    def _join(self, quantity: str) -> None:
+        """Put the guess into the row, if there are both, and if the guess can be meant."""
+        row, guess = self.rows.get(quantity), self.guesses.get(quantity)
+        problem = ""
+        if row and guess and guess.unit and row.unit not in (guess.unit, guess.unit + "s"):
+            problem = f"is in {guess.unit}, and the lesson counts in {row.unit or 'plain numbers'}"
+        elif row and guess and not 1e-6 < guess.value / row.napkin < 1e6:
+            problem = "is a million times off the napkin: write it with its unit, as in 20 ms"
+        if problem:
+            print(f"○ your guess of {quantity!r}, {si(guess.value, guess.unit or row.unit)}, "
+                  f"{problem}. It does not count yet.")
+            guess = self.guesses.pop(quantity) and None
+        if row:
+            value, _, late = guess or (None, "", False)
+            self.rows[quantity] = replace(row, guess=value, late=late)
+
+    def predict(self, quantity: str, napkin: float, predicted: Prediction | float | None = None,
+                unit: str = "", interval: tuple[float, float] | None = None) -> None:
+        """Say what `quantity` will be, before it is measured: `napkin` by hand, `predicted` by the
+        calibrated machine, with its interval; what is no time may be given an `interval`. All in
+        `unit`, which is plain: s, B, B/s, FLOP/s, never ms or GB.
+
+        Predicting again starts the quantity afresh. Raises `ValueError` for a number that is not
+        positive and finite.
+        """
+        said = predicted
+        if isinstance(said, Prediction):
+            predicted, interval = said.seconds, (said.low_s, said.high_s)
+        low, high = map(float, interval or (0, 0))
+        row = LedgerRow(self.name, quantity, unit, napkin=float(napkin), machine=self.machine,
+                        predicted=None if predicted is None else float(predicted),
+                        low=low if low < high else None, high=high if low < high else None)
+        self.said[quantity], self.rows[quantity] = (said, row), row
+        self._join(quantity)
+
+    def reveal(self, *quantities: str) -> Table:
+        """Guess, napkin and predicted interval of `quantities`, by default of all: from here on a
+        guess is late."""
+        rows = [self._predicted(quantity) for quantity in quantities or self.rows]
+        self.revealed |= {row.quantity for row in rows}
+        without = [row.quantity for row in rows if row.guess is None]
+        for quantity in [name for name in self.guesses if name not in self.rows]:
+            meant = get_close_matches(quantity, without, 1)
+            if meant or not quantities:
+                asked = f"did you mean {meant[0]!r}?" if meant else f"it has {_listed(self.rows)}"
+                print(f"○ you guessed {quantity!r}, which this lesson does not ask for; {asked}")
+        return tables.reveal_table(rows)
+
+    # -- measure, name a cause, explain -----------------------------------------------------------
+
+    def measure(self, quantity: str, value: Timing | float, why: str = "", speed: float = 1.0, *,
+                parts: Iterable[dict] = ()) -> None:
         """Set the measured `value` beside its prediction, in the prediction's unit, and write the
         row to the ledger.
 
-        `why` says what the difference is made of. `speed` is a `Pulse`'s: how fast the machine ran
-        during the measurement, against its calibration; the calibrated prediction of a time is
-        divided by it. Raises `ValueError` for a quantity that was never predicted: that is the
-        whole game; and for a speed of what is not in seconds.
+        `parts` are what a step is made of, as `LedgerRow` has them. A `Timing` that saw the
+        machine's speed around the run widens the interval; the value itself changes nothing of the
+        prediction. Where noise left nothing (a difference below zero), one line says so and nothing
+        is written. Raises `ValueError` for a quantity that was never predicted: that is the whole
+        game.
         """
-        row = self._predicted(quantity)
-        if speed != 1.0 and row.unit != "s":
-            raise ValueError(f"speed={speed} for {quantity!r} in {row.unit!r}: only a time is "
-                             "predicted for a speed of the machine")
-        predicted = self.said[quantity] and self.said[quantity] / speed
-        self._write(replace(row, measured=float(value), predicted=predicted, speed=speed, why=why,
-                            date=ledger.today()))
+        said, blank = self._predicted(quantity) and self.said[quantity]
+        self.revealed.add(quantity)
+        spread = value.spread if isinstance(value, Timing) else None
+        around = getattr(value, "around", ()) if isinstance(said, Prediction) else ()
+        value = value.median if isinstance(value, Timing) else float(value)
+        if not 0 < value < math.inf:
+            return print(f"○ {quantity!r} measured as {si(value, blank.unit)}: lost in noise, it "
+                         "does not count.")
+        if around:
+            from clawdemy_infer.machine.present import widened
 
-    def explain(self, quantity: str, why: str) -> None:
+            wide = widened(said, self.calibrated, around)
+            blank = replace(blank, low=wide.low_s, high=wide.high_s)
+        if speed != 1.0:  # until the lessons have moved
+            if blank.unit != "s":
+                raise ValueError(f"speed={speed} for {quantity!r} in {blank.unit!r}: only a time "
+                                 "is predicted for a speed of the machine")
+            slower = {name: getattr(blank, name) and getattr(blank, name) / speed
+                      for name in ("predicted", "low", "high")}
+            blank = replace(blank, speed=speed, **slower)
+        row = self.rows[quantity]
+        self._write(replace(blank, measured=value, spread=spread, parts=tuple(parts), why=why,
+                            guess=row.guess, late=row.late, cause=row.cause, date=ledger.today()))
+
+    def explain(self, quantity: str, why: str) -> None:  # until the lessons have moved
         """Give the reason after the fact, once the measurement has been looked at. Raises
         `ValueError` if there is none yet."""
         self._write(replace(self._predicted(quantity), why=why, date=ledger.today()))
 
     def table(self) -> Table:
         """Predicted beside measured, as far as this lesson has come."""
-        return ledger_table(self.rows.values())
+        self.revealed |= self.rows.keys()
+        return tables.ledger_table(self.rows.values())
 
     def _write(self, row: LedgerRow) -> None:
         ledger.append(row)
@@ -102,9 +186,8 @@ class Lesson:
 
     def _predicted(self, quantity: str) -> LedgerRow:
         if quantity not in self.rows:
-            known = ", ".join(map(repr, self.rows)) or "nothing yet"
             raise ValueError(f"quantity={quantity!r} was never predicted, so it cannot be "
-                             f"measured; predicted so far: {known}")
+                             f"measured; predicted so far: {_listed(self.rows) or 'nothing yet'}")
         return self.rows[quantity]
 
     # -- exercises --------------------------------------------------------------------------------
@@ -141,6 +224,10 @@ class Lesson:
 
 
 OPEN = "open"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _try_function(name: str, function: object, cases: Mapping[object, object],

@@ -4,6 +4,7 @@ notebook."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -42,6 +43,30 @@ def si(value: float | None, unit: str = "") -> str:
     exponent = 3 * math.floor(math.log10(abs(rounded)) / 3)
     exponent = max(min(PREFIXES), min(exponent, highest))
     return f"{number(value / 10**exponent)} {PREFIXES[exponent]}{unit}"
+
+
+def interval(low: float, high: float, unit: str = "") -> str:
+    """`interval(0.0121, 0.015, "s")` is 12.1 – 15.0 ms."""
+    first, last = si(low, unit), si(high, unit)
+    value, _, said = first.partition(" ")
+    return f"{value if said == last.partition(' ')[2] else first} – {last}"
+
+
+def from_si(text: str) -> tuple[float, str]:
+    """What `text` says, in plain units: "20 ms" is (0.02, "s"), "3 GiB" is (3 * 2**30, "B"), "64"
+    is (64.0, ""). Raises `ValueError` for what is no number with or without a unit."""
+    found = re.fullmatch(r"(\d*\.?\d+(?:e[+-]?\d+)?) *"
+                         r"(?:(|[KMGT]i|[numµμkKMGTPE])(s|B|FLOP)(S|/s)?|([^\d.,]*))",
+                         re.sub(r",(?=\d{3}\b)", "", text.strip()))
+    if not found:
+        raise ValueError(f"{text!r} is no number, nor one with a unit like 20 ms or 50 GB/s")
+    value, prefix, base, per, other = found.groups()
+    if base is None:
+        return float(value), {"x": "×", "times": "×"}.get(other, other)
+    if prefix.endswith("i"):
+        return float(value) * 1024.0 ** (1 + "KMGT".index(prefix[0])), base + "/s" * bool(per)
+    exponents = {said: exponent for exponent, said in PREFIXES.items()} | {"u": -6, "μ": -6, "K": 3}
+    return float(value) * 10.0 ** exponents[prefix], base + "/s" * bool(per)
 
 
 @dataclass(frozen=True)
@@ -92,25 +117,43 @@ class Table:
 def ledger_table(rows: Iterable[LedgerRow], lessons: bool = False) -> Table:
     """Predicted beside measured. `lessons` adds the lesson's column; a column that no row fills is
     left out."""
-
-    def ratio(value: float | None) -> str:
-        return MISSING if value is None else f"{value:.2f}"
-
     rows = list(rows)
     columns = {"lesson": [row.lesson for row in rows]} if lessons else {}
     columns |= {
         "quantity": [row.quantity for row in rows],
-        "guess": [si(row.guess, row.unit) for row in rows],
+        "guess": [_guess(row) for row in rows],
         "napkin": [si(row.napkin, row.unit) for row in rows],
-        "roofline": [si(row.predicted, row.unit) for row in rows],
+        "predicted": [_predicted(row) for row in rows],
         "measured": [si(row.measured, row.unit) for row in rows],
-        "speed": ["" if row.speed == 1 else ratio(row.speed) for row in rows],
-        "÷ napkin": [ratio(row.ratio_napkin) for row in rows],
-        "÷ roofline": [ratio(row.ratio) for row in rows],
+        "inside?": [row.inside or MISSING for row in rows],
+        "explained": [percent(row.explained) for row in rows],
+        # speed and why: until the lessons have moved
+        "speed": ["" if row.speed == 1 else f"{row.speed:.2f}" for row in rows],
         "why": [row.why for row in rows],
     }
-    optional = ("guess", "roofline", "÷ napkin", "÷ roofline", "speed", "why")
+    optional = ("guess", "predicted", "inside?", "explained", "speed", "why")
     columns = {name: cells for name, cells in columns.items()
                if name not in optional or set(cells) - {MISSING, ""}}
-    numeric = [name for name in columns if name not in ("lesson", "quantity", "why")]
+    numeric = [name for name in columns
+               if name not in ("lesson", "quantity", "inside?", "why")]
     return Table(list(columns), list(zip(*columns.values(), strict=True)), numeric)
+
+
+def reveal_table(rows: Iterable[LedgerRow]) -> Table:
+    """What was said so far of quantities that are not measured yet."""
+    header = ("quantity", "guess", "napkin", "predicted")
+    return Table(header, [
+        (row.quantity, _guess(row) if row.guess else "open", si(row.napkin, row.unit),
+         _predicted(row)) for row in rows], numeric=header[1:])
+
+
+def _guess(row: LedgerRow) -> str:
+    return si(row.guess, row.unit) + " (late)" * row.late
+
+
+def _predicted(row: LedgerRow) -> str:
+    return interval(row.low, row.high, row.unit) if row.low else si(row.predicted, row.unit)
+
+
+def percent(share: float | None) -> str:
+    return MISSING if share is None else f"{share:.0%}"
