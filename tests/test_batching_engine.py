@@ -268,7 +268,7 @@ def test_operations_are_counted_as_the_steps_dispatch_them(small, name):
 
     def run(plan):
         result = []
-        expected = counted.of(1 if plan.padded else len(set(plan.new.values())))
+        expected = counted.of(1 if plan.padded else len(set(plan.num_new_tokens.values())))
         ops = count_ops(lambda: result.append(TorchExecutor.run(served.executor, plan)))
         seen.append((expected, ops))
         return result[0]

@@ -256,8 +256,8 @@ class Remembers(RooflineExecutor):
         tables, size, brought, emitted = self.tables, self.tables.pool.block_size, {}, {}
         drafts = plan.num_draft_tokens
         tables.reserve({sequence: count + drafts.get(sequence, 0)
-                        for sequence, count in plan.new.items()})
-        for sequence, count in plan.new.items():
+                        for sequence, count in plan.num_new_tokens.items()})
+        for sequence, count in plan.num_new_tokens.items():
             begin, most, guess = tables.lengths[sequence], drafts.get(sequence, 0), []
             for i in range(most):               # right, but for one in three
                 guess.append(following(sequence.ids + guess) + (sequence.total + i) % 3 // 2)
@@ -274,7 +274,7 @@ class Remembers(RooflineExecutor):
                 emitted[sequence] = Emission(said[:accepted + 1], num_tokens=accepted + 1,
                                              num_draft_tokens=most)
         self._maybe("before")
-        self.time += len(plan.new)
+        self.time += len(plan.num_new_tokens)
         tables.commit(brought)
         self._maybe("after")
         return emitted

@@ -153,7 +153,8 @@ def test_exhaustion_is_a_state_that_can_be_asked_about():
     tables.add("B")
     bring(tables, "A", range(9))
     assert tables.can_append({"A": 3, "B": 4}) and not tables.can_append({"A": 4, "B": 1})
-    with pytest.raises(ValueError, match="new: 2 more blocks are needed, and 1 of 4 are free"):
+    with pytest.raises(ValueError,
+                       match="num_new_tokens: 2 more blocks are needed, and 1 of 4 are free"):
         tables.reserve({"B": 1, "A": 4})
     assert tables.blocks["B"] == [] and tables.pool.used == 3          # nothing was taken
     tables.free("A")

@@ -227,12 +227,12 @@ class NeverForgets(SwappingTables):
 class WritesToShared(SwappingTables):
     """No copy on write."""
 
-    def reserve(self, new, copy=None):
-        if not self.can_append(new):
-            raise ValueError("new: there is no room")
-        for sequence, count in new.items():
+    def reserve(self, num_new_tokens, copy=None):
+        if not self.can_append(num_new_tokens):
+            raise ValueError("num_new_tokens: there is no room")
+        for sequence, T in num_new_tokens.items():
             blocks = self.blocks[sequence]
-            while self.lengths[sequence] + count > len(blocks) * self.pool.block_size:
+            while self.lengths[sequence] + T > len(blocks) * self.pool.block_size:
                 blocks.append(self.pool.allocate())
 
 

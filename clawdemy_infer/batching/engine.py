@@ -81,7 +81,7 @@ class Engine:
             while self.pending and self.pending[0].arrival_s <= start:
                 self._arrive(self.pending[0])
             plan = self.scheduler.schedule(start)           # who brings how many tokens
-            if not plan.new:
+            if not plan.num_new_tokens:
                 return {}
             emitted = self.executor.run(plan)               # the step: time passes
             end, blocks = self.executor.now(), self.scheduler.tables.pool.used

@@ -39,12 +39,12 @@ class StepRecord(NamedTuple):
     @classmethod
     def of(cls, start_s: float, end_s: float, plan: Plan, emitted: Mapping[Sequence, Emission],
            blocks: int) -> "StepRecord":
-        tokens = sum(plan.new.values())
+        tokens = sum(plan.num_new_tokens.values())
         computed = len(plan.padded[0]) * plan.padded[1] if plan.padded else tokens
         if plan.num_draft_tokens:
             tokens += sum(emission.num_tokens - 1 for emission in emitted.values())
             computed += sum(emission.num_draft_tokens for emission in emitted.values())
-        return cls(start_s, end_s, len(plan.new), tokens, computed, blocks)
+        return cls(start_s, end_s, len(plan.num_new_tokens), tokens, computed, blocks)
 
 
 def ttft(sequence: Sequence) -> float | None:

@@ -39,9 +39,9 @@ class Scheduler:
     (None, None)
     >>> def step(now):
     ...     plan = scheduler.schedule(now)
-    ...     scheduler.tables.commit({s: range(count) for s, count in plan.new.items()})
-    ...     scheduler.update({s: Emission() for s in plan.new}, now + 1)
-    ...     return {s.request.id: count for s, count in plan.new.items()}
+    ...     scheduler.tables.commit({s: range(T) for s, T in plan.num_new_tokens.items()})
+    ...     scheduler.update({s: Emission() for s in plan.num_new_tokens}, now + 1)
+    ...     return {s.request.id: T for s, T in plan.num_new_tokens.items()}
     >>> step(0)                 # both prompts, a block each
     {'a': 4, 'b': 4}
     >>> step(1), b.state        # a fifth token needs a block, and one is free: b gives way
@@ -98,17 +98,17 @@ class Scheduler:
         """Decide the next step, and take blocks for it. An empty plan: nobody is there."""
         # 1. Those who run bring what they have. While blocks run short, the last one gives way.
         before = len(self.running)
-        while not self.tables.can_append(new := self._next()):
+        while not self.tables.can_append(num_new_tokens := self._next()):
             last = self.running.pop()
             self._take_blocks(last)
             last.preemptions += 1
             self._queue(last, State.PREEMPTED, now)         # at its old place
-        self.tables.reserve(new)
+        self.tables.reserve(num_new_tokens)
         # 2. Those who wait join, unless somebody has just given way.
         if len(self.running) == before:
-            self._admit(new, now)
+            self._admit(num_new_tokens, now)
         # 3. Drafted tokens get what is left.
-        return Plan(new, self._room_for_drafts(new) if self.policy.gamma else {})
+        return Plan(num_new_tokens, self._room_for_drafts(num_new_tokens))
 
     def update(self, emitted: Mapping[Sequence, Emission], now: float) -> list[Sequence]:
         """Take what came out of the step. Returns the sequences that have ended with it."""
@@ -126,7 +126,7 @@ class Scheduler:
 
     def _next(self) -> dict[Sequence, int]:
         """What those who run bring: a token each, and of prompts what the budget leaves."""
-        lengths, new, prompts = self.tables.lengths, {}, []
+        lengths, num_new_tokens, prompts = self.tables.lengths, {}, []
         for sequence in self.running:
             missing = sequence.total - lengths[sequence]
             if missing > 1:
@@ -136,48 +136,48 @@ class Scheduler:
             # `update`: the token is lost, and its cause is brought again.
             if missing < 1 or self.policy.gamma:
                 self.tables.truncate(sequence.total - 1, sequence)
-            new[sequence] = 1
-        left = self._left(new)
+            num_new_tokens[sequence] = 1
+        left = self._left(num_new_tokens)
         for sequence, missing in prompts:
             if left > 0:
-                new[sequence] = min(missing, left)
-                left -= new[sequence]
-        return new
+                num_new_tokens[sequence] = min(missing, left)
+                left -= num_new_tokens[sequence]
+        return num_new_tokens
 
-    def _left(self, new: dict[Sequence, int]) -> float:
-        """Tokens of the budget that `new` does not use."""
-        return self.policy.token_budget - sum(new.values()) if self.policy.token_budget else inf
+    def _left(self, num_new_tokens: dict[Sequence, int]) -> float:
+        """Tokens of the budget that these do not use."""
+        return (self.policy.token_budget or inf) - sum(num_new_tokens.values())
 
-    def _admit(self, new: dict[Sequence, int], now: float) -> None:
+    def _admit(self, num_new_tokens: dict[Sequence, int], now: float) -> None:
         """Let in those who wait, in their order, while there is room for all that they bring."""
-        left = self._left(new)
+        left = self._left(num_new_tokens)
         while (self.waiting and len(self.running) < self.policy.max_batch and left > 0
                and self._make_room(self.waiting[0])):
             sequence = self.waiting.pop(0)
             insort(self.running, sequence, key=RANK)
             sequence.enter(State.RUNNING, now)
-            new[sequence] = min(sequence.total - self.tables.lengths[sequence], left)
-            left -= new[sequence]
+            num_new_tokens[sequence] = min(sequence.total - self.tables.lengths[sequence], left)
+            left -= num_new_tokens[sequence]
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Take the blocks for all that `sequence` has: chunks of its prompt never wait half-way. A
         block for each that runs stays free: each may soon need one, and who joins should stay."""
         tables = self.tables
         found = tables.add(sequence, sequence.ids or ())
-        new = {sequence: sequence.total - found}
+        num_new_tokens = {sequence: sequence.total - found}
         # What was found may have lain idle: then it is no longer free.
-        if tables.blocks_needed(new) > tables.pool.free - len(self.running):
+        if tables.blocks_needed(num_new_tokens) > tables.pool.free - len(self.running):
             tables.free(sequence)
             return False
         if not sequence.preemptions:
             sequence.num_cached_tokens = found
-        tables.reserve(new)
+        tables.reserve(num_new_tokens)
         return True
 
-    def _room_for_drafts(self, new: dict[Sequence, int]) -> dict[Sequence, int]:
+    def _room_for_drafts(self, num_new_tokens: dict[Sequence, int]) -> dict[Sequence, int]:
         """Drafted tokens take what is left: nobody waits or gives way for one."""
-        tables, room, left = self.tables, {}, self._left(new)
-        for sequence in new:
+        tables, room, left = self.tables, {}, self._left(num_new_tokens)
+        for sequence in num_new_tokens:
             if sequence.total - tables.lengths[sequence] == 1:
                 # One token is the model's own in any case.
                 count = min(self.policy.gamma, sequence.limit - sequence.generated - 1, left)

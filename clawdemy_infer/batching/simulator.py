@@ -55,7 +55,7 @@ class RooflineExecutor:
         """Commit what is brought, and emit what follows: for a prefix cache, ids like no other."""
         self.time += self._seconds(plan)
         lengths, drafts, brought, emitted = self.tables.lengths, plan.num_draft_tokens, {}, {}
-        for sequence, count in plan.new.items():
+        for sequence, count in plan.num_new_tokens.items():
             end, drafted, accepted = lengths[sequence] + count, drafts.get(sequence, 0), 0
             while accepted < drafted and self.random.random() < self.alpha:
                 accepted += 1
@@ -82,7 +82,7 @@ class RooflineExecutor:
                                            for sequence, count in drafts.items() if count > i])
         # 2. Drafted tokens are read behind the known ones.
         contexts, chunks = [], []
-        for sequence, count in plan.new.items():
+        for sequence, count in plan.num_new_tokens.items():
             count += drafts.get(sequence, 0)
             if count == 1:
                 contexts.append(lengths[sequence] + 1)

@@ -59,7 +59,8 @@ class TorchExecutor:
         greedy = logits.argmax(-1).tolist()
         chosen = {sequence: [self._choose(sequence, greedy[row], logits[row])]
                   for row, sequence in enumerate(rows)
-                  if sequence in plan.new and self.tables.lengths[sequence] == sequence.total}
+                  if sequence in plan.num_new_tokens
+                  and self.tables.lengths[sequence] == sequence.total}
         return self._write(chosen)
 
     def forget(self, sequence: Sequence) -> None:
@@ -70,12 +71,12 @@ class TorchExecutor:
 
     def _logits(self, plan: Plan) -> tuple[torch.Tensor, Iterable[Sequence]]:
         """The logits [B, V] that follow each sequence of the step, and which these are."""
-        return self.model.step(self._brought(plan), self.cache), plan.new
+        return self.model.step(self._brought(plan), self.cache), plan.num_new_tokens
 
     def _brought(self, plan: Plan) -> dict[Sequence, list[int]]:
         lengths = self.tables.lengths
         return {sequence: sequence.ids[lengths[sequence]:lengths[sequence] + count]
-                for sequence, count in plan.new.items()}
+                for sequence, count in plan.num_new_tokens.items()}
 
     def _choose(self, sequence: Sequence, greedy: int, logits: torch.Tensor) -> int:
         """The next token of one sequence, as `model.generate` would choose it."""

@@ -73,10 +73,11 @@ class CppLayers:
         pages = pages_of(step)
         cos, sin = rope_tables(self.frequencies, step.positions, torch.float32)
         x = x.float()                               # written over, and nobody else's
-        y, past, new = torch.empty_like(x), torch.tensor(step.past), torch.tensor(step.new)
+        past, num_new_tokens = torch.tensor(step.past), torch.tensor(step.num_new_tokens)
+        y = torch.empty_like(x)
         tensors = cpp.pointers(x, y, self.layers, self.gamma, cos, sin, pages.keys, pages.values,
-                               pages.table, past, new)
-        self.code(*tensors, self.L, len(step.new), pages.keys.stride(0), pages.table.shape[1],
+                               pages.table, past, num_new_tokens)
+        self.code(*tensors, self.L, len(step.sequences), pages.keys.stride(0), pages.table.shape[1],
                   pages.block_size, self.window or 2**40)
         return x, y
 

@@ -51,6 +51,7 @@ def slots_of(step: Step) -> torch.Tensor:
     if isinstance(step.cache, PagedCache):
         return step.slot_mapping
     slots = [sequence * step.cache.capacity + past + i
-             for sequence, past, new in zip(step.sequences, step.past, step.new, strict=True)
-             for i in range(new)]
+             for sequence, past, T in zip(step.sequences, step.past, step.num_new_tokens,
+                                          strict=True)
+             for i in range(T)]
     return torch.tensor(slots, device=step.cache.device)

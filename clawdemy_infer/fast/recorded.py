@@ -42,7 +42,7 @@ class RecordedSteps:
 
     def __call__(self, tokens: torch.Tensor, step: Step, last_only: LastOnly = True) -> Outputs:
         """For tokens [B], what the last layer leaves, [B, D], and the logits, [B, V]."""
-        if max(step.new) > 1:
+        if max(step.num_new_tokens) > 1:
             return self.plain(tokens, step, last_only)
         pages = pages_of(step)
         lengths = step.positions.to(torch.int32) + 1

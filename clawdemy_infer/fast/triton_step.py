@@ -89,7 +89,7 @@ class TritonStep:
         `prefill_paged`; over a contiguous cache, where keys lie in one piece, PyTorch does those
         as well as can be done."""
         device, cache, window = pages.table.device, step.cache, self.model.config.shape.window
-        first = [0, *accumulate(step.new)]
+        first = [0, *accumulate(step.num_new_tokens)]
 
         def rows_of(sequences: list[int]) -> torch.Tensor:
             rows = [row for i in sequences for row in range(first[i], first[i + 1])]
@@ -99,24 +99,24 @@ class TritonStep:
             return torch.tensor(x, dtype=torch.int32, device=device)
 
         parts: list[tuple[torch.Tensor, Attention]] = []
-        ones = [i for i, new in enumerate(step.new) if new == 1]
-        chunks = [i for i, new in enumerate(step.new) if new > 1]
+        ones = [i for i, T in enumerate(step.num_new_tokens) if T == 1]
+        chunks = [i for i, T in enumerate(step.num_new_tokens) if T > 1]
         if ones:
             lengths = numbers([step.past[i] + 1 for i in ones])
             parts.append((rows_of(ones), self.decode(pages, pages.table[ones], lengths)))
         if chunks and isinstance(cache, PagedCache):
             table, past = pages.table[chunks], numbers([step.past[i] for i in chunks])
-            new = [step.new[i] for i in chunks]
-            starts = numbers([0, *accumulate(new)])
+            most = max(step.num_new_tokens)
+            starts = numbers([0, *accumulate(step.num_new_tokens[i] for i in chunks)])
             parts.append((rows_of(chunks), lambda layer, q: kernel("prefill_paged")(
                 q, pages.keys[layer], pages.values[layer], table, starts, past, window=window,
-                max_seqlen_q=max(new)).flatten(1)))
+                max_seqlen_q=most).flatten(1)))
         elif chunks:
             parts += [(torch.arange(part.rectangle.rows.start, part.rectangle.rows.stop,
                                     device=device),
                        lambda layer, q, part=part: attend(q, *cache.read(layer, part),
                                                           part.mask))
-                      for part in step.parts if part.rectangle.new > 1]
+                      for part in step.parts if part.rectangle.T > 1]
 
         def attention(layer: int, q: torch.Tensor) -> torch.Tensor:
             if len(parts) == 1:

@@ -100,40 +100,42 @@ class BlockTables:
 
     # ---- a step ----
 
-    def blocks_needed(self, new: Mapping[Hashable, int]) -> int:
-        """Blocks that a step takes which brings this many tokens of each of these sequences."""
+    def blocks_needed(self, num_new_tokens: Mapping[Hashable, int]) -> int:
+        """Blocks that a step takes which brings so many tokens of each of these sequences."""
         needed, writers = 0, Counter()
-        for sequence, count in new.items():
+        for sequence, T in num_new_tokens.items():
             self._known(sequence)
-            after = self.pool.blocks_for(self.lengths[sequence] + count)
+            after = self.pool.blocks_for(self.lengths[sequence] + T)
             needed += max(0, after - len(self.blocks[sequence]))
             full, rest = divmod(self.lengths[sequence], self.pool.block_size)
-            if rest and count:                              # its last block will be written to
+            if rest and T:                                  # its last block will be written to
                 writers[self.blocks[sequence][full]] += 1
         # Each writer to a shared block needs a copy; where all who hold it write, one keeps it.
         return needed + sum(min(count, self.pool.counts[block] - 1)
                             for block, count in writers.items())
 
-    def can_append(self, new: Mapping[Hashable, int]) -> bool:
+    def can_append(self, num_new_tokens: Mapping[Hashable, int]) -> bool:
         """Is there room for this step? If not: wait, or preempt somebody."""
         # No token takes more than one block, which mostly settles it.
-        return sum(new.values()) <= self.pool.free or self.blocks_needed(new) <= self.pool.free
+        return (sum(num_new_tokens.values()) <= self.pool.free
+                or self.blocks_needed(num_new_tokens) <= self.pool.free)
 
-    def reserve(self, new: Mapping[Hashable, int], copy: Copy = copy_nothing) -> None:
+    def reserve(self, num_new_tokens: Mapping[Hashable, int], copy: Copy = copy_nothing) -> None:
         """Take the blocks that the step needs, and copy those that it would write to and somebody
         else reads (copy on write).
 
         Raises ValueError, before anything is taken, where `can_append` says no.
         """
-        for sequence in new.keys() - self.lengths.keys():
+        for sequence in num_new_tokens.keys() - self.lengths.keys():
             self._known(sequence)
-        if not self.can_append(new):
-            raise ValueError(f"new: {self.blocks_needed(new)} more blocks are needed, and "
+        if not self.can_append(num_new_tokens):
+            needed = self.blocks_needed(num_new_tokens)
+            raise ValueError(f"num_new_tokens: {needed} more blocks are needed, and "
                              f"{self.pool.free} of {self.pool.blocks} are free")
         size, counts = self.pool.block_size, self.pool.counts
-        for sequence, count in new.items():
+        for sequence, T in num_new_tokens.items():
             blocks, length = self.blocks[sequence], self.lengths[sequence]
-            if length % size and count:                     # its last block will be written to
+            if length % size and T:                         # its last block will be written to
                 tail = blocks[length // size]
                 if counts[tail] > 1:
                     own = self.pool.allocate()
@@ -143,7 +145,7 @@ class BlockTables:
                     self.pool.release(tail)
                 elif self.prefix:
                     self.prefix.forget(tail)        # it was full and known once, before a truncate
-            while length + count > len(blocks) * size:
+            while length + T > len(blocks) * size:
                 blocks.append(self.pool.allocate())
 
     def commit(self, new: Mapping[Hashable, Sequence[int]]) -> None:

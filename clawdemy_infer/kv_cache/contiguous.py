@@ -48,9 +48,9 @@ class RectangularCache:
         self.write(layer, part, k, v)
         return attend(q, *self.read(layer, part), part.mask)
 
-    def can_append(self, new: Mapping[int, int]) -> bool:
+    def can_append(self, num_new_tokens: Mapping[int, int]) -> bool:
         """Does each sequence stay within the capacity?"""
-        return all(self.lengths[each] + count <= self.capacity for each, count in new.items())
+        return all(self.lengths[each] + T <= self.capacity for each, T in num_new_tokens.items())
 
     def begin(self, new: Mapping[int, Sequence[int]], window: int | None = None) -> RectangularStep:
         """Begin a step; ValueError where the tokens do not fit."""
@@ -121,7 +121,7 @@ class RectanglePart:
     may see, and the mask over these."""
 
     def __init__(self, rectangle: Rectangle, cache: RectangularCache, window: int | None) -> None:
-        past, T, device = rectangle.past, rectangle.new, cache.device
+        past, T, device = rectangle.past, rectangle.T, cache.device
         self.rectangle, self.window, self.end = rectangle, window, max(past) + T
         self.alike = len(set(past)) == 1                    # the sequences are equally long
         self.begin = self.end - visible_keys(T, self.end, window) if self.alike else 0

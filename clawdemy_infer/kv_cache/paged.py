@@ -72,10 +72,10 @@ class PagedCache:
         """Bytes of all blocks, whether or not a sequence has them."""
         return self.keys.nbytes + self.values.nbytes
 
-    def can_append(self, new: Mapping[Hashable, int]) -> bool:
+    def can_append(self, num_new_tokens: Mapping[Hashable, int]) -> bool:
         """Does each sequence stay within the capacity, and has the pool the blocks for it?"""
-        return self.tables.can_append(new) and all(
-            self.lengths[sequence] + count <= self.capacity for sequence, count in new.items())
+        return self.tables.can_append(num_new_tokens) and all(
+            self.lengths[each] + T <= self.capacity for each, T in num_new_tokens.items())
 
     def begin(self, new: Mapping[Hashable, Sequence[int]], window: int | None = None) -> PagedStep:
         """Begin a step. Takes blocks, and copies those shared ones that it will write to."""
@@ -125,11 +125,11 @@ class PagedCache:
         copy_blocks((self.keys, self.values), (self.keys, self.values), sources, targets)
 
 
-def copy_blocks(old: Iterable[torch.Tensor], new: Iterable[torch.Tensor], sources: list[int],
+def copy_blocks(here: Iterable[torch.Tensor], there: Iterable[torch.Tensor], sources: list[int],
                 targets: list[int]) -> None:
-    """Copy blocks `sources` of the `old` tensors [L, blocks, ...] to `targets` of the `new`."""
+    """Copy blocks `sources` of tensors `here` [L, blocks, ...] to blocks `targets` of `there`."""
     for source, target in zip(sources, targets, strict=True):
-        for x, y in zip(old, new, strict=True):
+        for x, y in zip(here, there, strict=True):
             y[:, target].copy_(x[:, source])
 
 
@@ -144,15 +144,14 @@ class PagedStep(Step):
     def __init__(self, cache: PagedCache, new: Mapping[Hashable, Sequence[int]],
                  window: int | None) -> None:
         super().__init__(cache, new, window)
-        counts = {sequence: len(ids) for sequence, ids in new.items()}
-        cache.tables.reserve(counts, cache.copy)
+        cache.tables.reserve(dict(zip(new, self.num_new_tokens, strict=True)), cache.copy)
         self.block_table = [cache.tables.blocks[sequence] for sequence in self.sequences]
 
     def slots(self, i: int, begin: int) -> list[int]:
         """The slots of the i-th sequence's tokens from `begin` on, the new ones included."""
         table, size = self.block_table[i], self.cache.tables.pool.block_size
         return [table[token // size] * size + token % size
-                for token in range(begin, self.past[i] + self.new[i])]
+                for token in range(begin, self.past[i] + self.num_new_tokens[i])]
 
     @cached_property
     def slot_mapping(self) -> torch.Tensor:
@@ -168,10 +167,10 @@ class PagedStep(Step):
         """For all sequences that bring equally many tokens: their rows of the packed step, the
         cache's rows [B, K, S] to gather, and the mask. Made when the first layer attends."""
         first, members = 0, {}
-        for i, new in enumerate(self.new):
-            members.setdefault(new, []).append((i, first))
-            first += new
-        return [self._gathered(new, *zip(*some, strict=True)) for new, some in members.items()]
+        for i, T in enumerate(self.num_new_tokens):
+            members.setdefault(T, []).append((i, first))
+            first += T
+        return [self._gathered(T, *zip(*some, strict=True)) for T, some in members.items()]
 
     def _gathered(self, T: int, chosen: Sequence[int], first_rows: Sequence[int]) -> tuple:
         """For sequences `chosen` that bring T tokens each, from these rows of the step on."""

@@ -41,7 +41,7 @@ class KVCache(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def can_append(self, new: Mapping[Hashable, int]) -> bool:
+    def can_append(self, num_new_tokens: Mapping[Hashable, int]) -> bool:
         """Is there room for this many more tokens of each sequence? Ask before `begin`."""
 
     def begin(self, new: Mapping[Hashable, Sequence[int]], window: int | None = None) -> Step:
@@ -55,10 +55,10 @@ class KVCache(Protocol):
 class Step:
     """One forward pass over M new tokens, packed sequence by sequence in the order of `sequences`.
 
-    ids         the new token ids of each sequence
-    past, new   tokens of each sequence that were kept before, and that are brought now
-    positions   [M] fp32: the places of the new tokens in their sequences, as RoPE wants them
-    window      the model's own sliding window in tokens, or None
+    ids                     the new token ids of each sequence
+    past, num_new_tokens    tokens of each sequence that were kept before, and that come now
+    positions               [M] fp32: the places of the new tokens in their sequences, for RoPE
+    window                  the model's own sliding window in tokens, or None
     """
 
     def __init__(self, cache: KVCache, new: Mapping[Hashable, Sequence[int]],
@@ -77,8 +77,8 @@ class Step:
                                  f"{cache.capacity}, and {len(ids)} more do not fit")
         self.cache, self.ids, self.sequences, self.window = cache, new, list(new), window
         self.past = [lengths[sequence] for sequence in new]
-        self.new = [len(ids) for ids in new.values()]
-        self.positions = positions(self.past, self.new, cache.device)
+        self.num_new_tokens = [len(ids) for ids in new.values()]
+        self.positions = positions(self.past, self.num_new_tokens, cache.device)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Keep k, v [M, K, H], turned by RoPE already, and let each query of q [M, N, H] attend to
@@ -87,18 +87,18 @@ class Step:
 
     def commit(self) -> None:
         """Count the new tokens. Once a step, after its last layer."""
-        for sequence, count in zip(self.sequences, self.new, strict=True):
+        for sequence, count in zip(self.sequences, self.num_new_tokens, strict=True):
             self.cache.lengths[sequence] += count
 
 
 class Rectangle(NamedTuple):
-    """B neighbouring sequences of a cache, `first` and on, that bring `new` tokens each, `rows` of
+    """B neighbouring sequences of a cache, `first` and on, that bring T tokens each, `rows` of
     the packed step, behind `past[b]` tokens: one product serves them all."""
 
     rows: slice
     first: int
     past: list[int]
-    new: int
+    T: int
 
     @property
     def sequences(self) -> slice:
@@ -109,17 +109,18 @@ def rectangles(step: Step) -> list[Rectangle]:
     """The step over sequences 0 ... B-1 of a cache cut into rectangles, in its own order."""
     found, row, places = [], 0, step.sequences
     # i - place is constant among neighbours in the step that are neighbours in the cache too.
-    for (_, new), members in groupby(range(len(places)), lambda i: (i - places[i], step.new[i])):
+    for (_, T), members in groupby(range(len(places)),
+                                   lambda i: (i - places[i], step.num_new_tokens[i])):
         members = list(members)
-        rows = slice(row, row := row + len(members) * new)
-        found.append(Rectangle(rows, places[members[0]], [step.past[i] for i in members], new))
+        rows = slice(row, row := row + len(members) * T)
+        found.append(Rectangle(rows, places[members[0]], [step.past[i] for i in members], T))
     return found
 
 
-def positions(past: Sequence[int], new: Sequence[int], device: torch.device | str,
+def positions(past: Sequence[int], num_new_tokens: Sequence[int], device: torch.device | str,
               dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """past[i] ... past[i] + new[i] - 1 for each sequence i, one behind the other: [M]."""
-    places = [start + i for start, count in zip(past, new, strict=True) for i in range(count)]
+    """past[b], past[b] + 1 ... for the new tokens of each sequence b, one behind the other: [M]."""
+    places = [start + t for start, T in zip(past, num_new_tokens, strict=True) for t in range(T)]
     return torch.tensor(places, dtype=dtype, device=device)
 
 

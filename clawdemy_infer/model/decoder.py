@@ -202,8 +202,8 @@ class Decoder(nn.Module):
 
 def wanted_rows(x: torch.Tensor, step: Step, last_only: LastOnly) -> torch.Tensor:
     """The rows of a step, of x [M, D], whose logits are wanted."""
-    if not last_only or len(x) == len(step.new):
+    if not last_only or len(x) == len(step.sequences):
         return x
-    counts = [1] * len(step.new) if last_only is True else last_only
-    return x[[row for end, count in zip(accumulate(step.new), counts, strict=True)
+    counts = [1] * len(step.sequences) if last_only is True else last_only
+    return x[[row for end, count in zip(accumulate(step.num_new_tokens), counts, strict=True)
               for row in range(end - count, end)]]

@@ -39,7 +39,7 @@ class SpeculativeExecutor(TorchExecutor):
     def run(self, plan: Plan) -> Mapping[Sequence, Emission]:
         for sequence in self.joined - self.tables.lengths.keys():       # it was preempted
             self._leave(sequence)
-        for sequence in [each for each in plan.new if each not in self.joined]:
+        for sequence in [each for each in plan.num_new_tokens if each not in self.joined]:
             self.draft.join(sequence)
             self.joined.add(sequence)
         if not plan.num_draft_tokens:

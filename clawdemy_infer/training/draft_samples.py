@@ -82,7 +82,8 @@ def write_samples(model: Decoder, tokens: int, seed: int) -> list[Sample]:
     samples, shard, greedy = [], 0, torch.arange(TEXTS_AT_ONCE) % 2 == 0
 
     def observe(step, x: torch.Tensor) -> None:
-        for row, part in zip(step.sequences, model.norm(x).bfloat16().split(step.new), strict=True):
+        parts = model.norm(x).bfloat16().split(step.num_new_tokens)
+        for row, part in zip(step.sequences, parts, strict=True):
             features[row].append(part)
 
     def begin(row: int) -> list[int]:

@@ -57,7 +57,7 @@ class RoundedTensor:
         """Put new [L, B, K, T, H] into the tails of sequences that are equally long, and round each
         group that is then whole."""
         mine, past = rectangle.sequences, rectangle.past[0]
-        start, stop, tail = self.whole(past), self.whole(past + rectangle.new), self.tail[:, mine]
+        start, stop, tail = self.whole(past), self.whole(past + rectangle.T), self.tail[:, mine]
         waiting = past - start
         if stop > start:
             new = torch.cat((tail[:, :, :, :waiting], new), dim=3)
@@ -157,18 +157,18 @@ class _Part:
         codes = [cache.keys.whole(length) for length in past]
         tails = [length - whole for length, whole in zip(past, codes, strict=True)]
         self.codes, self.tail, self.alike = max(codes), max(tails), len(set(past)) == 1
-        self.by_kernel = rectangle.new == 1 and cache.backend == "triton" and cache.has_kernel
+        self.by_kernel = rectangle.T == 1 and cache.backend == "triton" and cache.has_kernel
         if self.by_kernel:
             mine = [*range(rectangle.first, rectangle.sequences.stop)]  # one block each, and a tail
             self.numbers = [torch.tensor(x, dtype=torch.int32, device=cache.device)
                             for x in ([[each] for each in mine], mine, codes, tails)]
         elif self.alike and not window:
-            self.mask = causal_mask(past, rectangle.new, None, cache.dtype, cache.device)
+            self.mask = causal_mask(past, rectangle.T, None, cache.dtype, cache.device)
         else:
             past, whole, waiting = (torch.tensor(x, device=cache.device)[:, None]
                                     for x in (past, codes, tails))              # [B, 1]
             in_codes, in_tail, new = (torch.arange(n, device=cache.device).expand(len(past), n)
-                                      for n in (self.codes, self.tail, rectangle.new))
+                                      for n in (self.codes, self.tail, rectangle.T))
             keys = torch.cat((in_codes.where(in_codes < whole, NOWHERE),
                               (whole + in_tail).where(in_tail < waiting, NOWHERE), past + new), 1)
             self.mask = position_mask(past + new, keys, window, 0, cache.dtype)

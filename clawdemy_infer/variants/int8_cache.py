@@ -49,7 +49,7 @@ class Int8Cache(KernelCache):
     def attend(self, layer: int, part: RectanglePart, q: torch.Tensor, k: torch.Tensor,
                v: torch.Tensor) -> torch.Tensor:
         rectangle = part.rectangle
-        if self.backend != "triton" or rectangle.new > 1:
+        if self.backend != "triton" or rectangle.T > 1:
             return super().attend(layer, part, q, k, v)
         self.write(layer, part, k, v)
         if self.numbers[0] is not part:     # once a step: to the kernel, each sequence is one block

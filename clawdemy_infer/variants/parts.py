@@ -48,9 +48,9 @@ class PartStep(Step):
 def one_by_one(rectangle: Rectangle) -> Iterator[Rectangle]:
     """The same, a sequence at a time."""
     for i, past in enumerate(rectangle.past):
-        start = rectangle.rows.start + i * rectangle.new
-        rows = slice(start, start + rectangle.new)
-        yield Rectangle(rows, rectangle.first + i, [past], rectangle.new)
+        start = rectangle.rows.start + i * rectangle.T
+        rows = slice(start, start + rectangle.T)
+        yield Rectangle(rows, rectangle.first + i, [past], rectangle.T)
 
 
 def position_mask(queries: torch.Tensor, keys: torch.Tensor, window: int | None, sinks: int,

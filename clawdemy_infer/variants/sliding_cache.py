@@ -77,10 +77,10 @@ class SlidingWindowCache(KernelCache):
             raise ValueError(f"window={self.window}, sinks={self.sinks}: the model looks at the "
                              f"last {window} tokens only")
         step = PartStep(self, new)
-        step.positions = positions(step.past, step.new, self.device, torch.float64)
+        step.positions = positions(step.past, step.num_new_tokens, self.device, torch.float64)
         step.parts = []
         for rectangle in rectangles(step):
-            if rectangle.new == 1:
+            if rectangle.T == 1:
                 step.parts.append(_OneToken(self, rectangle))
             else:
                 step.parts += [_Piece(self, one) for one in one_by_one(rectangle)]
@@ -148,7 +148,7 @@ class _Piece:
 
     def __init__(self, cache: SlidingWindowCache, rectangle: Rectangle) -> None:
         self.cache, self.rectangle = cache, rectangle
-        [past], T, s, W = rectangle.past, rectangle.new, cache.sinks, cache.window
+        [past], T, s, W = rectangle.past, rectangle.T, cache.sinks, cache.window
         # 1. What is still kept and may be seen, and then the new.
         kept = torch.cat((torch.arange(min(past, s)),
                           torch.arange(max(s, past - W + 1), max(s, past)))).to(cache.device)

@@ -111,7 +111,7 @@ class TrainedDraft(ModelDraft):
         """The target takes a step: keep the features of the tokens that it reads."""
         if step.cache is not self.observed:
             return
-        new = self.target.norm(x).split(step.new)
+        new = self.target.norm(x).split(step.num_new_tokens)
         for sequence, past, features in zip(step.sequences, step.past, new, strict=True):
             if sequence in self.features:
                 first, known = self.features[sequence]
@@ -148,13 +148,13 @@ class TrainedDraft(ModelDraft):
         if not new:
             return None
         step = self.cache.begin({self.names[sequence]: ids for sequence, ids in new.items()})
-        parts = list(zip(new, step.past, step.new, strict=True))
+        parts = list(zip(new, step.past, step.num_new_tokens, strict=True))
         before = torch.cat([self._before(*part) for part in parts])                     # [M, D]
         tokens = torch.tensor([token for ids in new.values() for token in ids],
                               device=before.device)
         x = self.model(before, self.target.embed(tokens), step)
         step.commit()
-        last = torch.tensor(step.new, device=x.device).cumsum(0) - 1
+        last = torch.tensor(step.num_new_tokens, device=x.device).cumsum(0) - 1
         features = self.target.norm(x[last].to(before.dtype))                           # [B, D]
         for (sequence, past, count), feature in zip(parts, features.split(1), strict=True):
             # Until the target has been there; all before has been read.
