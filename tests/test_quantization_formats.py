@@ -93,7 +93,8 @@ def test_mxfp4_against_the_reader_of_gguf():
     quantized = Quantized.of(FLOATS["mxfp4"], weight)
     codes = quantized.codes.view(6, 2, 32).numpy()
     blocks = np.concatenate(
-        [to_packed(quantized)["scale"].numpy()[..., None], codes[..., :16] | codes[..., 16:] << 4],
+        [to_packed(quantized)["scale"].view(torch.uint8).numpy()[..., None],
+         codes[..., :16] | codes[..., 16:] << 4],
         axis=-1)
     read = gguf.quants.dequantize(blocks.reshape(6, -1), gguf.GGMLQuantizationType.MXFP4)
     assert torch.equal(quantized.dequantize(), torch.from_numpy(read))
@@ -101,8 +102,8 @@ def test_mxfp4_against_the_reader_of_gguf():
 
 def test_a_scale_of_mxfp4_is_stored_as_torchs_e8m0():
     quantized = Quantized.of(FLOATS["mxfp4"], weights())
-    assert torch.equal(to_packed(quantized)["scale"].view(torch.float8_e8m0fnu).float(),
-                       quantized.scale)
+    stored = to_packed(quantized)["scale"]
+    assert stored.dtype == torch.float8_e8m0fnu and torch.equal(stored.float(), quantized.scale)
 
 
 def test_nvfp4_against_a_plain_program():
@@ -119,8 +120,8 @@ def test_nvfp4_against_a_plain_program():
                 np.float32(nearest_e2m1(x / step)) * step if step else 0 for x in numbers]
     quantized = Quantized.of(FLOATS["nvfp4"], weight)
     assert torch.equal(quantized.dequantize(), torch.from_numpy(expected))
-    assert torch.equal(to_packed(quantized)["scale"].view(torch.float8_e4m3fn).float(),
-                       quantized.scale)
+    stored = to_packed(quantized)["scale"]
+    assert stored.dtype == torch.float8_e4m3fn and torch.equal(stored.float(), quantized.scale)
     assert quantized.scale.max() == 448
 
 

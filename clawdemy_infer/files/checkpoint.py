@@ -20,6 +20,7 @@ import torch
 
 from clawdemy_infer.files import layouts
 from clawdemy_infer.files.directory import (
+    FUSED,
     destinations,
     empty_decoder,
     fill,
@@ -149,12 +150,7 @@ def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) ->
                           with_matrices(decoder, tensors))
 
 
-# ---- names ----
-
-FUSED = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-         "out": ("self_attn.o_proj",), "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-         "down": ("mlp.down_proj",)}
-"""Our matrices, and those of a Hugging Face checkpoint of which they are made."""
+# ---- fused and apart ----
 
 
 def _apart(model: QuantizedModel) -> dict[str, Quantized]:

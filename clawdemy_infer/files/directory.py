@@ -86,30 +86,31 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+FUSED = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+         "out": ("self_attn.o_proj",), "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+         "down": ("mlp.down_proj",)}
+"""Our matrices, and those of a Hugging Face checkpoint of which they are made, in order."""
+
+
 def destinations(model: Decoder) -> dict[str, torch.Tensor]:
     """Hugging Face's name of every tensor, and where it goes: a parameter, or the rows of a fused
     one."""
     shape = model.config.shape
     heads = [shape.N * shape.H, shape.K * shape.H, shape.K * shape.H]
-    qkv = [f"self_attn.{part}_proj" for part in "qkv"]
     places = {"model.embed_tokens.weight": model.embed.weight,
               "model.norm.weight": model.norm.weight}
     if model.head is not None:
         places["lm_head.weight"] = model.head.weight
     for i, layer in enumerate(model.layers):
-        gate, up = layer.gate_up.weight.chunk(2)
-        parts = {f"{name}.weight": rows
-                 for name, rows in zip(qkv, layer.qkv.weight.split(heads), strict=True)}
-        if shape.qkv_bias:
-            parts |= {f"{name}.bias": rows
-                      for name, rows in zip(qkv, layer.qkv.bias.split(heads), strict=True)}
-        parts |= {"self_attn.o_proj.weight": layer.out.weight, "mlp.gate_proj.weight": gate,
-                  "mlp.up_proj.weight": up, "mlp.down_proj.weight": layer.down.weight,
-                  "input_layernorm.weight": layer.attention_norm.weight,
-                  "post_attention_layernorm.weight": layer.mlp_norm.weight}
+        parts = {"input_layernorm.weight": layer.attention_norm.weight,
+                 "post_attention_layernorm.weight": layer.mlp_norm.weight}
         if shape.qk_norm:
             parts |= {"self_attn.q_norm.weight": layer.q_norm.weight,
                       "self_attn.k_norm.weight": layer.k_norm.weight}
+        for matrix, names in FUSED.items():
+            for kind, tensor in getattr(layer, matrix).named_parameters():  # weight, maybe a bias
+                rows = tensor.split(heads) if matrix == "qkv" else tensor.chunk(len(names))
+                parts |= {f"{name}.{kind}": each for name, each in zip(names, rows, strict=True)}
         places |= {f"model.layers.{i}.{key}": value for key, value in parts.items()}
     return places
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from clawdemy_infer.quantization.floats import E4M3
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.integers import IntFormat
 
@@ -123,17 +122,16 @@ def from_awq(stored: dict[str, torch.Tensor], format: IntFormat) -> Quantized:
 # ---- packed ----
 
 
+SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn,
+                "e8m0": torch.float8_e8m0fnu}
+
+
 def to_packed(quantized: Quantized) -> dict[str, torch.Tensor]:
     """The tensors that the layout "packed" stores."""
-    format, scale = quantized.format, quantized.scale
-    stored = {"codes": pack(quantized.codes, format.bits)}
-    if format.scale_kind == "e4m3":
-        stored["scale"] = E4M3.encode(scale)
-    elif format.scale_kind == "e8m0":                                           # 2^(code - 127)
-        stored["scale"] = (torch.frexp(scale).exponent + 126).to(torch.uint8)
-    else:
-        stored["scale"] = scale.half() if format.scale_kind == "fp16" else scale
-    if (zero := quantized.zero) is not None:
+    format, zero = quantized.format, quantized.zero
+    stored = {"codes": pack(quantized.codes, format.bits),
+              "scale": quantized.scale.to(SCALE_DTYPES[format.scale_kind])}
+    if zero is not None:
         whole = format.zero_bits == format.bits
         stored["zero"] = pack(zero.to(torch.uint8), format.bits) if whole else zero.half()
     if quantized.outer is not None:
@@ -146,15 +144,11 @@ def to_packed(quantized: Quantized) -> dict[str, torch.Tensor]:
 def from_packed(stored: dict[str, torch.Tensor], format: Format,
                 shape: tuple[int, int]) -> Quantized:
     """What `to_packed` stored, of a matrix of `shape` [N, K]."""
-    scale, zero, group_of = stored["scale"], stored.get("zero"), stored.get("group_of")
-    if format.scale_kind == "e4m3":
-        scale = E4M3.decode(scale)
-    elif format.scale_kind == "e8m0":
-        scale = torch.ldexp(torch.ones(scale.shape, device=scale.device), scale.int() - 127)
+    scale, zero, group_of = stored["scale"].float(), stored.get("zero"), stored.get("group_of")
     if zero is not None and zero.dtype == torch.uint8:
         zero = unpack(zero, format.bits, scale.shape[-1])
     codes = unpack(stored["codes"], format.bits, shape[1], format.signed)
-    return Quantized(format, codes, scale.float(), None if zero is None else zero.float(),
+    return Quantized(format, codes, scale, None if zero is None else zero.float(),
                      stored.get("outer"), None if group_of is None else group_of.long())
 
 
