@@ -28,9 +28,10 @@ def now() -> float:
 @dataclass(frozen=True)
 class Timing:
     """Repeated times of one piece of work, in seconds: we quote `median`, `spread` says how far to
-    trust it."""
+    trust it. `around`: the machine's speeds before and after, where a stopwatch took them."""
 
     seconds: tuple[float, ...]
+    around: tuple = ()
 
     @property
     def median(self) -> float:

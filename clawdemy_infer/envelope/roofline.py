@@ -6,13 +6,17 @@ A `Machine` is a data sheet: one bandwidth, one peak by dtype. One that was meas
 the rate of each kernel by its rows, seconds per operation.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from clawdemy_infer.arithmetic import Work
+from clawdemy_infer.arithmetic import Format, Work
 
 Curve = tuple[tuple[float, float], ...]         # (x, y) points with rising x
 PAGED_ATTENTION = "paged attention"     # the kernel of a decode step over a block table
+KERNELS = {PAGED_ATTENTION: "attention", "elementwise": "element-wise"}     # as parts are named
 
 
 def interpolate(curve: Curve, x: float) -> float:
@@ -26,20 +30,68 @@ def interpolate(curve: Curve, x: float) -> float:
     return curve[-1][1]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """`compute_s`, `memory_s`: each alone. `seconds` takes the larger, operation by operation."""
+class Part(NamedTuple):
+    """One kind of work in a prediction. Its interval is [seconds / (1 + spread), seconds * (1 +
+    spread)]; `bound` is what it waits for: memory, compute, launches or communication."""
 
     seconds: float
+    spread: float = 0.0
+    bound: str = "memory"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds, as an interval and part by part. `compute_s`, `memory_s`: each alone; an operation
+    takes the larger. A part is named like its product, or "attention", "scan", "element-wise",
+    "launches", "communication". The errors of parts are taken as common to all, so widths add."""
+
+    parts: dict[str, Part]
     compute_s: float
     memory_s: float
-    fixed_s: float
-    communication_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return sum([part.seconds for part in self.parts.values()])
+
+    @property
+    def spread(self) -> float:
+        """Half-width of the interval, relative: 0.1 reaches from seconds / 1.1 to seconds * 1.1."""
+        off = sum([part.seconds * part.spread for part in self.parts.values()])
+        return off / (self.seconds or 1)
+
+    @property
+    def low_s(self) -> float:
+        return self.seconds / (1 + self.spread)
+
+    @property
+    def high_s(self) -> float:
+        return self.seconds * (1 + self.spread)
+
+    @property
+    def fixed_s(self) -> float:
+        return self._of("launches").seconds
+
+    @property
+    def communication_s(self) -> float:
+        return self._of("communication").seconds
 
     @property
     def bound(self) -> str:
         return max(("compute", "memory", "fixed", "communication"),
                    key=lambda term: getattr(self, f"{term}_s"))
+
+    def __sub__(self, less: Prediction) -> Prediction:
+        """What more work takes longer: part by part, as equal parts are equally wrong. Above 0
+        always: where the figures cannot tell the two apart, the interval is very wide."""
+        parts = {name: part._replace(seconds=max(part.seconds - less._of(name).seconds, 0.0))
+                 for name, part in self.parts.items()}
+        if not any(part.seconds for part in parts.values()):
+            parts = {"difference": Part(self.seconds / 100, spread=10.0)}
+        return Prediction(parts, max(self.compute_s - less.compute_s, 0.0),
+                          max(self.memory_s - less.memory_s, 0.0))
+
+    def _of(self, name: str) -> Part:
+        return self.parts.get(name, Part(0.0))
 
 
 @dataclass(frozen=True)
@@ -104,7 +156,7 @@ class Machine:
         """Seconds by hand: all FLOPs at peak or all bytes from memory, whichever is longer."""
         return max(work.flops / self.peak(work.dtype), work.bytes / self.bandwidth_at())
 
-    # ---- operation by operation; a measured machine knows better rates for these three ----
+    # ---- operation by operation; a measured machine knows better rates for these four ----
 
     def flops_at(self, op: Work) -> float:
         """FLOP/s that `op` can reach: the peak."""
@@ -118,24 +170,33 @@ class Machine:
         """Seconds that each operation of `work` costs whatever its size."""
         return self.fixed_s_per_op
 
+    def spread_at(self, kernel: str, format: Format) -> float:
+        """How far the figures of `kernel` in `format` may be off, relative: a sheet says nothing."""
+        return 0.0
+
     def bytes_at(self, op: Work, working_set: float) -> float:
         """Bytes/s at which `op` moves its bytes, among others that read `working_set` bytes."""
         return min(self.bandwidth_at(working_set), self.handles_at(op))
-
-    def operation_s(self, op: Work, working_set: float) -> float:
-        """Seconds of one operation among others, without its fixed cost."""
-        return max(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, working_set))
 
     def time(self, work: Work, ops: int = 0, communication_s: float = 0.0) -> Prediction:
         """Seconds for `work`, each of its operations bound by compute or by memory, plus the fixed
         cost of `ops` operations and the time that devices talk, which nothing hides. The working
         set is the whole work: before a step reads the same bytes again it has read all others."""
-        terms = [(op.flops / self.flops_at(op), op.bytes / self.bytes_at(op, work.bytes))
-                 for op in work.operations()]
-        fixed = ops * self.fixed_s(work)
-        seconds = sum(max(term) for term in terms) + fixed + communication_s
-        return Prediction(seconds, sum(c for c, _ in terms), sum(m for _, m in terms), fixed,
-                          communication_s)
+        compute_s, memory_s, parts = 0.0, 0.0, {}
+        for op in work.operations():
+            compute = op.flops / self.flops_at(op)
+            memory = op.bytes / self.bytes_at(op, work.bytes)
+            compute_s, memory_s = compute_s + compute, memory_s + memory
+            kernel = KERNELS.get(op.kernel, op.kernel)
+            name = kernel if kernel and op.kernel != "gemm" else op.name
+            before, spread = parts.get(name, Part(0.0)), self.spread_at(op.kernel, op.weights)
+            bound = "compute" if op.intensity > self.ridge(op.dtype) else "memory"
+            parts[name] = Part(before.seconds + max(compute, memory), spread, bound)
+        launches = Part(ops * self.fixed_s(work), self.spread_at("launches", ""), "launches")
+        talk = Part(communication_s, bound="communication")
+        parts |= {"launches": launches} if ops else {}
+        parts |= {"communication": talk} if communication_s else {}
+        return Prediction(parts, compute_s, memory_s)
 
     def mbu(self, work: Work, seconds: float) -> float:
         """Memory bandwidth utilisation: bytes that had to move, a second, over the bandwidth."""

@@ -1,8 +1,9 @@
-"""Measure this machine once, in a minute or two: the figures from which every calibrated prediction
-is made.
+"""Measure this machine once, in at most 20 seconds: the figures from which every calibrated
+prediction is made.
 
 The probes do the measuring. The result is a `Calibrated` machine, kept in the user's cache with the
-fingerprint of the hardware and the date.
+fingerprint of the hardware, the date, and the spread of every figure. It is never measured again
+unasked.
 """
 
 from __future__ import annotations
@@ -11,34 +12,37 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from clawdemy_infer.envelope.roofline import interpolate
-from clawdemy_infer.fast import FLOATS, computes_in
+from clawdemy_infer.fast import computes_in
 from clawdemy_infer.fast.cpp import cpu_name
-from clawdemy_infer.machine import probes
-from clawdemy_infer.machine.calibrated import SMALL_GEMM, Calibrated
-from clawdemy_infer.machine.probes_attention import attention_rates
+from clawdemy_infer.machine import present, probes
+from clawdemy_infer.machine.calibrated import SMALL_GEMM, Calibrated, Speeds
+from clawdemy_infer.machine.present import default_device
+from clawdemy_infer.machine.probes import Probe
+from clawdemy_infer.machine.probes_attention import attention_probes
 from clawdemy_infer.paths import cache_dir, write_atomically
-from clawdemy_infer.timing import Timing, rates, stopwatch
 
-WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
-PROBES = "2026-11m"
+WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28]
+PROBES = "2026-11n"
 """Version of the probes: a kept calibration of another one is measured anew."""
-PASSES = 3
-"""Times that all probes are gone through, some twenty-five seconds each."""
-MAX_BANDWIDTH_DRIFT = 0.2
-"""Fraction by which main-memory bandwidth may differ from a kept calibration that is used again."""
-MAX_GEMM_DRIFT = 1.3
-"""Factor by which matrix products may differ from it."""
+FORMATS = ("fp32", "bf16")
+"""Formats that every calibration has; another one is measured when it is first asked for."""
+BUDGET_S, FORMAT_BUDGET_S = 20.0, 5.0
+"""Seconds by the clock that a calibration, and another format, may take at most."""
+ONE_SAMPLE_SPREAD = 0.25
+"""Spread of a figure for which there was time to sample only once: nobody knows."""
 
-Figures = dict[str, dict[tuple, float]]
-"""What the probes found, by kind and then by (format, M, ...)."""
+Figures = dict[tuple[str, str, float], tuple[float, float]]
+"""By kind, format and size, the median of the samples and their spread."""
 
 
 def memory_bytes(device: str) -> int:
@@ -46,10 +50,6 @@ def memory_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def fingerprint(device: str) -> dict[str, str]:
@@ -61,66 +61,155 @@ def fingerprint(device: str) -> dict[str, str]:
             "probes": PROBES}
 
 
-def calibrate(device: str | None = None) -> Calibrated:
-    """Measure this machine (about a minute and a half on two cores), keep the result in the user's
-    cache, and return it."""
+# ---- measuring ----
+
+
+def calibrate(device: str | None = None, budget_s: float = BUDGET_S) -> Calibrated:
+    """Measure this machine in at most about `budget_s` seconds, keep the result in the user's
+    cache, and return it. On a busy machine there are fewer samples, and wider spreads."""
     device = device or default_device()
-    path, memory = _path(device), memory_bytes(device)
-    path.parent.mkdir(parents=True, exist_ok=True)      # says before measuring if it cannot be
-    sizes = [size for size in WORKING_SETS if size <= memory / 8]
-    found = typical([measured(device, sizes) for _ in range(PASSES)])
-
-    def points(kind: str, rate: str = "flops_per_s") -> list[dict]:
-        return [dict(zip(("dtype", "m", "name"), where, strict=False)) | {rate: value}
-                for where, value in found[kind].items()]
-
-    fixed = {format: seconds for (format,), seconds in found["fixed"].items()}
-    # A large square product is not always the fastest: a peak is the best rate of any product.
-    peaks = {format: max(rate, *(value for (each, _), value in found["gemm"].items()
-                                 if each == format))
-             for (format,), rate in found["peak"].items()}
-    record = {
-        "name": fingerprint(device)["device"],
-        "bandwidth": [{"bytes": size, "bytes_per_s": rate}
-                      for (size,), rate in found["bandwidth"].items()],
-        "peak_flops": peaks,
-        **{kind: points(kind) for kind in ("gemm", SMALL_GEMM, "head", "attention")},
-        "elementwise": points("elementwise", "bytes_per_s"),
-        "fixed_s_per_op": fixed["fp32"], "fixed": fixed,
-        "threads": torch.get_num_threads() if device == "cpu" else 1, "memory": memory,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "fingerprint": fingerprint(device),
-    }
-    write_atomically(path, json.dumps(record, indent=1))
-    return from_record(record)
+    _path(device).parent.mkdir(parents=True, exist_ok=True)     # says now if it cannot be kept
+    start = time.perf_counter()
+    with one_thread():
+        wanted = of_machine(device) + of_formats(FORMATS, device)
+    record = {"name": fingerprint(device)["device"], "device": device,
+              "threads": torch.get_num_threads() if device == "cpu" else 1,
+              "memory": memory_bytes(device),
+              "date": datetime.now(UTC).isoformat(timespec="seconds"),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__},
+              "fingerprint": fingerprint(device), "budget_s": budget_s}
+    return _keep(record, sampled(wanted, start + budget_s, "calibrating this machine"), start)
 
 
-def measured(device: str, sizes: list[int]) -> Figures:
-    """All probes once."""
-    found: Figures = {"bandwidth": {(size,): rate
-                                    for size, rate in probes.read_bandwidth(sizes, device)}}
-    formats = probes.formats(device)
-    dtypes = dict.fromkeys(computes_in(format, device) for format in formats)
+def calibrate_formats(record: dict, formats: Iterable[str], device: str) -> Calibrated:
+    """The kept `record` with curves for more `formats`, some `FORMAT_BUDGET_S` seconds each, at
+    the speed that the machine had when it was calibrated."""
     for format in formats:
-        for kernel, curve in probes.gemm_rates(format, device).items():
-            found.setdefault(kernel, {}).update({(format, m): rate for m, rate in curve})
-    found["attention"] = {(dtype, m, name): rate for dtype in dtypes
-                          for name, curve in attention_rates(dtype, device).items()
-                          for m, rate in curve}
-    found["elementwise"] = {(dtype, m): rate for dtype in dtypes
-                            for m, rate in probes.elementwise_rates(dtype, device)}
-    found["fixed"] = {(format,): probes.fixed_cost(device, format) for format in formats}
-    found["peak"] = {(format,): probes.peak_flops(format, device) for format in formats}
+        start = time.perf_counter()
+        speeds = present.speeds_now(from_record(record))
+        with one_thread():
+            wanted = of_formats([format], device)
+        found = sampled(wanted, start + FORMAT_BUDGET_S, f"calibrating {format}")
+        found = {where: (figure / _speed_of(where, speeds), spread)
+                 for where, (figure, spread) in found.items()}
+        machine = _keep(record, found, start)
+    return machine
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Make arrays with one thread: on a busy machine, threads wait for one another at every copy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def of_machine(device: str) -> list[Probe]:
+    """The probes of all but products: memory, attention, element-wise work, and the reference of
+    the machine's present speed."""
+    sizes = [size for size in WORKING_SETS if size <= memory_bytes(device) / 8]
+    found = probes.bandwidth_probes(sizes, device)
+    found += [Probe("reference", name, 0, sample) for name, sample in
+              zip(Speeds._fields, present.reference_probes(device), strict=True)]
+    for dtype in dict.fromkeys(computes_in(format, device) for format in FORMATS):
+        found += [*attention_probes(dtype, device), *probes.elementwise_probes(dtype, device)]
     return found
 
 
-def typical(passes: list[Figures]) -> Figures:
-    """Each figure's median over the passes. A shared machine is slow, or fast, for seconds at a
-    time; each figure is measured at several moments, so that all are of the same machine."""
-    return {kind: {where: statistics.median(one[kind][where] for one in passes)
-                   for where in figures}
-            for kind, figures in passes[0].items()}
+def of_formats(formats: Iterable[str], device: str) -> list[Probe]:
+    """The probes of products with weights in `formats`, and of what it costs to start an operation
+    between them."""
+    return [probe for format in formats
+            for probe in (*probes.gemm_probes(format, device), probes.launch_probe(format, device))]
+
+
+def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
+    """Sample all probes in turn until the `deadline` of `time.perf_counter`, so that a neighbour's
+    burst spoils one sample of each and not all of one. The first point of each curve comes first,
+    then the last, then those between: where there is no time, a curve has fewer points."""
+    curves: dict[tuple, list[Probe]] = {}
+    for probe in wanted:
+        curves.setdefault((probe.kind, probe.format), []).append(probe)
+    ranked = [(rank, probe) for curve in curves.values()
+              for rank, probe in enumerate([curve[0], *curve[:0:-1]])]
+    ranked.sort(key=lambda each: each[0])
+    samples: dict[tuple, list[float]] = {}
+    start = shown = time.perf_counter()
+    with tqdm(total=max(deadline - start, 0.1), desc=what, leave=False, file=sys.stderr,
+              bar_format="{desc}: {bar:30} {n:.0f} of at most {total:.0f} s") as bar:
+        while time.perf_counter() < deadline or not samples:
+            for rank, probe in ranked:
+                if rank and time.perf_counter() >= deadline:
+                    break
+                samples.setdefault(probe[:3], []).append(probe.sample())
+                bar.update(min(time.perf_counter() - shown, bar.total - bar.n))
+                shown = time.perf_counter()
+    warm = {where: values[1:] or values for where, values in samples.items()}   # the first was cold
+    return {where: (statistics.median(values), spread(values)) for where, values in warm.items()}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance from the second lowest to the second highest of ten samples, relative to
+    their median; of fewer, from the lowest to the highest."""
+    if len(values) < 2:
+        return ONE_SAMPLE_SPREAD
+    cut, values = len(values) // 10, sorted(values)
+    return (values[-1 - cut] - values[cut]) / 2 / statistics.median(values)
+
+
+def _speed_of(where: tuple, speeds: Speeds) -> float:
+    """What to divide a figure by that was taken at `speeds`: a rate is lower on a slow machine, a
+    price higher."""
+    kind, _, rows = where
+    if kind == "launches":
+        return 1 / speeds.launches
+    return speeds.compute if rows >= present.COMPUTE_ROWS else speeds.memory
+
+
+# ---- keeping ----
+
+
+def _keep(record: dict, found: Figures, start: float) -> Calibrated:
+    """Write `found` into `record`, and that into the user's cache."""
+    def points(*kinds: str, rate: str = "flops_per_s", at: str = "m") -> list[dict]:
+        return [{"dtype": format, at: size, "name": kind, rate: figure, "spread": spread}
+                for (kind, format, size), (figure, spread) in sorted(found.items())
+                if kind.startswith(kinds)]
+
+    def by_format(kind: str, index: int) -> dict[str, float]:
+        return {format: figure[index] for (each, format, _), figure in found.items()
+                if each == kind}
+
+    # A large square product is not always the fastest: a peak is the best rate of any product.
+    peaks = {format: max(figure for (kind, each, _), (figure, _) in found.items()
+                         if each == format and kind in ("peak", "gemm"))
+             for format in by_format("peak", 0)}
+    new = {
+        "bandwidth": [{"bytes": point["bytes"], "bytes_per_s": point["bytes_per_s"],
+                       "spread": point["spread"]}
+                      for point in points("bandwidth", rate="bytes_per_s", at="bytes")],
+        "gemm": [point for point in points("gemm") if point["name"] == "gemm"],
+        SMALL_GEMM: points(SMALL_GEMM), "head": points("head"),
+        "attention": points("attention", "paged"),
+        "elementwise": points("elementwise", rate="bytes_per_s"),
+        "peak_flops": peaks, "fixed": by_format("launches", 0),
+        "reference": by_format("reference", 0),
+        "spreads": {kind: by_format(kind, 1) for kind in ("peak", "launches", "reference")},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    for name, value in new.items():                     # a further format is added to what is kept
+        if isinstance(value, list):
+            record[name] = record.get(name, []) + value
+        elif isinstance(value, dict) and name != "spreads":
+            record[name] = record.get(name, {}) | value
+        else:
+            record.setdefault(name, value)
+    record["fixed_s_per_op"] = record["fixed"]["fp32"]
+    write_atomically(_path(record["device"]), json.dumps(record, indent=1))
+    return from_record(record)
 
 
 def _path(device: str) -> Path:
@@ -129,23 +218,27 @@ def _path(device: str) -> Path:
 
 def from_record(record: dict) -> Calibrated:
     """The machine that a calibration's JSON describes."""
-    def curves(kind: str, rate: str = "flops_per_s") -> dict[str, dict[str, tuple]]:
-        """By name, then by dtype."""
-        found: dict[str, dict[str, tuple]] = {}
+    rates: dict[str, dict[str, tuple]] = {}
+    spreads: dict[str, dict[str, list[float]]] = {}
+    for kind, rate in (("gemm", "flops_per_s"), (SMALL_GEMM, "flops_per_s"),
+                       ("head", "flops_per_s"), ("attention", "flops_per_s"),
+                       ("elementwise", "bytes_per_s")):
         for point in record.get(kind, []):
-            by_dtype = found.setdefault(point.get("name", kind), {})
-            by_dtype.setdefault(point["dtype"], ())
-            by_dtype[point["dtype"]] += ((point["m"], point[rate]),)
-        return found
-
-    rates = curves("gemm") | curves(SMALL_GEMM) | curves("head") | curves("attention")
+            curves = rates.setdefault(point.get("name", kind), {})
+            curves[point["dtype"]] = (*curves.get(point["dtype"], ()), (point["m"], point[rate]))
+            spreads.setdefault(kind, {}).setdefault(point["dtype"], []).append(
+                point.get("spread", 0.0))
+    elementwise = rates.pop("elementwise", {})
+    typical = {kind: {format: statistics.median(values) for format, values in curves.items()}
+               for kind, curves in spreads.items()}
     return Calibrated(
-        name=record["name"],
+        name=record["name"], device=record.get("device", "cpu"),
         bandwidth=tuple((point["bytes"], point["bytes_per_s"]) for point in record["bandwidth"]),
         peak_flops=record["peak_flops"], memory=record["memory"], rates=rates,
-        elementwise=curves("elementwise", "bytes_per_s").get("elementwise", {}),
-        fixed_s_per_op=record["fixed_s_per_op"], fixed=record.get("fixed", {}),
-        threads=record.get("threads", 1), source=f"measured {record['date']}")
+        elementwise=elementwise, fixed_s_per_op=record["fixed_s_per_op"],
+        fixed=record.get("fixed", {}), threads=record.get("threads", 1),
+        spreads=typical | record.get("spreads", {}), reference=record.get("reference", {}),
+        source=f"measured {record['date']}")
 
 
 def kept_record(device: str | None = None) -> dict | None:
@@ -160,75 +253,43 @@ def kept_record(device: str | None = None) -> dict | None:
     return record if valid else None
 
 
-def this_machine(device: str | None = None) -> Calibrated:
-    """This machine's calibration: the kept one while the machine is still as fast as it was then,
-    else a new one.
-
-    A shared machine can lose half its speed to a neighbour within minutes; a prediction from its
-    figures then explains nothing. The check takes a second.
-    """
+def this_machine(device: str | None = None, formats: Sequence[str] = ()) -> Calibrated:
+    """This machine at the speed that it has at this moment: the kept calibration, if there is none
+    a new one, with curves for `formats` too. If the machine has drifted, it says so in one line and
+    measures nothing anew. Raises ValueError for a format that the device has no kernel for."""
     device = device or default_device()
-    if record := kept_record(device):
-        kept = from_record(record)
-        [(_, rate)] = probes.read_bandwidth([int(kept.bandwidth[-1][0])], device, rounds=5)
-        if abs(rate / kept.bandwidth_at() - 1) <= MAX_BANDWIDTH_DRIFT and all(
-                1 / MAX_GEMM_DRIFT < pulse_now(kept, rows, device) < MAX_GEMM_DRIFT
-                for rows in (1, 256)):
-            return kept
-    return calibrate(device)
+    for format in formats:
+        computes_in(format, device)
+    record = kept_record(device)
+    if record is None:
+        calibrate(device)
+        record = kept_record(device)
+    if missing := [format for format in formats if format not in record["peak_flops"]]:
+        calibrate_formats(record, missing, device)
+    machine = from_record(record)
+    machine = machine.at(present.speeds_now(machine))
+    if line := present.drift(machine):
+        print(line)
+    return machine
 
 
-def pulse_now(machine: Calibrated, rows: int, device: str) -> float:
-    """One reading of the `Pulse` in fp32."""
-    pulse = Pulse(machine, "fp32", rows, device)
-    pulse.sample(0.2)
-    return pulse.speed
+# until the lessons have moved
 
 
 class Pulse:
-    """How fast the machine runs *now*, as a fraction of its calibration: the GEMM probe at one M,
-    between the timed runs of something.
+    def __init__(self, machine, format, rows, device=None):
+        self.machine, self.rows, self.around = machine, rows, ()
 
-    A laptop throttles, a rented core has neighbours. What a prediction says of the calibrated
-    machine is divided by `speed` to say it of the machine at that moment. The probe is not the run,
-    and never sees it.
-    """
-
-    def __init__(self, machine: Calibrated, format: str, rows: int,
-                 device: str | None = None) -> None:
-        self.expected = interpolate(machine.rates["gemm"][format], rows)
-        device = device or default_device()
-        dtype = FLOATS[computes_in(format, device)]
-        self.step = probes.gemm_step(probes.gemm_weights(format, device), rows, dtype)
-        self.samples: list[float] = []
-        self.runs: tuple[float, ...] = ()
-
-    def sample(self, seconds: float = 0.03) -> None:
-        """Take the pulse for `seconds`."""
-        self.runs = ()
-        self.samples.append(rates({"now": self.step}, sample_s=seconds, rounds=1)["now"])
+    def sample(self, seconds=0.03):
+        self.around = (*self.around, present.speeds_now(self.machine))
 
     @property
-    def speed(self) -> float:
-        """1 for a machine as fast as when it was calibrated; for timed runs, the speed at which
-        their median was reached. A neighbour's burst slows one run and the pulses around it, so
-        each run is first put beside its own two pulses."""
-        if not self.runs:
-            return statistics.median(self.samples) / self.expected
-        around = [(before + after) / 2 for before, after in pairwise(self.samples)]
-        done = statistics.median(seconds * rate
-                                 for seconds, rate in zip(self.runs, around, strict=True))
-        return done / statistics.median(self.runs) / self.expected
+    def speed(self):
+        kind = "compute" if self.rows >= 32 else "memory"
+        return statistics.mean(getattr(each, kind) for each in self.around) / getattr(
+            self.machine.now, kind)
 
-    def stopwatch(self, work: Callable[[], object], repeats: int = 5) -> Timing:
-        """Time `work()` as `timing.stopwatch` does, with a pulse before the first run, between the
-        runs and after the last."""
-        self.samples, seconds = [], []
-        warmup = stopwatch(work, repeats=1, warmup=0).median
-        pulse_s = min(0.5, max(0.05, warmup / 4))       # longer runs get longer pulses
-        self.sample(pulse_s)
-        for _ in range(repeats):
-            seconds += stopwatch(work, repeats=1, warmup=0).seconds
-            self.sample(pulse_s)
-        self.runs = tuple(seconds)
-        return Timing(self.runs)
+    def stopwatch(self, work, repeats=5):
+        timing = present.bracketed(self.machine)(work, repeats)
+        self.around = timing.around
+        return timing

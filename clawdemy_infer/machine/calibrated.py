@@ -1,13 +1,14 @@
 """A machine that was measured: the roofline's `Machine` with a rate for each kernel at its own
-format and number of rows, and with the price of starting an operation."""
+format and number of rows, the price of starting an operation, and how far each may be off."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from clawdemy_infer.arithmetic import Work
-from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Curve, Machine, interpolate
+from clawdemy_infer.arithmetic import Format, Work
+from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Curve, Machine, Prediction, interpolate
 
 ATTENTION_KEYS = (64, 384, 2048)
 """Keys that each sequence of the decode-attention probes sees."""
@@ -21,6 +22,27 @@ GEMM_NUMBERS = 2**20
 """Numbers in a matrix of the "gemm" probe, about."""
 PRODUCTS = ("gemm", SMALL_GEMM, "head")
 """Rates of matrix products."""
+SHAPE_SPREAD = 0.06
+"""What a probe cannot know of an operation whose sizes are not its own: relative, added to the
+spread of its samples. From settings that no probe used (`clawdemy-infer bench --coverage`)."""
+COMPUTE_ROWS = 32
+"""Rows M from which a product is slowed with the machine's arithmetic and not with its memory."""
+
+
+class Speeds(NamedTuple):
+    """How fast the machine is, as fractions of its calibration: reading, computing, and starting
+    operations."""
+
+    memory: float = 1.0
+    compute: float = 1.0
+    launches: float = 1.0
+
+
+class Interval(NamedTuple):
+    """Seconds from and to."""
+
+    low_s: float
+    high_s: float
 
 
 def decode_attention(kv_heads: float, keys: int) -> str:
@@ -42,12 +64,20 @@ class Calibrated(Machine):
                   bytes/s)
     fixed         seconds that an operation costs between products of weights in that format
     threads       threads that share the heads of an attention, as those of a CPU do
+    spreads       half-width of what the probes found, relative, by kernel and then by format
+    device        "cpu" or "cuda"
+    reference     units/s of the probes of `present` when the machine was calibrated
+    now           the speeds that the figures are scaled to
     """
 
     rates: dict[str, dict[str, Curve]] = field(default_factory=dict)
     elementwise: dict[str, Curve] = field(default_factory=dict)
     fixed: dict[str, float] = field(default_factory=dict)
     threads: int = 1
+    device: str = "cpu"
+    spreads: dict[str, dict[str, float]] = field(default_factory=dict)
+    reference: dict[str, float] = field(default_factory=dict)
+    now: Speeds = Speeds()
 
     def flops_at(self, op: Work) -> float:
         """FLOP/s that `op` can reach: the measured rate of its name or kernel at its format or
@@ -88,8 +118,33 @@ class Calibrated(Machine):
         return interpolate(curve, op.rows) if curve else math.inf
 
     def fixed_s(self, work: Work) -> float:
-        weights = next((op.weights for op in work.operations() if op.weights), "")
-        return self.fixed.get(weights, self.fixed_s_per_op)
+        """Seconds to start each operation beside products of the weights in `work`."""
+        formats = {op.weights for op in work.operations()} & self.fixed.keys()
+        return self.fixed[formats.pop()] if len(formats) == 1 else self.fixed_s_per_op
+
+    def spread_at(self, kernel: str, format: Format) -> float:
+        """The samples' spread, and what a probe cannot know."""
+        spreads = self.spreads.get(kernel, {})
+        return spreads.get(format, max(spreads.values(), default=0.0)) + SHAPE_SPREAD
+
+    def at(self, speeds: Speeds) -> Calibrated:
+        """The same machine at other `speeds`, as fractions of its calibration."""
+        memory, compute, launches = (new / old for new, old in zip(speeds, self.now, strict=True))
+
+        def scaled(curve: Curve, factor: float = memory) -> Curve:
+            return tuple((x, y * factor) for x, y in curve)
+
+        def by_rows(curve: Curve) -> Curve:
+            return tuple((m, y * (compute if m >= COMPUTE_ROWS else memory)) for m, y in curve)
+
+        return replace(
+            self, now=speeds, bandwidth=scaled(self.bandwidth),
+            fixed_s_per_op=self.fixed_s_per_op / launches,
+            fixed={format: seconds / launches for format, seconds in self.fixed.items()},
+            peak_flops={dtype: rate * compute for dtype, rate in self.peak_flops.items()},
+            elementwise={dtype: scaled(curve) for dtype, curve in self.elementwise.items()},
+            rates={kernel: {dtype: by_rows(curve) for dtype, curve in curves.items()}
+                   for kernel, curves in self.rates.items()})
 
 
 def only_products(machine: Machine) -> Machine:
@@ -101,15 +156,16 @@ def only_products(machine: Machine) -> Machine:
     return replace(machine, elementwise={}, rates=rates)
 
 
-def slowed(machine: Calibrated, speed: float) -> Calibrated:
-    """The same machine at `speed` times its calibrated speed."""
-    def scaled(curve: Curve) -> Curve:
-        return tuple((x, y * speed) for x, y in curve)
+def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]) -> Interval:
+    """The interval of `prediction`, and what it would be at the speeds seen `around` the run. The
+    run itself is not looked at."""
+    now = getattr(machine, "now", Speeds())
+    half = 1 + prediction.spread
+    seconds = [sum(part.seconds * getattr(now, part.bound, 1) / getattr(seen, part.bound, 1)
+                   for part in prediction.parts.values()) for seen in around]
+    return Interval(min([prediction.low_s, *(each / half for each in seconds)]),
+                    max([prediction.high_s, *(each * half for each in seconds)]))
 
-    return replace(
-        machine, bandwidth=scaled(machine.bandwidth), fixed_s_per_op=machine.fixed_s_per_op / speed,
-        fixed={format: seconds / speed for format, seconds in machine.fixed.items()},
-        peak_flops={dtype: rate * speed for dtype, rate in machine.peak_flops.items()},
-        elementwise={dtype: scaled(curve) for dtype, curve in machine.elementwise.items()},
-        rates={kernel: {dtype: scaled(curve) for dtype, curve in curves.items()}
-               for kernel, curves in machine.rates.items()})
+
+def slowed(machine: Calibrated, speed: float) -> Calibrated:        # until the lessons have moved
+    return machine.at(Speeds(*(each * speed for each in machine.now)))

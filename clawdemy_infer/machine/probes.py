@@ -1,61 +1,115 @@
 """What can be measured of a machine without a model: the probes that a calibration is made of.
 
 Each is a kind of work of known size that no cache can help, and none is a piece of the model that
-it will predict (those of attention are in `probes_attention`):
+it will predict (those of attention are in `probes_attention`). A probe gives one sample of one
+figure in some hundredths of a second; how many samples there are is the calibration's business.
 
-    read bandwidth      the sum of an array, over working sets: caches show as steps
-    peak FLOP/s         a large square matrix product
-    GEMM rate by M      X[M, k] @ W[k, n] with W fresh from memory each time, for each format of W:
-                        at small M the rate is the reading of W; the same for a wide W, as heads
-                        have, and for small ones
-    element-wise rate   norms, gates and sums between products: bound by memory on a GPU, by
-                        arithmetic and conversion on many CPUs
-    fixed cost          a decoder layer without its matrix products: what PyTorch and Python charge
-                        to start an operation
+    bandwidth     the sum of an array, over working sets: caches show as steps
+    gemm          X[M, k] @ W[k, n] with W fresh from memory each time, for each format of W: at
+                  small M the rate is the reading of W; the same for a wide W, as heads have, and
+                  for small ones
+    elementwise   norms, gates and sums between products: bound by memory on a GPU, by arithmetic
+                  and conversion on many CPUs
+    launches      a decoder layer without its matrix products: what PyTorch and Python charge to
+                  start an operation
+    peak          a large square matrix product
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from clawdemy_infer.arithmetic.work import BYTES
 from clawdemy_infer.fast import FLOATS, FORMATS, PackedLinear, computes_in, copy_of, packable
 from clawdemy_infer.fast.backends import choose
+from clawdemy_infer.fast.kernels import table
 from clawdemy_infer.machine.calibrated import SMALL_GEMM
-from clawdemy_infer.timing import alternate, count_ops, rates, stopwatch
+from clawdemy_infer.timing import count_ops, now
 
-RING_NUMBERS = 2**27
-"""Numbers in all the matrices that a GEMM probe goes through: more than caches hold."""
+RING_BYTES = 2**27
+"""Bytes of all the matrices that a GEMM probe goes through: more than caches hold."""
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
 """(inputs, outputs) of the weights in the GEMM probe: square, wide and tall, of a small model's
 size but of no model's."""
 SMALL_SHAPES = [(320, 320), (320, 1280), (640, 320)]
 HEAD_SHAPES = [(640, 40960)]
-GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
+GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 SMALL_ROWS = [1, 4, 16, 64, 256, 1024]
 HEAD_ROWS = [1, 4, 16, 64]
 PEAK_ROWS = {"cpu": 1536, "cuda": 8192}
 """Rows and columns of the square product that the peak is taken from."""
 ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024, 4096]
-GLUE_LAYERS = 32
-"""Layers of the fixed-cost probe, each with four matrices of a million numbers."""
+GLUE_LAYERS = 8
+"""Layers of the launch probe, each with four matrices of a million numbers."""
+SAMPLE_S = 0.01
+"""Seconds of one sample, or one piece of work if that takes longer."""
+MOST_LAYERS = 8
+"""Layers of element-wise work in one sample."""
+
+
+class Probe(NamedTuple):
+    """One figure of the machine: its kind and format, the size that it is taken at (bytes or rows),
+    and a function that samples it once."""
+
+    kind: str
+    format: str
+    at: float
+    sample: Callable[[], float]
+
+
+def rate_of(step: Callable[[int], float], sample_s: float | None = None) -> Callable[[], float]:
+    """Samples of units/s of `step(i)`, which does the i-th piece and returns its units."""
+    done = 0
+
+    def sample() -> float:
+        nonlocal done
+        units, start, elapsed = 0.0, now(), 0.0
+        while elapsed < (SAMPLE_S if sample_s is None else sample_s):
+            units, done = units + step(done), done + 1
+            elapsed = now() - start
+        return units / elapsed
+    return sample
+
+
+def beyond(more: Callable[[], object], less: Callable[[], object]) -> float:
+    """Seconds that `more()` takes longer than `less()`, run once each, above 0."""
+    start = now()
+    less()
+    between = now()
+    more()
+    return max(now() - between - (between - start), 1e-9)
+
+
+# ---- bandwidth ----
+
+
+def bandwidth_probes(sizes: Sequence[int], device: str) -> list[Probe]:
+    """Bytes/s of torch sums over `sizes` bytes: a lower bound on the hardware."""
+    data = torch.ones(max(sizes) // 4, device=device)
+
+    def read(size: int) -> Callable[[int], int]:
+        view = data[:size // 4]
+
+        def once(_: int) -> int:
+            view.sum()
+            return size
+        return once
+    return [Probe("bandwidth", "", size, rate_of(read(size))) for size in sizes]
 
 
 def read_bandwidth(sizes: list[int], device: str, rounds: int = 3) -> list[tuple[float, float]]:
-    """(bytes, bytes/s) of torch sums over `sizes` bytes: a lower bound on the hardware."""
-    data = torch.ones(max(sizes) // 4, device=device)
+    """(bytes, bytes/s) of the probes above, the median of `rounds` samples each."""
+    return [(probe.at, statistics.median(probe.sample() for _ in range(rounds)))
+            for probe in bandwidth_probes(sizes, device)]
 
-    def rate(size: int) -> float:
-        view = data[:size // 4]
 
-        def read(_: int) -> int:
-            view.sum()
-            return size
-        return rates({"read": read}, rounds=rounds)["read"]
-    return [(size, rate(size)) for size in sizes]
+# ---- matrix products ----
 
 
 def formats(device: str) -> list[str]:
@@ -63,15 +117,24 @@ def formats(device: str) -> list[str]:
     return list(FORMATS if device == "cpu" or choose(device) == "triton" else FLOATS)
 
 
-def gemm_weights(format: str, device: str, numbers: int = RING_NUMBERS,
+def packs(format: str, device: str) -> bool:
+    """Does the kernel of `format` keep a copy of its weight, and nothing else?"""
+    return all(makers[0].__name__ == "cpp_product" for _, makers in
+               table(format, device, choose(device)))
+
+
+def gemm_weights(format: str, device: str, ring_bytes: int | None = None,
                  shapes: Sequence[tuple[int, int]] = SHAPES) -> list[PackedLinear]:
-    """Linear layers of all `shapes`, one behind the other, of about `numbers` numbers in all: so
+    """Linear layers of all `shapes`, one behind the other, of about `ring_bytes` bytes in all: so
     many that each comes from memory when its turn comes."""
-    copies = max(2, numbers // sum(k * n for k, n in shapes))
+    each = sum(k * n for k, n in shapes) * BYTES[format]
+    copies = max(1, round((RING_BYTES if ring_bytes is None else ring_bytes) / each))
     generator = torch.Generator(device).manual_seed(0)
     sources = [packable(format, torch.randn(n, k, device=device, generator=generator))
                for k, n in shapes]
-    return [PackedLinear(format, copy_of(source)) for _ in range(copies) for source in sources]
+    # A product in C++ packs its weight into memory of its own; others use the source as it is.
+    return [PackedLinear(format, source if packs(format, device) else copy_of(source))
+            for _ in range(copies) for source in sources]
 
 
 def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype,
@@ -90,18 +153,23 @@ def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype,
     return step
 
 
-def gemm_rates(format: str, device: str) -> dict[str, list[tuple[float, float]]]:
-    """(M, FLOP/s) of X[M, k] @ W[k, n]: "gemm" for the matrices of layers, `SMALL_GEMM` for smaller
-    ones, "head" for very wide ones."""
-    dtype, curves = FLOATS[computes_in(format, device)], {}
-    for kernel, rows, shapes, numbers in (
-            ("gemm", GEMM_ROWS, SHAPES, RING_NUMBERS),
-            (SMALL_GEMM, SMALL_ROWS, SMALL_SHAPES, RING_NUMBERS // 2),
-            ("head", HEAD_ROWS, HEAD_SHAPES, RING_NUMBERS)):
-        weights = gemm_weights(format, device, numbers, shapes)
-        steps = {m: gemm_step(weights, m, dtype, len(shapes)) for m in rows}
-        curves[kernel] = list(rates(steps, sample_s=0.02, rounds=3).items())
-    return curves
+def gemm_probes(format: str, device: str) -> Iterator[Probe]:
+    """FLOP/s of X[M, k] @ W[k, n]: "gemm" for the matrices of layers, `SMALL_GEMM` for smaller
+    ones, "head" for very wide ones, "peak" for the largest rate that we know how to ask for."""
+    dtype = FLOATS[computes_in(format, device)]
+    for kernel, rows, shapes, ring_bytes in (
+            ("gemm", GEMM_ROWS, SHAPES, RING_BYTES),
+            (SMALL_GEMM, SMALL_ROWS, SMALL_SHAPES, RING_BYTES // 2),
+            ("head", HEAD_ROWS, HEAD_SHAPES, RING_BYTES)):
+        weights = gemm_weights(format, device, ring_bytes, shapes)
+        for m in rows:
+            yield Probe(kernel, format, m, rate_of(gemm_step(weights, m, dtype, len(shapes))))
+    n = PEAK_ROWS[device]
+    square = gemm_weights(format, device, 1, [(n, n)])
+    yield Probe("peak", format, n, rate_of(gemm_step(square, n, dtype, 1)))
+
+
+# ---- what is between products ----
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -111,11 +179,9 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return wide.to(x.dtype) * weight
 
 
-@torch.inference_mode()
-def elementwise_rates(dtype: str, device: str, width: int = 1024,
-                      layers: int = 16) -> list[tuple[float, float]]:
-    """(M, bytes/s) of norms, gates and residual sums, counted as the arithmetic counts them: as if
-    each were one fused operation.
+def elementwise_probes(dtype: str, device: str, width: int = 1024) -> Iterator[Probe]:
+    """Bytes/s of norms, gates and residual sums, counted as the arithmetic counts them: as if each
+    were one fused operation.
 
     PyTorch makes several operations of each and moves more, so this is a rate of useful bytes, far
     below the bandwidth. As in a decoder, a product sweeps its weight through the caches after each.
@@ -124,13 +190,14 @@ def elementwise_rates(dtype: str, device: str, width: int = 1024,
     """
     token = torch.randn(1, width, device=device)
     norm_weight = torch.ones(width, device=device, dtype=FLOATS[dtype])
-    weights = [torch.randn(width, width, device=device) for _ in range(3 * layers)]
+    weights = [torch.randn(width, width, device=device) for _ in range(3 * MOST_LAYERS)]
 
     def on(rows: int, layers: int) -> Callable[[], None]:
         first = torch.randn(rows, width, device=device).to(FLOATS[dtype])
         gate_up = [torch.randn(rows, 2 * width, device=device).to(FLOATS[dtype]).chunk(2, dim=-1)
                    for _ in range(layers // 2)]
 
+        @torch.inference_mode()
         def run() -> None:
             x = first
             for i in range(layers):
@@ -144,14 +211,14 @@ def elementwise_rates(dtype: str, device: str, width: int = 1024,
                 F.linear(token, and_again)
         return run
 
-    bytes_per_row = (2 + 3 + 3) * width * FLOATS[dtype].itemsize        # in one layer
-    found = []
+    def sample(m: int, layers: int) -> Callable[[], float]:
+        many, one, bytes_per_row = on(m, layers), on(1, layers), (2 + 3 + 3) * width * size
+        return lambda: layers * bytes_per_row * (m - 1) / beyond(many, one)
+
+    size = FLOATS[dtype].itemsize
     for m in ELEMENTWISE_ROWS if device == "cpu" else [2**13]:  # a GPU runs 256 rows as fast as one
-        some = max(2, min(layers, 2**14 // m))          # layers: of thousands of rows a few will do
-        times = alternate({"many": on(m, some), "one": on(1, some)}, repeats=7)
-        seconds = max(times["many"].beyond(times["one"]), 1e-9)
-        found.append((m, some * bytes_per_row * (m - 1) / seconds))
-    return found
+        some = max(2, min(MOST_LAYERS, 2**14 // m))     # layers: of thousands of rows a few will do
+        yield Probe("elementwise", dtype, m, sample(m, some))
 
 
 class Glue:
@@ -184,8 +251,7 @@ class Glue:
         return x + y
 
 
-@torch.inference_mode()
-def fixed_cost(device: str, format: str = "fp32") -> float:
+def launch_probe(format: str, device: str) -> Probe:
     """Seconds to start one operation in the mix of a decode step with weights in `format`, Python
     included: the mean over `Glue`.
 
@@ -195,26 +261,26 @@ def fixed_cost(device: str, format: str = "fp32") -> float:
     dtype = FLOATS[computes_in(format, device)]
     layers = [Glue(device, dtype) for _ in range(GLUE_LAYERS)]
     x, row = (torch.randn(1, 1, width, device=device).to(dtype) for width in (512, 1024))
-    weights = gemm_weights(format, device, 4 * GLUE_LAYERS * 2**20, [(1024, 1024)])
+    weights = gemm_weights(format, device, int(4 * GLUE_LAYERS * 2**20 * BYTES[format]),
+                           [(1024, 1024)])
     products = [[partial(w, row[0]) for w in weights[i:i + 4]] for i in range(0, len(weights), 4)]
 
+    @torch.inference_mode()
     def products_alone() -> None:
         for four in products:
             for product in four:
                 product()
 
+    @torch.inference_mode()
     def with_glue() -> None:
         for layer, four in zip(layers, products, strict=True):
             layer(x, four)
 
-    times = alternate({"products": products_alone, "both": with_glue}, repeats=11)
     ops = count_ops(with_glue) - count_ops(products_alone)
-    return max(0.0, times["both"].beyond(times["products"])) / ops
+    return Probe("launches", format, 1, lambda: beyond(with_glue, products_alone) / ops)
 
 
-def peak_flops(format: str, device: str) -> float:
-    """FLOP/s of a square matrix product, the largest rate we know how to ask for."""
-    n = PEAK_ROWS[device]
-    [product, *_] = gemm_weights(format, device, n * n, [(n, n)])
-    a = torch.randn(n, n, device=device).to(FLOATS[computes_in(format, device)])
-    return 2 * n**3 / stopwatch(torch.inference_mode()(lambda: product(a)), repeats=3).best
+def fixed_cost(device: str, format: str = "fp32", samples: int = 11) -> float:
+    """Seconds to start one operation now: the median of `samples` samples of `launch_probe`."""
+    sample = launch_probe(format, device).sample
+    return statistics.median(sample() for _ in range(samples))

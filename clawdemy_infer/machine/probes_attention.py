@@ -8,7 +8,7 @@ block pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,23 +16,26 @@ from clawdemy_infer.attention import attend
 from clawdemy_infer.envelope.roofline import PAGED_ATTENTION
 from clawdemy_infer.fast import FLOATS
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
+from clawdemy_infer.kv_cache.paged import PagedStep
 from clawdemy_infer.machine.calibrated import ATTENTION_KEYS, decode_attention
-from clawdemy_infer.timing import alternate, rates
+from clawdemy_infer.machine.probes import Probe, beyond, rate_of
 
-DECODE_ROWS = [1, 2, 4, 8, 16]
+DECODE_ROWS = [1, 3, 8, 16]
 """Query heads to a KV head in a decode step."""
-PREFILL_ROWS = [48, 192, 432, 768, 1536, 2112, 3072]
+PREFILL_ROWS = [48, 192, 768, 1536, 3072]
 """Three for each position of a prompt. PyTorch's kernel for CPUs takes larger blocks from 192
 positions on, and again from 768 on."""
-PAGED_ROWS = [1, 4, 16]
-RING_KEYS = 2**20
-"""Keys and values that the decode probes go through: 256 MB of fp32, more than caches hold."""
+PAGED_ROWS = [1, 3, 16]
+RING_KEYS = 2**19
+"""Keys and values that the decode probes go through: 128 MB of fp32, more than caches hold."""
+PAGED_KEYS = 384
+"""Mean keys of a sequence in the probe of paged attention."""
 
 
-def attention_rates(dtype: str, device: str, kv_heads: int = 4,
-                    head_dim: int = 64) -> dict[str, list[tuple[float, float]]]:
-    """(M, FLOP/s) of attention, M query rows to each KV head, by the names of `decode_attention`,
-    and "attention" for any.
+def attention_probes(dtype: str, device: str, kv_heads: int = 4,
+                     head_dim: int = 64) -> Iterator[Probe]:
+    """FLOP/s of attention, M query rows to each KV head, by the names of `decode_attention`, and
+    "attention" for any.
 
     Decode steps are of one sequence and of 16, over few keys and many, of which "attention" has
     those in the middle. Their keys and values come from memory: a step reads all other layers
@@ -42,7 +45,7 @@ def attention_rates(dtype: str, device: str, kv_heads: int = 4,
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, head_dim, device=device).to(FLOATS[dtype])
 
-    kept = tensor(RING_KEYS)
+    kept = tensor(RING_KEYS // 16).repeat(16, 1)
 
     def decode(m: int, batch: int, keys: int) -> Callable[[int], int]:
         q, size = tensor(batch, m * kv_heads), 2 * batch * kv_heads * keys
@@ -62,46 +65,49 @@ def attention_rates(dtype: str, device: str, kv_heads: int = 4,
             return 4 * kv_heads * head_dim * 3 * T * (T + 1) / 2
         return one
 
-    steps = {(decode_attention(batch * kv_heads, keys), m): decode(m, batch, keys)
-             for batch in (1, 16) for keys in ATTENTION_KEYS for m in DECODE_ROWS}
-    steps |= {("attention", m): prefill(m) for m in PREFILL_ROWS}
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for (name, m), rate in rates(steps, sample_s=0.015, rounds=3).items():
-        curves.setdefault(name, []).append((m, rate))
-    middle = decode_attention(kv_heads, ATTENTION_KEYS[1])
-    curves["attention"] = curves[middle] + curves["attention"]
-    return curves | {PAGED_ATTENTION: paged_rates(dtype)} if device == "cpu" else curves
+    for batch in (1, 16):
+        for keys in ATTENTION_KEYS:
+            for m in DECODE_ROWS:
+                yield Probe(decode_attention(batch * kv_heads, keys), dtype, m,
+                            rate_of(decode(m, batch, keys)))
+    for m in PREFILL_ROWS:
+        yield Probe("attention", dtype, m, rate_of(prefill(m)))
+    if device == "cpu":
+        yield from paged_probes(dtype)
 
 
-@torch.inference_mode()
-def paged_rates(dtype: str, batch: int = 8, keys: int = 384, kv_heads: int = 4,
-                head_dim: int = 64) -> list[tuple[float, float]]:
-    """(M, FLOP/s) of a decode step's attention over the blocks of a pool, M query heads to a KV
-    head, for sequences of half as many to half as many again as `keys`; beyond what it costs them
+def paged_probes(dtype: str, batch: int = 8, kv_heads: int = 4,
+                 head_dim: int = 64) -> Iterator[Probe]:
+    """FLOP/s of a decode step's attention over the blocks of a pool, M query heads to a KV head,
+    for sequences of half as many to half as many again as `PAGED_KEYS`; beyond what it costs them
     to see one key each, which is the price of starting its operations."""
-    lengths = [keys // 2 + keys * i // (batch - 1) for i in range(batch)]
-    layers = 24                                         # in fp32 151 MB: caches do not hold it
+    lengths = [PAGED_KEYS // 2 + PAGED_KEYS * i // (batch - 1) for i in range(batch)]
+    layers = 12                                         # in fp32 75 MB: caches do not hold it
     flops = 4 * head_dim * kv_heads * (sum(lengths) - batch) * layers   # at M = 1
 
-    def decode(m: int, lengths: list[int]) -> Callable[[], None]:
+    def step_over(lengths: list[int]) -> PagedStep:
         pool = BlockPool(sum(-(-length // 16) for length in lengths), 16)
         cache = PagedCache(BlockTables(pool), layers, kv_heads, head_dim, dtype=FLOATS[dtype])
         for sequence, length in enumerate(lengths):
             cache.add(sequence)
             if length > 1:
                 cache.begin({sequence: range(length - 1)}).commit()
-        step = cache.begin({sequence: [0] for sequence in range(batch)})
+        return cache.begin({sequence: [0] for sequence in range(batch)})
+
+    def decode(m: int, step: PagedStep) -> Callable[[], None]:
         q, k, v = (torch.randn(batch, heads, head_dim).to(FLOATS[dtype])
                    for heads in (kv_heads * m, kv_heads, kv_heads))
 
+        @torch.inference_mode()
         def run() -> None:
             for layer in range(layers):
                 step.attend(layer, q, k, v)
         return run
 
-    found = []
+    def sample(m: int) -> Callable[[], float]:
+        keys, none = decode(m, many), decode(m, few)
+        return lambda: m * flops / beyond(keys, none)
+
+    many, few = step_over(lengths), step_over([1] * batch)
     for m in PAGED_ROWS:
-        works = {"keys": decode(m, lengths), "none": decode(m, [1] * batch)}
-        times = alternate(works, repeats=5)
-        found.append((m, m * flops / max(times["keys"].beyond(times["none"]), 1e-9)))
-    return found
+        yield Probe(PAGED_ATTENTION, dtype, m, sample(m))

@@ -149,7 +149,7 @@ def sampling_seconds(machine: Machine, shape: ModelShape, rows: int, sampling: S
     per_logit = LOGIT_BYTES_SAMPLED if sampling.temperature else LOGIT_BYTES_GREEDY
     work = Work(0, rows * shape.V * per_logit, "sampling", kernel="elementwise",
                 rows=rows * shape.V / shape.D)
-    return machine.operation_s(work, work.bytes)
+    return machine.time(work).seconds
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""How fast the machine is at this moment: three probes of a tenth of a second, beside what they found
+when it was calibrated.
+
+A laptop throttles, a rented core has neighbours. The probes run before a prediction is made and
+right before and right after the run that it predicts, never within it, and they know nothing of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.machine import probes
+from clawdemy_infer.machine.calibrated import Calibrated, Speeds
+from clawdemy_infer.timing import Timing, stopwatch
+
+RING_BYTES = 2**26
+"""Bytes of fp32 weights that the probes go through: more than caches hold."""
+COMPUTE_ROWS = 256
+"""Rows M of a product that is bound by arithmetic on a CPU."""
+SAMPLES = 5
+"""Samples of each of the three probes, of some 20 ms."""
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def reference_probes(device: str) -> Speeds:
+    """A function for each of `Speeds` that samples it once, in units/s: FLOPs of a product with one
+    row, of one with many, and operations started."""
+    weights = probes.gemm_weights("fp32", device, RING_BYTES)
+    memory, compute = (probes.rate_of(probes.gemm_step(weights, m, torch.float32), sample_s=0.02)
+                       for m in (1, COMPUTE_ROWS))
+    layer, x = probes.Glue(device, torch.float32), torch.randn(1, 1, 512, device=device)
+
+    @torch.inference_mode()
+    def start(_: int) -> int:
+        layer(x, [lambda: None] * 4)
+        return 1
+    return Speeds(memory, compute, probes.rate_of(start))
+
+
+def speeds_now(machine: Machine) -> Speeds:
+    """The machine's speeds at this moment, as fractions of its calibration: medians of `SAMPLES`
+    samples, taken in turn. 1 for a machine that was not measured here."""
+    if not getattr(machine, "reference", None):
+        return Speeds()
+    found = [[sample() for sample in reference_probes(machine.device)] for _ in range(SAMPLES)]
+    return Speeds(*(statistics.median(samples) / machine.reference[name]
+                    for name, samples in zip(Speeds._fields, zip(*found, strict=True), strict=True)))
+
+
+def bracketed(machine: Machine) -> Callable[..., Timing]:
+    """A stopwatch, called like `timing.stopwatch`, that keeps in `Timing.around` the machine's
+    speeds right before and right after the runs."""
+    def watch(work: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Timing:
+        before = speeds_now(machine)
+        timing = stopwatch(work, repeats, warmup)
+        return replace(timing, around=(before, speeds_now(machine)))
+    return watch
+
+
+def drift(machine: Calibrated, most: float = 0.2) -> str:
+    """One line if the machine is now faster or slower than its calibration by more than `most`, and
+    what to do; else nothing."""
+    if all(1 / (1 + most) <= speed <= 1 + most for speed in machine.now):
+        return ""
+    memory, compute, launches = machine.now
+    return (f"The machine is not as it was calibrated ({machine.source}): it reads memory at "
+            f"{memory:.0%}, computes at {compute:.0%} and starts operations at {launches:.0%} of "
+            "the speed it had. Predictions are made for today's speed; `clawdemy-infer calibrate` "
+            "measures it anew.")
