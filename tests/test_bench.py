@@ -16,7 +16,7 @@ from clawdemy_infer.lesson.steps import (
     time_prefill,
     work_of,
 )
-from clawdemy_infer.machine.calibrated import Calibrated
+from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.rigs import bench, breakdown
 from clawdemy_infer.rigs.bench import BenchRow, bounds, measure
@@ -36,20 +36,20 @@ def model():
 
 @pytest.fixture
 def calm(monkeypatch):
-    """A pulse that finds the machine half as fast as it was calibrated, and measures nothing."""
-    class Calm:
-        speed = 0.5
+    """A machine at half the speed that it was calibrated at, which falls to a quarter during the
+    run; nothing is measured."""
+    half, quarter = Speeds(0.5, 0.5, 0.5), Speeds(0.25, 0.25, 0.25)
+    watched = []
 
-        def __init__(self, *arguments):
-            self.arguments = arguments
-            made.append(self)
-
-        def stopwatch(self, work, repeats):
+    def bracketed(machine):
+        def watch(work, repeats):
             work()
-            return Timing((1.0, 2.0, 3.0))
-    made = []
-    monkeypatch.setattr(bench, "Pulse", Calm)
-    return made
+            watched.append(machine.now)
+            return Timing((1.0, 2.0, 3.0), around=(half, quarter))
+        return watch
+    monkeypatch.setattr(bench, "at_present", lambda machine: machine.at(half))
+    monkeypatch.setattr(bench, "bracketed", bracketed)
+    return watched
 
 
 # ---- the model on the stopwatch ----
@@ -151,15 +151,17 @@ def test_every_row_of_the_card_is_measured_in_its_order(model, calm):
     allowed = bounds(SHAPE, MACHINE, 1e6, wanted)
     rows = list(measure(model, MACHINE, allowed))
     assert [(row.phase, row.weights, row.batch, row.context) for row in rows] == wanted
-    # The pulse is taken at the M of the row: B·T of a prefill, B of a decode step. Two rows of the
-    # same M share one.
-    assert [pulse.arguments[1:3] for pulse in calm] == [("fp32", 14), ("fp32", 30), ("fp32", 2)]
+    assert calm == [Speeds(0.5, 0.5, 0.5)] * 4
     for row, before in zip(rows, allowed, strict=True):
         ops = step_ops(model, 2) if row.phase == "prefill" else step_ops(model, batch=row.batch)
         work = work_of(SHAPE, row.phase, "fp32", row.batch, row.context)
         assert row.napkin_s == before["napkin_s"]
         # At half the speed it takes twice as long.
-        assert row.predicted_s == pytest.approx(MACHINE.time(work, ops).seconds / 0.5)
+        said = MACHINE.time(work, ops)
+        assert row.predicted_s == pytest.approx(said.seconds / 0.5)
+        # The interval holds what the machine would do at the speeds before and after the run.
+        assert row.predicted_low_s == pytest.approx(said.low_s / 0.5)
+        assert row.predicted_high_s == pytest.approx(said.high_s / 0.25)
         assert row.measured_s == 2.0 and row.spread == pytest.approx(0.5)
         assert row.ratio == pytest.approx(2.0 / row.predicted_s)
 
@@ -167,18 +169,23 @@ def test_every_row_of_the_card_is_measured_in_its_order(model, calm):
 def test_a_prediction_is_made_before_its_run(model, calm, monkeypatch):
     """Whatever the run takes, the prediction stays the same."""
     [first] = measure(model, MACHINE, bounds(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
-    monkeypatch.setattr(bench.Pulse, "stopwatch", lambda self, work, repeats: Timing((77.0,)))
+    watch = bench.bracketed(MACHINE)
+    monkeypatch.setattr(bench, "bracketed", lambda machine: lambda work, repeats: Timing(
+        (77.0,), watch(work, repeats).around))
     [second] = measure(model, MACHINE, bounds(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
     assert (first.measured_s, second.measured_s) == (2.0, 77.0)
     assert first.predicted_s == second.predicted_s
+    assert (first.predicted_low_s, first.predicted_high_s) == (
+        second.predicted_low_s, second.predicted_high_s)
 
 
 def test_a_row_in_json_has_the_fields_that_scripts_rely_on():
-    row = BenchRow("decode", "bf16", 3, 64, napkin_s=0.010, predicted_s=0.016, measured_s=0.020,
-                   spread=0.01, speed=0.9)
+    row = BenchRow("decode", "bf16", 3, 64, napkin_s=0.010, predicted_s=0.016,
+                   predicted_low_s=0.014, predicted_high_s=0.018, measured_s=0.020, spread=0.01)
     assert row.as_dict() == {
         "phase": "decode", "weights": "bf16", "batch": 3, "context": 64, "napkin_s": 0.010,
-        "predicted_s": 0.016, "measured_s": 0.020, "spread": 0.01, "speed": 0.9,
+        "predicted_s": 0.016, "predicted_low_s": 0.014, "predicted_high_s": 0.018,
+        "measured_s": 0.020, "spread": 0.01, "inside": False,
         "ratio": pytest.approx(1.25), "fraction_of_bound": pytest.approx(0.5)}
     assert all(math.isfinite(value) for value in row.as_dict().values() if isinstance(value, float))
 
@@ -202,3 +209,11 @@ def test_a_step_that_is_one_call_has_no_parts_to_be_seen(model, monkeypatch):
     monkeypatch.setattr(model, "runner", type("InOneCall", (), {"backend": "cpp"})())
     with pytest.raises(ValueError, match="model: its steps are one call of C"):
         breakdown.breakdown(model, MACHINE, "decode", 1, 9)
+
+
+def test_coverage_and_width_are_counted_over_the_rows():
+    """Three of four measurements inside; widths of 20 %, 10 %, 20 % and 50 % either way."""
+    rows = [BenchRow("decode", "fp32", 1, 8, 1.0, 2.0, 2.0 / wide, 2.0 * wide, measured, 0.0)
+            for wide, measured in ((1.2, 2.3), (1.1, 2.1), (1.2, 1.7), (1.5, 3.1))]
+    found = bench.prediction_errors(rows)
+    assert found["coverage"] == 0.75 and found["width"] == pytest.approx(0.2)

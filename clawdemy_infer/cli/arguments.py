@@ -116,8 +116,9 @@ def running(args: Args, weights: str | None = None):
         return faster(plain, weights, compile=args.compile)
 
 
-def calibrated(device: str):
-    """The calibration of this machine, made now if there is none."""
+def calibrated(device: str, formats: Sequence[str] = ()):
+    """This machine's calibration, with `formats`, made now if there is none."""
     from clawdemy_infer.machine.calibrate import this_machine
-    say("Looking at this machine; up to two minutes if it must be calibrated …")
-    return this_machine(device)
+    say("Looking at this machine; up to 20 seconds if it must be calibrated …")
+    with checked():
+        return this_machine(device, formats)

@@ -42,13 +42,13 @@ def run(args: Args) -> int:
 def ours(args: Args) -> int:
     import psutil
     load_average = psutil.getloadavg()[0]       # before we add to it ourselves
-    from clawdemy_infer.machine.calibrate import default_device
+    from clawdemy_infer.machine.present import default_device
     from clawdemy_infer.rigs.bench import bounds, measure, prediction_errors
     from clawdemy_infer.rigs.breakdown import breakdown
 
     # 1. What is asked for, refused before anything is timed.
     device = default_device()
-    machine = arguments.calibrated(device)
+    machine = arguments.calibrated(device, args.weights)
     if unknown := [weights for weights in args.weights if weights not in machine.peak_flops]:
         raise UsageError(f"weights={unknown[0]!r}: {machine.name} is calibrated for "
                          f"{', '.join(machine.peak_flops)}")
@@ -94,7 +94,8 @@ def ours(args: Args) -> int:
         notes.append(f"Compiled code was run, for which its seconds were: {took}.")
     off = prediction_errors(rows) if rows else {}
     said = [f"Prediction of {off['rows']} rows: median error {off['median']:.0%}, worst "
-            f"{off['worst']:.0%} ({off['worst_row']})."] if off else []
+            f"{off['worst']:.0%} ({off['worst_row']}). {off['coverage']:.0%} of the measurements "
+            f"are inside their interval, which is ±{off['width']:.0%} wide."] if off else []
     result = {"card": {"model": shape.name, "machine": machine.name, "memory_bytes": memory,
                        "bandwidth": machine.bandwidth_at(), "peak_flops": machine.peak_flops,
                        "fixed_s_per_op": machine.fixed_s_per_op, "rows": allowed},
@@ -102,8 +103,8 @@ def ours(args: Args) -> int:
     result |= {"compile_s": compile_s} if args.compile else {}
     result |= {"breakdown": parts} if args.breakdown else {}
     answer(args.json, result, "",
-           table_of(result["rows"], "phase weights batch context napkin_s predicted_s measured_s "
-                    "spread ratio fraction_of_bound"),
+           table_of(result["rows"], "phase weights batch context napkin_s predicted_s "
+                    "predicted_low_s predicted_high_s measured_s spread inside fraction_of_bound"),
            *(table_of(each["parts"], "name flops bytes predicted_s measured_s residual_s",
                       f"{each['phase']} in {each['weights']}, batch {each['batch']:,}, context "
                       f"{each['context']:,}") for each in parts), *notes, *said)
@@ -111,14 +112,9 @@ def ours(args: Args) -> int:
 
 
 def notes_on(rows: list, allowed: list[dict], memory: float, load_average: float) -> list[str]:
-    from clawdemy_infer.rigs.bench import MIN_SPEED
     notes = [f"{row['phase']} in {row['weights']} of batch {row['batch']:,} and context "
              f"{row['context']:,} was not timed: it needs {si(row['memory_bytes'], 'B')}, and "
              f"there are {si(memory, 'B')}." for row in allowed if not row["fits"]]
-    if slow := [row.speed for row in rows if row.speed < MIN_SPEED]:
-        notes.append(f"WARNING: during {len(slow)} of {len(rows)} rows the machine ran at "
-                     f"{min(slow):.0%} of its calibrated speed or little more: something else "
-                     "runs on it. End it and measure again.")
     spread = max((row.spread for row in rows), default=0)
     if load_average > 0.5 or spread > 0.15:
         notes.append(f"The machine is busy (load average {load_average:.1f} at the start, spread "

@@ -13,16 +13,17 @@ def add(subparsers) -> None:
 def run(args: Args) -> int:
     from clawdemy_infer.lesson import ledger
     from clawdemy_infer.machine import calibrate
-    say("Measuring this machine, up to two minutes: bandwidth by working set, FLOP/s by dtype and "
+    say("Measuring this machine for 20 seconds: bandwidth by working set, FLOP/s by dtype and "
         "rows, the fixed cost of an operation …")
     calibrate.calibrate()
     record = calibrate.kept_record()
     peaks = ", ".join(f"{dtype} {si(peak, 'FLOP/s')}"
                       for dtype, peak in record["peak_flops"].items())
-    header = ("working set", "read bandwidth")
+    header = ("working set", "read bandwidth", "spread")
     answer(args.json, {"machine": record, "versions": ledger.versions()},
            f"{record['name']}, {si(record['memory'], 'B')} of memory",
-           Table(header, [(si(point["bytes"], "B"), si(point["bytes_per_s"], "B/s"))
+           Table(header, [(si(point["bytes"], "B"), si(point["bytes_per_s"], "B/s"),
+                                   f"±{point['spread']:.0%}")
                           for point in record["bandwidth"]], numeric=header),
            curve(record, "gemm", "matrix product, rows M"),
            curve(record, "head", "very wide matrix product, rows M"),

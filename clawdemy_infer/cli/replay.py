@@ -200,15 +200,17 @@ def compare(args: Args, requests: list) -> int:
                             args.kv_bytes or 2**30, directory, say)
     best = found.tokens_per_s("ours, continuous")
     rows = [{"server": name, "output_tokens_per_s": found.tokens_per_s(name), "seconds": times,
-             "speed": found.speeds.get(name), "ours_over_it": best / found.tokens_per_s(name)}
+             "speeds": found.speeds[name]._asdict() if name in found.speeds else None,
+             "ours_over_it": best / found.tokens_per_s(name)}
             for name, times in found.seconds.items()]
     simulated = [{"server": name, "metric": metric, "simulated": said, "measured": was,
                   "ratio": was / said if said else None}
                  for name, metric, said, was in found.simulated]
-    at = ", ".join(f"{speed:.0%} ({name})" for name, speed in found.speeds.items())
+    at = ", ".join(f"{speeds.memory:.0%} ({name})" for name, speeds in found.speeds.items())
     answer(args.json,
            {"machine": machine.name, "tokens": found.tokens, "rows": rows, "simulated": simulated},
            table_of(rows, "server output_tokens_per_s ours_over_it"),
            table_of(simulated, "server metric simulated measured ratio"),
-           f"The machine ran at {at} of its calibrated speed; the simulator was told so alone.")
+           f"The machine read memory at {at} of its calibrated speed; the simulator was told "
+           "its speeds alone.")
     return 0

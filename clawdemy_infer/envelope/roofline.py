@@ -171,7 +171,7 @@ class Machine:
         return self.fixed_s_per_op
 
     def spread_at(self, kernel: str, format: Format) -> float:
-        """How far the figures of `kernel` in `format` may be off, relative: a sheet says nothing."""
+        """How far the figures of `kernel` in `format` may be off, relative: 0 on a sheet."""
         return 0.0
 
     def bytes_at(self, op: Work, working_set: float) -> float:
@@ -189,9 +189,10 @@ class Machine:
             compute_s, memory_s = compute_s + compute, memory_s + memory
             kernel = KERNELS.get(op.kernel, op.kernel)
             name = kernel if kernel and op.kernel != "gemm" else op.name
-            before, spread = parts.get(name, Part(0.0)), self.spread_at(op.kernel, op.weights)
+            spread = self.spread_at(op.kernel, op.weights or op.dtype)
             bound = "compute" if op.intensity > self.ridge(op.dtype) else "memory"
-            parts[name] = Part(before.seconds + max(compute, memory), spread, bound)
+            seconds = parts.get(name, Part(0.0)).seconds + max(compute, memory)
+            parts[name] = Part(seconds, spread, bound)
         launches = Part(ops * self.fixed_s(work), self.spread_at("launches", ""), "launches")
         talk = Part(communication_s, bound="communication")
         parts |= {"launches": launches} if ops else {}

@@ -63,9 +63,9 @@ def dequantized(codes: Codes) -> Kernel:
 def weight_only_int8(codes: Codes) -> Kernel:
     """8-bit weights, bf16 activations. (FBGEMM's integer products are faster, but round activations
     too, and overflow on a CPU without VNNI.) Raises NotImplementedError for rows of weights that
-    PyTorch's kernel would read beyond their end."""
-    if codes.codes.shape[1] < 16:
-        raise NotImplementedError(f"codes {list(codes.codes.shape)}: 16 inputs or more are "
+    PyTorch's kernel, which loads 16 numbers at a time, would read beyond their end."""
+    if codes.codes.shape[1] % 16:
+        raise NotImplementedError(f"codes {list(codes.codes.shape)}: a multiple of 16 inputs is "
                                   "accepted")
     weight, scales = codes.codes, codes.scales.bfloat16()
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), weight, scales).to(x.dtype)

@@ -98,7 +98,7 @@ def calibrate_formats(record: dict, formats: Iterable[str], device: str) -> Cali
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Make arrays with one thread: on a busy machine, threads wait for one another at every copy."""
+    """Make arrays with one thread: on a busy machine, threads wait for one another at each copy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -110,7 +110,7 @@ def one_thread() -> Iterator[None]:
 def of_machine(device: str) -> list[Probe]:
     """The probes of all but products: memory, attention, element-wise work, and the reference of
     the machine's present speed."""
-    sizes = [size for size in WORKING_SETS if size <= memory_bytes(device) / 8]
+    sizes = [size for size in reversed(WORKING_SETS) if size <= memory_bytes(device) / 8]
     found = probes.bandwidth_probes(sizes, device)
     found += [Probe("reference", name, 0, sample) for name, sample in
               zip(Speeds._fields, present.reference_probes(device), strict=True)]
@@ -207,7 +207,7 @@ def _keep(record: dict, found: Figures, start: float) -> Calibrated:
             record[name] = record.get(name, {}) | value
         else:
             record.setdefault(name, value)
-    record["fixed_s_per_op"] = record["fixed"]["fp32"]
+    record.setdefault("fixed_s_per_op", record["fixed"].get("fp32"))
     write_atomically(_path(record["device"]), json.dumps(record, indent=1))
     return from_record(record)
 
@@ -266,8 +266,7 @@ def this_machine(device: str | None = None, formats: Sequence[str] = ()) -> Cali
         record = kept_record(device)
     if missing := [format for format in formats if format not in record["peak_flops"]]:
         calibrate_formats(record, missing, device)
-    machine = from_record(record)
-    machine = machine.at(present.speeds_now(machine))
+    machine = present.at_present(from_record(record))
     if line := present.drift(machine):
         print(line)
     return machine

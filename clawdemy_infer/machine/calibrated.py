@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from clawdemy_infer.arithmetic import Format, Work
-from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Curve, Machine, Prediction, interpolate
+from clawdemy_infer.envelope.roofline import (
+    PAGED_ATTENTION,
+    Curve,
+    Machine,
+    Prediction,
+    interpolate,
+)
 
 ATTENTION_KEYS = (64, 384, 2048)
 """Keys that each sequence of the decode-attention probes sees."""
@@ -124,7 +130,7 @@ class Calibrated(Machine):
 
     def spread_at(self, kernel: str, format: Format) -> float:
         """The samples' spread, and what a probe cannot know."""
-        spreads = self.spreads.get(kernel, {})
+        spreads = self.spreads.get("attention" if kernel == PAGED_ATTENTION else kernel, {})
         return spreads.get(format, max(spreads.values(), default=0.0)) + SHAPE_SPREAD
 
     def at(self, speeds: Speeds) -> Calibrated:

@@ -1,5 +1,5 @@
-"""How fast the machine is at this moment: three probes of a tenth of a second, beside what they found
-when it was calibrated.
+"""How fast the machine is at this moment: three probes of a tenth of a second, beside what they
+found when it was calibrated.
 
 A laptop throttles, a rented core has neighbours. The probes run before a prediction is made and
 right before and right after the run that it predicts, never within it, and they know nothing of it.
@@ -53,8 +53,14 @@ def speeds_now(machine: Machine) -> Speeds:
     if not getattr(machine, "reference", None):
         return Speeds()
     found = [[sample() for sample in reference_probes(machine.device)] for _ in range(SAMPLES)]
-    return Speeds(*(statistics.median(samples) / machine.reference[name]
-                    for name, samples in zip(Speeds._fields, zip(*found, strict=True), strict=True)))
+    medians = map(statistics.median, zip(*found, strict=True))
+    return Speeds(*(rate / machine.reference[name]
+                    for name, rate in zip(Speeds._fields, medians, strict=True)))
+
+
+def at_present(machine: Machine) -> Machine:
+    """`machine` at the speeds that it has at this moment; a data sheet stays as it is."""
+    return machine.at(speeds_now(machine)) if isinstance(machine, Calibrated) else machine
 
 
 def bracketed(machine: Machine) -> Callable[..., Timing]:

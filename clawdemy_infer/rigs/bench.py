@@ -4,6 +4,7 @@
     predicted   the calibrated roofline: each operation's own bound, plus its fixed cost
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,18 +13,15 @@ from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import computes_in
 from clawdemy_infer.lesson import steps
-from clawdemy_infer.machine.calibrate import Pulse
-from clawdemy_infer.machine.calibrated import only_products
+from clawdemy_infer.machine.calibrated import only_products, widened
+from clawdemy_infer.machine.present import at_present, bracketed
 from clawdemy_infer.model import Decoder
-
-MIN_SPEED = 0.7
-"""Fraction of its calibrated speed below which a machine has something else to do."""
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One configuration. Seconds are per prefill or per decode step of the whole batch; `speed` is
-    the machine's meanwhile, as a fraction of its calibration."""
+    """One configuration. Seconds are per prefill or per decode step of the whole batch. The
+    interval of the prediction is from probes before and after the run, never from the run."""
 
     phase: str
     weights: str
@@ -31,27 +29,38 @@ class BenchRow:
     context: int
     napkin_s: float
     predicted_s: float
+    predicted_low_s: float
+    predicted_high_s: float
     measured_s: float
     spread: float
-    speed: float
 
     @property
     def ratio(self) -> float:
         return self.measured_s / self.predicted_s
 
     @property
+    def inside(self) -> bool:
+        """Is the measurement within the interval of the prediction?"""
+        return self.predicted_low_s <= self.measured_s <= self.predicted_high_s
+
+    @property
     def fraction_of_bound(self) -> float:
         return self.napkin_s / self.measured_s
 
     def as_dict(self) -> dict:
-        return {**asdict(self), "ratio": self.ratio, "fraction_of_bound": self.fraction_of_bound}
+        return {**asdict(self), "ratio": self.ratio, "inside": self.inside,
+                "fraction_of_bound": self.fraction_of_bound}
 
 
 def prediction_errors(rows: Sequence[BenchRow]) -> dict:
-    """How far the prediction was off, as a fraction of it: the median of `rows`, and the worst."""
+    """How far the prediction was off, as a fraction of it: the median of `rows`, and the worst;
+    the share of measurements inside their interval, and the median width of one, either way."""
     worst = max(rows, key=lambda row: abs(row.ratio - 1))
     return {"rows": len(rows), "median": statistics.median(abs(row.ratio - 1) for row in rows),
             "worst": abs(worst.ratio - 1),
+            "coverage": statistics.mean(row.inside for row in rows),
+            "width": statistics.median(math.sqrt(row.predicted_high_s / row.predicted_low_s) - 1
+                                       for row in rows),
             "worst_row": f"{worst.phase} {worst.weights} B={worst.batch} S={worst.context}"}
 
 
@@ -75,26 +84,23 @@ def bounds(shape: ModelShape, machine: Machine, memory: float,
 
 
 def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[BenchRow]:
-    """Time the rows of `bounds` that have the format of `model`. Predictions are made at the speed
-    of that moment, by a `Pulse` between the runs that knows nothing of them."""
+    """Time the rows of `bounds` that have the format of `model`. Each is predicted right before it
+    runs, at the speed that the machine has then."""
     prefill_ops, device = steps.step_ops(model, new=2), model.device.type
-    as_run = only_products(machine) if steps.is_one_call(model) else machine
-    pulse, pulse_rows = None, None
     for row in rows:
         setting = phase, weights, batch, context = (
             row["phase"], row["weights"], row["batch"], row["context"])
-        # 1. A pulse at this row's M: the rows of activations that share a read of the weights.
-        prefill = phase == "prefill"
-        m = batch * context if prefill else batch
-        if m != pulse_rows:
-            pulse, pulse_rows = Pulse(machine, weights, m, device), m
-        # 2. The prediction, which the run cannot change.
-        ops = prefill_ops if prefill else steps.step_ops(model, batch=batch)
-        calibrated_s = as_run.time(steps.work_of(model.config.shape, *setting, device), ops).seconds
-        # 3. The run: short ones feel a burst most, and cost least to repeat.
-        watch = pulse.stopwatch
-        timing = (steps.time_prefill(model, batch, context, 5 if m > 256 else 11, watch) if prefill
-                  else steps.time_decode(model, steps.filled_cache(model, batch, context - 1),
-                                         context, watch=watch))
-        yield BenchRow(*setting, row["napkin_s"], calibrated_s / pulse.speed, timing.median,
-                       timing.spread, pulse.speed)
+        # 1. The prediction, which the run cannot change.
+        at_once = at_present(machine)
+        as_run = only_products(at_once) if steps.is_one_call(model) else at_once
+        ops = prefill_ops if phase == "prefill" else steps.step_ops(model, batch=batch)
+        predicted = as_run.time(steps.work_of(model.config.shape, *setting, device), ops)
+        # 2. The run, between two looks at the machine. Short runs cost least to repeat.
+        watch, new = bracketed(at_once), batch * context
+        timing = (steps.time_prefill(model, batch, context, 3 if new > 256 else 9, watch)
+                  if phase == "prefill" else
+                  steps.time_decode(model, steps.filled_cache(model, batch, context - 1), context,
+                                    watch=watch))
+        interval = widened(predicted, as_run, timing.around)
+        yield BenchRow(*setting, row["napkin_s"], predicted.seconds, *interval, timing.median,
+                       timing.spread)

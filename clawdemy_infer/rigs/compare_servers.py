@@ -2,7 +2,7 @@
 
 All run the same weights in fp32, greedily, to exactly the tokens that each request asks for. Beside
 ours stands what the simulator said, from a calibration that knows nothing of these runs; it is told
-only how fast the machine was meanwhile (`calibrate.Pulse`).
+only how fast the machine was meanwhile (`machine.present`).
 """
 
 import statistics
@@ -19,8 +19,8 @@ from clawdemy_infer.batching.request import Request
 from clawdemy_infer.batching.serving import engine
 from clawdemy_infer.batching.simulator import simulate
 from clawdemy_infer.lesson.steps import count_operations
-from clawdemy_infer.machine.calibrate import Pulse
-from clawdemy_infer.machine.calibrated import Calibrated, slowed
+from clawdemy_infer.machine.calibrated import Calibrated, Speeds
+from clawdemy_infer.machine.present import speeds_now
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.timing import now
 
@@ -36,7 +36,7 @@ class ServerComparison:
 
     seconds: dict[str, list[float]]
     tokens: int
-    speeds: dict[str, float]
+    speeds: dict[str, Speeds]
     simulated: list[tuple[str, str, float, float]]
 
     def tokens_per_s(self, server: str) -> float:
@@ -75,24 +75,20 @@ def compare_servers(model: Decoder, machine: Calibrated, requests: list[Request]
                for request in requests[:max_batch]])
     for warm_ups in reports.values():
         warm_ups.clear()
-    # 3. The rounds. Several short pulses around each run of ours say more than a long one: a shared
-    #    machine goes by fits and starts.
+    # 3. The rounds, each between two looks at the machine.
     seconds: dict[str, list[float]] = {name: [] for name in servers}
-    pulses = {name: Pulse(machine, "fp32", max_batch, model.device.type) for name in policies}
-
-    def take_pulses(name: str) -> None:
-        for _ in range(3 if name in pulses else 0):
-            pulses[name].sample(0.15)
-
+    seen: dict[str, list[Speeds]] = {name: [] for name in servers}
     for name, serve in [*servers.items()] * rounds:
-        take_pulses(name)
+        seen[name].append(speeds_now(machine))
         seconds[name].append(serve(requests))
-        take_pulses(name)
+        seen[name].append(speeds_now(machine))
         note(f"{name}: {seconds[name][-1]:.1f} s")
     # 4. The simulator, on a machine of the speed that this one had.
-    speeds, simulated = {name: pulse.speed for name, pulse in pulses.items()}, []
+    speeds = {name: Speeds(*map(statistics.mean, zip(*seen[name], strict=True)))
+              for name in policies}
+    simulated = []
     for name, policy in policies.items():
-        predicted = simulate(model.config.shape, slowed(machine, speeds[name]), requests, policy,
+        predicted = simulate(model.config.shape, machine.at(speeds[name]), requests, policy,
                              weights="fp32", kv="fp32", activations="fp32", kv_bytes=kv_bytes,
                              operations=count_operations(model, policy)).summary
         for metric in COMPARED_METRICS:

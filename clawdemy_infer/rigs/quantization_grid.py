@@ -17,7 +17,7 @@ from clawdemy_infer.fast.quantized import on_kernels
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache
 from clawdemy_infer.lesson.quality import Reference
 from clawdemy_infer.lesson.steps import filled_cache, step_ops, time_decode, work_of
-from clawdemy_infer.machine.calibrate import Pulse
+from clawdemy_infer.machine.present import at_present
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.quantization import awq, format_named, gptq, round_to_nearest
 from clawdemy_infer.rigs.quantization_table import UNQUANTIZED, QuantizationRow, judged_row
@@ -130,12 +130,10 @@ def step_seconds(model: Decoder, machine: Machine,
         round_to_nearest(model, format_named(format)))
     weights, predicted, measured = format.partition("-")[0], {}, {}
     for batch in TIMED_BATCHES:
-        pulse = Pulse(machine, weights, batch, "cpu")
-        timing = time_decode(running, filled_cache(running, batch, TIMED_CONTEXT - 1),
-                             TIMED_CONTEXT, watch=pulse.stopwatch)
-        measured[batch] = timing.median
         work, ops = coded_step(model.config.shape, weights, batch), step_ops(running, batch=batch)
-        predicted[batch] = machine.time(work, ops).seconds / pulse.speed
+        predicted[batch] = at_present(machine).time(work, ops).seconds
+        cache = filled_cache(running, batch, TIMED_CONTEXT - 1)
+        measured[batch] = time_decode(running, cache, TIMED_CONTEXT).median
     return predicted, measured
 
 
