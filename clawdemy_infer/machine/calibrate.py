@@ -207,7 +207,7 @@ def _keep(record: dict, found: Figures, start: float) -> Calibrated:
             record[name] = record.get(name, {}) | value
         else:
             record.setdefault(name, value)
-    record.setdefault("fixed_s_per_op", record["fixed"].get("fp32"))
+    record.setdefault("fixed_s_per_op", new["fixed"].get("fp32"))
     write_atomically(_path(record["device"]), json.dumps(record, indent=1))
     return from_record(record)
 
