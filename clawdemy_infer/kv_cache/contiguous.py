@@ -128,9 +128,9 @@ class RectanglePart:
         self.mask = causal_mask([each - self.begin for each in past], T, window, cache.dtype,
                                 device)
         if not self.alike:
-            row = torch.arange(len(past), device=device)[:, None]
+            b = torch.arange(len(past), device=device)[:, None]
             places = torch.tensor(past, device=device)[:, None] + torch.arange(T, device=device)
-            self.index = row, slice(None), places           # [B, 1] and [B, T]
+            self.index = b, slice(None), places             # [B, 1] and [B, T]
 
     def put(self, tensor: torch.Tensor, x: torch.Tensor) -> None:
         """Write x [B*T, K, X] to the tensor [all sequences, K, capacity, X] of a layer."""

@@ -101,23 +101,23 @@ class PagedCache:
 
     # ---- the bytes ----
 
-    def rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """A layer is rows of H numbers, one for each slot and KV head: those of `slots` [...], as
-        [..., K]."""
+    def head_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where the K heads of each of `slots` [...] lie in a layer, counted in heads: [..., K]."""
         block, offset = slots // self.tables.pool.block_size, slots % self.tables.pool.block_size
         head = torch.arange(self.kv_heads, device=self.device)
         return (block[..., None] * self.kv_heads + head) * self.tables.pool.block_size + (
             offset[..., None])
 
-    def write(self, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put k, v [M, K, H] into `rows` [M, K]."""
-        for tensor, x in ((self.keys, k), (self.values, v)):
-            tensor[layer].view(-1, x.shape[-1]).index_copy_(0, rows.flatten(), x.flatten(0, 1))
+    def write(self, layer: int, head_slots: torch.Tensor, k: torch.Tensor,
+              v: torch.Tensor) -> None:
+        """Put k, v [M, K, H] into `head_slots` [M, K]."""
+        for y, x in ((self.keys, k), (self.values, v)):
+            y[layer].view(-1, x.shape[-1]).index_copy_(0, head_slots.flatten(), x.flatten(0, 1))
 
-    def gather(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, K, S, H] of `rows` [B, K, S], copied together."""
-        keys, values = (tensor[layer].view(-1, tensor.shape[-1]).index_select(0, rows.flatten())
-                        .view(*rows.shape, -1) for tensor in (self.keys, self.values))
+    def gather(self, layer: int, head_slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, K, S, H] of `head_slots` [B, K, S], copied together."""
+        keys, values = (x[layer].view(-1, x.shape[-1]).index_select(0, head_slots.flatten())
+                        .view(*head_slots.shape, -1) for x in (self.keys, self.values))
         return keys, values
 
     def copy(self, sources: list[int], targets: list[int]) -> None:
@@ -159,13 +159,13 @@ class PagedStep(Step):
         return torch.tensor(slots, device=self.cache.device)
 
     @cached_property
-    def rows_written(self) -> torch.Tensor:
-        return self.cache.rows(self.slot_mapping)                 # [M, K]
+    def head_slot_mapping(self) -> torch.Tensor:
+        return self.cache.head_slots(self.slot_mapping)                 # [M, K]
 
     @cached_property
     def parts(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """For all sequences that bring equally many tokens: their rows of the packed step, the
-        cache's rows [B, K, S] to gather, and the mask. Made when the first layer attends."""
+        """For all sequences that bring equally many tokens: their rows of the packed step, the head
+        slots [B, K, S] to gather, and the mask. Made when the first layer attends."""
         first, members = 0, {}
         for i, T in enumerate(self.num_new_tokens):
             members.setdefault(T, []).append((i, first))
@@ -183,18 +183,18 @@ class PagedStep(Step):
         slots = [mine + mine[-1:] * (longest - len(mine)) for mine in slots]
         mask = causal_mask([keys - T for keys in seen], T, window, cache.dtype, cache.device)
         rows = [first + t for first in first_rows for t in range(T)]
-        slots = cache.rows(torch.tensor(slots, device=cache.device)).transpose(1, 2)
-        return torch.tensor(rows, device=cache.device), slots, mask
+        head_slots = cache.head_slots(torch.tensor(slots, device=cache.device)).transpose(1, 2)
+        return torch.tensor(rows, device=cache.device), head_slots, mask
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache = self.cache
-        cache.write(layer, self.rows_written, k, v)
+        cache.write(layer, self.head_slot_mapping, k, v)
         if len(self.parts) == 1:                                        # all rows, in their order
-            [(_, slots, mask)] = self.parts
-            return attend(q, *cache.gather(layer, slots), mask)
+            [(_, head_slots, mask)] = self.parts
+            return attend(q, *cache.gather(layer, head_slots), mask)
         out = q.new_empty(len(q), q.shape[1] * q.shape[2])
-        for rows, slots, mask in self.parts:
-            out[rows] = attend(q[rows], *cache.gather(layer, slots), mask)
+        for rows, head_slots, mask in self.parts:
+            out[rows] = attend(q[rows], *cache.gather(layer, head_slots), mask)
         return out
 
     def commit(self) -> None:

@@ -60,8 +60,8 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64,
     try:
         new = ids                                       # 2) Prefill: the whole prompt at once.
         while not writer.reason:
-            rows = torch.tensor([new if cached else ids + tokens], device=model.device)
-            logits = model(rows, cache, last_only=True)[:, -1]
+            inputs = torch.tensor([new if cached else ids + tokens], device=model.device)
+            logits = model(inputs, cache, last_only=True)[:, -1]
             new = [int(sample(logits, sampling, generator))]
             times.append(now())
             tokens += new                               # 3) Decode: one token a step.

@@ -337,10 +337,10 @@ for _ in range(11):                                     # they grow in turns, as
 paged = PagedCache.over(decoder, tables)
 for sequence in range(B):
     slots = (torch.tensor(tables.blocks[sequence])[:, None] * b + torch.arange(b)).flatten()[:S - 1]
-    rows = paged.rows(slots.to(decoder.device))
+    head_slots = paged.head_slots(slots.to(decoder.device))
     for layer in range(shape.L):
         keys, values = (tensor[layer, sequence, :, :S - 1].transpose(0, 1) for tensor in (plain.keys, plain.values))    # [M, K, H]
-        paged.write(layer, rows, keys, values)
+        paged.write(layer, head_slots, keys, values)
 try:
     kernels = faster(model, compile=True)             # the same model, whose attention follows the table
 except ValueError as missing:                           # no compiler: then PyTorch alone
