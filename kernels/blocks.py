@@ -41,10 +41,10 @@ def candidates(kernel: str, e: int, H: int = 0) -> list[dict[str, int]]:
     """What may be said to the compiler about `kernel`, which multiplies numbers of `e` bytes, H of
     them a key. The first is the rule's."""
     if kernel == "linear_int8":
-        K_BLOCK = 256 // e                  # a block of 32 outputs x 128 codes, in fp32 of 64
-        return [{"K_BLOCK": K_BLOCK, "num_warps": 4, "num_stages": 4},
-                {"K_BLOCK": 2 * K_BLOCK, "num_warps": 4, "num_stages": 3},
-                {"K_BLOCK": K_BLOCK, "num_warps": 8, "num_stages": 4}]
+        I_BLOCK = 256 // e                  # a block of 32 outputs x 128 codes, in fp32 of 64
+        return [{"I_BLOCK": I_BLOCK, "num_warps": 4, "num_stages": 4},
+                {"I_BLOCK": 2 * I_BLOCK, "num_warps": 4, "num_stages": 3},
+                {"I_BLOCK": I_BLOCK, "num_warps": 8, "num_stages": 4}]
     if kernel == "linear_int4":
         return [{"threads": 64, "num_stages": 4}, {"threads": 128, "num_stages": 4},
                 {"threads": 64, "num_stages": 6}]
@@ -64,12 +64,14 @@ def candidates(kernel: str, e: int, H: int = 0) -> list[dict[str, int]]:
 
 
 def blocks(kernel: str, dtype: torch.dtype, H: int = 0) -> dict[str, int]:
-    """The options of a launch: those of `using`, those that the clock chose on this GPU, or the
-    rule's. Of `dtype` are the numbers that are multiplied, H of them a key."""
+    """The options of a launch: those of `using`, those that the clock chose on this GPU among
+    today's candidates, or the rule's. Of `dtype` are the numbers that are multiplied, H of them a
+    key."""
     asked = kernel, dtype.itemsize, H
     ASKED.add(asked)
+    known = candidates(*asked)
     kept = chosen(place()).get(named(*asked)) if on_gpu() else None
-    options = dict(_using.get(kernel) or kept or candidates(*asked)[0])
+    options = dict(_using.get(kernel) or (kept if kept in known else known[0]))
     if "threads" in options:
         options["num_warps"] = warps(options.pop("threads"))
     return options

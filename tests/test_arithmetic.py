@@ -288,7 +288,7 @@ def test_only_the_last_position_needs_logits():
                            "weights='fp7': accepted are fp32, bf16, fp16, fp8, int8, int4"),
                           (lambda: ODD.decode(1, 5, kv="fp7"), "kv='fp7'"),
                           (lambda: ODD.stored_bytes("q4"), "weights='q4'"),
-                          (lambda: matmul(0, 2, 3), "m=0"),
+                          (lambda: matmul(0, 2, 3), "M=0"),
                           (lambda: ModelShape("x", L=1, D=8, N=6, K=4, H=2, F=8, V=8),
                            "K=4: the KV heads must divide the N=6 query heads"),
                           (lambda: ModelShape("x", L=0, D=8, N=6, K=2, H=2, F=8, V=8), "L=0"), ])

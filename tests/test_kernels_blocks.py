@@ -89,6 +89,13 @@ def test_on_a_gpu_the_fastest_is_chosen_and_kept_for_that_gpu_and_one_without_ro
     assert chosen() == rule
 
 
+def test_a_choice_that_is_no_candidate_any_more_gives_way_to_the_rule(monkeypatch):
+    monkeypatch.setattr(blocks, "on_gpu", lambda: True)
+    monkeypatch.setattr(blocks, "place", lambda: None)
+    monkeypatch.setattr(blocks, "chosen", lambda _: {"linear_int8 2 B": {"K_BLOCK": 64}})
+    assert blocks.blocks("linear_int8", torch.half) == blocks.candidates("linear_int8", 2)[0]
+
+
 SCRIPT = """
 import json, sys, torch
 from dataclasses import asdict, replace

@@ -62,7 +62,7 @@ def test_int4_codes_are_at_most_half_a_step_off_and_keep_zero(group):
 def test_a_group_that_no_kernel_knows_is_refused():
     with pytest.raises(ValueError, match="group=48"):
         int4_codes(normal(3, 96), 48)
-    with pytest.raises(ValueError, match="K=96"):
+    with pytest.raises(ValueError, match="I=96"):
         int4_codes(normal(3, 96), 64)
 
 

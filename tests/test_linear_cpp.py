@@ -15,19 +15,19 @@ ALL = [(format, dtype) for format in FORMATS for dtype in (torch.float32, torch.
 # One panel; fewer than a strip; strips and a rest; tiles of one, two, three and more, even and not;
 # and for many rows, panels that are made fp32.
 @pytest.mark.parametrize("M", [1, 2, 3, 5, 6, 7, 8, 9, 12, 16, 17, 24, 27, 70])
-@pytest.mark.parametrize(("N", "K"), [(16, 64), (32, 192), (48, 32), (80, 320), (208, 128)])
+@pytest.mark.parametrize(("O", "I"), [(16, 64), (32, 192), (48, 32), (80, 320), (208, 128)])
 @pytest.mark.parametrize(("format", "dtype"), ALL)
-def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(format, dtype, N, K, M):
-    source = packable(format, normal(N, K))
+def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(format, dtype, O, I, M):
+    source = packable(format, normal(O, I))
     product = CppProduct(format, source)
-    x = normal(M, K, seed=M).to(dtype)
-    room = torch.full((M * N + 64,), 7.0).to(dtype)
+    x = normal(M, I, seed=M).to(dtype)
+    room = torch.full((M * O + 64,), 7.0).to(dtype)
     y = room[32:-32]
     y.fill_(torch.nan)
-    code(format, dtype)(*cpp.pointers(x, product.panels, y), M, K, N, product.group)
+    code(format, dtype)(*cpp.pointers(x, product.panels, y), M, I, O, product.group)
     right = x.double() @ (source.dequantized() if isinstance(source, Codes) else source).double().T
     within = WITHIN["bf16" if dtype == torch.bfloat16 else format]
-    assert (y.view(M, N).double() - right).abs().max() <= within * right.abs().max()
+    assert (y.view(M, O).double() - right).abs().max() <= within * right.abs().max()
     assert room[:32].eq(7).all() and room[-32:].eq(7).all()
 
 
@@ -63,14 +63,14 @@ def test_any_order_of_x_in_memory_will_do_and_any_dimensions_before_the_last():
 
 def test_an_x_of_another_width_is_refused_before_anything_is_read():
     with pytest.raises(ValueError,
-                       match=r"x is \[2, 32\]: the last dimension must be the K=64 inputs"):
+                       match=r"x is \[2, 32\]: the last dimension must be the I=64 inputs"):
         CppProduct("bf16", normal(16, 64).bfloat16())(normal(2, 32).bfloat16())
 
 
-@pytest.mark.parametrize(("N", "K"), [(20, 64), (16, 33)])
-def test_other_sizes_are_refused_so_that_another_kernel_is_taken(N, K):
-    with pytest.raises(NotImplementedError, match=f"\\[{N}, {K}\\]"):
-        CppProduct("fp32", normal(N, K))
+@pytest.mark.parametrize(("O", "I"), [(20, 64), (16, 33)])
+def test_other_sizes_are_refused_so_that_another_kernel_is_taken(O, I):
+    with pytest.raises(NotImplementedError, match=f"\\[{O}, {I}\\]"):
+        CppProduct("fp32", normal(O, I))
 
 
 def test_without_a_compiler_it_is_refused_too(monkeypatch):

@@ -45,8 +45,8 @@ def bits_of(column, bits):
 
 
 def read_gptq(stored, bits, version=1):
-    codes = torch.tensor([bits_of(column, bits) for column in stored["qweight"].T])         # [N, K]
-    # [G, N]
+    codes = torch.tensor([bits_of(column, bits) for column in stored["qweight"].T])         # [O, I]
+    # [G, O]
     zeros = torch.tensor([bits_of(row, bits) for row in stored["qzeros"]]) + (version == 1)
     group = stored["g_idx"].long()
     return (codes - zeros.T[:, group]) * stored["scales"].T.float()[:, group]
@@ -61,7 +61,7 @@ def read_awq(stored):
             out[:, place::8] = (words.long() >> (4 * i)) & 15
         return out
 
-    scales = stored["scales"].float()                                   # [G, N]
+    scales = stored["scales"].float()                                   # [G, O]
     repeat = stored["qweight"].shape[0] // len(scales)
     return ((nibbles(stored["qweight"]) - nibbles(stored["qzeros"]).repeat_interleave(repeat, 0))
             * scales.repeat_interleave(repeat, 0)).T

@@ -29,13 +29,13 @@ from clawdemy_infer.quantization.gptq import (
 SHAPES = [("int4-g16", 7, 80), ("int3-g32-asym", 11, 96), ("int4", 5, 37), ("int8-g5", 3, 35)]
 
 
-def problem(N, K, seed=0):
-    """Weights [N, K] and inputs [M, K] whose channels are correlated and of very different size, as
+def problem(O, I, seed=0):
+    """Weights [O, I] and inputs [M, I] whose channels are correlated and of very different size, as
     a language model's are."""
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(3*K, K, generator=random) @ torch.randn(K, K, generator=random)*torch.rand(
-        K, generator=random).exp()
-    return torch.randn(N, K, generator=random), x
+    x = torch.randn(3*I, I, generator=random) @ torch.randn(I, I, generator=random)*torch.rand(
+        I, generator=random).exp()
+    return torch.randn(O, I, generator=random), x
 
 
 def grid_of(group, bits, symmetric):
@@ -54,9 +54,9 @@ def grid_of(group, bits, symmetric):
 
 def reference(weight, hessian, bits, g, symmetric, order, static, damping=0.01):
     W, H = weight.double().clone(), hessian.double()
-    K, top = len(H), 2**bits - 1
-    inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(K))
-    grids = [grid_of(W[:, i:i + g], bits, symmetric) for i in range(0, K, g)] if static else {}
+    I, top = len(H), 2**bits - 1
+    inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(I))
+    grids = [grid_of(W[:, i:i + g], bits, symmetric) for i in range(0, I, g)] if static else {}
     Q = torch.empty_like(W)
     for step, j in enumerate(order):
         if not static and step % g == 0:
@@ -74,12 +74,12 @@ def rows_that_differ(ours, theirs):
 
 @pytest.mark.parametrize("static", [True, False], ids=["static-groups", "groups-as-they-come"])
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("name, N, K", SHAPES)
-def test_gptq_is_the_optimal_brain_update_of_every_column(name, N, K, act_order, static):
-    format, (weight, x) = format_named(name), problem(N, K)
+@pytest.mark.parametrize("name, O, I", SHAPES)
+def test_gptq_is_the_optimal_brain_update_of_every_column(name, O, I, act_order, static):
+    format, (weight, x) = format_named(name), problem(O, I)
     H = hessian_of(x)
-    order = H.diagonal().argsort(descending=True).tolist() if act_order else range(K)
-    expected = reference(weight, H, format.bits, format.width(K), format.zero == "none",
+    order = H.diagonal().argsort(descending=True).tolist() if act_order else range(I)
+    expected = reference(weight, H, format.bits, format.width(I), format.zero == "none",
                          list(order), static)
     ours = gptq_matrix(weight, H, format, act_order=act_order, static_groups=static, search=False,
                        block=24)

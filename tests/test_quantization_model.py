@@ -11,6 +11,7 @@ from tolerances import LOGITS
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.quantized import on_kernels
 from clawdemy_infer.files import load_model
@@ -19,7 +20,9 @@ from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens, pr
 from clawdemy_infer.quantization import (
     IntFormat,
     Quantized,
+    awq,
     format_named,
+    gptq,
     linears,
     observe,
     round_to_nearest,
@@ -106,6 +109,25 @@ def test_packed_weights_are_not_rounded_again(model):
     said = "model: its weights are packed in int8; a model with float weights is accepted"
     with pytest.raises(ValueError, match=said):
         round_to_nearest(faster(model, weights="int8"), format_named("int4-g32"))
+
+
+@pytest.mark.skipif(not cpp.available(), reason="there is no C++ compiler here")
+@pytest.mark.parametrize("call", [
+    lambda model: observe(model, TOKENS, lambda name, x: None),
+    lambda model: awq(model, TOKENS, IntFormat(4, 32)), lambda model: smoothquant(model, TOKENS)],
+    ids=["observe", "awq", "smoothquant"])
+def test_who_wants_to_see_inputs_refuses_a_model_whose_engine_shows_none(model, call):
+    said = r"model: CppStep runs its steps, .*: quantize the model first, then make it `faster`"
+    with pytest.raises(ValueError, match=said):
+        call(faster(model, compile=True))
+
+
+@pytest.mark.skipif(not cpp.available(), reason="there is no C++ compiler here")
+def test_gptq_sees_the_inputs_of_a_faster_model_in_its_own_copy(model):
+    expected, fast = (gptq(each, TOKENS, IntFormat(4, 32)).tensors
+                      for each in (model, faster(model, compile=True)))
+    assert list(fast) == list(linears(model))
+    assert all(torch.equal(fast[name].codes, expected[name].codes) for name in fast)
 
 
 def test_an_input_that_is_not_finite_is_reported_by_name(model):

@@ -3,7 +3,7 @@
 Vaswani et al. 2017; MQA: Shazeer 2019; GQA: Ainslie et al. 2023; windows: Beltagy et al. 2020,
 Jiang et al. 2023. A mixer passes information between tokens. This one and the two after it have:
 
-    matrices()          weight matrices as (in, out features)
+    matrices()          weight matrices as (I, O)
     parameters()        those and the vectors
     window              tokens that a query sees, None for all
     kept(S)             numbers that a sequence of S tokens leaves in memory for the next step
@@ -52,16 +52,16 @@ class Attention:
 
     def parameters(self) -> int:
         matrices = self.matrices()
-        biases = sum(n for name, (_, n) in matrices.items() if name in self.biases)
+        biases = sum(O for name, (_, O) in matrices.items() if name in self.biases)
         norms = self.qk_norm * (2 if self.owns_kv else 1) * self.H
-        return sum(k * n for k, n in matrices.values()) + biases + norms + self.sinks * self.N
+        return sum(I * O for I, O in matrices.values()) + biases + norms + self.sinks * self.N
 
     def kept(self, S: int) -> int:
         """K and V of each KV head (not query head) and token that the next one can still see."""
         return self._kv_heads * self.H * (min(S, self.window) if self.window else S)
 
     def of_rows(self, run: Pass) -> list[Work]:
-        products = [run.matmul(name, k, n) for name, (k, n) in self.matrices().items()]
+        products = [run.matmul(name, I, O) for name, (I, O) in self.matrices().items()]
         q_and_k = run.tokens * (self.N + self._kv_heads // 2) * self.H
         rope = [run.elementwise("rope", 2 * q_and_k)] if self.rope else []      # read and write
         return products + rope

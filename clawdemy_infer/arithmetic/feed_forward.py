@@ -25,7 +25,7 @@ class MLP:
         return into | {"down": (self.F, self.D)}
 
     def parameters(self, tokens: int | None = None) -> int:
-        return sum(k * n + n * (name in self.biases) for name, (k, n) in self.matrices().items())
+        return sum(I * O + O * (name in self.biases) for name, (I, O) in self.matrices().items())
 
     def activation(self, run: Pass, rows: float) -> Work:
         """Read what the first product wrote, write F numbers."""
@@ -33,7 +33,7 @@ class MLP:
         return run.elementwise(name, arrays * rows * self.F)
 
     def work(self, run: Pass) -> list[Work]:
-        products = [run.matmul(name, k, n) for name, (k, n) in self.matrices().items()]
+        products = [run.matmul(name, I, O) for name, (I, O) in self.matrices().items()]
         return [*products, self.activation(run, run.tokens)]
 
 
@@ -100,9 +100,9 @@ class Experts:
     def work(self, run: Pass) -> list[Work]:
         """Each token sends `active` rows to its experts. Those touched are read once each."""
         moe, rows, touched = self.moe, run.tokens * self.moe.active, self.moe.touched(run.tokens)
-        m = max(1, rows / touched)                          # rows of one expert
-        each = [matmul(m, k, n, f"expert {name}", run.weights, run.activations) * touched
-                for name, (k, n) in self.expert.matrices().items()]
+        M = max(1, rows / touched)                          # rows of one expert
+        each = [matmul(M, I, O, f"expert {name}", run.weights, run.activations) * touched
+                for name, (I, O) in self.expert.matrices().items()]
         gate = self.expert.activation(run, rows)
         shared = [op._replace(name=f"shared {op.name}")
                   for op in (self.shared.work(run) if self.shared else [])]

@@ -51,15 +51,15 @@ class LatentAttention:
 
     def parameters(self) -> int:
         norms = self.mla.latent + (self.mla.q_latent or 0)
-        return sum(k * n for k, n in self.matrices().values()) + norms
+        return sum(I * O for I, O in self.matrices().values()) + norms
 
     def kept(self, S: int) -> int:
         """Latent and rotated part, once for all heads; values are made from the latent."""
         return (self.mla.latent + self.mla.rope) * S
 
     def of_rows(self, run: Pass) -> list[Work]:
-        products = [run.matmul(name, k, n)
-                    for name, (k, n) in self.matrices().items() if name != "kv_b"]
+        products = [run.matmul(name, I, O)
+                    for name, (I, O) in self.matrices().items() if name != "kv_b"]
         rope = run.elementwise("rope", 2 * run.tokens * (self.N + 1) * self.mla.rope)
         return [*products, rope]
 
@@ -74,11 +74,11 @@ class LatentAttention:
     def _naive(self, run: Pass) -> list[Work]:
         """kv_b over all S tokens, then attention with N KV heads, which reads once what kv_b wrote,
         and the rotated part from the cache."""
-        rows, (k, n) = run.B * run.S, self.matrices()["kv_b"]
+        rows, (I, O) = run.B * run.S, self.matrices()["kv_b"]
         kv, e = element_bytes("kv", run.kv), element_bytes("activations", run.activations)
-        product = matmul(rows, k, n, "kv_b", run.weights, run.activations)
-        moved = product.bytes + rows * k * (kv - e)             # the latents lie in the cache
-        read = rows * (n * e + self.mla.rope * kv)
+        product = matmul(rows, I, O, "kv_b", run.weights, run.activations)
+        moved = product.bytes + rows * I * (kv - e)             # the latents lie in the cache
+        read = rows * (O * e + self.mla.rope * kv)
         return [product._replace(bytes=moved),
                 self._attention(run, read, self.H, self.mla.value, run.T)]
 

@@ -177,8 +177,8 @@ class ModelShape:
 
     def matrix_parameters(self) -> int:
         """w: numbers that a token meets in the layers' matrices, two FLOPs each; not the head's."""
-        return sum(count * k * n for layer, count in self.groups
-                   for k, n in layer.matrices().values())
+        return sum(count * I * O for layer, count in self.groups
+                   for I, O in layer.matrices().values())
 
     def _met_by(self, tokens: int | None = None) -> float:
         """Numbers that `tokens` tokens meet in the layers, the final norm and the head's bias."""

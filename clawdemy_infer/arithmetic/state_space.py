@@ -6,7 +6,8 @@ Mamba-2 (Dao and Gu 2024).
 
 A short convolution over the last `conv` tokens goes before it. Mamba computes dt, B and C from each
 channel's input by two thin matrices, and a_t differs for every state; Mamba-2 takes all from one
-product, with one a_t for a head of channels.
+product, with one a_t for a head of channels. These letters, and the A and D of the comments, are
+the papers', and local: B_t is no batch, and D apart from `self.D` no width.
 """
 
 from dataclasses import dataclass
@@ -61,14 +62,14 @@ class StateSpace:
         # Mamba-2: A, D and dt's bias by head, and a norm. Mamba: A by state, D and dt's bias.
         vectors += 3 * s.heads + s.inner if s.heads else s.inner * (s.state + 2)
         vectors += s.norms * (s.dt_rank + 2 * s.state)
-        return sum(k * n for k, n in self.matrices().values()) + vectors
+        return sum(I * O for I, O in self.matrices().values()) + vectors
 
     def kept(self, S: int) -> int:
         """The state, and the last inputs of the convolution: the same for every S."""
         return self.ssm.inner * self.ssm.state + self._conv_channels * self.ssm.conv
 
     def of_rows(self, run: Pass) -> list[Work]:
-        return [run.matmul(name, k, n) for name, (k, n) in self.matrices().items()]
+        return [run.matmul(name, I, O) for name, (I, O) in self.matrices().items()]
 
     def of_sequences(self, run: Pass) -> list[Work]:
         """Convolution and recurrence, token by token. Kernels that go by chunks do more FLOPs.

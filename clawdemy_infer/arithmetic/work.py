@@ -1,8 +1,9 @@
 """FLOPs and bytes, and the matrix product that most of them come from. A multiply and an add are
 two FLOPs. Bytes are what must cross the memory bus at least once. The letters of the course:
 
-    B batch   S context   T new tokens   L layers   V vocabulary
+    B batch   S context   T new tokens   M rows of a product, as B·T   L layers   V vocabulary
     D model width   F feed-forward width   N query heads   K KV heads   H head dimension
+    I, O features that go into and come out of a weight [O, I], or of the [I, O] it multiplies as
 """
 
 from __future__ import annotations
@@ -87,15 +88,15 @@ def total(name: str, parts: Iterable[Work]) -> Work:
     return Work(flops, bytes, name, parts[0].dtype, parts=parts)
 
 
-def matmul(m: float, k: int, n: int, name: str = "matmul", weights: Format = "fp32",
+def matmul(M: float, I: int, O: int, name: str = "matmul", weights: Format = "fp32",
            activations: str = "fp32") -> Work:
-    """X[m, k] @ W[k, n] -> Y[m, n], each read or written once. With 2-byte weights the intensity
-    tends to m FLOPs per byte as k and n grow. Raises ValueError for sizes below 1."""
-    at_least_1(m=m, k=k, n=n)
-    w, x_and_y = k * n, m * k + m * n
+    """X[M, I] @ W[I, O] -> Y[M, O], each read or written once. With 2-byte weights the intensity
+    tends to M FLOPs per byte as I and O grow. Raises ValueError for sizes below 1."""
+    at_least_1(M=M, I=I, O=O)
+    w, x_and_y = I * O, M * I + M * O
     moved = w * element_bytes("weights", weights) + x_and_y * element_bytes("activations",
                                                                             activations)
-    return Work(2 * m * k * n, moved, name, activations, "gemm", m, weights=weights, numbers=w)
+    return Work(2 * M * I * O, moved, name, activations, "gemm", M, weights=weights, numbers=w)
 
 
 class Pass(NamedTuple):
@@ -118,9 +119,9 @@ class Pass(NamedTuple):
         """B·T: the rows of every matrix product but the experts'."""
         return self.B * self.T
 
-    def matmul(self, name: str, k: int, n: int) -> Work:
-        """X[B·T, k] @ W[k, n]."""
-        return matmul(self.tokens, k, n, name, self.weights, self.activations)
+    def matmul(self, name: str, I: int, O: int) -> Work:
+        """X[B·T, I] @ W[I, O]."""
+        return matmul(self.tokens, I, O, name, self.weights, self.activations)
 
     def elementwise(self, name: str, elements: float) -> Work:
         """One fused kernel that reads and writes `elements` elements: what it moves at least."""

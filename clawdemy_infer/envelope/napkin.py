@@ -39,7 +39,7 @@ def card(shape: ModelShape, machine: Machine, batch: int = 1, context: int = 102
     #    residual stream, and what goes into and comes out of the widest matrix.
     paging_bytes = half_full.kv_bytes - capacity.kv_bytes
     groups, rows = parallel.share(shape, layout.tp).groups, max(layout.microbatch(batch), prompt)
-    widest = max(k + n for layer, _ in groups for k, n in layer.matrices().values())
+    widest = max(I + O for layer, _ in groups for I, O in layer.matrices().values())
     activation_bytes = rows * ((shape.D + widest) * element_bytes("activations", computed))
     used = capacity.weight_bytes + capacity.kv_bytes + activation_bytes + paging_bytes
     result = {

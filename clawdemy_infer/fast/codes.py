@@ -11,10 +11,10 @@ from clawdemy_infer.quantization.integers import to_int8
 
 
 class Codes(NamedTuple):
-    """A matrix of N outputs and K inputs as integers: w = (code - zero) * scale.
+    """A matrix of O outputs and I inputs as integers: w = (code - zero) * scale.
 
-    int8: codes [N, K] int8 in -127..127, scales [N], zeros None. int4: codes [N, K] uint8 in 0..15,
-    scales and zeros [N, K/group]; zeros are codes too, and need not be whole.
+    int8: codes [O, I] int8 in -127..127, scales [O], zeros None. int4: codes [O, I] uint8 in 0..15,
+    scales and zeros [O, I/group]; zeros are codes too, and need not be whole.
     """
 
     codes: torch.Tensor
@@ -26,29 +26,29 @@ class Codes(NamedTuple):
         return 8 if self.zeros is None else 4
 
     def dequantized(self) -> torch.Tensor:
-        """The weights that the codes stand for, [N, K] in fp32."""
+        """The weights that the codes stand for, [O, I] in fp32."""
         if self.zeros is None:
             return self.codes.float() * self.scales.float()[:, None]
-        groups = self.codes.float().view(*self.scales.shape, -1)  # [N, K/group, group]
+        groups = self.codes.float().view(*self.scales.shape, -1)  # [O, I/group, group]
         return ((groups - self.zeros.float()[..., None])*self.scales.float()[..., None]).flatten(1)
 
 
 def int8_codes(weight: torch.Tensor) -> Codes:
-    """Weights [N, K] to int8, one scale for each output: its largest weight becomes 127."""
+    """Weights [O, I] to int8, one scale for each output: its largest weight becomes 127."""
     codes, scales = to_int8(weight.float(), torch.float32)
     return Codes(codes, scales.squeeze(1))
 
 
 def int4_codes(weight: torch.Tensor, group: int = 64) -> Codes:
-    """Weights [N, K] to int4: in each `group` of inputs of an output, 0 and 15 stand for the
+    """Weights [O, I] to int4: in each `group` of inputs of an output, 0 and 15 stand for the
     smallest and the largest weight.
 
-    Raises ValueError for a group that PyTorch's kernel does not know or that does not divide K.
+    Raises ValueError for a group that PyTorch's kernel does not know or that does not divide I.
     """
-    K = weight.shape[1]
-    if group not in (32, 64, 128, 256) or K % group:
+    I = weight.shape[1]
+    if group not in (32, 64, 128, 256) or I % group:
         raise ValueError(
-            f"group={group}: 32, 64, 128, 256 are accepted, where they divide the K={K} inputs")
+            f"group={group}: 32, 64, 128, 256 are accepted, where they divide the I={I} inputs")
     groups = weight.float().unflatten(1, (-1, group))
     # zero keeps a code of its own
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)

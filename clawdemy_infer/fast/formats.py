@@ -24,7 +24,7 @@ def computes_in(format: str, device: str) -> str:
 
 
 def packable(format: str, weight: torch.Tensor) -> torch.Tensor | Codes:
-    """What the kernels of `format` are made of: the weight [N, K] in that dtype, or its codes,
+    """What the kernels of `format` are made of: the weight [O, I] in that dtype, or its codes,
     rounded to nearest."""
     if format in FLOATS:
         return weight.to(FLOATS[format])

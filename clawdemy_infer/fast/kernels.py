@@ -1,4 +1,4 @@
-"""What multiplies X [M, K] by a weight [N, K] of each format, and the table that says which does.
+"""What multiplies X [M, I] by a weight [O, I] of each format, and the table that says which does.
 
     format      C++ compiler here       else on a CPU       on a GPU
     -----------------------------------------------------------------------
@@ -15,7 +15,7 @@ not take, or that this build of PyTorch has no kernel for, goes to the next: the
 runs everywhere.
 
 A kernel is made of what its format keeps (a float weight, or `Codes`), packs it once, and is called
-with x [M, K] in the dtype of the activations; it returns [M, N].
+with x [M, I] in the dtype of the activations; it returns [M, O].
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def weight_only_int4(codes: Codes) -> Kernel:
     packed = torch._convert_weight_to_int4pack_for_cpu(codes.codes.int(), 1)
     # The kernel's zero stands for code 8: w = (code - 8) * scale + zero.
     zeros = (8 - codes.zeros.float()) * codes.scales.float()
-    both = torch.stack((codes.scales.float(), zeros), dim=-1)               # [N, K/group, 2]
+    both = torch.stack((codes.scales.float(), zeros), dim=-1)               # [O, I/group, 2]
     both = both.transpose(0, 1).contiguous().bfloat16()
     run = torch._weight_int4pack_mm_for_cpu
     return lambda x: run(x.bfloat16(), packed, group, both).to(x.dtype)
@@ -93,7 +93,7 @@ def triton_int4(codes: Codes) -> Kernel:
     """Our own, for a GPU: two codes a byte, scale and zero of each group in fp16."""
     group = codes.codes.shape[1] // codes.scales.shape[1]
     packed = kernel("linear_int4", "pack_int4")(codes.codes, group)
-    scales, zeros = (x.half().T.contiguous() for x in (codes.scales, codes.zeros))  # [K/group, N]
+    scales, zeros = (x.half().T.contiguous() for x in (codes.scales, codes.zeros))  # [I/group, O]
     run = kernel("linear_int4")
     return lambda x: run(x, packed, scales, zeros)
 

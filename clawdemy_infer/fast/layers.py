@@ -12,9 +12,9 @@ from clawdemy_infer.fast.kernels import Kernel, made_by, table
 
 
 class PackedLinear(nn.Module):
-    """x [M, K] -> x Wᵀ + bias [M, N], W kept in `format`: fp32, fp16, bf16, int8 or int4.
+    """x [M, I] -> x Wᵀ + bias [M, O], W kept in `format`: fp32, fp16, bf16, int8 or int4.
 
-    `source` is a float weight [N, K], which is rounded to nearest for integers, or the `Codes` of
+    `source` is a float weight [O, I], which is rounded to nearest for integers, or the `Codes` of
     any method that finds better ones. `backend` says whose kernels multiply integers (`backends`).
     Raises ValueError for an unknown format or backend, or for codes of another width.
     """

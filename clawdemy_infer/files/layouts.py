@@ -1,17 +1,17 @@
 """How a quantized matrix lies in a file: the layouts of GPTQ and of AWQ, in words of 32 bits, which
 serving engines read, and one of our own that holds any format.
 
-For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [N, K] in G groups:
+For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [O, I] in G groups:
 
-    GPTQ    qweight int32 [K·b/32, N]    a word holds neighbouring *inputs* k of one output, the
+    GPTQ    qweight int32 [I·b/32, O]    a word holds neighbouring *inputs* i of one output, the
                                          first in the lowest bits
-            qzeros  int32 [G, N·b/32]    zero - 1 in version 1, the usual one; zero in version 2
-            scales  fp16  [G, N]         g_idx int32 [K]: the group of each input
-    AWQ     qweight int32 [K, N/8]       a word holds eight neighbouring *outputs* n, in the order
+            qzeros  int32 [G, O·b/32]    zero - 1 in version 1, the usual one; zero in version 2
+            scales  fp16  [G, O]         g_idx int32 [I]: the group of each input
+    AWQ     qweight int32 [I, O/8]       a word holds eight neighbouring *outputs* o, in the order
                                          0 2 4 6 1 3 5 7; 4 bits only
-            qzeros  int32 [G, N/8]       in the same order
-            scales  fp16  [G, N]
-    packed  codes   uint8 [N, K·b/8]     a row of codes side by side, and scales, zeros and the rest
+            qzeros  int32 [G, O/8]       in the same order
+            scales  fp16  [G, O]
+    packed  codes   uint8 [O, I·b/8]     a row of codes side by side, and scales, zeros and the rest
                                          as their format keeps them
 
 (IST-DASLab/gptq and AutoGPTQ's qlinear; mit-han-lab/llm-awq and AutoAWQ's "gemm".) A symmetric
@@ -44,11 +44,11 @@ def holds(layout: str, format: Format) -> bool:
             and format.zero != "float")
 
 
-def accepts(layout: str, format: Format, N: int, K: int) -> None:
-    """ValueError where `layout` cannot hold a matrix [N, K] of `format` without loss, naming which
+def accepts(layout: str, format: Format, O: int, I: int) -> None:
+    """ValueError where `layout` cannot hold a matrix [O, I] of `format` without loss, naming which
     of them."""
     if layout == "packed":
-        format.width(K)
+        format.width(I)
         return
     if not holds(layout, format):
         raise ValueError(
@@ -56,9 +56,9 @@ def accepts(layout: str, format: Format, N: int, K: int) -> None:
             f"{', '.join(map(str, LAYOUT_BITS[layout]))} bits, symmetric or with a whole zero "
             "point, with a scale for each row or group; the layout packed holds any format")
     codes = 32 // format.bits if 32 % format.bits == 0 else 32          # end where a word ends
-    for size, what in ((N, "outputs"), (K, "inputs")):
+    for size, what in ((O, "outputs"), (I, "inputs")):
         if size % codes:
-            raise ValueError(f"weight {[N, K]}: the {layout} layout packs codes of {format.bits} "
+            raise ValueError(f"weight {[O, I]}: the {layout} layout packs codes of {format.bits} "
                              f"bits in words of 32; a multiple of {codes} {what} is accepted")
 
 
@@ -75,9 +75,9 @@ def to_gptq(quantized: Quantized, version: int = 1) -> dict[str, torch.Tensor]:
     """The four tensors of the GPTQ layout. Raises ValueError for what it cannot hold."""
     accepts("gptq", quantized.format, *quantized.shape)
     codes, zeros = _unsigned(quantized)
-    bits, K, group_of = quantized.format.bits, codes.shape[1], quantized.group_of
+    bits, I, group_of = quantized.format.bits, codes.shape[1], quantized.group_of
     if group_of is None:
-        group_of = torch.arange(K) // quantized.format.width(K)
+        group_of = torch.arange(I) // quantized.format.width(I)
     return {"qweight": _words(codes, bits).T.contiguous(),
             "qzeros": _words(zeros.T - (1 if version == 1 else 0), bits),
             "scales": quantized.scale.T.half().contiguous(), "g_idx": group_of.int()}
@@ -86,12 +86,12 @@ def to_gptq(quantized: Quantized, version: int = 1) -> dict[str, torch.Tensor]:
 def from_gptq(stored: dict[str, torch.Tensor], format: IntFormat, version: int = 1) -> Quantized:
     """The matrix in the GPTQ layout, as `to_gptq` or another program wrote it. `format` is what its
     quantization_config says."""
-    (G, N), bits = stored["scales"].shape, format.bits
-    K = stored["qweight"].shape[0] * 32 // bits
-    codes = unpack(_bytes(stored["qweight"].T), bits, K)                                    # [N, K]
-    zeros = unpack(_bytes(stored["qzeros"]), bits, N).T + (1 if version == 1 else 0)        # [N, G]
+    (G, O), bits = stored["scales"].shape, format.bits
+    I = stored["qweight"].shape[0] * 32 // bits
+    codes = unpack(_bytes(stored["qweight"].T), bits, I)                                    # [O, I]
+    zeros = unpack(_bytes(stored["qzeros"]), bits, O).T + (1 if version == 1 else 0)        # [O, G]
     group_of = stored["g_idx"].long() if "g_idx" in stored else None
-    if group_of is not None and torch.equal(group_of, torch.arange(K) // (K // G)):
+    if group_of is not None and torch.equal(group_of, torch.arange(I) // (I // G)):
         group_of = None
     return _restored(format, codes, zeros, stored["scales"], group_of)
 
@@ -112,8 +112,8 @@ def to_awq(quantized: Quantized) -> dict[str, torch.Tensor]:
 
 def from_awq(stored: dict[str, torch.Tensor], format: IntFormat) -> Quantized:
     """The matrix in the AWQ layout."""
-    N, order = stored["scales"].shape[1], torch.tensor(AWQ_ORDER).argsort()
-    eights = (unpack(_bytes(stored[name]), 4, N).unflatten(-1, (-1, 8))
+    O, order = stored["scales"].shape[1], torch.tensor(AWQ_ORDER).argsort()
+    eights = (unpack(_bytes(stored[name]), 4, O).unflatten(-1, (-1, 8))
               for name in ("qweight", "qzeros"))
     codes, zeros = (each[..., order].flatten(-2).T for each in eights)
     return _restored(format, codes, zeros, stored["scales"], None)
@@ -143,7 +143,7 @@ def to_packed(quantized: Quantized) -> dict[str, torch.Tensor]:
 
 def from_packed(stored: dict[str, torch.Tensor], format: Format,
                 shape: tuple[int, int]) -> Quantized:
-    """What `to_packed` stored, of a matrix of `shape` [N, K]."""
+    """What `to_packed` stored, of a matrix of `shape` [O, I]."""
     scale, zero, group_of = stored["scale"].float(), stored.get("zero"), stored.get("group_of")
     if zero is not None and zero.dtype == torch.uint8:
         zero = unpack(zero, format.bits, scale.shape[-1])
@@ -196,7 +196,7 @@ def _bytes(words: torch.Tensor) -> torch.Tensor:
 
 
 def _unsigned(quantized: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] and zeros [N, G] as GPTQ and AWQ count them, from 0: uint8."""
+    """Codes [O, I] and zeros [O, G] as GPTQ and AWQ count them, from 0: uint8."""
     if quantized.zero is not None:
         return quantized.codes, quantized.zero.to(torch.uint8)
     middle = 2 ** (quantized.format.bits - 1)

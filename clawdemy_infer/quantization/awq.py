@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.gptq import narrowed
-from clawdemy_infer.quantization.linears import QuantizedModel, linears, watched, with_matrices
+from clawdemy_infer.quantization.linears import QuantizedModel, watchable, watched, with_matrices
 
 RATIOS = tuple(i / 10 for i in range(11))       # the exponents a that are tried
 MAX_JUDGES = 512        # tokens whose output judges an exponent, but for attention: all of them
@@ -38,8 +38,9 @@ def awq(model: Decoder, tokens: torch.Tensor, format: Format, *, clip: bool = Tr
         progress: bool = False) -> QuantizedModel:
     """A copy of `model` quantized by AWQ to `format`, its norms with scales, on the calibration
     tokens [B, T], which go through the model once. Without `clip` there are scales alone. Raises
-    ValueError where a group does not divide a row, or an activation is not finite."""
-    for linear in linears(model).values():
+    ValueError where a group does not divide a row, for a model of a fast engine, and where an
+    activation is not finite."""
+    for linear in watchable(model).values():
         format.width(linear.weight.shape[1])
     copy, inputs, tensors = with_matrices(model, {}), {}, {}
     copy.layers = deepcopy(copy.layers)         # with weights of their own, to be changed
@@ -84,8 +85,8 @@ def awq(model: Decoder, tokens: torch.Tensor, format: Format, *, clip: bool = Tr
 
 def best_scales(linear: nn.Linear, size: torch.Tensor, format: Format,
                 block: Callable[[], torch.Tensor], sink: torch.Tensor) -> torch.Tensor:
-    """s [K]: size^a for the a of `RATIOS` under which rounding `linear` changes `block()` [M, D]
-    least. `size` [K]: the mean inputs; `sink` [M]: which rows are sinks."""
+    """s [I]: size^a for the a of `RATIOS` under which rounding `linear` changes `block()` [M, D]
+    least. `size` [I]: the mean inputs; `sink` [M]: which rows are sinks."""
     weight, exact = linear.weight.clone(), block()
     counts, best, least = shares(exact, sink), torch.ones_like(size), float("inf")
     for ratio in RATIOS:
@@ -107,7 +108,7 @@ def shares(y: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
 
 
 def shared(layer: nn.Module, name: str, size: torch.Tensor) -> torch.Tensor:
-    """`size` [K]; for `out` its mean over the N/K query heads that read one V and share a scale."""
+    """`size` [I]; for `out` its mean over the N/K query heads that read one V and share a scale."""
     if name != "out":
         return size
     heads = size.view(layer.K, -1, layer.H)
@@ -115,7 +116,7 @@ def shared(layer: nn.Module, name: str, size: torch.Tensor) -> torch.Tensor:
 
 
 def fold(layer: nn.Module, name: str, s: torch.Tensor) -> None:
-    """Multiply the columns of one matrix of a layer by s [K], and divide what makes its input."""
+    """Multiply the columns of one matrix of a layer by s [I], and divide what makes its input."""
     getattr(layer, name).weight.mul_(s)
     if name in ("qkv", "gate_up"):              # the norm before it
         (layer.attention_norm if name == "qkv" else layer.mlp_norm).weight.div_(s)
@@ -130,18 +131,18 @@ def fold(layer: nn.Module, name: str, s: torch.Tensor) -> None:
 
 def clipped(weight: torch.Tensor, x: torch.Tensor, format: Format,
             sink: torch.Tensor) -> torch.Tensor:
-    """weight [N, K] with each group clipped to the part of its range that changes its share x_g ·
-    w_g of the output least, on x [M, K], of which the rows `sink` [M] are sinks. The squared error
+    """weight [O, I] with each group clipped to the part of its range that changes its share x_g ·
+    w_g of the output least, on x [M, I], of which the rows `sink` [M] are sinks. The squared error
     over all tokens is (w - q) H (w - q)ᵀ with H = X_gᵀ X_g, [g, g]."""
-    w = format.grouped(weight.float())                                          # [N, G, g]
+    w = format.grouped(weight.float())                                          # [O, G, g]
     x = x.float() * shares(F.linear(x, weight), sink).sqrt()
     x = x.unflatten(-1, w.shape[1:]).transpose(0, 1)                            # [G, M, g]
     H = x.transpose(1, 2) @ x                                                   # [G, g, g]
 
     def error_of(tried: torch.Tensor) -> torch.Tensor:
         rounded = Quantized.of(format, tried.reshape(weight.shape)).dequantize().view(w.shape)
-        off = (rounded - w).transpose(0, 1)                                     # [G, N, g]
-        return (off @ H * off).sum(dim=-1).T[..., None]                         # [N, G, 1]
+        off = (rounded - w).transpose(0, 1)                                     # [G, O, g]
+        return (off @ H * off).sum(dim=-1).T[..., None]                         # [O, G, 1]
 
     return narrowed(w, error_of).reshape(weight.shape).to(weight.dtype)
 

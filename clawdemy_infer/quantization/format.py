@@ -48,7 +48,7 @@ class Format:
         return g
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, K] -> [N, groups, g]."""
+        """[O, I] -> [O, groups, g]."""
         return x.unflatten(-1, (-1, self.width(x.shape[-1])))
 
     def __eq__(self, other: object) -> bool:
@@ -60,7 +60,7 @@ class Format:
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix as codes [N, K], scale and zero [N, groups] in fp32 (stored in fewer bits), outer a
+    """A matrix as codes [O, I], scale and zero [O, groups] in fp32 (stored in fewer bits), outer a
     scalar. Column k is of group k // width, or where GPTQ has reordered columns, group_of[k]."""
 
     format: Format
@@ -72,11 +72,11 @@ class Quantized:
 
     @classmethod
     def of(cls, format: Format, weight: torch.Tensor) -> Self:
-        """`weight` [N, K] rounded to nearest: in 4 bits (3.75, -3.75, 0.3, -0.8) become 0.5 * (7,
+        """`weight` [O, I] rounded to nearest: in 4 bits (3.75, -3.75, 0.3, -0.8) become 0.5 * (7,
         -8, 1, -2). Raises ValueError for groups that do not divide a row, and for weights that are
         not finite or beyond an fp16 scale."""
         if weight.dim() != 2:
-            raise ValueError(f"weight is {list(weight.shape)}: a matrix [N, K] is accepted")
+            raise ValueError(f"weight is {list(weight.shape)}: a matrix [O, I] is accepted")
         groups, outer = format.grouped(weight), format.outer(weight)
         scales = format.fit(groups, outer)
         if not scales.scale.isfinite().all() or not weight.isfinite().all():
@@ -91,7 +91,7 @@ class Quantized:
         return self.codes.shape
 
     def dequantize(self) -> torch.Tensor:
-        """The weights that the codes mean, fp32 [N, K]."""
+        """The weights that the codes mean, fp32 [O, I]."""
         by_column = self.group_of is not None
         part = (slice(None), self.group_of) if by_column else (..., None)
         zero = None if self.zero is None else self.zero[part]
@@ -100,18 +100,18 @@ class Quantized:
         return self.format.decode(codes, scales).view(self.shape)
 
     def rows(self, part: slice) -> Self:
-        """Some rows: Q out of the fused Q, K and V."""
+        """Some rows: Q out of the fused Q, I and V."""
         return replace(self, codes=self.codes[part], scale=self.scale[part],
                        zero=None if self.zero is None else self.zero[part])
 
     @property
     def nbytes(self) -> int:
         """Bytes in a file, where rows of codes, scales and zeros each end with a whole byte."""
-        (N, K), groups, format = self.shape, self.scale.shape[1], self.format
+        (O, I), groups, format = self.shape, self.scale.shape[1], self.format
         scale_bits = {"fp32": 32, "fp16": 16, "e4m3": 8, "e8m0": 8}[format.scale_kind]
-        parts = (K, format.bits), (groups, scale_bits), (groups, format.zero_bits)
-        rows = N * sum(-(-count * bits // 8) for count, bits in parts)
-        return rows + 4 * (self.outer is not None) + 4 * K * (self.group_of is not None)
+        parts = (I, format.bits), (groups, scale_bits), (groups, format.zero_bits)
+        rows = O * sum(-(-count * bits // 8) for count, bits in parts)
+        return rows + 4 * (self.outer is not None) + 4 * I * (self.group_of is not None)
 
     @property
     def bits_per_weight(self) -> float:

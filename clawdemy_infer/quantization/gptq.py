@@ -1,9 +1,9 @@
 """GPTQ: round one column, and let the columns still to come make up for it (Frantar et al. 2022,
 https://arxiv.org/abs/2210.17323).
 
-Of a weight W [N, K] with inputs X [M, K], each row w wants the q on the grid with the least
+Of a weight W [O, I] with inputs X [M, I], each row w wants the q on the grid with the least
 
-    |X (w - q)|² = (w - q) H (w - q)ᵀ,    H = Xᵀ X    [K, K], the same for all rows
+    |X (w - q)|² = (w - q) H (w - q)ᵀ,    H = Xᵀ X    [I, I], the hessian of all rows
 
 Round column j to q_j. The columns not yet rounded then do best to move by (equation 2)
 
@@ -27,9 +27,9 @@ CLIPS = tuple(1 - 0.05 * i for i in range(1, 11))       # parts of a group's ran
 
 
 def column_step(W: torch.Tensor, j: int, rounded: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
-    """Column j of the weight becomes `rounded` [N], and the columns behind it move, in place:
-    w_k -= e · U_jk for all k > j. W [K, N] is the weight transposed, U [K, K] the factor. Returns
-    the error e [N] = (w_j - q_j) / U_jj.
+    """Column j of the weight becomes `rounded` [O], and the columns behind it move, in place:
+    w_k -= e · U_jk for all k > j. W [I, O] is the weight transposed, U [I, I] the factor. Returns
+    the error e [O] = (w_j - q_j) / U_jj.
 
     >>> U = inverse_factor(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), damping=0)   # the inputs agree
     >>> W = torch.tensor([[1.4], [0.4]])
@@ -64,9 +64,9 @@ def gptq(model: Decoder, tokens: torch.Tensor, format: Format, *, act_order: boo
 
 
 def hessian_of(x: torch.Tensor, name: str = "x") -> torch.Tensor:
-    """H = 2 Xᵀ X / M [K, K] in fp32 of inputs x [M, K]. ValueError where one is not finite."""
+    """H = 2 Xᵀ X / M [I, I] in fp32 of inputs x [M, I]. ValueError where one is not finite."""
     x = x.float()
-    H = x.T @ x * (2 / len(x))          # M·K² multiplications: most of GPTQ's arithmetic
+    H = x.T @ x * (2 / len(x))          # M·I² multiplications: most of GPTQ's arithmetic
     if not torch.isfinite(H.diagonal()).all():
         raise ValueError(f"tokens: the inputs of {name} that they lead to are not all finite, and "
                          "GPTQ needs their squares")
@@ -76,7 +76,7 @@ def hessian_of(x: torch.Tensor, name: str = "x") -> torch.Tensor:
 def gptq_matrix(weight: torch.Tensor, hessian: torch.Tensor, format: Format, *,
                 act_order: bool = True, static_groups: bool = True, damping: float = 0.01,
                 search: bool = True, block: int = 128) -> Quantized:
-    """weight [N, K] on the grid of `format`, by one pass over its columns.
+    """weight [O, I] on the grid of `format`, by one pass over its columns.
 
     act_order       the columns with the largest inputs go first, while many can make up for them
     static_groups   a group is g neighbours, fitted before the pass; else the next g, when they come
@@ -84,15 +84,15 @@ def gptq_matrix(weight: torch.Tensor, hessian: torch.Tensor, format: Format, *,
     search          fit each grid by least error, not to the largest weight
     block           columns that pass before the rest hears of them: it changes the time alone
 
-    ValueError for a group that does not divide K, or a hessian not [K, K], finite and positive."""
-    (N, K), g = weight.shape, format.width(weight.shape[1])
+    ValueError for a group that does not divide I, or a hessian not [I, I], finite and positive."""
+    (O, I), g = weight.shape, format.width(weight.shape[1])
     if not 0 <= damping <= 1:
         raise ValueError(f"damping={damping}: 0 to 1, of H's mean diagonal, is accepted")
-    if hessian.shape != (K, K):
-        raise ValueError(f"hessian {list(hessian.shape)}: a weight {[N, K]} needs {[K, K]}, the "
+    if hessian.shape != (I, I):
+        raise ValueError(f"hessian {list(hessian.shape)}: a weight {[O, I]} needs {[I, I]}, the "
                          "products of its inputs with each other")
     # 1. The order of the columns, the group of each, and what an error does to those behind it.
-    columns = torch.arange(K, device=weight.device)
+    columns = torch.arange(I, device=weight.device)
     order = hessian.diagonal().argsort(descending=True) if act_order else columns
     group = (order if static_groups else columns) // g      # of the column that is rounded k-th
     U = inverse_factor(hessian[order][:, order], damping)
@@ -100,22 +100,22 @@ def gptq_matrix(weight: torch.Tensor, hessian: torch.Tensor, format: Format, *,
     outer, known = format.outer(weight), weight.float().split(g, dim=1) if static_groups else ()
     grids = {i: fitted(format, part, outer, search) for i, part in enumerate(known)}
     # 3. The pass. A block ends where a group begins that is yet to be fitted, on what is left.
-    W = weight.float()[:, order].T.contiguous()     # [K, N]: a column of the weight is contiguous
+    W = weight.float()[:, order].T.contiguous()     # [I, O]: a column of the weight is contiguous
     codes = torch.empty_like(weight, dtype=torch.int8 if format.signed else torch.uint8)
-    edges = sorted({*range(0, K, block), *(() if static_groups else range(0, K, g)), K})
+    edges = sorted({*range(0, I, block), *(() if static_groups else range(0, I, g)), I})
     for start, end in zip(edges, edges[1:], strict=False):
         inside, errors = slice(start, end), torch.empty_like(W[start:end])
         for j in range(start, end):
             i = int(group[j])
             if i not in grids:
                 grids[i] = fitted(format, W[j:j + g].T, outer, search)
-            code = format.encode(W[j][:, None], grids[i])                       # [N, 1]
+            code = format.encode(W[j][:, None], grids[i])                       # [O, 1]
             codes[:, order[j]] = code[:, 0]
             errors[j - start] = column_step(W[inside], j - start,
                                             format.decode(code, grids[i])[:, 0], U[inside, inside])
         W[end:].addmm_(U[inside, end:].T, errors, alpha=-1)     # section 3.2, lazy batch updates
     # 4. Scales in the order of the groups.
-    fits = [grids[i] for i in range(K // g)]
+    fits = [grids[i] for i in range(I // g)]
     zero = None if fits[0].zero is None else torch.cat([fit.zero for fit in fits], dim=1)
     group_of = torch.empty_like(group).scatter_(0, order, group)
     return Quantized(format, codes, torch.cat([fit.scale for fit in fits], dim=1), zero, outer,
@@ -123,7 +123,7 @@ def gptq_matrix(weight: torch.Tensor, hessian: torch.Tensor, format: Format, *,
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """U [K, K], fp32, upper triangular: Uᵀ U is the inverse of the damped hessian."""
+    """U [I, I], fp32, upper triangular: Uᵀ U is the inverse of the damped hessian."""
     H = hessian.double()                # a few tokens with huge values: fp32 would not do
     if not torch.isfinite(H).all():
         raise ValueError("hessian: it holds numbers that are not finite; were the inputs?")
@@ -140,7 +140,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def fitted(format: Format, x: torch.Tensor, outer: torch.Tensor | None, search: bool) -> Scales:
-    """The grids of a group x [N, g]: fitted to the largest weight of each row, or with `search` to
+    """The grids of a group x [O, g]: fitted to the largest weight of each row, or with `search` to
     the part of its range that leaves the least |error|^2.4 (quant.py of IST-DASLab/gptq)."""
     def error_of(tried: torch.Tensor) -> torch.Tensor:
         scales = format.fit(tried, outer)
@@ -163,6 +163,6 @@ def narrowed(x: torch.Tensor, error_of: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
-    """|X (W - Q)ᵀ|² / |X Wᵀ|² of weight and quantized [N, K], by way of the hessian."""
+    """|X (W - Q)ᵀ|² / |X Wᵀ|² of weight and quantized [O, I], by way of the hessian."""
     off, w, H = (weight - quantized).double(), weight.double(), hessian.double()
     return float((off @ H * off).sum() / (w @ H * w).sum())

@@ -19,7 +19,7 @@ SMALLEST_SCALE = 2.0**-24       # fp16 above 0; zeros need a scale too, since 0 
 
 def to_int8(x: torch.Tensor, scale_dtype: torch.dtype = torch.float16
             ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., K] rounded to 8 bits, symmetric, with a scale for each vector: codes int8 [..., K]
+    """x [..., n] rounded to 8 bits, symmetric, with a scale for each vector: codes int8 [..., n]
     from -127 to 127, and scales [..., 1]."""
     scale = (x.abs().amax(-1, keepdim=True).float() / 127).to(scale_dtype).clamp(SMALLEST_SCALE)
     return (x / scale).round().clamp(-127, 127).to(torch.int8), scale

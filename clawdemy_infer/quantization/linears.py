@@ -23,6 +23,15 @@ def linears(model: Decoder) -> dict[str, nn.Linear]:
             for name, module in layer.named_children() if isinstance(module, nn.Linear)}
 
 
+def watchable(model: Decoder) -> dict[str, nn.Linear]:
+    """`linears`, whose inputs are to be seen as they run. Raises ValueError for a model whose steps
+    a fast engine runs, past its modules."""
+    if model.runner:
+        raise ValueError(f"model: {type(model.runner).__name__} runs its steps, and shows no "
+                         "inputs: quantize the model first, then make it `faster`")
+    return linears(model)
+
+
 def with_matrices(model: Decoder, weights: Mapping[str, torch.Tensor | Quantized]) -> Decoder:
     """A copy of `model` with these weights, by the name of their matrix; quantized ones as the
     numbers their codes mean, so it is no faster. All other tensors are those of `model`."""
@@ -49,8 +58,8 @@ def with_modules(model: Decoder, modules: Mapping[str, nn.Module]) -> Decoder:
 def watched(model: Decoder, see: Callable[[str, nn.Linear, torch.Tensor], None],
             title: str | None = None) -> Iterator[None]:
     """While this lasts, `see` gets each matrix that is about to run, as name, module and input x
-    [M, K]. With a `title`, a bar counts them."""
-    found = linears(model)
+    [M, I]. With a `title`, a bar counts them."""
+    found = watchable(model)
     with tqdm(total=len(found), desc=title, disable=title is None) as bar, ExitStack() as stack:
         for name, linear in found.items():
             def before(linear: nn.Linear, inputs: tuple[torch.Tensor], name: str = name) -> None:
@@ -62,7 +71,8 @@ def watched(model: Decoder, see: Callable[[str, nn.Linear, torch.Tensor], None],
 
 def observe(model: Decoder, tokens: torch.Tensor, see: Callable[[str, torch.Tensor], None]) -> None:
     """Run `model` on tokens [B, T], a sequence at a time, and show `see` the name and the input x
-    [M, K] of each matrix. Raises ValueError where an input is not finite."""
+    [M, I] of each matrix. Raises ValueError where an input is not finite, and for a model of a fast
+    engine."""
     def checked(name: str, linear: nn.Linear, x: torch.Tensor) -> None:
         if not x.isfinite().all():
             raise ValueError(f"{name}: its input is not finite; are the weights, or {model.dtype}, "

@@ -1,15 +1,16 @@
 """Both sides in 8 bits: weights with a scale for each row, activations with one for each token, and
 a product of whole numbers ("vector-wise quantization", Dettmers et al. 2022, section 3.1).
 
-    y[m, n] = sum over k of a[m, k] w[n, k]
-            ~ scale_a[m] scale_w[n] * sum over k of code_a[m, k] code_w[n, k]
+    y[m, o] = sum over i of a[m, i] w[o, i]
+            ~ scale_a[m] scale_w[o] * sum over i of code_a[m, i] code_w[o, i]
 
-The scales stand outside of the sum: all K products are of integers, which int8 units multiply at
+The scales stand outside of the sum: all I products are of integers, which int8 units multiply at
 several times the rate of floats. Where a few activations are much larger than the rest of their
 token, the scale is theirs, and the rest is lost. `smoothquant` is one answer, LLM.int8() another:
-the columns O of the input with an activation of 6 or more stay in floating point (equation 8):
+the columns with an activation of 6 or more, outliers, stay in floating point (equation 8):
 
-    y = sum over k in O of x[k] w[k]  +  scale_x scale_w * sum over other k of code_x[k] code_w[k]
+    y = sum over outliers of x[i] w[i]
+      + scale_x scale_w * sum over all other i of code_x[i] code_w[i]
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MAX_EXACT_PRODUCTS = 2**24 // 128**2
 
 
 def integer_product(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """a [M, K] times w [N, K] transposed, both int8: int32 [M, N], exact. By fp32, some columns at
+    """a [M, I] times w [O, I] transposed, both int8: int32 [M, O], exact. By fp32, some columns at
     a time: the values are those of an int8 kernel, on every machine, and not its speed."""
     columns = zip(*(x.split(MAX_EXACT_PRODUCTS, dim=1) for x in (a, w)), strict=True)
     return sum((x.float() @ y.float().t()).int() for x, y in columns)
@@ -41,12 +42,12 @@ class Int8Activations(nn.Module):
         self.codes, self.scale, self.bias = weight.codes, weight.scale.squeeze(1), bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, K] -> [M, N]."""
+        """x [M, I] -> [M, O]."""
         y = self.product(x)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale = to_int8(x)                                               # [M, K], [M, 1]
+        codes, scale = to_int8(x)                                               # [M, I], [M, 1]
         return integer_product(codes, self.codes) * scale.float() * self.scale
 
 
@@ -57,9 +58,9 @@ class LLMInt8(Int8Activations):
     outliers = 0
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        outlier = x.abs().amax(0) >= self.threshold                             # [K]
+        outlier = x.abs().amax(0) >= self.threshold                             # [I]
         self.outliers = int(outlier.sum())
-        kept = self.codes[:, outlier] * self.scale[:, None]                     # [N, |O|], fp32
+        kept = self.codes[:, outlier] * self.scale[:, None]             # [O, outliers], fp32
         return super().product(x.masked_fill(outlier, 0)) + x[:, outlier].float() @ kept.t()
 
 

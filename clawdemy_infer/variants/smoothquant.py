@@ -1,6 +1,6 @@
 """SmoothQuant: the activations become easy to round, the weights a little harder, at no cost.
 
-    (x / s) (W diag(s))ᵀ = x Wᵀ            s[k] = max|x[:, k]|^alpha / max|W[:, k]|^(1 - alpha)
+    (x / s) (W diag(s))ᵀ = x Wᵀ            s[i] = max|x[:, i]|^alpha / max|W[:, i]|^(1 - alpha)
 
 Activations have columns a hundred times larger than others, always the same ones; weights have not.
 So each column of the input is divided by s, and that of the weight multiplied. Q, K, V and gate, up
@@ -22,7 +22,7 @@ NORM_OF = {"qkv": "attention_norm", "gate_up": "mlp_norm"}
 
 
 def input_maxima(model: Decoder, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The largest |x| in each column of every matrix's input, [K], over tokens [B, T]."""
+    """The largest |x| in each column of every matrix's input, [I], over tokens [B, T]."""
     largest: dict[str, torch.Tensor] = {}
 
     def see(name: str, x: torch.Tensor) -> None:

@@ -56,14 +56,14 @@ Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at()
 # *group* of neighbours in a row. A scale is bytes, too. We count, for a row of 1,536 weights:
 
 # %%
-K = 1536                                            # inputs of the down projection
+I = 1536                                            # inputs of the down projection
 bits = {}
-bits["int8"] = 8 + 16 / K                           # one fp16 scale for the row
+bits["int8"] = 8 + 16 / I                           # one fp16 scale for the row
 bits["int4-g64"] = 4 + 16 / 64                      # … for each 64 weights
 bits["int4-g64-asym"] = 4 + (16 + 4) / 64           # and a zero point, itself a code of 4 bits
 bits["int3-g64"] = 3 + 16 / 64
 bits["q4_1"] = 4 + (16 + 16) / 32                   # llama.cpp: the scale and the lowest weight, both fp16
-bits["fp8-e4m3"] = 8 + 32 / K                       # floating point: 4 bits of exponent, 3 of mantissa
+bits["fp8-e4m3"] = 8 + 32 / I                       # floating point: 4 bits of exponent, 3 of mantissa
 bits["mxfp4"] = 4 + 8 / 32                          # 2 bits of exponent, 1 of mantissa; the scale is a power of two
 bits["nvfp4"] = 4 + 8 / 16                          # the same 16 numbers, and an 8-bit float as scale
 bits["nf4"] = 4 + 32 / 64                           # quantiles of a bell curve

@@ -65,7 +65,7 @@ Markdown(f"This machine: **{machine.name}**. It computes at most {si(machine.pea
 
 # %% [markdown]
 # ## Envelope: one column, by hand
-# A row of weights $w$ meets inputs $X$ of shape [M, K]. Rounded to $q$, the output is off by
+# A row of weights $w$ meets inputs $X$ of shape [M, I]. Rounded to $q$, the output is off by
 #
 # $$|X (w - q)|^2 = (w - q)\, H\, (w - q)^\top, \qquad H = X^\top X$$
 #
@@ -94,11 +94,11 @@ Table(["", "q", "weights off by", "output off by"],
 # %% [markdown]
 # The second weight goes to 1, though 0 is nearer: the first lost 0.4, and the second gives 0.6 back.
 #
-# With K columns the same step is taken K times. After column j is rounded, all later ones move by $-\,e \cdot [H^{-1}]_{j,:} / [H^{-1}]_{jj}$, and column j leaves the inverse. Here is the whole of GPTQ, without its tricks:
+# With I columns the same step is taken I times. After column j is rounded, all later ones move by $-\,e \cdot [H^{-1}]_{j,:} / [H^{-1}]_{jj}$, and column j leaves the inverse. Here is the whole of GPTQ, without its tricks:
 
 # %%
 def gptq_by_the_formula(W, H, grid):
-    """W [N, K]; `grid(j, w)` rounds column j."""
+    """W [O, I]; `grid(j, w)` rounds column j."""
     W, inverse, Q = W.double().clone(), torch.linalg.inv(H.double()), torch.empty_like(W, dtype=torch.float64)
     for j in range(W.shape[1]):
         Q[:, j] = grid(j, W[:, j])
@@ -120,19 +120,19 @@ Markdown(f"Output error: nearest {output_error(W, Quantized.of(int4, W).dequanti
 
 # %% [markdown]
 # The library's loop does the same with tricks: the Cholesky factor of $H^{-1}$ holds all those inverses at once; the rest hears of a block of columns in one product; columns with large inputs go first
-# (**act-order**), while there are many left to make up for them; and a little is added to H's diagonal (**damping**), because a few thousand tokens do not fill K directions.
+# (**act-order**), while there are many left to make up for them; and a little is added to H's diagonal (**damping**), because a few thousand tokens do not fill I directions.
 #
-# **What does it cost?** The model runs once over M tokens. In front of each matrix [N, K] the products of its inputs with each other, H. Then the loop: every column moves all later ones.
+# **What does it cost?** The model runs once over M tokens. In front of each matrix [O, I] the products of its inputs with each other, H. Then the loop: every column moves all later ones.
 
 # %%
 M, by_matrix = 1024, {}
 for name, linear in list(linears(decoder).items())[:4]:
-    N, K = linear.weight.shape
-    flops = 2 * M * N * K                           # the model itself: x Wᵀ
-    flops += 2 * M * K * K                          # H = Xᵀ X
-    flops += 2 * N * K * K / 2                      # the loop: each of K columns moves (K - j) others, of N rows
-    flops += K**3 / 3 + K**3 / 3                    # Cholesky, and the inverse of the factor
-    assert np.isclose(flops, 2 * M * K * (N + K) + N * K**2 + 2 * K**3 / 3)
+    O, I = linear.weight.shape
+    flops = 2 * M * O * I                           # the model itself: x Wᵀ
+    flops += 2 * M * I * I                          # H = Xᵀ X
+    flops += 2 * O * I * I / 2                      # the loop: each of I columns moves (I - j) others, of O rows
+    flops += I**3 / 3 + I**3 / 3                    # Cholesky, and the inverse of the factor
+    assert np.isclose(flops, 2 * M * I * (O + I) + O * I**2 + 2 * I**3 / 3)
     by_matrix[name] = flops
 Table(["matrix", "FLOPs", "of which H"], [[name, f"{flops / 1e9:.2f} G", f"{2 * M * linears(decoder)[name].weight.shape[1] ** 2 / flops:.0%}"]
                                          for name, flops in by_matrix.items()], numeric=["FLOPs", "of which H"])
@@ -171,14 +171,14 @@ plt.show()
 
 # %% [markdown]
 # ## Prediction
-# Two things an envelope can say: how long GPTQ takes for a matrix (FLOPs over peak, though the loop works through K columns one after another, each some operations with a fixed price), and
+# Two things an envelope can say: how long GPTQ takes for a matrix (FLOPs over peak, though the loop works through I columns one after another, each some operations with a fixed price), and
 # how large the file is that comes out.
 
 # %% tags=["nbval-ignore-output"]
 for name in ("layers.0.qkv", "layers.0.down"):
-    N, K = linears(decoder)[name].weight.shape
-    work = total(name, [matmul(K, M, K, "H"), matmul(N, K // 2, K, "the loop"), matmul(K, K // 3, K, "the factor")])
-    ops = count_ops(lambda N=N, K=K: gptq_matrix(torch.randn(N, K), torch.eye(K), format_named("int4-g64"), search=False))
+    O, I = linears(decoder)[name].weight.shape
+    work = total(name, [matmul(I, M, I, "H"), matmul(O, I // 2, I, "the loop"), matmul(I, I // 3, I, "the factor")])
+    ops = count_ops(lambda O=O, I=I: gptq_matrix(torch.randn(O, I), torch.eye(I), format_named("int4-g64"), search=False))
     lesson.predict(f"GPTQ of {name}", machine.napkin(work), machine.time(work, ops).seconds, unit="s")
 
 LAYERS = 3

@@ -1,18 +1,18 @@
-// One product for PyTorch: x [M, K] and y [M, N] of type Y, the weight packed in FORMAT.
+// One product for PyTorch: x [M, I] and y [M, O] of type Y, the weight packed in FORMAT.
 #include "product.h"
 #include <vector>
 
-extern "C" void product(const Y* x, const char* w, Y* y, int64_t M, int64_t K, int64_t N,
+extern "C" void product(const Y* x, const char* w, Y* y, int64_t M, int64_t I, int64_t O,
                         int64_t group) {
-    const Size size(K, N, group);
+    const Size size(I, O, group);
     std::vector<IN> room;
-    if (sizeof(IN) != sizeof(Y)) room.resize(M * K);
+    if (sizeof(IN) != sizeof(Y)) room.resize(M * I);
     const IN* in = room.empty() ? (const IN*)x : room.data();
     #pragma omp parallel
     {
         if (!room.empty()) {
             #pragma omp for schedule(static)
-            for (int64_t i = 0; i < M * K; i++) put(number(x[i]), &room[i]);
+            for (int64_t i = 0; i < M * I; i++) put(number(x[i]), &room[i]);
         }
         multiply(in, w, y, M, size);
     }

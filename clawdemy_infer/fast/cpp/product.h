@@ -1,7 +1,7 @@
 // A product of activations and a packed weight: as fast as memory for a few rows, as fast as the
 // multipliers for many. FORMAT says what the weight is kept in.
 //
-//     Y [M, N] = X [M, K] W^T           sums in fp32
+//     Y [M, O] = X [M, I] W^T           sums in fp32
 //
 // A *panel* is 16 outputs side by side. One step through it has, for each of them,
 //
@@ -11,7 +11,7 @@
 //     INT8    2 inputs    32 bytes; 16 scales in fp32 stand in front of the panel
 //     INT4    8 inputs    64 bytes; behind each group of inputs 16 scales and 16 offsets in fp16
 //
-// and a *tile* multiplies a few rows of X by 1 or 3 panels, its sums in registers until all of K
+// and a *tile* multiplies a few rows of X by 1 or 3 panels, its sums in registers until all of I
 // has gone by. With w = (code - zero) scale, the sum over a group of 4-bit codes is
 // scale (sum of code x) + offset (sum of x), where offset = -zero scale.
 //
@@ -21,7 +21,7 @@
 // and the codes become bf16, which holds such numbers exactly. Else all numbers become fp32.
 //
 // Threads share the strips of 3 panels. A strip comes from memory once and is multiplied by all
-// rows of X, tile by tile, while it lies in the nearer caches; X, 2 or 4 M K bytes, is read anew
+// rows of X, tile by tile, while it lies in the nearer caches; X, 2 or 4 M I bytes, is read anew
 // for each strip, from those caches too. What is left is to keep memory busy while tiles compute:
 // the first tiles ask for the next strip, a line at each step. Where one tile is the whole strip,
 // it asks for what is AHEAD in its own panels.
@@ -119,13 +119,13 @@ const int64_t WIDE_ROWS = WIDTH == 16 ? 8 : ROWS < 5 ? ROWS : 6;
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// A weight of N outputs and K inputs, and what follows from K: X of a row of x; bytes of a group of
-// `group` inputs (all of K, but for INT4) and of a panel.
+// A weight of O outputs and I inputs, and what follows from I: X of a row of x; bytes of a group of
+// `group` inputs (all of I, but for INT4) and of a panel.
 struct Size {
-    int64_t K, N, group, row, steps, group_bytes, panel_bytes;
-    Size(int64_t K, int64_t N, int64_t inputs) : K(K), N(N), group(FORMAT == INT4 ? inputs : K),
-        row(K / INPUTS * NUMBERS), steps(group / INPUTS), group_bytes(steps * STEP + BEHIND),
-        panel_bytes(FRONT + K / group * group_bytes) {}
+    int64_t I, O, group, row, steps, group_bytes, panel_bytes;
+    Size(int64_t I, int64_t O, int64_t inputs) : I(I), O(O), group(FORMAT == INT4 ? inputs : I),
+        row(I / INPUTS * NUMBERS), steps(group / INPUTS), group_bytes(steps * STEP + BEHIND),
+        panel_bytes(FRONT + I / group * group_bytes) {}
 };
 
 // Adds `rows` of x by one group of panels, which are `size` bytes apart, to `sum`. With each step
@@ -161,7 +161,7 @@ static void tile(const X* x, const char* w, const char* next, Y* y, const Size& 
     vec sum[rows][panels][PARTS] = {};
     if (FORMAT != INT4)
         add_group<rows, panels, lines>(x, s.row, w + FRONT, next, size, s.steps, sum);
-    else for (int64_t begin = 0, at = 0; begin < s.K; begin += s.group, at += s.group_bytes) {
+    else for (int64_t begin = 0, at = 0; begin < s.I; begin += s.group, at += s.group_bytes) {
         vec part_sum[rows][panels][PARTS] = {};
         const X* mine = x + begin / INPUTS * NUMBERS;
         add_group<rows, panels, lines>(mine, s.row, w + at, next + at, size, s.steps, part_sum);
@@ -184,7 +184,7 @@ static void tile(const X* x, const char* w, const char* next, Y* y, const Size& 
             const vec scale = FRONT ? read<vec>(w + p * size + part * 4 * WIDTH) : all(1);
             for (int r = 0; r < rows; r++)
                 put(FRONT ? sum[r][p][part] * scale : sum[r][p][part],
-                    y + r * s.N + p * 16 + part * WIDTH);
+                    y + r * s.O + p * 16 + part * WIDTH);
         }
 }
 
@@ -192,9 +192,9 @@ static void tile(const X* x, const char* w, const char* next, Y* y, const Size& 
 
 static const bool MAKES_WIDE = FORMAT >= BF16 && sizeof(IN) == sizeof(float);
 
-// A panel -> [K, 16] fp32.
+// A panel -> [I, 16] fp32.
 static void make_wide(const char* w, const Size& s, float* wide) {
-    for (int64_t begin = 0; begin < s.K; begin += s.group) {
+    for (int64_t begin = 0; begin < s.I; begin += s.group) {
         const char* step = w + FRONT + begin / s.group * s.group_bytes;
         const char* end = step + s.steps * STEP;
         for (int part = 0; part < PARTS; part++) {
@@ -215,27 +215,27 @@ static void make_wide(const char* w, const Size& s, float* wide) {
 template <int rows>
 static void wide_tile(const float* x, const float* wide, Y* y, const Size& s) {
     vec sum[rows][PARTS] = {};
-    for (int64_t k = 0; k < s.K; k++) {
+    for (int64_t k = 0; k < s.I; k++) {
         vec made[PARTS];
         UNROLL for (int part = 0; part < PARTS; part++)
             made[part] = read<vec>(wide + k * 16 + part * WIDTH);
         UNROLL for (int r = 0; r < rows; r++) {
-            const vec number = all(x[r * s.K + k]);
+            const vec number = all(x[r * s.I + k]);
             UNROLL for (int part = 0; part < PARTS; part++) sum[r][part] += made[part] * number;
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int part = 0; part < PARTS; part++) put(sum[r][part], y + r * s.N + part * WIDTH);
+        for (int part = 0; part < PARTS; part++) put(sum[r][part], y + r * s.O + part * WIDTH);
 }
 
 static void wide_strip(const float* x, const char* w, Y* y, int64_t M, const Size& s) {
     static thread_local std::vector<float> wide;
-    wide.resize(s.K * 16);
+    wide.resize(s.I * 16);
     make_wide(w, s, wide.data());
     const int64_t tiles = (M + WIDE_ROWS - 1) / WIDE_ROWS;
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t m = t * M / tiles;
-        const float* from = x + m * s.K; Y* to = y + m * s.N;
+        const float* from = x + m * s.I; Y* to = y + m * s.O;
         switch ((t + 1) * M / tiles - m) {
             #define WIDE(n) case n: if constexpr (n <= WIDE_ROWS) { \
                                         wide_tile<n>(from, wide.data(), to, s); break; }
@@ -273,7 +273,7 @@ static void strip(const X* x, const char* w, const char* next, Y* y, int64_t M, 
     }
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t m = t * M / tiles, rows = (t + 1) * M / tiles - m;    // as even as can be
-        const X* from = x + m * s.row; Y* to = y + m * s.N;
+        const X* from = x + m * s.row; Y* to = y + m * s.O;
         if (tiles == 1) tile_of<panels, panels>(rows, from, w, w + AHEAD, to, s);
         else if (tiles == 2) tile_of<panels, 2>(rows, from, w, next + 2 * t * size, to, s);
         else if (t < PANELS) tile_of<panels, 1>(rows, from, w, next + t * size, to, s);
@@ -285,10 +285,10 @@ static void strip(const X* x, const char* w, const char* next, Y* y, int64_t M, 
 static void multiply(const IN* x, const char* w, Y* y, int64_t M, const Size& s) {
     const int64_t size = s.panel_bytes;
     #pragma omp for schedule(static)
-    for (int64_t p = 0; p < s.N / 16; p += PANELS) {
+    for (int64_t p = 0; p < s.O / 16; p += PANELS) {
         const char* mine = w + p * size; Y* to = y + p * 16; const X* from = (const X*)x;
-        if (p + PANELS <= s.N / 16) strip<PANELS>(from, mine, mine + PANELS * size, to, M, s);
-        else for (int64_t i = 0; p + i < s.N / 16; i++)
+        if (p + PANELS <= s.O / 16) strip<PANELS>(from, mine, mine + PANELS * size, to, M, s);
+        else for (int64_t i = 0; p + i < s.O / 16; i++)
             strip<1>(from, mine + i * size, mine + (i + 1) * size, to + i * 16, M, s);
     }
 }
