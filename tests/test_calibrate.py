@@ -16,7 +16,7 @@ from clawdemy_infer.machine.calibrated import Speeds, widened
 from clawdemy_infer.machine.probes import Probe
 
 RECORD = {
-    "name": "a test machine",
+    "name": "a test machine", "device": "cpu",
     "bandwidth": [{"bytes": 2**20, "bytes_per_s": 5e10}, {"bytes": 2**30, "bytes_per_s": 1e10}],
     "peak_flops": {"fp32": 2e11, "bf16": 4e11},
     "gemm": [{"dtype": "fp32", "m": 1, "flops_per_s": 4e9},
