@@ -12,7 +12,8 @@ from clawdemy_infer.envelope.roofline import Part, Prediction
 from clawdemy_infer.fast import FLOATS, FORMATS, computes_in
 from clawdemy_infer.machine import calibrate, present, probes, probes_attention
 from clawdemy_infer.machine.calibrate import from_record, kept_record, this_machine
-from clawdemy_infer.machine.calibrated import Speeds, widened
+from clawdemy_infer.machine.calibrated import Speeds
+from clawdemy_infer.machine.present import widened
 from clawdemy_infer.machine.probes import Probe
 
 RECORD = {

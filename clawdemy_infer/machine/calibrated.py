@@ -12,7 +12,6 @@ from clawdemy_infer.envelope.roofline import (
     PAGED_ATTENTION,
     Curve,
     Machine,
-    Prediction,
     interpolate,
 )
 
@@ -42,13 +41,6 @@ class Speeds(NamedTuple):
     memory: float = 1.0
     compute: float = 1.0
     launches: float = 1.0
-
-
-class Interval(NamedTuple):
-    """Seconds from and to."""
-
-    low_s: float
-    high_s: float
 
 
 def decode_attention(kv_heads: float, keys: int) -> str:
@@ -160,17 +152,6 @@ def only_products(machine: Machine) -> Machine:
         return machine
     rates = {name: rate for name, rate in machine.rates.items() if name in PRODUCTS}
     return replace(machine, elementwise={}, rates=rates)
-
-
-def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]) -> Interval:
-    """The interval of `prediction`, and what it would be at the speeds seen `around` the run. The
-    run itself is not looked at."""
-    now = getattr(machine, "now", Speeds())
-    half = 1 + prediction.spread
-    seconds = [sum(part.seconds * getattr(now, part.bound, 1) / getattr(seen, part.bound, 1)
-                   for part in prediction.parts.values()) for seen in around]
-    return Interval(min([prediction.low_s, *(each / half for each in seconds)]),
-                    max([prediction.high_s, *(each * half for each in seconds)]))
 
 
 def slowed(machine: Calibrated, speed: float) -> Calibrated:        # until the lessons have moved

@@ -11,10 +11,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
-from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.envelope.roofline import Machine, Prediction
 from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 from clawdemy_infer.timing import Timing, stopwatch
@@ -25,6 +26,13 @@ COMPUTE_ROWS = 256
 """Rows M of a product that is bound by arithmetic on a CPU."""
 SAMPLES = 5
 """Samples of each of the three probes, of some 20 ms."""
+
+
+class Interval(NamedTuple):
+    """Seconds from and to."""
+
+    low_s: float
+    high_s: float
 
 
 def default_device() -> str:
@@ -71,6 +79,17 @@ def bracketed(machine: Machine) -> Callable[..., Timing]:
         timing = stopwatch(work, repeats, warmup)
         return replace(timing, around=(before, speeds_now(machine)))
     return watch
+
+
+def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]) -> Interval:
+    """The interval of `prediction`, and what it would be at the speeds seen `around` the run. The
+    run itself is not looked at."""
+    now = getattr(machine, "now", Speeds())
+    half = 1 + prediction.spread
+    seconds = [sum(part.seconds * getattr(now, part.bound, 1) / getattr(seen, part.bound, 1)
+                   for part in prediction.parts.values()) for seen in around]
+    return Interval(min([prediction.low_s, *(each / half for each in seconds)]),
+                    max([prediction.high_s, *(each * half for each in seconds)]))
 
 
 def drift(machine: Calibrated, most: float = 0.2) -> str:

@@ -13,8 +13,8 @@ from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import computes_in
 from clawdemy_infer.lesson import steps
-from clawdemy_infer.machine.calibrated import only_products, widened
-from clawdemy_infer.machine.present import at_present, bracketed
+from clawdemy_infer.machine.calibrated import only_products
+from clawdemy_infer.machine.present import at_present, bracketed, widened
 from clawdemy_infer.model import Decoder
 
 
