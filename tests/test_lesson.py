@@ -178,7 +178,8 @@ def test_a_timing_brings_its_median_and_spread(lesson, ledger_file):
 def test_a_difference_lost_in_noise_is_no_row_and_no_error(lesson, ledger_file, capsys, value):
     lesson.predict("attention adds", napkin=1.0, unit="s")
     lesson.measure("attention adds", value)
-    assert capsys.readouterr().out.count("○ 'attention adds'") == 1
+    lesson.explain("attention adds")
+    assert capsys.readouterr().out.count("○ 'attention adds'") == 2
     assert read(ledger_file) == [] and lesson.rows["attention adds"].measured is None
 
 

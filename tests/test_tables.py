@@ -2,13 +2,14 @@
 
 import pytest
 
-from clawdemy_infer.lesson.ledger import LedgerRow
+from clawdemy_infer.lesson.ledger import LedgerRow, scoreboard
 from clawdemy_infer.lesson.tables import (
     Table,
     from_si,
     interval,
     ledger_table,
     reveal_table,
+    scoreboard_table,
     si,
 )
 
@@ -91,3 +92,12 @@ def test_what_is_revealed_is_not_what_was_measured():
     table = reveal_table([row])
     assert table.rows == [("TTFT", "open", "200 ms", "200 – 300 ms")]
     assert "700" not in repr(table)
+
+
+def test_the_scoreboard_reads_as_it_was_judged():
+    rows = [LedgerRow("01", "TTFT", "s", 1.0, predicted=2.0, low=1.0, high=4.0, measured=3.0)]
+    said = dict(scoreboard_table(scoreboard(rows)).rows)
+    assert said["measurements inside their interval"] == "100% of 1"
+    assert said["half-width of an interval, median"] == "± 100%"
+    assert said["worst prediction"].startswith("01, TTFT: it took 1.50 times")
+    assert dict(scoreboard_table(scoreboard([])).rows)["error of the napkin, median"] == "–"

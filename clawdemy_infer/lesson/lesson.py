@@ -1,5 +1,5 @@
-"""What a notebook sees: guess, predict and reveal before, `lesson.measure` after, and
-exercises that check themselves.
+"""What a notebook sees: guess, predict and reveal before, `lesson.measure` after, then a cause and
+its explanation; and exercises that check themselves.
 
     lesson = Lesson("01 counting_inference", machine=machine)
     lesson.guess("time per token at 512", ...)      # the learner may write "20 ms" over the dots
@@ -7,6 +7,8 @@ exercises that check themselves.
                    predicted=machine.time(work), unit="s")
     lesson.reveal("time per token at 512")          # from here on a guess is late
     lesson.measure("time per token at 512", step.time(machine), parts=step.parts(machine))
+    lesson.cause("time per token at 512", ...)      # "attention", "launches", ...
+    lesson.explain("time per token at 512")
     lesson.table()
 """
 
@@ -25,6 +27,7 @@ from clawdemy_infer.envelope.roofline import Machine, Prediction
 from clawdemy_infer.lesson import ledger, tables
 from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.waterfall import Moment, account, choices, moment
 from clawdemy_infer.timing import Timing
 
 MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
@@ -59,7 +62,9 @@ class Lesson:
         self.rows: dict[str, LedgerRow] = {}
         self.guesses: dict[str, Guess] = {}
         self.said: dict[str, tuple[object, LedgerRow]] = {}     # predictions as they were made
+        self.moments: dict[str, Moment] = {}        # the machine around each run
         self.revealed: set[str] = set()
+        self.explained: set[str] = set()
         self.exercises: dict[str, str] = {}         # name: "open", "wrong" or "right"
 
     # -- guess, predict, reveal -------------------------------------------------------------------
@@ -140,11 +145,11 @@ class Lesson:
         """Set the measured `value` beside its prediction, in the prediction's unit, and write the
         row to the ledger.
 
-        `parts` are what a step is made of, as `LedgerRow` has them. A `Timing` that saw the
-        machine's speed around the run widens the interval; the value itself changes nothing of the
-        prediction. Where noise left nothing (a difference below zero), one line says so and nothing
-        is written. Raises `ValueError` for a quantity that was never predicted: that is the whole
-        game.
+        `parts` are what a step is made of: `Parts`, or as `LedgerRow` has them. A `Timing` that saw
+        the machine's speed around the run widens the interval; the value itself changes nothing of
+        the prediction. Where noise left nothing (a difference below zero), one line says so and
+        nothing is written. Raises `ValueError` for a quantity that was never predicted: that is
+        the whole game.
         """
         said, blank = self._predicted(quantity) and self.said[quantity]
         self.revealed.add(quantity)
@@ -154,11 +159,12 @@ class Lesson:
         if not 0 < value < math.inf:
             return print(f"○ {quantity!r} measured as {si(value, blank.unit)}: lost in noise, it "
                          "does not count.")
+        self.moments[quantity] = moment(said, self.calibrated, around)
         if around:
-            from clawdemy_infer.machine.present import widened
+            from clawdemy_infer.machine.calibrated import widened
 
-            wide = widened(said, self.calibrated, around)
-            blank = replace(blank, low=wide.low_s, high=wide.high_s)
+            low, high = widened(said, self.calibrated, around)
+            blank = replace(blank, low=low, high=high)
         if speed != 1.0:  # until the lessons have moved
             if blank.unit != "s":
                 raise ValueError(f"speed={speed} for {quantity!r} in {blank.unit!r}: only a time "
@@ -166,19 +172,58 @@ class Lesson:
             slower = {name: getattr(blank, name) and getattr(blank, name) / speed
                       for name in ("predicted", "low", "high")}
             blank = replace(blank, speed=speed, **slower)
+        parts = parts.to(value) if hasattr(parts, "to") else parts  # their shares, of this run
         row = self.rows[quantity]
         self._write(replace(blank, measured=value, spread=spread, parts=tuple(parts), why=why,
                             guess=row.guess, late=row.late, cause=row.cause, date=ledger.today()))
 
-    def explain(self, quantity: str, why: str) -> None:  # until the lessons have moved
-        """Give the reason after the fact, once the measurement has been looked at. Raises
-        `ValueError` if there is none yet."""
-        self._write(replace(self._predicted(quantity), why=why, date=ledger.today()))
+    def cause(self, quantity: str, choice: str | EllipsisType = ...) -> None:
+        """What the learner takes for the largest difference between napkin and measured: a part,
+        "memory was slower than calibrated", "not explained" ...; `...` is no answer. After the
+        explanation it does not count."""
+        row = self._predicted(quantity)
+        accepted = choices([part["name"] for part in row.parts]
+                           or getattr(self.said[quantity][0], "parts", ()))
+        if choice is ... or choice == row.cause:
+            return
+        if quantity in self.explained:
+            print(f"○ {quantity!r} is explained already: {choice!r} comes too late to count.")
+        elif choice not in accepted:
+            print(f"○ {choice!r} is no cause; take one of {_listed(accepted)}")
+        else:
+            self.rows[quantity] = replace(row, cause=choice)
+
+    def explain(self, quantity: str, why: str | None = None) -> None:
+        """Draw what lies between napkin and measured, part by part, say it in one sentence, and
+        judge the learner's cause."""
+        row = self._predicted(quantity)
+        if why is not None:  # until the lessons have moved
+            return self._write(replace(row, why=why, date=ledger.today()))
+        if row.measured is None:
+            return print(f"○ {quantity!r} has not been measured, so there is nothing to explain.")
+        found = account(row, self.moments[quantity])
+        self.explained.add(quantity)
+        right = row.cause in found.causes if row.cause and found.causes else None
+        self._write(replace(row, explained=found.explained, sentence=found.sentence,
+                            cause_right=right, date=ledger.today()))
+        import matplotlib.pyplot as plt
+
+        from clawdemy_infer.lesson import plots
+
+        figure, ax = plt.subplots()
+        plots.show(figure, plots.waterfall(ax, row, found))
+        print(found.sentence)
+        if right is not None:
+            print(f"{'✓' if right else '✗'} you said: {row.cause}.")
 
     def table(self) -> Table:
         """Predicted beside measured, as far as this lesson has come."""
         self.revealed |= self.rows.keys()
         return tables.ledger_table(self.rows.values())
+
+    def scoreboard(self) -> Table:
+        """How good predictions, guesses and causes were, in all lessons of the ledger so far."""
+        return tables.scoreboard_table(ledger.scoreboard(ledger.read()))
 
     def _write(self, row: LedgerRow) -> None:
         ledger.append(row)

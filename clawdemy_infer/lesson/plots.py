@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
+from html import escape
+from io import BytesIO
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.tables import si
+from clawdemy_infer.lesson.waterfall import REST, Account
 
-NAPKIN, ROOFLINE, MEASURED = "#9a9a9a", "#2f6db5", "#d9541e"
-"""Grey for the napkin, blue for the calibrated roofline, orange for what was measured."""
+COLOURS = ["#2c5aef", "#eb7807", "#2aaa73", "#d670d7", "#d91633", "#5e5f6c"]
+"""For machines, models and kinds of work, in order: far apart for every kind of colour vision."""
 
-COLOURS = ["#2f6db5", "#d9541e", "#3a8f4d", "#8a4fa3", "#b8860b", "#5b6770"]
-"""For machines, models and kinds of work, in order."""
+NAPKIN, ROOFLINE, MEASURED = "#9a9a9a", *COLOURS[:2]
+"""Grey for the napkin, blue for the prediction, orange for what was measured."""
+
+TEXT = "#777777"
+"""As legible on white as on the black of a dark theme; the background is transparent."""
 
 
 def use_style() -> None:
@@ -30,7 +39,10 @@ def use_style() -> None:
         "axes.titlelocation": "left", "legend.fontsize": 9, "axes.spines.top": False,
         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
         "lines.linewidth": 2.0, "lines.markersize": 6, "legend.frameon": False,
-        "axes.prop_cycle": plt.cycler(color=COLOURS),
+        "axes.prop_cycle": plt.cycler(color=COLOURS), "hatch.linewidth": 2.0,
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor",
+                         "xtick.color", "ytick.color", "grid.color"), TEXT),
     })
 
 
@@ -103,7 +115,7 @@ def ratios(ax: Axes, rows: Sequence[LedgerRow]) -> None:
     rows = [row for row in rows if row.measured]
     places = range(len(rows), 0, -1)
     ax.axvspan(1 / 1.25, 1.25, color=ROOFLINE, alpha=0.10, linewidth=0)
-    ax.axvline(1, color="black", linewidth=0.8)
+    ax.axvline(1, color=TEXT, linewidth=0.8)
     for attribute, colour, label in (("ratio_napkin", NAPKIN, "over the napkin"),
                                      ("ratio", ROOFLINE, "over the calibrated roofline")):
         drawn = [(value, place) for row, place in zip(rows, places, strict=True)
@@ -129,4 +141,64 @@ def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float] | None,
     ax.plot(x, measured, "o", color=MEASURED, label="measured")
     ax.set_ylim(bottom=0)
     units(ax.yaxis, unit)
+    ax.legend()
+
+
+# ---- from napkin to measured, and the learner's guesses ----
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Show `figure` in a notebook with `alt` as its alternative text, and close it. Where no
+    picture can be shown, the text is."""
+    png = BytesIO()
+    figure.savefig(png, format="png")
+    plt.close(figure)
+    picture = base64.b64encode(png.getvalue()).decode()
+    html = f'<img alt="{escape(alt)}" src="data:image/png;base64,{picture}">'
+    display({"text/html": html, "image/png": picture, "text/plain": alt}, raw=True)
+
+
+def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
+    """Draw the steps from napkin to measured: orange for what is slower, blue for what is faster,
+    hatched for what is not explained. Returns the figure's alternative text."""
+    bars, level = [("napkin", 0.0, row.napkin, NAPKIN)], row.napkin
+    for name, step in found.steps.items():
+        bars.append((name, level, step, MEASURED if step > 0 else ROOFLINE))
+        level += step
+    said = []
+    for place, (name, start, step, colour) in enumerate([*bars, ("measured", 0.0, level, NAPKIN)]):
+        ax.bar(place, step, bottom=start, color="none" if name == REST else colour, width=0.7,
+               edgecolor=colour, hatch="//" if name == REST else None)
+        value = "+" * (start > 0 and step > 0) + si(step, row.unit)
+        ax.annotate(value, (place, max(start, start + step)), xytext=(0, 3), ha="center",
+                    textcoords="offset points", fontsize=9)
+        if place:
+            ax.plot([place - 0.65, place - 0.35], [start or level] * 2, color=TEXT, linewidth=0.8)
+        said.append((name, value))
+    ax.set_xticks(range(len(said)), [name.replace(" ", "\n", 1) for name, _ in said], fontsize=9)
+    ax.set_ylim(0, 1.1 * max(start + max(step, 0) for _, start, step, _ in bars))
+    ax.grid(visible=False, axis="x")
+    units(ax.yaxis, row.unit)
+    clause = found.sentence.partition(": the napkin's")[0].partition(" from napkin")[0]
+    ax.set_title(f"{row.quantity}\n{clause}")
+    return f"Waterfall of {row.quantity}: {'; '.join(map(' '.join, said))}. {found.sentence}"
+
+
+def guesses(ax: Axes, rows: Sequence[LedgerRow]) -> None:
+    """How far off the learner's guesses were, over the lessons: guess over measured, 1 is right. A
+    late guess is a ring; the line is each lesson's median, of those in time."""
+    rows = [row for row in rows if row.guess and row.measured]
+    lessons = sorted({row.lesson for row in rows})
+    places = [lessons.index(row.lesson) for row in rows]
+    for late in (False, True):
+        dots = [(place, row.guess / row.measured)
+                for place, row in zip(places, rows, strict=True) if row.late == late]
+        ax.plot(*zip(*dots, strict=True) if dots else ([], []), "o", color=MEASURED,
+                markerfacecolor="none" if late else MEASURED, label="late" if late else "in time")
+    ax.axhline(1, color=NAPKIN, linewidth=0.8)
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    ax.set_xticks(range(len(lessons)), [lesson.split()[0] for lesson in lessons])
+    ax.set_xlabel("lesson")
+    ax.set_ylabel("guess, as a multiple of measured")
     ax.legend()
