@@ -16,7 +16,8 @@ from clawdemy_infer.lesson.steps import (
     time_prefill,
     work_of,
 )
-from clawdemy_infer.machine.calibrated import Calibrated, Speeds
+from clawdemy_infer.machine import probes
+from clawdemy_infer.machine.calibrated import ATTENTION_KEYS, Calibrated, Speeds
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.rigs import bench, breakdown
 from clawdemy_infer.rigs.bench import BenchRow, bounds, measure
@@ -209,6 +210,16 @@ def test_a_step_that_is_one_call_has_no_parts_to_be_seen(model, monkeypatch):
     monkeypatch.setattr(model, "runner", type("InOneCall", (), {"backend": "cpp"})())
     with pytest.raises(ValueError, match="model: its steps are one call of C"):
         breakdown.breakdown(model, MACHINE, "decode", 1, 9)
+
+
+def test_the_held_out_settings_are_twenty_and_none_is_a_probe_s():
+    """Neither their rows M nor their numbers of keys."""
+    rows = {batch * (context if phase == "prefill" else 1)
+            for phase, _, batch, context in bench.HELD_OUT if batch * context > 1}
+    keys = {context for _, _, _, context in bench.HELD_OUT}
+    assert len(set(bench.HELD_OUT)) == 20
+    assert rows & {*probes.GEMM_ROWS} <= {1} and not keys & {*ATTENTION_KEYS}
+    assert {weights for _, weights, _, _ in bench.HELD_OUT} == {"fp32", "bf16", "int8", "int4"}
 
 
 def test_coverage_and_width_are_counted_over_the_rows():

@@ -578,6 +578,18 @@ def test_bench_times_each_phase_at_its_own_contexts(run, tiny):
                                                                 ("decode", 512), ("decode", 1024)]
 
 
+def test_bench_coverage_runs_the_held_out_settings_and_says_how_many_are_inside(
+        run, tiny, monkeypatch):
+    held_out = [("decode", "fp32", 1, 7), ("prefill", "bf16", 2, 9)]
+    monkeypatch.setattr(bench_room, "HELD_OUT", held_out)
+    report = json.loads(run("bench", "--coverage", "--json").out)
+    assert [(row["phase"], row["weights"], row["batch"], row["context"])
+            for row in report["rows"]] == held_out
+    # A data sheet has no spread, and 0.5 s for steps of microseconds are not inside.
+    assert report["errors"]["coverage"] == 0 and report["errors"]["width"] == 0
+    assert "0% of the measurements are inside their interval" in run("bench", "--coverage").out
+
+
 def test_bench_does_not_time_what_does_not_fit_and_says_so(run, tiny):
     """60 MB of memory. A token's cache is 2·2·1·8·4 B = 128 B in fp32, so a batch of 1,000 with
     1,000 tokens needs 128 MB."""

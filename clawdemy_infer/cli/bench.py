@@ -18,13 +18,15 @@ def add(subparsers) -> None:
                 "--phase prefill,decode --weights fp32,bf16 --batch 1 --context 64,512",
                 "--phase decode --weights bf16,int8,int4 --batch 1,8 --compile",
                 "--peers llama.cpp --weights int4,int8 --workloads decode-1,prefill-512 --compile",
-                "--drafts --compile", "--kernels --checks --json")
+                "--coverage", "--drafts --compile", "--kernels --checks --json")
     ours = c.add_argument_group("ours")
     arguments.model_option(ours)
     option(ours, "--phase LIST", "prefill, decode", [tuple(CONTEXTS)], [*CONTEXTS])
     option(ours, "--weights LIST", ", ".join(RUNS_IN), [RUNS_IN], ["fp32", "bf16"])
     option(ours, "--batch LIST", "sequences", [count], [1])
     option(ours, "--context LIST", "tokens (default: three of each phase)", [count])
+    option(ours, "--coverage", "instead: twenty settings that no probe used, and how many of them "
+           "are inside the interval of their prediction", bool)
     option(ours, "--breakdown", "also say where the time of each step goes", bool)
     arguments.compile_option(ours)
     for instead in (bench_peers, bench_drafts, bench_kernels):
@@ -43,11 +45,15 @@ def ours(args: Args) -> int:
     import psutil
     load_average = psutil.getloadavg()[0]       # before we add to it ourselves
     from clawdemy_infer.machine.present import default_device
-    from clawdemy_infer.rigs.bench import bounds, measure, prediction_errors
+    from clawdemy_infer.rigs.bench import HELD_OUT, bounds, measure, prediction_errors
     from clawdemy_infer.rigs.breakdown import breakdown
 
     # 1. What is asked for, refused before anything is timed.
     device = default_device()
+    wanted = HELD_OUT if args.coverage else [
+        (phase, weights, batch, context) for weights, phase in product(args.weights, args.phase)
+        for batch, context in product(args.batch, args.context or CONTEXTS[phase])]
+    args.weights = list(dict.fromkeys(weights for _, weights, _, _ in wanted))
     machine = arguments.calibrated(device, args.weights)
     if unknown := [weights for weights in args.weights if weights not in machine.peak_flops]:
         raise UsageError(f"weights={unknown[0]!r}: {machine.name} is calibrated for "
@@ -57,9 +63,6 @@ def ours(args: Args) -> int:
                          "--compile")
     model = arguments.running(args, args.weights[0])
     shape = model.config.shape
-    wanted = [(phase, weights, batch, context)
-              for weights, phase in product(args.weights, args.phase)
-              for batch, context in product(args.batch, args.context or CONTEXTS[phase])]
     if shape.max_context and (longest := max(row[-1] for row in wanted)) > shape.max_context:
         raise UsageError(f"context={longest}: the model's context is {shape.max_context}")
     # 2. What the roofline allows, and what does not fit.

@@ -17,6 +17,19 @@ from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.machine.present import at_present, bracketed, widened
 from clawdemy_infer.model import Decoder
 
+HELD_OUT = [
+    *(("decode", "fp32", batch, context) for batch, context in ((1, 97), (3, 333), (6, 700))),
+    *(("prefill", "fp32", batch, prompt) for batch, prompt in ((1, 37), (1, 150), (3, 90),
+                                                    (1, 600))),
+    *(("decode", "bf16", batch, context) for batch, context in ((1, 200), (5, 150), (12, 600))),
+    *(("prefill", "bf16", batch, prompt) for batch, prompt in ((1, 45), (2, 200), (1, 777))),
+    ("decode", "int8", 1, 450), ("decode", "int8", 7, 120), ("prefill", "int8", 1, 100),
+    ("prefill", "int8", 2, 333), ("decode", "int4", 1, 801), ("decode", "int4", 3, 90),
+    ("prefill", "int4", 1, 300),
+]
+"""Phase, weights, batch and context of twenty steps whose numbers of rows and of keys no probe has:
+how often does the interval of a prediction hold?"""
+
 
 @dataclass(frozen=True)
 class BenchRow:
