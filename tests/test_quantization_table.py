@@ -16,13 +16,11 @@ from clawdemy_infer.files.directory import destinations, to_hf
 from clawdemy_infer.lesson.quality import Reference
 from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.rigs import quantization_grid
-from clawdemy_infer.rigs.quantization_grid import cells, coded_step, through_cache, with_times
+from clawdemy_infer.rigs.quantization_grid import cells, through_cache
 from clawdemy_infer.rigs.quantization_table import (
     quantization_table,
     read_table,
     shipped_table,
-    why_untimed,
     write_table,
 )
 from clawdemy_infer.variants.int4_cache import KiviCache
@@ -109,8 +107,6 @@ def test_evaluate_without_anything_to_evaluate_is_refused(capsys):
     assert cli.main(["evaluate"]) == 2
     assert "directory: name that of a quantized model, or ask for --table" in capsys.readouterr(
     ).err
-    assert cli.main(["evaluate", "somewhere", "--timed"]) == 2
-    assert "timed: only --table has times" in capsys.readouterr().err
 
 
 def test_a_damaged_line_is_named(filled, tmp_path):
@@ -138,37 +134,6 @@ def test_a_cache_is_judged_as_if_each_token_came_alone(small):
     exact = small(tokens)
     assert torch.allclose(at_once/exact.std(), alone/exact.std(),
                           atol=1e-4) and (at_once - exact).abs().max() > 1e-3*exact.std()
-
-
-# -- times ----------------------------------------------------------------------------------------
-
-
-def test_a_format_is_timed_once_for_all_its_methods(filled, small, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        quantization_grid, "step_seconds",
-        lambda model, machine, format: asked.append(format) or ({1: 0.5}, {1: 0.25*len(asked)}))
-    rows = list(with_times(read_table(filled)[1], small, None))
-    assert asked == ["fp32", "bf16", "int4-g64", "int4-g32", "int8"]
-    by_place = {(row.method, row.format): row for row in rows}
-    assert by_place["GPTQ", "int4-g32"].measured == by_place["RTN", "int4-g32"].measured == {1: 1.0}
-    assert by_place["SmoothQuant", "int8"].measured == {1: 1.25
-                                                        } and not by_place["RTN", "int8"].measured
-    reasons = why_untimed(rows)
-    assert any("RTN nf4" in each and "no kernel" in each for each in reasons)
-    assert any("RTN int8: the fast int8 kernel" in each for each in reasons)
-    assert all(bool(row.measured) != bool(row.untimed) for row in rows)
-    asked.clear()
-    assert list(with_times(rows, small, None)) == rows and not asked    # nothing is timed again
-
-
-def test_the_predicted_step_reads_codes_for_the_layers_and_fp32_for_the_head(small):
-    shape = small.config.shape
-    matrices, head = 64 * (4 * 32 + 64 + 3 * 128), 64 * 49152
-    floats, codes = coded_step(shape, "fp32", 1), coded_step(shape, "int4", 1)
-    assert floats.flops == codes.flops
-    assert floats.bytes - codes.bytes == pytest.approx(matrices*
-                                                       (4 - 0.5), rel=1e-9) and codes.bytes > 4*head
 
 
 # -- the table in data/ ---------------------------------------------------------------------------

@@ -17,11 +17,10 @@ from clawdemy_infer.lesson.tables import Table
 def add(subparsers) -> None:
     c = command(subparsers, "evaluate", run,
                 "Say how far a quantized model is from the one it was made of.",
-                "tiny-int4", "--table my_table.jsonl --timed")
+                "tiny-int4", "--table my_table.jsonl")
     option(c, "directory", "a quantized model", nargs="?", metavar="DIR")
     option(c, "--table FILE", "instead, every format by every method, some ten minutes; rows are "
            "kept in FILE as they come, and not judged again", nargs="?", const="")
-    option(c, "--timed", "with --table: also the time of a token, where there is a kernel", bool)
     option(c, "--reference M", "the model it was made of (default: the one that DIR names)")
     option(c, "--text FILE", "a text to judge by (default: prose that comes with Python)")
     option(c, "--sequences N", "of that text (default: 8; 4 for --table)", count)
@@ -33,8 +32,6 @@ def run(args: Args) -> int:
     from clawdemy_infer.lesson.quality import Reference
     if args.table is not None:
         return table(args)
-    if args.timed:
-        raise UsageError("timed: only --table has times; `clawdemy-infer bench` times models")
     if args.directory is None:
         raise UsageError("directory: name that of a quantized model, or ask for --table")
     if not is_quantized(args.directory):
@@ -79,9 +76,8 @@ def table(args: Args) -> int:
     from clawdemy_infer.fast.cpp import cpu_name
     from clawdemy_infer.lesson.quality import Reference
     from clawdemy_infer.lesson.text import calibration_tokens
-    from clawdemy_infer.machine.calibrate import this_machine
     from clawdemy_infer.rigs import quantization_table as kept
-    from clawdemy_infer.rigs.quantization_grid import cells, with_times
+    from clawdemy_infer.rigs.quantization_grid import cells
 
     # 1. What the file has already, if it is of the same model and text.
     if args.directory is not None:
@@ -114,13 +110,7 @@ def table(args: Args) -> int:
                       file=sys.stderr)
             if args.table:
                 kept.write_table(args.table, source, rows)
-    if args.timed:
-        machine = this_machine("cpu")
-        rows = list(with_times(tqdm(rows, desc="times", unit="row"), model, machine))
-        source |= {"timed_on": machine.name, "timed": today()}
-        if args.table:
-            kept.write_table(args.table, source, rows)
     answer(args.json, {"source": source, "rows": [kept.row_to_json(row) for row in rows]},
-           kept.quantization_table(rows), *kept.why_untimed(rows),
+           kept.quantization_table(rows),
            "KV cache: weights in fp32; bits and bytes are those of the cache of one sequence.")
     return 0

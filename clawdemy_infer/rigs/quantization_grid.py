@@ -1,23 +1,16 @@
 """Every number format by every method that makes sense for it: the rows of one large table, one at
-a time, and their times. LLM.int8 and SmoothQuant are for 8 bits, of activations too; GPTQ and AWQ
-for 3 and 4, as at 8 nothing is left to win."""
+a time. LLM.int8 and SmoothQuant are for 8 bits, of activations too; GPTQ and AWQ for 3 and 4, as at
+8 nothing is left to win."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from clawdemy_infer.arithmetic import ModelShape, Work
-from clawdemy_infer.arithmetic.work import total
-from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast.faster import faster
-from clawdemy_infer.fast.quantized import on_kernels
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache
 from clawdemy_infer.lesson.quality import Reference
-from clawdemy_infer.lesson.steps import filled_cache, step_ops, time_decode, work_of
-from clawdemy_infer.machine.present import at_present
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.quantization import awq, format_named, gptq, round_to_nearest
 from clawdemy_infer.rigs.quantization_table import UNQUANTIZED, QuantizationRow, judged_row
@@ -45,10 +38,6 @@ JUDGED_CACHES: dict[str, tuple[type[KVCache], int]] = {
     "fp32": (ContiguousCache, 512), "int8": (Int8Cache, 512), "int4-g32": (KiviCache, 32)}
 """Caches by format, and how many tokens go in at a time. `KiviCache` shows new tokens in full and
 rounds each 32: in steps of 32 every token sees just what it would see if it came alone."""
-TIMED_BATCHES, TIMED_CONTEXT = (1, 8), 128
-UNTIMED = {
-    ("RTN", "int8"): "the fast int8 kernel rounds activations too: see `int8 activations`",
-    ("LLM.int8", "int8"): "its outliers are taken out in plain PyTorch, which shows no speed"}
 
 
 class Cell(NamedTuple):
@@ -102,45 +91,3 @@ def through_cache(model: Decoder, cache: type[KVCache],
         kept = cache.for_model(model, 1, tokens.shape[1])
         return torch.cat([model(part, kept) for part in tokens.split(step, dim=1)], dim=1)
     return run
-
-
-def with_times(rows: Iterable[QuantizationRow], model: Decoder,
-               machine: Machine) -> Iterator[QuantizationRow]:
-    """The rows with the times of a decode step of `model`, or with the reason why there are none. A
-    kernel sees codes, and not who chose them: a format is timed once for all its methods."""
-    known: dict[str, tuple[dict, dict]] = {}
-    for row in rows:
-        if row.method == KV_CACHE:
-            yield replace(row, untimed="caches are timed by lesson 03")
-        elif row.format not in ("fp32", "bf16", "int8", "int4-g32", "int4-g64"):
-            yield replace(row, untimed="PyTorch has no kernel for it on a CPU")
-        elif (row.method, row.format) in UNTIMED:
-            yield replace(row, untimed=UNTIMED[row.method, row.format])
-        else:
-            if not row.measured and row.format not in known:
-                known[row.format] = step_seconds(model, machine, row.format)
-            predicted, measured = known.get(row.format, (row.predicted, row.measured))
-            yield replace(row, predicted=predicted, measured=measured)
-
-
-def step_seconds(model: Decoder, machine: Machine,
-                 format: str) -> tuple[dict[int, float], dict[int, float]]:
-    """Seconds of a decode step on the kernels of `format`, predicted and measured, by batch."""
-    running = faster(model, format) if format in ("fp32", "bf16") else on_kernels(
-        round_to_nearest(model, format_named(format)))
-    weights, predicted, measured = format.partition("-")[0], {}, {}
-    for batch in TIMED_BATCHES:
-        work, ops = coded_step(model.config.shape, weights, batch), step_ops(running, batch=batch)
-        predicted[batch] = at_present(machine).time(work, ops).seconds
-        cache = filled_cache(running, batch, TIMED_CONTEXT - 1)
-        measured[batch] = time_decode(running, cache, TIMED_CONTEXT).median
-    return predicted, measured
-
-
-def coded_step(shape: ModelShape, weights: str, batch: int) -> Work:
-    """The work of such a step: all in fp32 or bf16, or the layers' matrices in integers alone."""
-    if weights in ("fp32", "bf16"):
-        return work_of(shape, "decode", weights, batch, TIMED_CONTEXT)
-    step = shape.decode(batch, TIMED_CONTEXT, weights=weights, kv="fp32", activations="fp32")
-    layers = [op for op in step.operations() if op.name != "head"]
-    return total("step", [*layers, shape.head(batch, "fp32", "fp32")])

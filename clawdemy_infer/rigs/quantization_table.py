@@ -1,9 +1,9 @@
-"""Bytes, quality and speed of quantized models: a row for each, as a table, and on disk: a line of
+"""Bytes and quality of quantized models: a row for each, as a table, and on disk: a line of
 JSON for each row behind one that says where they come from."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,7 +21,7 @@ UNQUANTIZED = MISSING
 @dataclass(frozen=True)
 class QuantizationRow:
     """One way to hold the weights: effective bits of the layers' matrices; bytes stored, and bytes
-    streamed in a decode step; the seconds of a step by batch, or why there are none."""
+    streamed in a decode step."""
 
     method: str
     format: str
@@ -29,9 +29,6 @@ class QuantizationRow:
     stored: int
     streamed: int
     quality: Quality
-    predicted: Mapping[int, float] = field(default_factory=dict)
-    measured: Mapping[int, float] = field(default_factory=dict)
-    untimed: str = ""
 
 
 def compare_formats(reference: Reference,
@@ -60,27 +57,11 @@ def judged_row(reference: Reference, quantized: QuantizedModel | None = None) ->
 
 
 def quantization_table(rows: Iterable[QuantizationRow]) -> Table:
-    """Bits, bytes, quality and, if timed, seconds of a token by batch, predicted and measured."""
-    rows = list(rows)
-    batches = sorted({batch for row in rows for batch in (*row.predicted, *row.measured)})
-    times = [(name, batch) for batch in batches for name in ("predicted", "measured")]
-    header = ["method", "format", "bits", "stored", "streamed", "KL", "±", "perplexity", "top-1",
-              *(f"{name} B={batch}" for name, batch in times)]
+    header = ["method", "format", "bits", "stored", "streamed", "KL", "±", "perplexity", "top-1"]
     return Table(header, [
         [row.method, row.format, f"{row.bits:.2f}", si(row.stored, "B"), si(row.streamed, "B"),
          f"{row.quality.kl:.4f}", f"{row.quality.kl_se:.4f}", f"{row.quality.perplexity:.2f}",
-         f"{row.quality.top1:.1%}", *(si(getattr(row, name).get(batch), "s")
-                                      for name, batch in times)] for row in rows],
-                 numeric=header[2:])
-
-
-def why_untimed(rows: Iterable[QuantizationRow]) -> list[str]:
-    """Why rows have no time, a sentence for each reason."""
-    reasons: dict[str, dict[str, None]] = {}
-    for row in rows:
-        if row.untimed:
-            reasons.setdefault(row.untimed, {})[f"{row.method} {row.format}"] = None
-    return [f"Not timed: {', '.join(names)}: {why}." for why, names in reasons.items()]
+         f"{row.quality.top1:.1%}"] for row in rows], numeric=header[2:])
 
 
 def shipped_table() -> tuple[dict, list[QuantizationRow]]:
@@ -111,15 +92,11 @@ def write_table(path: str | Path, source: dict, rows: Iterable[QuantizationRow])
 def row_to_json(row: QuantizationRow) -> dict:
     """What JSON can hold of a row; of KL, the mean of each sequence."""
     said = asdict(row)
-    said["quality"] = {key: getattr(row.quality, key)
-                       for key in ("kl", "kl_se", "perplexity", "top1")}
-    said["quality"]["kl_by_sequence"] = row.quality.kls.mean(1).tolist()
-    return {key: value for key, value in said.items() if value not in ({}, "")}
+    said["quality"]["kl_by_sequence"] = said["quality"].pop("kls").mean(1).tolist()
+    return said
 
 
 def _row_from_json(said: dict) -> QuantizationRow:
     quality = dict(said["quality"])
     said["quality"] = Quality(kls=torch.tensor(quality.pop("kl_by_sequence"))[:, None], **quality)
-    for name in ("predicted", "measured"):
-        said[name] = {int(batch): seconds for batch, seconds in said.get(name, {}).items()}
     return QuantizationRow(**said)
