@@ -1,6 +1,6 @@
 # Each target sets up .venv first if that is not done yet; every line is one that you could type yourself.
 #   make course      run every lesson and print the scoreboard
-#   make lab         open the lessons in JupyterLab
+#   make lab         open copies of the lessons in JupyterLab; they are in my-lessons/, and stay yours
 #   make test        lint, tests, and every notebook against its committed outputs, with the exercises answered at its end
 #   make notebooks   make notebooks/*.ipynb afresh from notebooks/src/*.py
 #   make peers       set up llama.cpp and vLLM, each in an environment of its own, for `clawdemy-infer bench --peers`
@@ -20,8 +20,10 @@ unexport MPLBACKEND
 course: $(READY)
 	$(BIN)/clawdemy-infer course
 
+lab: export CLAWDEMY_LEDGER := $(CURDIR)/my-lessons/ledger.jsonl
 lab: $(READY)
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+	$(BIN)/python notebooks/build.py --lab my-lessons
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) my-lessons
 
 # Two tests at a time share the cores better than two threads of one. Lessons measure, so they run one by one.
 # The lessons that nbval runs write their measurements into build/, not into your own ledger.
@@ -30,7 +32,7 @@ test: $(READY)
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 	rm -rf build/solved && $(BIN)/python notebooks/build.py --solved build/solved
-	$(BIN)/pytest --nbval --nbval-current-env build/solved
+	$(BIN)/pytest --nbval --nbval-current-env --nbval-kernel-startup-timeout 300 build/solved
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/build.py

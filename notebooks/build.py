@@ -5,10 +5,13 @@ executed, with its outputs.
     python notebooks/build.py 01 02            those whose names begin so
     python notebooks/build.py --solved DIR     none: copies of the notebooks as they are, with the
                                                exercises answered at their ends
+    python notebooks/build.py --lab DIR        none: copies to work in, which are never written over
 
 A rebuilt notebook differs from the committed one only where its cells or their outputs do: cell ids
 come from the cells' text, and what only says when and where it ran is left out. Sliders do not
-survive in a file: a line stands in their place. Figures keep 128 colours.
+survive in a file: a line stands in their place. Figures keep 128 colours. A cell keeps all the
+metadata that its script gives it, and one that took long gets its `seconds`, from which `course`
+takes the time that it allows it.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 import jupytext
@@ -30,13 +35,17 @@ from nbformat.v4 import new_code_cell, new_output
 from PIL import Image
 from tqdm import tqdm
 
-from clawdemy_infer.lesson.course import execute, first_line
+from clawdemy_infer.lesson.course import FACTOR, FLOOR_S, execute, first_line
 from clawdemy_infer.paths import write_atomically
 
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STAND_IN = ("*Sliders appear here when you run this cell; the figure below shows the same without "
             "them.*")
+LONG_S = FLOOR_S / FACTOR
+LAYOUT = ("cell_marker", "lines_to_end_of_cell_marker", "lines_to_next_cell", "noskipline",
+          "skipline")
+"""What jupytext notes of a script's blank lines: no metadata of a cell."""
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python",
@@ -54,8 +63,8 @@ def read_source(script: Path) -> NotebookNode:
     for cell in notebook.cells:
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
         seen[digest] += 1
-        tags = {"tags": cell.metadata.tags} if "tags" in cell.metadata else {}
-        cell.metadata = nbformat.from_dict(tags)
+        for name in LAYOUT:
+            cell.metadata.pop(name, None)
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
     return notebook
 
@@ -96,8 +105,13 @@ def build(script: Path, progress: bool = True) -> Path:
     ledger_file = script.parents[2] / "build" / f"{script.stem}.jsonl"
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
     with tqdm(total=cells, desc=script.stem, unit="cell", disable=not progress) as bar:
+        def note(cell: NotebookNode, seconds: float) -> None:
+            bar.update()
+            if seconds > LONG_S:
+                cell.metadata["seconds"] = round(seconds)
+
         run = execute(notebook, script.stem, target.parent, {"CLAWDEMY_LEDGER": str(ledger_file)},
-                      bar.update)
+                      note)
     if not run.ok:
         raise RuntimeError(f"{script.name}: {run.error}")
     settle(notebook)
@@ -151,9 +165,40 @@ def solve(folder: Path) -> None:
         nbformat.write(with_solutions(nbformat.read(path, as_version=4)), folder / path.name)
 
 
+def lend(folder: Path) -> None:
+    """Copy the lessons to `folder`, to work in. A lesson that is newer than its copy replaces a
+    copy that nobody has changed; else it becomes NN_name.new.ipynb beside it, which is said.
+
+    What was given out last is known by its digest, in `folder`/.given.json.
+    """
+    record = folder / ".given.json"
+    given = json.loads(record.read_text()) if record.exists() else {}
+    for lesson in sorted(HERE.glob("*.ipynb")):
+        own, last, now = folder / lesson.name, given.get(lesson.name), _digest(lesson)
+        given[lesson.name] = now
+        if own.exists() and now in (last, _digest(own)):
+            continue
+        free = next(path for path in _copies(own) if not path.exists() or _digest(path) == last)
+        write_atomically(free, lesson.read_bytes())
+        if free != own:
+            print(f"{own} has your changes and stays as it is; the newer lesson is {free.name}")
+    write_atomically(record, json.dumps(given, indent=1) + "\n")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _copies(path: Path) -> Iterator[Path]:
+    """NN_name.ipynb, NN_name.new.ipynb, NN_name.new2.ipynb, ..."""
+    yield path
+    yield path.with_suffix(".new.ipynb")
+    yield from (path.with_suffix(f".new{number}.ipynb") for number in count(2))
+
+
 def main(prefixes: list[str]) -> int:
-    if prefixes[:1] == ["--solved"]:
-        solve(Path(prefixes[1]))
+    if prefixes[:1] in (["--solved"], ["--lab"]):
+        {"--solved": solve, "--lab": lend}[prefixes[0]](Path(prefixes[1]))
         return 0
     scripts = [script for script in sorted((HERE / "src").glob("*.py"))
                if not prefixes or script.name.startswith(tuple(prefixes))]

@@ -666,11 +666,17 @@ def test_every_command_gets_compiled_code_by_the_same_door(run, tiny, monkeypatc
 # ---- course ----
 
 
-@pytest.mark.parametrize("arguments, as_json", [([], False), (["--json"], True)])
-def test_course_is_handed_on(run, monkeypatch, arguments, as_json):
+@pytest.mark.parametrize("arguments, lessons, given", [
+    ([], ([], None), (False, False, False)),
+    (["--json"], ([], None), (False, False, True)),
+    (["01", "02", "--core"], (["01", "02"], None), (True, False, False)),
+    (["--resume", "--in", "here"], ([], Path("here")), (False, True, False)),
+])
+def test_course_is_handed_on(run, monkeypatch, arguments, lessons, given):
     asked = []
-    monkeypatch.setattr(course, "main", lambda json: asked.append(json) or 1)
-    assert run("course", *arguments).code == 1 and asked == [as_json]
+    monkeypatch.setattr(course, "choose", lambda *chosen: chosen)
+    monkeypatch.setattr(course, "main", lambda *got: asked.append(got) or 1)
+    assert run("course", *arguments).code == 1 and asked == [(lessons, *given)]
 
 
 # ---- the page of all commands ----

@@ -3,16 +3,24 @@ everywhere."""
 
 import importlib.util
 import json
+import math
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from clawdemy_infer.lesson import course
-from clawdemy_infer.lesson.ledger import read
+from clawdemy_infer.cli import main as cli
+from clawdemy_infer.lesson import course, ledger
+from clawdemy_infer.lesson.course import LessonRun
+from clawdemy_infer.lesson.ledger import LedgerRow, read
 
 REPOSITORY = Path(__file__).parents[1]
 STRICT = {"CLAWDEMY_STRICT": "1"}
@@ -36,7 +44,9 @@ def checkout(tmp_path_factory):
     script = root / "notebooks" / "src" / "99_dummy.py"
     script.parent.mkdir(parents=True)
     shutil.copy(REPOSITORY / "tests" / "dummy_lesson.py", script)
-    build.build(script, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "LONG_S", math.inf)        # however busy the machine is
+        build.build(script, progress=False)
     return root
 
 
@@ -59,7 +69,8 @@ def run(notebook, tmp_path, environment=None):
 # -- building -------------------------------------------------------------------------------------
 
 
-def test_building_twice_gives_the_same_bytes(checkout):
+def test_building_twice_gives_the_same_bytes(checkout, monkeypatch):
+    monkeypatch.setattr(build, "LONG_S", math.inf)
     path = checkout / "notebooks" / "99_dummy.ipynb"
     before = path.read_bytes()
     build.build(checkout / "notebooks" / "src" / "99_dummy.py", progress=False)
@@ -71,6 +82,42 @@ def test_a_built_notebook_says_nothing_of_when_and_where_it_ran(lesson):
     assert {key for cell in lesson.cells for key in cell.metadata} <= {"tags"}
     assert len({cell.id for cell in lesson.cells}) == len(lesson.cells)
     nbformat.validate(lesson)
+
+
+def test_a_cell_keeps_all_the_metadata_of_its_script_and_no_note_of_its_layout(tmp_path):
+    script = tmp_path / "lesson.py"
+    script.write_text('''# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: -all
+# ---
+
+# %% [markdown] tags=["core", "slide"] slideshow={"slide_type": "slide"}
+# Text.
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"] seconds=40
+a = 1
+
+
+
+# %% minutes=3
+b = 1
+# %%
+c = 1
+''')
+    assert [cell.metadata for cell in build.read_source(script).cells] == [
+        {"tags": ["core", "slide"], "slideshow": {"slide_type": "slide"}},
+        {"jupyter": {"source_hidden": True}, "tags": ["hide-input"], "seconds": 40},
+        {"minutes": 3}, {}]
+
+
+def test_a_cell_that_took_long_says_so_in_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "LONG_S", 0.9)
+    script = tmp_path / "notebooks" / "src" / "98_long.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("# %%\nimport time\ntime.sleep(1)\n")
+    [cell] = nbformat.read(build.build(script, progress=False), as_version=4).cells
+    assert cell.metadata.seconds >= 1
 
 
 def test_a_cell_keeps_its_id_when_another_is_put_before_it(tmp_path):
@@ -185,6 +232,301 @@ def test_a_kernel_that_dies_is_reported_like_any_failure(tmp_path):
     assert result.error.startswith("cell [1] `import os`: DeadKernelError")
 
 
+# -- one lesson -----------------------------------------------------------------------------------
+
+
+def test_a_cell_may_take_many_times_what_it_took_and_minutes_anyway():
+    def limit(**metadata):
+        return course.limit(new_code_cell("pass", metadata=metadata))
+
+    assert limit() == limit(seconds=1) >= 180
+    assert limit(seconds=1000) >= 10_000
+    assert limit(seconds=build.LONG_S) == limit()       # what is not noted takes no more than that
+
+
+def test_a_cell_that_hangs_ends_the_lesson_with_what_it_did_and_what_was_expected(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "limit", lambda cell: 1 if "sleep" in cell.source else 600)
+    cells = [new_code_cell("import time"),
+             new_code_cell("# wait\ntime.sleep(3600)", metadata={"seconds": 40})]
+    result = run(new_notebook(cells=cells), tmp_path)
+    assert result.error == ("cell [2] `time.sleep(3600)`: CellTimeoutError: still running after "
+                            "1 s; expected: 40 s")
+    del cells[1].metadata["seconds"]
+    assert run(new_notebook(cells=cells), tmp_path).error.endswith("expected: under 15 s")
+
+
+def test_the_first_cell_has_a_time_of_its_own(tmp_path):
+    cells = [new_markdown_cell("text"), *map(new_code_cell, (
+        "import time\ntime.sleep(0.5)", "time.sleep(0.5)", "pass", "1 / 0"))]
+    result = run(new_notebook(cells=cells), tmp_path)
+    assert 0.5 <= result.first_cell_s <= result.seconds - 0.5
+    assert run(new_notebook(cells=cells[-1:]), tmp_path).first_cell_s is None
+
+
+def test_a_kernel_that_does_not_start_is_reported_like_any_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "get_kernel_dict", lambda: {
+        "argv": [sys.executable, "-c", "raise SystemExit(1)"], "display_name": "x",
+        "language": "python"})
+    result = run(new_notebook(cells=[new_code_cell("pass")]), tmp_path)
+    assert not result.ok and result.error.startswith("the kernel did not start: ")
+
+
+def test_the_core_is_a_lesson_without_its_further_cells(tmp_path):
+    def further(source):
+        return new_code_cell(source, metadata={"tags": ["further"]})
+
+    cells = [new_code_cell("a = 1"), further("1 / 0"), further("2 / 0"),
+             new_code_cell("# In [4]\nprint(a)\nb")]
+    notebook = new_notebook(cells=cells)
+    result = course.execute(notebook, "99", tmp_path, core=True)
+    assert cells[3].outputs[0].text == "1\n"
+    assert result.error == "cell [4] `print(a)`: NameError: name 'b' is not defined"
+    assert run(notebook, tmp_path).error.startswith("cell [2] `1 / 0`")
+
+
+def test_what_a_cell_raises_is_told_in_one_line(tmp_path):
+    notebook = new_notebook(cells=[new_code_cell(r"raise ValueError('one\ntwo' + 999 * ' three')")])
+    error = run(notebook, tmp_path).error
+    assert "ValueError: one two three" in error and "\n" not in error and len(error) < 500
+
+
+# -- which lessons --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    """A checkout with three lessons, which is the working directory."""
+    for stem in ("00_your_machine", "01_counting", "A1_more"):
+        save(tmp_path / "notebooks" / f"{stem}.ipynb", new_code_cell(f"print({stem!r})"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "notebooks"
+
+
+@pytest.mark.parametrize("names, stems", [
+    ([], ["00_your_machine", "01_counting", "A1_more"]),
+    (["01"], ["01_counting"]),
+    (["A1", "00"], ["A1_more", "00_your_machine"]),
+    (["01_counting"], ["01_counting"]),
+    (["counting", "01 counting", "01_counting.ipynb"], ["01_counting"]),
+    (["notebooks/01_counting.ipynb"], ["01_counting"]),
+], ids=str)
+def test_lessons_are_chosen_by_number_name_or_path(three, names, stems):
+    chosen = course.choose(names)
+    assert [path.stem for path in chosen] == stems
+    assert all(path.resolve().parent == three for path in chosen)
+
+
+def test_lessons_are_those_of_the_folder_that_is_named(three, tmp_path, monkeypatch):
+    mine = save(tmp_path / "my-lessons" / "01_counting.ipynb")
+    save(tmp_path / "my-lessons" / "01_counting.new.ipynb")
+    assert course.choose(folder=mine.parent) == course.choose(["01"], mine.parent) == [mine]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert course.choose([str(mine)], three) == [mine]
+    monkeypatch.setattr(course, "__file__", str(tmp_path / "package" / "lesson" / "course.py"))
+    assert course.choose(["01"]) == [three / "01_counting.ipynb"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["02"], "lesson='02': accepted are a notebook, or the number or name of one of "
+             "00_your_machine, 01_counting, A1_more"),
+    (["01", "0"], "lesson='0': accepted are"),
+    (["nowhere/01_counting.ipynb"], "lesson='nowhere/01_counting.ipynb': accepted are"),
+    (["--in", "nowhere"], "in='nowhere': no lessons (*.ipynb) there; a folder of lessons"),
+])
+def test_a_wrong_name_is_wrong_usage_and_nothing_runs(three, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(course, "main", pytest.fail)
+    assert cli.main(["course", *arguments]) == 2
+    output = capsys.readouterr()
+    assert said in output.err and output.err.count("\n") == 1 and output.out == ""
+
+
+def test_a_course_without_lessons_says_where_it_looked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(course, "__file__",
+                        str(tmp_path/"site-packages"/"clawdemy_infer"/"lesson"/"course.py"))
+    assert cli.main(["course"]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_notebook_is_named_and_nothing_runs(three, monkeypatch, capsys):
+    (three / "01_counting.ipynb").write_text("<<<<<<< HEAD")
+    monkeypatch.setattr(course, "execute", pytest.fail)
+    assert cli.main(["course"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "01_counting.ipynb is not a notebook: " in line
+
+
+# -- one after another ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def played(three, monkeypatch):
+    """Lessons are played, not executed: each writes a row with the number of the play. `during`
+    maps one's name to what it does then. Gives (name, core) of those that were played."""
+    names, during = [], {}
+
+    def execute(notebook, name, folder, environment, after_cell, core):
+        names.append((name, core))
+        row = LedgerRow(name, "answer", "s", 1.0, 1.0, measured=float(len(names)))
+        ledger.append(row, Path(environment["CLAWDEMY_LEDGER"]))
+        during.get(name, lambda: None)()
+        ok = name != played.broken
+        return LessonRun(name, 1.0, ok, None if ok else "cell [1] `x`: NameError: x", 0.5, 9)
+
+    monkeypatch.setattr(course, "execute", execute)
+    played.names, played.during, played.broken = names, during, None
+    return played
+
+
+@pytest.fixture
+def results(three):
+    return three.parent / "build"
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def measured(results, name="ledger.jsonl"):
+    return {row.lesson: row.measured for row in read(results / name)}
+
+
+NAMES = ["00 your_machine", "01 counting", "A1 more"]
+
+
+def test_a_failure_is_told_before_the_next_lesson_begins(played, capsys):
+    said = []
+    played.broken = NAMES[1]
+    played.during[NAMES[2]] = lambda: said.append(capsys.readouterr().err)
+    assert cli.main(["course"]) == 1
+    [line] = [line for line in said[0].splitlines() if "failed" in line]
+    assert line.endswith("lesson 01 counting failed in cell [1] `x`: NameError: x")
+    assert "FAILED in cell [1] `x`: NameError: x" in capsys.readouterr().out
+
+
+def test_the_last_ledger_is_there_until_the_next_is_and_then_beside_it(played, results):
+    assert cli.main(["course"]) == 0
+    first = dict(zip(NAMES, (1, 2, 3), strict=True))
+    kept = []
+    played.during[NAMES[2]] = lambda: kept.append(measured(results))
+    assert cli.main(["course"]) == 0
+    assert kept == [first]
+    assert measured(results) == dict(zip(NAMES, (4, 5, 6), strict=True))
+    assert measured(results, "ledger.previous.jsonl") == first
+
+
+def test_an_interrupted_course_keeps_all_there_is_and_goes_on_where_it_was(
+        played, results, capsys):
+    assert cli.main(["course"]) == 0
+    last = (results / "ledger.jsonl").read_bytes()
+    played.names.clear()
+    played.during[NAMES[1]] = interrupt
+    assert cli.main(["course"]) == 130
+    assert "The same command with --resume goes on" in capsys.readouterr().err
+    assert (results / "ledger.jsonl").read_bytes() == last
+    played.during.clear()
+    assert cli.main(["course", "--resume", "--json"]) == 0
+    assert [name for name, _ in played.names] == [*NAMES[:2], *NAMES[1:]]
+    report = json.loads(capsys.readouterr().out)
+    assert [(row["lesson"], row["measured"]) for row in report["rows"]] == list(
+        zip(NAMES, (1, 3, 4), strict=True))             # the second was interrupted at play 2
+    assert [one["name"] for one in report["lessons"]] == NAMES
+    assert len(read(results / "ledger.jsonl")) == 3
+    assert (results / "ledger.previous.jsonl").read_bytes() == last
+
+
+def test_a_course_that_is_begun_again_is_not_taken_for_the_last_one(played):
+    assert cli.main(["course"]) == 0
+    played.during[NAMES[0]] = interrupt
+    assert cli.main(["course"]) == 130
+    played.during.clear()
+    played.names.clear()
+    assert cli.main(["course", "--resume"]) == 0
+    assert [name for name, _ in played.names] == NAMES
+
+
+def test_resuming_runs_again_what_failed_and_what_has_changed(played, three, results):
+    played.broken = NAMES[0]
+    assert cli.main(["course"]) == 1
+    played.broken = None
+    save(three / "01_counting.ipynb", new_code_cell("print('another')"))
+    played.names.clear()
+    assert cli.main(["course", "--resume"]) == 0
+    assert [name for name, _ in played.names] == NAMES[:2]
+    assert measured(results)[NAMES[2]] == 3
+    played.names.clear()
+    assert cli.main(["course", "--resume"]) == 0 and played.names == []
+
+
+def test_a_lesson_without_its_further_cells_does_not_stand_for_the_whole(played, three):
+    save(three / "01_counting.ipynb", new_code_cell("a = 1"),
+         new_code_cell("b = 1", metadata={"tags": ["further"]}))
+    assert cli.main(["course", "01", "--core"]) == 0
+    assert cli.main(["course", "01", "--resume"]) == 0
+    assert cli.main(["course", "01", "--resume"]) == 0
+    assert played.names == [(NAMES[1], True), (NAMES[1], False)]
+
+
+def test_one_lesson_leaves_an_interrupted_course_to_be_resumed(played, results):
+    played.during[NAMES[2]] = interrupt
+    assert cli.main(["course"]) == 130
+    played.during.clear()
+    assert cli.main(["course", "01"]) == 0
+    assert measured(results) == {NAMES[1]: 4}
+    played.names.clear()
+    assert cli.main(["course", "--resume"]) == 0
+    assert [name for name, _ in played.names] == NAMES[2:]
+    assert list(measured(results)) == NAMES
+
+
+def test_a_copy_is_measured_into_its_own_folder(played, three, results):
+    mine = three.parent / "my-lessons"
+    shutil.copytree(three, mine)
+    assert cli.main(["course", "01", "--in", str(mine)]) == 0
+    assert cli.main(["course", str(mine / "00_your_machine.ipynb"), "--resume"]) == 0
+    assert measured(mine / "build") == {NAMES[0]: 2} and not results.exists()
+
+
+def test_the_report_of_a_course(played, results, capsys):
+    played.broken = NAMES[1]
+    assert cli.main(["course", "00", "01", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((results / "scoreboard.json").read_text())
+    assert {"rows", "median_ratio_error", "worst", "versions", "date"} < report.keys()
+    assert report["lessons"] == [
+        {"name": NAMES[0], "seconds": 1.0, "ok": True, "error": None, "first_cell_s": 0.5,
+         "peak_bytes": 9},
+        {"name": NAMES[1], "seconds": 1.0, "ok": False, "error": "cell [1] `x`: NameError: x",
+         "first_cell_s": 0.5, "peak_bytes": 9}]
+
+
+def test_ctrl_c_ends_the_kernel_and_what_was_done_can_be_resumed(three):
+    """The real command, with real kernels and a real signal."""
+    mark = three.parent / "kernel"
+    wait = (f"import os, time\nfrom pathlib import Path\nmark = Path({str(mark)!r})\n"
+            "if not mark.exists():\n"
+            "    mark.with_suffix('.part').write_text(str(os.getpid()))\n"
+            "    os.replace(mark.with_suffix('.part'), mark)\n    time.sleep(3600)")
+    save(three / "01_counting.ipynb", new_code_cell(wait))
+    command = [sys.executable, "-m", "clawdemy_infer", "course", "--in", str(three)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not mark.exists():
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    error = running.communicate()[1]
+    assert running.returncode == 130 and "The same command with --resume goes on" in error
+    assert "Traceback" not in error
+    assert not psutil.pid_exists(int(mark.read_text()))
+    result = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [one["ok"] for one in json.loads(result.stdout)["lessons"]] == [True] * 3
+    assert "2/2 cells" in result.stderr                 # the first of three is not run again
+
+
 def test_a_course_goes_on_after_a_broken_lesson_and_names_what_broke(
         checkout, tmp_path, monkeypatch, capsys):
     """The whole command, on a good lesson between two bad ones."""
@@ -197,7 +539,7 @@ def test_a_course_goes_on_after_a_broken_lesson_and_names_what_broke(
     before = {path: path.read_bytes() for path in notebooks.iterdir()}
     monkeypatch.chdir(tmp_path)
 
-    assert course.main(json=True) == 1
+    assert cli.main(["course", "--json"]) == 1
 
     output = capsys.readouterr()
     assert ("lesson 01 bad_name failed in cell [2] `value = nothing`: NameError: name 'nothing' is "
@@ -219,7 +561,7 @@ def test_a_course_starts_with_a_fresh_ledger_and_ends_with_a_scoreboard(
         checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     for _ in range(2):
-        assert course.main() == 0
+        assert cli.main(["course"]) == 0
         assert len(read(checkout / "build" / "ledger.jsonl")) == 1
     output = capsys.readouterr().out
     assert "it is knotted" in output
@@ -227,9 +569,89 @@ def test_a_course_starts_with_a_fresh_ledger_and_ends_with_a_scoreboard(
     assert "worst row: 99 dummy, piece of string: 1.25 times the calibrated roofline" in output
 
 
-def test_a_course_without_lessons_says_where_it_looked(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(course, "__file__",
-                        str(tmp_path/"site-packages"/"clawdemy_infer"/"lesson"/"course.py"))
-    assert course.main() == 1
-    assert str(tmp_path) in capsys.readouterr().err
+# -- copies to work in ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lend(three, tmp_path, monkeypatch):
+    """`make lab`'s copying, from a checkout of three lessons; gives the folder of the copies."""
+    monkeypatch.setattr(build, "HERE", three)
+
+    def lend():
+        assert build.main(["--lab", str(tmp_path / "my-lessons")]) == 0
+        return tmp_path / "my-lessons"
+
+    return lend
+
+
+def files(folder):
+    return {path.name: path.read_text() for path in folder.glob("*.ipynb")}
+
+
+def test_a_copy_is_made_when_it_is_absent(lend, three):
+    mine = lend()
+    assert files(mine) == files(three)
+    (mine / "01_counting.ipynb").unlink()
+    assert files(lend()) == files(three)
+
+
+def test_a_copy_that_was_edited_stays_as_it_is(lend, capsys):
+    edited = lend() / "01_counting.ipynb"
+    edited.write_text("mine")
+    before = files(edited.parent)
+    assert files(lend()) == before and capsys.readouterr().out == ""
+
+
+def test_a_newer_lesson_replaces_what_nobody_edited_and_is_put_beside_what_somebody_did(
+        lend, three, capsys):
+    mine = lend()
+    (mine / "01_counting.ipynb").write_text("mine")
+    for version in ("second", "third"):
+        for name in ("00_your_machine.ipynb", "01_counting.ipynb"):
+            (three / name).write_text(version)
+        assert files(lend()) == files(three) | {
+            "01_counting.ipynb": "mine", "01_counting.new.ipynb": version}
+        [line] = capsys.readouterr().out.splitlines()
+        assert "01_counting.ipynb has your changes" in line and "01_counting.new.ipynb" in line
+    (mine / "01_counting.new.ipynb").write_text("mine too")
+    before = files(mine)
+    assert files(lend()) == before and capsys.readouterr().out == ""
+    (three / "01_counting.ipynb").write_text("fourth")
+    assert files(lend()) == before | {"01_counting.new2.ipynb": "fourth"}
+
+
+def test_copies_from_before_are_taken_as_a_learners(lend, three, tmp_path):
+    save(tmp_path / "my-lessons" / "01_counting.ipynb", new_code_cell("mine"))
+    shutil.copy(three / "A1_more.ipynb", tmp_path / "my-lessons")
+    before = files(tmp_path / "my-lessons")
+    after = files(lend())
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {"00_your_machine.ipynb", "01_counting.new.ipynb"}
+
+
+def test_lint_and_tests_pass_over_what_a_learner_writes(tmp_path):
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    save(tmp_path / "my-lessons" / "01_mine.ipynb", new_code_cell("import os\nx = undefined"))
+    for name in ("my-lessons/mine.py", "my-lessons/test_mine.py", "my-lessons/src/01_mine.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("import os\nx = undefined\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_one.py").write_text("def test_one():\n    pass\n")
+
+    def tool(*arguments):
+        return subprocess.run([sys.executable, "-m", *arguments], cwd=tmp_path, text=True,
+                              capture_output=True)
+
+    lint = tool("ruff", "check")
+    assert lint.returncode == 0, lint.stdout
+    tests = tool("pytest", "--collect-only", "-q", "--nbval")
+    assert tests.returncode == 0 and "1 test collected" in tests.stdout, tests.stdout
+    assert "my-lessons/" in (REPOSITORY / ".gitignore").read_text().splitlines()
+
+
+def test_the_lab_opens_the_copies_with_a_ledger_of_their_own():
+    lines = subprocess.run(["make", "-n", "lab"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert re.search(r"build.py --lab my-lessons\n.*jupyter lab .*my-lessons$", lines.stdout,
+                     re.MULTILINE), lines
+    own_ledger = "lab: export CLAWDEMY_LEDGER := $(CURDIR)/my-lessons/ledger.jsonl"
+    assert own_ledger in (REPOSITORY / "Makefile").read_text().splitlines()

@@ -1,12 +1,24 @@
-"""`course`: run every lesson, then show all predictions beside all measurements."""
+"""`course`: run lessons, then show all predictions beside all measurements."""
 
-from clawdemy_infer.cli.arguments import Args, command
+from pathlib import Path
+
+from clawdemy_infer.cli.arguments import Args, checked, command, option
 
 
 def add(subparsers) -> None:
-    command(subparsers, "course", run, "Run every lesson and print the scoreboard.", "", "--json")
+    made = command(subparsers, "course", run, "Run lessons and print the scoreboard.", "",
+                   "01 kv_cache --core", "--resume", "04 --in my-lessons --json", "a/04_mine.ipynb")
+    made.add_argument("lessons", nargs="*", metavar="LESSON",
+                      help="number, name or notebook of a lesson (default: all)")
+    option(made, "--core", "skip the cells tagged `further`", bool)
+    option(made, "--resume", "go on: lessons that ended well are not run again, unless their code "
+           "is another", bool)
+    option(made, "--in FOLDER", "the lessons of this folder, such as the copies that `make lab` "
+           "opens (default: of the checkout)", Path, dest="folder")
 
 
 def run(args: Args) -> int:
     from clawdemy_infer.lesson import course
-    return course.main(args.json)
+    with checked():
+        lessons = course.choose(args.lessons, args.folder)
+    return course.main(lessons, args.core, args.resume, args.json)

@@ -1,16 +1,17 @@
-"""Run the whole course: execute every lesson in a kernel of its own, then set all predictions
-beside all measurements."""
+"""Run lessons: execute each in a kernel of its own, then set all predictions beside all
+measurements."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from json import dumps
 from pathlib import Path
+from textwrap import shorten
 
 import nbformat
 import psutil
@@ -24,27 +25,25 @@ from rich.console import Console
 from tqdm import tqdm
 
 from clawdemy_infer.lesson import ledger
-from clawdemy_infer.lesson.ledger import Scoreboard
-from clawdemy_infer.lesson.tables import MISSING, Table, ledger_table, si
+from clawdemy_infer.lesson.tables import Table, ledger_table, percent, si
 from clawdemy_infer.paths import write_atomically
 
-CELL_TIMEOUT_S = 600
-"""Ten times what a whole lesson should take: only a cell that hangs gets there."""
+FLOOR_S, FACTOR = 300, 20
+"""A cell may take `FACTOR` times the `seconds` of its metadata, for a machine that is slower or
+busy, and never less than `FLOOR_S`. The build writes `seconds` above `FLOOR_S / FACTOR`."""
 
 
 @dataclass(frozen=True)
 class LessonRun:
-    """How one notebook went: the most memory that its kernel held, and for one that failed the
-    cell, its first line and what it raised."""
+    """How one notebook went: the time of its first code cell (None if that never ended), the most
+    memory that its kernel held, and for one that failed the cell and what it raised."""
 
     name: str
     seconds: float
     ok: bool
+    error: str | None
+    first_cell_s: float | None
     peak_bytes: int
-    error: str | None = None
-
-
-# -- one lesson -----------------------------------------------------------------------------------
 
 
 class ThisInterpreter(KernelSpecManager):
@@ -57,38 +56,55 @@ class ThisInterpreter(KernelSpecManager):
 
 def execute(notebook: NotebookNode, name: str, folder: Path,
             environment: dict[str, str] | None = None,
-            after_cell: Callable[[], object] = lambda: None) -> LessonRun:
-    """Run all cells of `notebook` in a fresh kernel that starts in `folder`, and leave their
-    outputs in it.
+            after_cell: Callable[[NotebookNode, float], object] = lambda cell, seconds: None,
+            core: bool = False) -> LessonRun:
+    """Run all code cells of `notebook` in a fresh kernel that starts in `folder`, and leave their
+    outputs in it; with `core` those not tagged `further`.
 
-    `environment` is added to this process's. A cell that fails ends the lesson and is reported, not
-    raised; Ctrl-C ends the kernel and is.
+    `environment` is added to this process's; `after_cell` is told each cell and its seconds. A cell
+    that fails ends the lesson and is reported, not raised; Ctrl-C ends the kernel and is.
     """
     manager = AsyncKernelManager(kernel_spec_manager=ThisInterpreter(), transport_encryption="auto")
-    client = NotebookClient(notebook, km=manager, timeout=CELL_TIMEOUT_S,
-                            shutdown_kernel="immediate", record_timing=False, coalesce_streams=True)
+    client = NotebookClient(notebook, km=manager, timeout_func=limit, startup_timeout=FLOOR_S,
+                            iopub_timeout=FLOOR_S, shutdown_kernel="immediate",
+                            record_timing=False, coalesce_streams=True)
     # A figure backend that is set for the shell would keep the figures out of the notebook.
     inherited = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     environment = inherited | {"HF_HUB_OFFLINE": "1"} | (environment or {})
-    start, executed, peak, error = time.perf_counter(), 0, 0, None
+    start, first, peak, error, place = time.perf_counter(), None, 0, None, ""
     try:
         with client.setup_kernel(cwd=str(folder), env=environment, cleanup_kc=True):
-            for index, cell in enumerate(notebook.cells):
-                if cell.cell_type != "code":
-                    continue
-                executed += 1
-                client.execute_cell(cell, index, execution_count=executed)
+            for index, number, cell in code_cells(notebook, core):
+                place, began = f"cell [{number}] `{first_line(cell.source)}`: ", time.perf_counter()
+                client.execute_cell(cell, index, execution_count=number)
+                seconds = time.perf_counter() - began
+                first = first or seconds
                 peak = max(peak, peak_memory(manager.provisioner.pid))
-                after_cell()
+                after_cell(cell, seconds)
     except CellExecutionError as failure:
-        error = f"{failure.ename}: {failure.evalue}"
+        error = shorten(f"{failure.ename}: {failure.evalue}", 400, placeholder=" …")
     except CellTimeoutError:
-        error = f"CellTimeoutError: still running after {CELL_TIMEOUT_S} s"
+        expected = cell.metadata.get("seconds", f"under {FLOOR_S // FACTOR}")
+        error = f"CellTimeoutError: still running after {limit(cell)} s; expected: {expected} s"
     except DeadKernelError:
         error = "DeadKernelError: the kernel died; most often the memory was not enough"
-    if error:
-        error = f"cell [{executed}] `{first_line(cell.source)}`: {error}"
-    return LessonRun(name, time.perf_counter() - start, error is None, peak, error)
+    except RuntimeError as failure:
+        error = f"the kernel did not start: {failure}"
+    return LessonRun(name, time.perf_counter() - start, error is None, error and place + error,
+                     first, peak)
+
+
+def code_cells(notebook: NotebookNode, core: bool) -> Iterator[tuple[int, int, NotebookNode]]:
+    """Each cell to run, after its index and the number that it has as `In [number]`."""
+    code = [(index, cell) for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    for number, (index, cell) in enumerate(code, start=1):
+        if not (core and "further" in cell.metadata.get("tags", [])):
+            yield index, number, cell
+
+
+def limit(cell: NotebookNode) -> int:
+    """Seconds after which a cell is taken to hang."""
+    return max(FLOOR_S, FACTOR * cell.metadata.get("seconds", 0))
 
 
 def peak_memory(pid: int) -> int:
@@ -108,82 +124,117 @@ def first_line(source: str) -> str:
 # -- the whole course -----------------------------------------------------------------------------
 
 
-def run_course(notebooks: Sequence[Path], ledger_file: Path,
+def choose(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
+    """The notebooks of `names`, each the path of one, or a lesson's number or name; without names
+    all lessons. They lie in `folder`; else in notebooks/ of the working directory, or of the
+    checkout that this package was installed from.
+
+    Raises `FileNotFoundError` where there are no lessons, `ValueError` for a wrong argument.
+    """
+    checkouts = (Path.cwd(), Path(__file__).resolve().parents[2])
+    places = [folder] if folder else [one / "notebooks" for one in checkouts]
+    # 01_name.new.ipynb is a second copy of a lesson, and no lesson.
+    found = (sorted(path for path in place.glob("*.ipynb") if "." not in path.stem)
+             for place in places)
+    if not (lessons := next(filter(None, found), [])):
+        raise (ValueError if folder else FileNotFoundError)(
+            f"in={str(folder or Path.cwd())!r}: no lessons (*.ipynb) there; a folder of lessons is "
+            "accepted, or run this in a checkout of clawdemy-infer")
+    known = {alias: path for path in lessons for alias in (
+        path.name, path.stem, path.stem.replace("_", " ", 1), *path.stem.split("_", 1))}
+    known |= {name: Path(name) for name in names if name[-6:] == ".ipynb" and Path(name).is_file()}
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"lesson={wrong[0]!r}: accepted are a notebook, or the number or name of "
+                         f"one of {', '.join(path.stem for path in lessons)}")
+    return list(dict.fromkeys(known[name] for name in names)) or lessons
+
+
+def results_of(lesson: Path) -> Path:
+    """The folder build/ for what is measured: of the checkout, or in the folder of a copy."""
+    folder = lesson.resolve().parent
+    return (folder.parent if folder.name == "notebooks" else folder) / "build"
+
+
+def run_course(lessons: Sequence[Path], core: bool = False, resume: bool = False,
                progress: bool = True) -> list[LessonRun]:
-    """Execute every notebook, with one fresh ledger for all. A lesson that fails does not stop the
-    others; the files stay as they are."""
-    ledger_file.parent.mkdir(parents=True, exist_ok=True)
-    ledger_file.unlink(missing_ok=True)
-    lessons = {path: nbformat.read(path, as_version=4) for path in notebooks}
-    cells = sum(cell.cell_type == "code" for lesson in lessons.values() for cell in lesson.cells)
-    runs = []
-    with tqdm(total=cells, unit="cell", disable=not progress,
+    """Execute every lesson; the files stay as they are. A lesson that fails is told at once and
+    does not stop the others. With `resume` those that went well with the same code stay as they
+    went.
+
+    course.json keeps how each lesson went, and its rows, as soon as it has ended. All rows are in
+    ledger.running.jsonl, at the end in ledger.jsonl; what that was is in ledger.previous.jsonl.
+    """
+    folder = results_of(lessons[0])
+    state, running, final = map(folder.joinpath, ("course.json", "ledger.running.jsonl",
+                                                  "ledger.jsonl"))
+    done = json.loads(state.read_text()) if state.exists() else {}
+    notebooks = {path: _read(path) for path in lessons}
+    code = {path: [cell.source for *_, cell in code_cells(notebook, core)]
+            for path, notebook in notebooks.items()}
+    todo = [path for path in lessons
+            if not (resume and (last := done.get(path.stem)) and last["run"]["ok"]
+                    and last["code"] == code[path])]
+    for path in todo:
+        done.pop(path.stem, None)
+    write_atomically(state, json.dumps(done))
+    kept = [row for path in lessons if path not in todo for row in done[path.stem]["rows"]]
+    write_atomically(running, "".join(json.dumps(row) + "\n" for row in kept))
+    with tqdm(total=sum(len(code[path]) for path in todo), disable=not progress,
               bar_format="{desc}{bar:30} {n_fmt}/{total_fmt} cells, {elapsed}") as bar:
-        for path, lesson in lessons.items():
+        for path in todo:
             name = path.stem.replace("_", " ", 1)       # as the lesson calls itself in the ledger
             bar.set_description_str(f"{name:28}")
-            environment = {"CLAWDEMY_LEDGER": str(ledger_file.resolve())}
-            runs.append(execute(lesson, name, path.parent, environment, bar.update))
-    return runs
+            before = len(ledger.read(running))
+            run = execute(notebooks[path], name, path.parent, {"CLAWDEMY_LEDGER": str(running)},
+                          lambda *_: bar.update(), core)
+            if not run.ok:
+                bar.write(f"lesson {name} failed in {run.error}", file=sys.stderr)
+            rows = [asdict(row) for row in ledger.read(running)[before:]]
+            done[path.stem] = {"code": code[path], "run": asdict(run), "rows": rows}
+            write_atomically(state, json.dumps(done))
+    if final.exists() and final.read_bytes() != running.read_bytes():
+        write_atomically(folder / "ledger.previous.jsonl", final.read_bytes())
+    os.replace(running, final)
+    return [LessonRun(**done[path.stem]["run"]) for path in lessons]
 
 
-def main(json: bool = False) -> int:
-    """The `course` command: run, print the scoreboard (with `json`: the object that goes into the
-    file, alone on stdout), write `build/`.
-
-    Returns 0; 1 if a lesson failed or there is none to run; 130 after Ctrl-C.
-    """
-    root = checkout()
-    if root is None:
-        print(f"no notebooks/*.ipynb in {Path.cwd()}: run this in a checkout of clawdemy-infer",
-              file=sys.stderr)
-        return 1
-    ledger_file = root / "build" / "ledger.jsonl"
+def _read(path: Path) -> NotebookNode:
     try:
-        runs = run_course(sorted((root / "notebooks").glob("*.ipynb")), ledger_file)
-    except KeyboardInterrupt:
-        print(f"interrupted; what was measured so far is in {ledger_file}", file=sys.stderr)
-        return 130
-    board = ledger.scoreboard(ledger.read(ledger_file))
+        return nbformat.read(path, as_version=4)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a notebook: {error}") from error
 
+
+def main(lessons: Sequence[Path], core: bool = False, resume: bool = False,
+         as_json: bool = False) -> int:
+    """The `course` command: run, print the scoreboard (`as_json`: the object that goes into the
+    file, alone on stdout), write build/. Returns 0; 1 if a lesson failed; 130 after Ctrl-C."""
+    folder = results_of(lessons[0])
+    try:
+        runs = run_course(lessons, core, resume)
+    except KeyboardInterrupt:
+        print(f"interrupted; lessons that are done are kept in {folder}, and the last ledger is as "
+              "it was. The same command with --resume goes on.", file=sys.stderr)
+        return 130
+    board = ledger.scoreboard(ledger.read(folder / "ledger.jsonl"))
     report = board.to_json() | {"lessons": [asdict(run) for run in runs],
                                 "versions": ledger.versions(), "date": ledger.today()}
-    text = dumps(report, indent=1, ensure_ascii=False)
-    write_atomically(root / "build" / "scoreboard.json", text + "\n")
-    if json:
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    write_atomically(folder / "scoreboard.json", text + "\n")
+    if as_json:
         print(text)
-    else:
-        show(board, runs)
-    for run in runs:
-        if not run.ok:
-            print(f"lesson {run.name} failed in {run.error}", file=sys.stderr)
-    return 0 if all(run.ok for run in runs) else 1
-
-
-def checkout() -> Path | None:
-    """The folder that holds notebooks/: the working directory, else the one that this package was
-    installed from."""
-    candidates = (Path.cwd(), Path(__file__).resolve().parents[2])
-    return next((folder for folder in candidates if any(folder.glob("notebooks/*.ipynb"))), None)
-
-
-def show(board: Scoreboard, runs: Sequence[LessonRun]) -> None:
-    """The scoreboard and the lessons' own cost, in the terminal."""
-
-    def percent(error: float | None) -> str:
-        return MISSING if error is None else f"{error:.0%}"
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160                             # a log has no edge to wrap at
+        return int(not all(run.ok for run in runs))
+    # A log has no edge to wrap at.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     console.print(ledger_table(board.rows, lessons=True))
     console.print(f"\nmedian ratio error: napkin {percent(board.napkin_error)}, "
                   f"calibrated roofline {percent(board.predicted_error)}")
     if worst := board.worst:
         console.print(f"worst row: {worst.lesson}, {worst.quantity}: {worst.ratio:.2f} times the "
-                      "calibrated roofline", markup=False)
-    rows = [(run.name, si(run.seconds, "s"), si(run.peak_bytes, "B"), "ok" if run.ok else "FAILED")
-            for run in runs]
-    header = ("lesson", "time", "peak memory", "")
+                      "calibrated roofline")
     console.print()
-    console.print(Table(header, rows, numeric=("time", "peak memory")))
+    header = ("lesson", "time", "first cell", "peak memory", "")
+    console.print(Table(header, [
+        (run.name, si(run.seconds, "s"), si(run.first_cell_s, "s"), si(run.peak_bytes, "B"),
+         "ok" if run.ok else f"FAILED in {run.error}") for run in runs], numeric=header[1:4]))
+    return int(not all(run.ok for run in runs))
