@@ -1,11 +1,15 @@
 """What a notebook sees: predict before you measure, and exercises that never stop a run."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from clawdemy_infer.envelope.roofline import Part, Prediction
 from clawdemy_infer.lesson import Lesson, NotRight
 from clawdemy_infer.lesson.ledger import read
+from clawdemy_infer.machine.calibrated import Speeds
 from clawdemy_infer.timing import Timing
 
 
@@ -163,6 +167,33 @@ def test_no_measurement_changes_its_prediction(lesson, ledger_file):
         lesson.measure("bandwidth", measured)
     assert {(row.predicted, row.low, row.high) for row in read(ledger_file)} == {(25e9, 20e9, 30e9)}
     assert [row.inside for row in read(ledger_file)] == ["below", "yes", "above"]
+
+
+# 12 ms of reading, ± 10%, and 3 ms of launches, ± 50%: 2.7 ms of 15
+PREDICTION = Prediction({"down": Part(0.012, 0.1, "memory"),
+                         "launches": Part(0.003, 0.5, "launches")}, compute_s=0.001, memory_s=0.012)
+MACHINE = SimpleNamespace(name="a test's machine", now=Speeds(memory=0.5))
+
+
+@pytest.mark.parametrize("measured", [1e-3, 0.015, 1.0])
+def test_speeds_around_the_run_widen_the_interval_and_never_move_its_centre(ledger_file, measured):
+    lesson = Lesson("01", MACHINE)
+    lesson.predict("token", napkin=0.01, predicted=PREDICTION, unit="s")
+    low, high = lesson.rows["token"].low, lesson.rows["token"].high
+    assert (low, high) == (pytest.approx(0.015 / 1.18), pytest.approx(0.015 * 1.18))
+    lesson.measure("token", Timing((measured,), around=(Speeds(memory=0.5), Speeds(memory=0.25))))
+    [row] = read(ledger_file)  # memory was half as fast after the run: 24 ms of reading
+    assert (row.predicted, row.low) == (0.015, low)
+    assert row.high == pytest.approx(0.027 * 1.18)
+    lesson.measure("token", Timing((measured,)))  # again, and nobody looked
+    assert (lesson.rows["token"].low, lesson.rows["token"].high) == (low, high)
+
+
+def test_a_data_sheets_prediction_has_no_interval(lesson):
+    exact = Prediction({"down": Part(0.012)}, compute_s=0.0, memory_s=0.012)
+    lesson.predict("token", napkin=0.01, predicted=exact, unit="s")
+    lesson.measure("token", 0.02)
+    assert (lesson.rows["token"].predicted, lesson.rows["token"].inside) == (0.012, None)
 
 
 def test_a_timing_brings_its_median_and_spread(lesson, ledger_file):

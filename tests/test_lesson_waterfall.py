@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 
+from clawdemy_infer.envelope.roofline import Part, Prediction
 from clawdemy_infer.lesson import Lesson, plots
 from clawdemy_infer.lesson.ledger import LedgerRow, read
 from clawdemy_infer.lesson.waterfall import Moment, account, choices, moment
+from clawdemy_infer.machine.calibrated import Speeds
 from clawdemy_infer.timing import Timing
 
 
@@ -109,7 +111,12 @@ def test_small_parts_stand_together():
 def test_the_moment_is_taken_of_what_the_napkin_waits_for():
     now, around = SimpleNamespace(memory=0.5), [SimpleNamespace(memory=m) for m in (0.4, 0.5)]
     assert moment(None, SimpleNamespace(now=now), around) == ("memory", pytest.approx(0.9), 1.0)
+    assert moment(None, "a data sheet", [Speeds(memory=0.5)]) == Moment("memory", 0.5, 0.5)
     assert moment(None, "a data sheet") == Moment("memory", 1.0, 1.0)
+    prefill = Prediction({"down": Part(3.0, bound="compute")}, compute_s=3.0, memory_s=1.0)
+    around = [Speeds(memory=9.0, compute=0.5), Speeds(memory=9.0, compute=1.0)]
+    machine = SimpleNamespace(now=Speeds())
+    assert moment(prefill, machine, around) == ("compute", 0.75, 1.0)
 
 
 # -- what a notebook sees -------------------------------------------------------------------------

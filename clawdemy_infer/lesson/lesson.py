@@ -154,14 +154,14 @@ class Lesson:
         said, blank = self._predicted(quantity) and self.said[quantity]
         self.revealed.add(quantity)
         spread = value.spread if isinstance(value, Timing) else None
-        around = getattr(value, "around", ()) if isinstance(said, Prediction) else ()
+        around = value.around if isinstance(value, Timing) and isinstance(said, Prediction) else ()
         value = value.median if isinstance(value, Timing) else float(value)
         if not 0 < value < math.inf:
             return print(f"○ {quantity!r} measured as {si(value, blank.unit)}: lost in noise, it "
                          "does not count.")
         self.moments[quantity] = moment(said, self.calibrated, around)
         if around:
-            from clawdemy_infer.machine.calibrated import widened
+            from clawdemy_infer.machine.present import widened
 
             low, high = widened(said, self.calibrated, around)
             blank = replace(blank, low=low, high=high)

@@ -36,7 +36,8 @@ def moment(said: object, machine: object, around: Sequence = ()) -> Moment:
     before and after it."""
     computes = isinstance(said, Prediction) and said.compute_s > said.memory_s
     kind = "compute" if computes else "memory"
-    speeds = [getattr(one, kind) / getattr(machine.now, kind) for one in around] or [1.0]
+    now = getattr(getattr(machine, "now", None), kind, 1.0)             # a data sheet has no now
+    speeds = [getattr(one, kind) / now for one in around] or [1.0]
     return Moment(kind, sum(speeds) / len(speeds), max(speeds))
 
 
