@@ -495,7 +495,8 @@ def test_the_report_of_a_course(played, results, capsys):
     assert cli.main(["course", "00", "01", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((results / "scoreboard.json").read_text())
-    assert {"rows", "median_ratio_error", "worst", "versions", "date"} < report.keys()
+    assert {"rows", "coverage", "median_width", "median_ratio_error", "worst", "versions",
+            "date"} < report.keys()
     assert report["lessons"] == [
         {"name": NAMES[0], "seconds": 1.0, "ok": True, "error": None, "first_cell_s": 0.5,
          "peak_bytes": 9},
@@ -565,8 +566,10 @@ def test_a_course_starts_with_a_fresh_ledger_and_ends_with_a_scoreboard(
         assert len(read(checkout / "build" / "ledger.jsonl")) == 1
     output = capsys.readouterr().out
     assert "it is knotted" in output
-    assert "median ratio error: napkin 50%, calibrated roofline 25%" in output
-    assert "worst row: 99 dummy, piece of string: 1.25 times the calibrated roofline" in output
+    said = {line[:40].rstrip(): line[40:].strip() for line in output.splitlines()}
+    assert said["error of a prediction, median"] == "25%"
+    assert said["error of the napkin, median"] == "50%"
+    assert said["worst prediction"] == "99 dummy, piece of string: it took 1.25 times as much"
 
 
 # -- copies to work in ----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from clawdemy_infer.lesson import ledger
-from clawdemy_infer.lesson.tables import Table, ledger_table, percent, si
+from clawdemy_infer.lesson.tables import Table, ledger_table, scoreboard_table, si
 from clawdemy_infer.paths import write_atomically
 
 FLOOR_S, FACTOR = 300, 20
@@ -226,15 +226,10 @@ def main(lessons: Sequence[Path], core: bool = False, resume: bool = False,
         return int(not all(run.ok for run in runs))
     # A log has no edge to wrap at.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    console.print(ledger_table(board.rows, lessons=True))
-    console.print(f"\nmedian ratio error: napkin {percent(board.napkin_error)}, "
-                  f"calibrated roofline {percent(board.predicted_error)}")
-    if worst := board.worst:
-        console.print(f"worst row: {worst.lesson}, {worst.quantity}: {worst.ratio:.2f} times the "
-                      "calibrated roofline")
-    console.print()
     header = ("lesson", "time", "first cell", "peak memory", "")
-    console.print(Table(header, [
+    cost = Table(header, [
         (run.name, si(run.seconds, "s"), si(run.first_cell_s, "s"), si(run.peak_bytes, "B"),
-         "ok" if run.ok else f"FAILED in {run.error}") for run in runs], numeric=header[1:4]))
+         "ok" if run.ok else f"FAILED in {run.error}") for run in runs], numeric=header[1:4])
+    for table in (ledger_table(board.rows, lessons=True), scoreboard_table(board), cost):
+        console.print(table, "")
     return int(not all(run.ok for run in runs))
