@@ -109,6 +109,10 @@ def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03,
 
 
 class _OpCounter(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False                    # True imports all of torch._dynamo, which takes two seconds
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0

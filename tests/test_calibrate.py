@@ -219,8 +219,8 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("slower, rounds", [(1, 12), (4, 3), (1000, 1)])
 def test_on_a_busy_machine_there_are_fewer_samples_and_never_more_time(clock, slower, rounds):
-    """Twenty probes of 0.1 s: in 25 s there are twelve rounds and a half; where each takes 0.4 s,
-    three; and where none would fit, the first point of each curve."""
+    """Twenty probes of 0.1 s: in 25 s there are twelve rounds; where each takes 0.4 s, three; and
+    where none would fit, the first point of each curve, warm."""
     done = []
 
     def counted(probe):
@@ -228,20 +228,18 @@ def test_on_a_busy_machine_there_are_fewer_samples_and_never_more_time(clock, sl
     wanted = [counted(probe_at(clock, kind, at, 0.1 * slower))
               for kind in ("gemm", "head") for at in range(10)]
     found = calibrate.sampled(wanted, deadline=25.0, what="test")
-    assert clock[0] <= max(25.0, 2 * 0.1 * slower) + 0.1 * slower
-    assert done.count(0) // 2 in (rounds, rounds + 1)
+    assert clock[0] <= max(25.0, 4 * 0.1 * slower) + 0.1 * slower
+    assert rounds <= done.count(0) // 2 - 1 <= rounds + 1
     assert {where[2] for where in found} == (set(range(10)) if slower < 1000 else {0})
 
 
 def test_a_figure_sampled_once_has_a_wide_spread_and_the_cold_sample_does_not_count(clock):
-    values = iter([1.0, 100.0, 110.0, 90.0])
-    once = probe_at(clock, "peak", 1, 1.0)
-    found = calibrate.sampled([once], deadline=0.5, what="test")
-    assert found["peak", "fp32", 1] == (1.0, calibrate.ONE_SAMPLE_SPREAD)
-    clock[0] = 0.0
-    often = Probe("peak", "fp32", 1, lambda: clock.__setitem__(0, clock[0] + 1) or next(values))
-    found = calibrate.sampled([often], deadline=4.0, what="test")
-    assert found["peak", "fp32", 1] == (100.0, pytest.approx(0.1))
+    def found(deadline):
+        clock[0], values = 0.0, iter([1.0, 100.0, 110.0, 90.0])
+        probe = Probe("peak", "fp32", 1, lambda: clock.__setitem__(0, clock[0] + 1) or next(values))
+        return calibrate.sampled([probe], deadline, what="test")["peak", "fp32", 1]
+    assert found(deadline=0.5) == (100.0, calibrate.ONE_SAMPLE_SPREAD)
+    assert found(deadline=4.0) == (100.0, pytest.approx(0.1))
 
 
 def test_ten_samples_leave_out_the_lowest_and_the_highest():

@@ -142,13 +142,15 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
               bar_format="{desc}: {bar:30} {n:.0f} of at most {total:.0f} s") as bar:
         while time.perf_counter() < deadline or not samples:
             for rank, probe in ranked:
-                if rank and time.perf_counter() >= deadline:
+                needed = not rank and probe[:3] not in samples
+                if needed:
+                    probe.sample()                      # cold: it does not count
+                elif time.perf_counter() >= deadline:
                     break
                 samples.setdefault(probe[:3], []).append(probe.sample())
                 bar.update(min(time.perf_counter() - shown, bar.total - bar.n))
                 shown = time.perf_counter()
-    warm = {where: values[1:] or values for where, values in samples.items()}   # the first was cold
-    return {where: (statistics.median(values), spread(values)) for where, values in warm.items()}
+    return {where: (statistics.median(values), spread(values)) for where, values in samples.items()}
 
 
 def spread(values: Sequence[float]) -> float:

@@ -130,8 +130,9 @@ def gemm_weights(format: str, device: str, ring_bytes: int | None = None,
     each = sum(k * n for k, n in shapes) * BYTES[format]
     copies = max(1, round((RING_BYTES if ring_bytes is None else ring_bytes) / each))
     generator = torch.Generator(device).manual_seed(0)
-    sources = [packable(format, torch.randn(n, k, device=device, generator=generator))
-               for k, n in shapes]
+    # Random rows, again and again: it is the reading that counts, and drawing takes longer.
+    sources = [packable(format, torch.randn(64, k, device=device, generator=generator)
+                        .repeat(-(-n // 64), 1)[:n]) for k, n in shapes]
     # A product in C++ packs its weight into memory of its own; others use the source as it is.
     return [PackedLinear(format, source if packs(format, device) else copy_of(source))
             for _ in range(copies) for source in sources]
@@ -190,7 +191,7 @@ def elementwise_probes(dtype: str, device: str, width: int = 1024) -> Iterator[P
     """
     token = torch.randn(1, width, device=device)
     norm_weight = torch.ones(width, device=device, dtype=FLOATS[dtype])
-    weights = [torch.randn(width, width, device=device) for _ in range(3 * MOST_LAYERS)]
+    weights = [torch.ones(width, width, device=device) for _ in range(3 * MOST_LAYERS)]
 
     def on(rows: int, layers: int) -> Callable[[], None]:
         first = torch.randn(rows, width, device=device).to(FLOATS[dtype])
