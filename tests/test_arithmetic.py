@@ -283,6 +283,8 @@ def test_only_the_last_position_needs_logits():
                           (lambda: ODD.prefill(1, 0), "prompt=0"),
                           (lambda: ODD.step(1, 6, 5), "context=5: it counts the 6 new tokens too"),
                           (lambda: ODD.attention(1, 6, 5), "context=5"),
+                          (lambda: ODD.step(1, 3, 5, logits=4), "logits=4: 1 to new=3"),
+                          (lambda: ODD.step(1, 3, 5, logits=0), "logits=0"),
                           (lambda: ODD.fits(1e9, 0, 5), "batch=0"),
                           (lambda: ODD.decode(1, 5, weights="fp7"),
                            "weights='fp7': accepted are fp32, bf16, fp16, fp8, int8, int4"),

@@ -8,6 +8,7 @@ from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.speculative import Round, theory
 
+FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
 # Leviathan et al. 2023, table 1: alpha, gamma, and the factors of operations and of speed with c =
 # 0 and v = 1.
 TABLE_1 = [(0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71),
@@ -53,10 +54,10 @@ ROUNDS = [Round([1, 2, 3], 3, 4), Round([1, 2, 3], 1, 9), Round([5], 0, 6), Roun
 
 
 def test_alpha_is_counted_where_a_token_was_looked_at():
-    assert theory.acceptance(ROUNDS) == [2 / 3, 1 / 2, 1.0]
-    assert theory.mean_acceptance(ROUNDS) == 4 / 6
+    assert theory.acceptance_by_position(ROUNDS) == [2 / 3, 1 / 2, 1.0]
+    assert theory.acceptance_rate(ROUNDS) == 4 / 6
     # NaN
-    assert theory.mean_acceptance([Round([], 0, 7)]) != theory.mean_acceptance([Round([], 0, 7)])
+    assert theory.acceptance_rate([Round([], 0, 7)]) != theory.acceptance_rate([Round([], 0, 7)])
 
 
 def test_rounds_that_were_played_are_priced_each_at_its_own_size():
@@ -67,8 +68,8 @@ def test_rounds_that_were_played_are_priced_each_at_its_own_size():
 
 def test_a_verification_streams_the_weights_once_and_names_every_row():
     shape = catalog.model("smollm2-135m")
-    one, five = (theory.verification_work(shape, 1, rows, 100) for rows in (1, 5))
-    assert one.flops == shape.decode(1, 100, weights="fp32", kv="fp32", activations="fp32").flops
+    one, five = (shape.step(1, rows, 100, logits=rows) for rows in (1, 5))
+    assert one == shape.decode(1, 100)
     matrices = shape.matrix_parameters() + shape.D * shape.V
     pairs = 96 + 97 + 98 + 99 + 100
     assert five.flops == 2 * 5 * matrices + shape.L * 4 * shape.N * shape.H * pairs
@@ -79,6 +80,6 @@ def test_checking_is_free_under_the_roof_and_dear_beyond_the_ridge():
     """Ridge at 10 FLOPs a byte; a row brings half a FLOP for each byte of fp32 weights."""
     machine = Machine("flat", ((1e9, 1e10),), {"fp32": 1e11}, 1e10)
     shape = catalog.model("smollm2-135m")
-    assert theory.verification_cost(machine, shape, 5, 64) == pytest.approx(1.0, abs=0.05)
-    assert theory.verification_cost(machine, shape, 40, 64) == pytest.approx(2.0, rel=0.1)
-    assert theory.verification_cost(machine, shape, 5, 64, batch=32) > 3
+    assert theory.verification_cost(machine, shape, 5, 64, **FP32) == pytest.approx(1.0, abs=0.05)
+    assert theory.verification_cost(machine, shape, 40, 64, **FP32) == pytest.approx(2.0, rel=0.1)
+    assert theory.verification_cost(machine, shape, 5, 64, batch=32, **FP32) > 3

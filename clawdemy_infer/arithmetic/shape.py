@@ -239,13 +239,15 @@ class ModelShape:
         """The output head on `rows` positions: D x V, read whole even when tied."""
         return Pass(rows, 1, 1, weights, activations=activations).matmul("head", self.D, self.V)
 
-    def step(self, batch: int, new: int, context: int, **options) -> Work:
+    def step(self, batch: int, new: int, context: int, logits: int = 1, **options) -> Work:
         """One forward pass over `new` tokens of each of `batch` sequences, which hold `context` in
-        the end. The last of each needs logits. `options`: formats and the other fields of `Pass`.
-        Raises ValueError for sizes below 1, a context below `new` and unknown formats."""
+        the end. The last `logits` of each need logits. `options`: formats and the other fields of
+        `Pass`. ValueError for other sizes than 1 <= logits <= new <= context, unknown formats."""
         run = _pass(batch, new, context, options)
+        if not 1 <= logits <= new:
+            raise ValueError(f"logits={logits}: 1 to new={new} tokens of each sequence")
         layers = [layer.work(run) * count for layer, count in self.groups]
-        return total("step", [*layers, self.head(batch, run.weights, run.activations)])
+        return total("step", [*layers, self.head(batch * logits, run.weights, run.activations)])
 
     def prefill(self, batch: int, prompt: int, **options) -> Work:
         """Read the prompt, give the first token."""

@@ -113,8 +113,8 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
     seconds: dict[str | int, float] = {}
     for part, run in parts.items():
         if isinstance(part, int):
-            new, work = part, theory.verification_work(shape, batch, part, context + part,
-                                                       model.weights, dtype, dtype)
+            new, work = part, shape.step(batch, part, context + part, part, kv=dtype,
+                                         weights=model.weights, activations=dtype)
         else:
             new, work = 1, drafts[part].step_work(batch, context + 1)
         one_call = is_one_call(readers[part])
@@ -173,7 +173,7 @@ class DraftRow:
     @property
     def alpha(self) -> float:
         """The acceptance rate: accepted tokens over those that were verified."""
-        return theory.mean_acceptance(self.rounds)
+        return theory.acceptance_rate(self.rounds)
 
     @property
     def tokens_per_round(self) -> float:

@@ -1,7 +1,7 @@
 """What speculation should gain: expected tokens over what a round costs, in plain steps:
 
-    α   chance that a drafted token is accepted     c   a draft step
-    γ   drafted tokens a round                      v   a verification of γ + 1 tokens
+    α   acceptance rate: chance that a draft token is accepted      c   a draft step
+    γ   draft tokens per round                                      v   a verification of γ + 1
 
 Leviathan et al. 2023 take v = 1. While a step is bound by streaming the weights, reading γ + 1
 tokens costs nearly what reading one does; a CPU leaves that region at a handful of rows, and a
@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
-from clawdemy_infer.arithmetic import ModelShape, Work
-from clawdemy_infer.arithmetic.work import Format, total
+from clawdemy_infer.arithmetic import Format, ModelShape
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.speculative.rounds import Round
 
@@ -48,23 +47,16 @@ def best_gamma(alpha: float | Sequence[float], c: float, v: Callable[[int], floa
     return max(range(most + 1), key=lambda gamma: speedup(alpha, gamma, c, v(gamma + 1)))
 
 
-def verification_work(shape: ModelShape, batch: int, rows: int, context: int,
-                      weights: Format = "fp32", kv: Format = "fp32",
-                      activations: str = "fp32") -> Work:
-    """A forward pass over `rows` tokens of each sequence that wants the logits of all of them."""
-    step = shape.step(batch, rows, context, weights=weights, kv=kv, activations=activations)
-    return total("verification", [*step.parts[:-1], shape.head(batch * rows, weights, activations)])
-
-
 def verification_cost(machine: Machine, shape: ModelShape, rows: int, context: int, batch: int = 1,
-                      ops: int = 0, one_ops: int = 0, **formats: Format) -> float:
-    """v(rows) on `machine`: a verification of `ops` operations over a plain step of `one_ops`."""
-    many = machine.time(verification_work(shape, batch, rows, context, **formats), ops)
-    one = machine.time(verification_work(shape, batch, 1, context, **formats), one_ops)
-    return many.seconds / one.seconds
+                      ops: int = 0, **formats: Format) -> float:
+    """v(rows) on `machine`: a step that gives the logits of `rows` tokens of each sequence, over a
+    plain one, both of `ops` operations."""
+    many, one = (machine.time(shape.step(batch, new, context, new, **formats), ops).seconds
+                 for new in (rows, 1))
+    return many / one
 
 
-def acceptance(rounds: Iterable[Round]) -> list[float]:
+def acceptance_by_position(rounds: Iterable[Round]) -> list[float]:
     """α by position: of the tokens whose forerunners were all accepted, the share that was too."""
     reached, passed = Counter(), Counter()
     for drafted, accepted, _ in rounds:
@@ -73,8 +65,8 @@ def acceptance(rounds: Iterable[Round]) -> list[float]:
     return [passed[i] / reached[i] for i in sorted(reached)]
 
 
-def mean_acceptance(rounds: Iterable[Round]) -> float:
-    """α as one number: the share of the drafted tokens that were looked at. NaN where none was."""
+def acceptance_rate(rounds: Iterable[Round]) -> float:
+    """α as one number: the accepted share of the draft tokens looked at. NaN where none was."""
     rounds = list(rounds)
     looked_at = sum(min(accepted + 1, len(drafted)) for drafted, accepted, _ in rounds)
     return sum(each.accepted for each in rounds) / looked_at if looked_at else float("nan")

@@ -73,8 +73,9 @@ flops += 2 * rows * shape.matrix_parameters()                           # every 
 flops += 2 * rows * shape.D * shape.V                                   # and the head: each row must name its next token
 flops += shape.L * 4 * shape.N * shape.H * sum(S - gamma + i for i in range(rows))     # each looks back at what is before it
 
-check = theory.verification_work(shape, 1, rows, S)
-plain = theory.verification_work(shape, 1, 1, S)
+FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
+check = shape.step(1, rows, S, logits=rows, **FP32)
+plain = shape.step(1, 1, S, **FP32)
 assert flops == check.flops
 f"{rows} rows for one: {check.flops / plain.flops:.2f} times the FLOPs, {check.bytes / plain.bytes:.3f} times the bytes"
 
@@ -187,7 +188,7 @@ lesson.guess("an int4 draft step, in steps", ...)
 lesson.guess("a trained draft step, in steps", ...)
 
 ops = step_ops(target)
-v_roofline = {rows: theory.verification_cost(machine, shape, rows, 64, ops=ops, one_ops=ops) for rows in range(1, 10)}
+v_roofline = {rows: theory.verification_cost(machine, shape, rows, 64, ops=ops, **FP32) for rows in range(1, 10)}
 c_napkin = {"lookup": 0.0, "int8": 1 / 4, "int4": (1 / 2 + 4 / 64) / 4, "trained": drafts["trained"].step_work(1, 64).bytes / plain.bytes}
 steps = {"int8": "an int8 draft step, in steps", "int4": "an int4 draft step, in steps", "trained": "a trained draft step, in steps"}
 lesson.predict("a check of 5 tokens, in steps", napkin=1.0, predicted=v_roofline[5], unit="×")
@@ -216,12 +217,12 @@ tokens = 18
 counted = {(kind, name): speculate(target, prompt, draft, tokens, gamma=4).rounds
            for kind, prompt in prompts.items() for name, draft in drafts.items()}
 for (kind, name), rounds in counted.items():
-    alpha_here = theory.mean_acceptance(rounds)
+    alpha_here = theory.acceptance_rate(rounds)
     guessed = alpha_here if alpha_here == alpha_here else 0.0           # NaN where nothing was drafted
     by_hand = theory.speedup_of(rounds, c_napkin[name], lambda rows: 1.0)
     lesson.predict(f"{name} on {kind}", napkin=by_hand, predicted=theory.speedup_of(rounds, costs.c(name), costs.v), unit="×")
 Table(["text", "draft", "α", "α by position", "tokens a round"],
-      [[kind, name, f"{theory.mean_acceptance(rounds):.2f}", " ".join(f"{a:.2f}" for a in theory.acceptance(rounds)),
+      [[kind, name, f"{theory.acceptance_rate(rounds):.2f}", " ".join(f"{a:.2f}" for a in theory.acceptance_by_position(rounds)),
         f"{sum(r.accepted + 1 for r in rounds) / len(rounds):.2f}"] for (kind, name), rounds in counted.items()], numeric=["α", "tokens a round"])
 
 # %% [markdown]
@@ -259,7 +260,7 @@ Table(["text", "draft", "α", "predicted", "measured"],
 name, kind, sizes = "int8", "prose", [1, 2, 4]
 plain_s = np.median([speculate(target, prompts[kind], drafts["lookup"], tokens, gamma=0).tpot_s for _ in range(2)])
 measured = {size: plain_s / speculate(target, prompts[kind], drafts[name], tokens, gamma=size).tpot_s for size in sizes}
-alpha_of = theory.mean_acceptance(counted[kind, name])
+alpha_of = theory.acceptance_rate(counted[kind, name])
 xs = list(range(9))
 fig, ax = plt.subplots(figsize=(6.6, 3.2))
 ax.plot(xs, [theory.speedup(alpha_of, x, c_napkin[name]) for x in xs], "--", color=plots.COLOURS[5], label="by hand: c from bytes, v = 1")
@@ -308,7 +309,7 @@ for text in ("copying", "prose"):
     plain_s = speculate(target, prompts[text], drafts["lookup"], tokens, gamma=0).tpot_s
     for label, (draft, most) in choosing.items():
         done = speculate(target, prompts[text], draft, tokens, gamma=most)
-        paid.append([text, label, f"{sum(len(r.drafted) for r in done.rounds) / len(done.rounds):.1f}", f"{theory.mean_acceptance(done.rounds):.2f}",
+        paid.append([text, label, f"{sum(len(r.drafted) for r in done.rounds) / len(done.rounds):.1f}", f"{theory.acceptance_rate(done.rounds):.2f}",
                      f"{plain_s / done.tpot_s:.2f} ×"])
 Table(["text", "draft", "guesses a round", "α", "speed-up"], paid, numeric=["guesses a round", "α", "speed-up"])
 
@@ -353,7 +354,7 @@ row = compare_drafts(target, {"int8": drafts["int8"]}, {"prose": prompts["prose"
 alone = next(each for each in rows_greedy if (each.draft, each.prompt) == ("int8", "prose"))
 Table(["batch", "rows of a check", "v by the roofline", "v", "c", "predicted", "measured"],
       [["1", "5", f"{v_roofline[5]:.2f}", f"{alone.v:.2f}", f"{alone.c:.2f}", f"{alone.predicted:.2f} ×", f"{alone.measured:.2f} ×"],
-       [str(batch), str(5 * batch), f"{theory.verification_cost(machine, shape, 5, 64, batch, ops, ops):.2f}", f"{row.v:.2f}", f"{row.c:.2f}",
+       [str(batch), str(5 * batch), f"{theory.verification_cost(machine, shape, 5, 64, batch, ops, **FP32):.2f}", f"{row.v:.2f}", f"{row.c:.2f}",
         f"{row.predicted:.2f} ×", f"{row.measured:.2f} ×"]], numeric=["batch", "rows of a check", "v by the roofline", "v", "c", "predicted", "measured"])
 
 # %% [markdown]
@@ -373,7 +374,7 @@ def simulated(shape, machine, weights: str, draft_weights: str, alpha: float, ba
     return found
 
 
-batches, alpha_prose = [1, 2, 4, 8, 16, 32, 64, 128, 256], theory.mean_acceptance(counted["prose", "int8"])
+batches, alpha_prose = [1, 2, 4, 8, 16, 32, 64, 128, 256], theory.acceptance_rate(counted["prose", "int8"])
 fig, ax = plt.subplots(figsize=(6.6, 3.2))
 for i, (label, curve) in enumerate({
     "this machine, SmolLM2-135M in fp32": simulated(shape, machine, "fp32", "int8", alpha_prose, batches),

@@ -260,9 +260,7 @@ h100, llama8 = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
 
 def denoise(s, batch: int, T: int, context: int, **formats) -> Work:
     """One pass over a block of T tokens that follows on `context`: as a prefill, but every position needs its logits."""
-    layers = s.step(batch, T, context + T, **formats).parts[:-1]
-    head = {key: formats[key] for key in ("weights", "activations") if key in formats}
-    return total("pass", [*layers, s.head(batch * T, **head)])
+    return s.step(batch, T, context + T, logits=T, **formats)
 
 
 def break_even(batch: int, T: int) -> float:
