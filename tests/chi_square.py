@@ -54,7 +54,7 @@ class Chain:
                                       eos_ids=())
         self.held: dict = {}
 
-    def step(self, new, cache, last_only=True):
+    def step(self, new, cache, logits_to_keep=1):
         before, last, ends = [], [], []
         for sequence, ids in new.items():
             held = self.held.setdefault(sequence, [])
@@ -66,7 +66,7 @@ class Chain:
             ends.append(len(last) - 1)
         cache.begin(new).commit()
         logits = self.logits[before, last]
-        return logits[ends] if last_only else logits
+        return logits[ends] if logits_to_keep else logits
 
 
 class Lengths:

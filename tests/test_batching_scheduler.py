@@ -254,7 +254,7 @@ class Remembers(RooflineExecutor):
 
     def run(self, plan):
         tables, size, brought, emitted = self.tables, self.tables.pool.block_size, {}, {}
-        drafts = plan.num_draft_tokens
+        drafts = plan.num_lookahead_tokens
         tables.reserve({sequence: count + drafts.get(sequence, 0)
                         for sequence, count in plan.num_new_tokens.items()})
         for sequence, count in plan.num_new_tokens.items():
@@ -350,7 +350,7 @@ def test_a_storm_leaks_no_block_sticks_nowhere_and_changes_no_token(policy, even
                     served.step()
                 raise KeyboardInterrupt  # nothing was left to be broken
             served.executor.breaks = None
-        assert tables.pool.free + sum(count > 0 for count in tables.pool.counts) == BLOCKS
+        assert tables.pool.free + sum(count > 0 for count in tables.pool.ref_counts) == BLOCKS
     for _ in range(3000):
         if not served.busy:
             break

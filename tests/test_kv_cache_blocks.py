@@ -33,7 +33,7 @@ def test_a_block_that_nobody_holds_cannot_be_released():
     with pytest.raises(ValueError, match=f"block={block}: it is released, but nobody holds it"):
         pool.release(block)
     with pytest.raises(ValueError, match=f"block={block}: it is empty"):
-        pool.share(block)
+        pool.touch(block)
     assert (pool.free, pool.used) == (4, 0)
 
 
@@ -48,7 +48,7 @@ def test_a_full_pool_can_be_asked_and_refuses():
 def test_a_shared_block_is_free_after_its_last_holder():
     pool = BlockPool(2)
     block = pool.allocate()
-    pool.share(block)
+    pool.touch(block)
     pool.release(block)
     assert pool.used == 1
     pool.release(block)

@@ -161,15 +161,15 @@ class Blocks(RuleBasedStateMachine):
     def free_and_used_are_all_there_is(self):
         for pool, blocks in ((self.tables.pool, BLOCKS), (self.tables.host, HOST)):
             assert pool.free + pool.used == blocks
-            assert pool.used == sum(count > 0 for count in pool.counts)
+            assert pool.used == sum(count > 0 for count in pool.ref_counts)
 
     @invariant()
     def a_block_counts_the_tables_that_point_at_it(self):
         pointers = Counter(block for blocks in self.tables.blocks.values() for block in blocks)
-        assert self.tables.pool.counts == [pointers[block] for block in range(BLOCKS)]
+        assert self.tables.pool.ref_counts == [pointers[block] for block in range(BLOCKS)]
         host = Counter(
             block for swapped in self.tables.swapped.values() for block in swapped.blocks)
-        assert self.tables.host.counts == [host[block]
+        assert self.tables.host.ref_counts == [host[block]
                                            for block in range(HOST)] and set(host.values()) <= {1}
 
     @invariant()
@@ -212,7 +212,7 @@ class ForkWithoutCounting(SwappingTables):
     def fork(self, parent, child):
         super().fork(parent, child)
         for block in self.blocks[child]:
-            self.pool.counts[block] -= 1
+            self.pool.ref_counts[block] -= 1
 
 
 class NeverForgets(SwappingTables):

@@ -46,7 +46,7 @@ def fed(model, cache, ids, pieces, sequence=0):
     """Logits [S, V] of `ids`, brought in pieces of these lengths."""
     out, start = [], 0
     for piece in pieces:
-        out.append(model.step({sequence: ids[start:start + piece]}, cache, last_only=False))
+        out.append(model.step({sequence: ids[start:start + piece]}, cache, logits_to_keep=0))
         start += piece
     assert start == len(ids)
     return torch.cat(out)
@@ -144,7 +144,7 @@ def test_a_ragged_batch_of_seven_computes_what_each_sequence_does_alone(llama):
     # some a token, some a piece, one none
     steps += [{i: TEXT[i + n + 9:i + n + 10 + i % 3] for i, n in enumerate(starts) if i != 4}]
     for step in steps:
-        logits = ours.step(step, cache, last_only=False)
+        logits = ours.step(step, cache, logits_to_keep=0)
         for i, rows in zip(step, logits.split([len(ids) for ids in step.values()]), strict=True):
             out[i].append(rows)
     for i, rows in out.items():

@@ -70,7 +70,7 @@ def test_logits_equal_transformers_deepseek_v2(theirs, absorbed, pieces):
         expected = theirs(torch.tensor([TEXT])).logits[0]
     cache, start, out = LatentCache.for_model(ours, 1, 83), 0, []
     for piece in pieces:
-        out.append(ours.step({0: TEXT[start:start + piece]}, cache, last_only=False))
+        out.append(ours.step({0: TEXT[start:start + piece]}, cache, logits_to_keep=0))
         start += piece
     scale = expected.std()
     torch.testing.assert_close(torch.cat(out) / scale, expected / scale, **LOGITS[torch.float32])

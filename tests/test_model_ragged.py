@@ -71,7 +71,7 @@ def run(model, cache, texts, steps):
     for step in steps:
         new = {i: texts[i][cache.lengths[i]:cache.lengths[i] + count] for i, count in step.items()}
         assert cache.can_append(step)
-        rows = model.step(new, cache, last_only=False)
+        rows = model.step(new, cache, logits_to_keep=0)
         for i, part in zip(new, rows.split([len(ids) for ids in new.values()]), strict=True):
             logits[i].append(part)
     return [torch.cat(parts) for parts in logits]
@@ -148,7 +148,7 @@ def test_forks_that_part_are_each_themselves(both):
                                **LOGITS[torch.float32])
     alone = model(torch.tensor([texts[3][:22] + tails["a"]]))[0, 22:]
     torch.testing.assert_close(torch.stack(logits["a"]), alone, **LOGITS[torch.float32])
-    late = model.step({"late": texts[3][25:30]}, cache, last_only=False)
+    late = model.step({"late": texts[3][25:30]}, cache, logits_to_keep=0)
     torch.testing.assert_close(late, expected[3][25:30], **LOGITS[torch.float32])
     for name in [*tails, "late"]:
         cache.free(name)
@@ -163,12 +163,12 @@ def test_a_prefix_hit_does_not_change_the_output(both):
     model.step({"first": texts[3][45:]}, cache)
     found = cache.add("again", texts[3])
     assert found == 60
-    row = model.step({"again": texts[3][found:]}, cache, last_only=False)
+    row = model.step({"again": texts[3][found:]}, cache, logits_to_keep=0)
     torch.testing.assert_close(row, expected[3][60:], **LOGITS[torch.float32])
     other = texts[3][:41] + texts[0][:9]
     cache.free("first")
     assert cache.add("parting", other) == 40
-    row = model.step({"parting": other[40:]}, cache, last_only=False)
+    row = model.step({"parting": other[40:]}, cache, logits_to_keep=0)
     torch.testing.assert_close(row, model(torch.tensor([other]))[0, 40:], **LOGITS[torch.float32])
 
 

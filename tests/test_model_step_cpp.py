@@ -78,7 +78,7 @@ def test_steps_of_any_tokens_say_what_the_layers_say(cache, more):
     # whoever reads what nobody wrote is found out
     caches[1].keys.fill_(torch.nan), caches[1].values.fill_(torch.nan)
     for new in STEPS:
-        right, got = (model.step(new, cache, last_only=False)
+        right, got = (model.step(new, cache, logits_to_keep=0)
                       for model, cache in zip(models, caches, strict=True))
         agree(got, right)
     assert caches[0].lengths == caches[1].lengths
@@ -88,12 +88,12 @@ def test_steps_of_any_tokens_say_what_the_layers_say(cache, more):
 def test_the_odd_model_says_what_its_layers_say_on_ragged_steps(both, cache):
     caches = [CACHES[cache](model, 3, 32) for model in both]
     mixed = {0: [5], 1: [1, 2, 3], 2: [4]}
-    for new, last_only in ((PROMPTS, True), ({0: [5], 1: [6], 2: [7]}, True),
-                           ({0: [8], 2: [9]}, False), (mixed, [1, 2, 1])):
-        right, got = (model.step(new, cache, last_only)
+    for new, keep in ((PROMPTS, 1), ({0: [5], 1: [6], 2: [7]}, 1), ({0: [8], 2: [9]}, 0),
+                      (mixed, [1, 2, 1]), (mixed, 2)):
+        right, got = (model.step(new, cache, logits_to_keep=keep)
                       for model, cache in zip(both, caches, strict=True))
         agree(got, right)
-    assert caches[0].lengths == caches[1].lengths == {0: 8, 1: 5, 2: 24}
+    assert caches[0].lengths == caches[1].lengths == {0: 9, 1: 8, 2: 25}
 
 
 @pytest.mark.parametrize("cache", ["contiguous", "paged", "int8"])
@@ -118,7 +118,7 @@ def test_a_few_tokens_at_once_are_read_as_they_would_be_one_by_one(both, pieces)
     past = 0
     for count in pieces:
         new = {1: text[past:past + count]}
-        right, got = (model.step(new, cache, last_only=False)
+        right, got = (model.step(new, cache, logits_to_keep=0)
                       for model, cache in zip(both, caches, strict=True))
         agree(got, right)
         past += count
@@ -128,13 +128,13 @@ def test_a_few_tokens_at_once_are_read_as_they_would_be_one_by_one(both, pieces)
     assert not caches[1].keys[:, 1, :, past:].any() and not caches[1].values[:, 0].any()
 
 
-@pytest.mark.parametrize("wanted", [True, False, [2]])
+@pytest.mark.parametrize("wanted", [1, 0, [2]])
 def test_rows_that_are_wanted_are_the_last(both, wanted):
     logits = []
     for model in both:
         cache = ContiguousCache.for_model(model, 1, 20)
         model.step({0: PROMPTS[0]}, cache)
-        logits.append(model.step({0: [7, 8, 9]}, cache, last_only=wanted))
+        logits.append(model.step({0: [7, 8, 9]}, cache, logits_to_keep=wanted))
     torch.testing.assert_close(*logits, **LOGITS[torch.float32])
 
 
@@ -207,7 +207,7 @@ def test_each_format_says_what_its_weights_say_in_fp32(format, F):
     by_layers = faster(eager, format)
     caches = [ContiguousCache.for_model(model, 3, ROOM) for model in (right, by_layers, fast)]
     for new in STEPS:
-        wanted, theirs, got = (model.step(new, cache, last_only=False).float() for model, cache
+        wanted, theirs, got = (model.step(new, cache, logits_to_keep=0).float() for model, cache
                                in zip((right, by_layers, fast), caches, strict=True))
         error, other = ((x - wanted).abs().mean() / wanted.std() for x in (got, theirs))
         if format in ("fp32", "fp16"):

@@ -7,12 +7,12 @@ from clawdemy_infer.batching.request import Sequence
 
 
 class Plan(NamedTuple):
-    """One step: how many new tokens each sequence brings; `num_draft_tokens`, the most drafted ones
-    that a decoding sequence may bring beyond its own; and of a static batch `padded` =
+    """One step: how many new tokens each sequence brings; `num_lookahead_tokens`, for how many
+    drafted ones a decoding sequence has room beyond its own; and of a static batch `padded` =
     (sequences, T, S): T tokens of each of these sequences, ended or not, in a context of S."""
 
     num_new_tokens: Mapping[Sequence, int]
-    num_draft_tokens: Mapping[Sequence, int] = {}
+    num_lookahead_tokens: Mapping[Sequence, int] = {}
     padded: tuple[list[Sequence], int, int] | None = None
 
 

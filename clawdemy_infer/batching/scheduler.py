@@ -100,7 +100,7 @@ class Scheduler:
         before = len(self.running)
         while not self.tables.can_append(num_new_tokens := self._next()):
             last = self.running.pop()
-            self._take_blocks(last)
+            self._give_up_blocks(last)
             last.preemptions += 1
             self._queue(last, State.PREEMPTED, now)         # at its old place
         self.tables.reserve(num_new_tokens)
@@ -189,7 +189,7 @@ class Scheduler:
                     left -= count
         return room
 
-    def _take_blocks(self, sequence: Sequence) -> None:
+    def _give_up_blocks(self, sequence: Sequence) -> None:
         """By recomputation: everything is forgotten, and brought again."""
         self.tables.free(sequence)
 

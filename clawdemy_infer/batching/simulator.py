@@ -54,7 +54,7 @@ class RooflineExecutor:
     def run(self, plan: Plan) -> Mapping[Sequence, Emission]:
         """Commit what is brought, and emit what follows: for a prefix cache, ids like no other."""
         self.time += self._seconds(plan)
-        lengths, drafts, brought, emitted = self.tables.lengths, plan.num_draft_tokens, {}, {}
+        lengths, drafts, brought, emitted = self.tables.lengths, plan.num_lookahead_tokens, {}, {}
         for sequence, count in plan.num_new_tokens.items():
             end, drafted, accepted = lengths[sequence] + count, drafts.get(sequence, 0), 0
             while accepted < drafted and self.random.random() < self.alpha:
@@ -75,7 +75,7 @@ class RooflineExecutor:
         if plan.padded:
             sequences, T, S = plan.padded
             return self.cost.padded(len(sequences), T, S)
-        lengths, drafts, seconds = self.tables.lengths, plan.num_draft_tokens, 0.0
+        lengths, drafts, seconds = self.tables.lengths, plan.num_lookahead_tokens, 0.0
         # 1. The draft takes a step for each token that it proposes.
         for i in range(max(drafts.values(), default=0) if self.draft else 0):
             seconds += self.draft.seconds([lengths[sequence] + 1 + i

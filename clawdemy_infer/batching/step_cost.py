@@ -55,12 +55,12 @@ class StepCost:
         self._talk = cache(self._talk)
 
     def seconds(self, contexts: Sequence[int], chunks: Sequence[tuple[int, int]] = (),
-                num_draft_tokens: int = 0) -> float:
+                extra_logits: int = 0) -> float:
         """One step. For each of `contexts` a sequence brings a token and then has that many; for
         each of `chunks` = (T, S) it brings T and then has S. Of a chunk the last token alone needs
-        logits; with drafted tokens in chunks of their own, `num_draft_tokens` more."""
+        logits; where drafted tokens are verified, `extra_logits` more."""
         rows = len(contexts) + sum([T for T, _ in chunks])
-        terms = list(self._rows(rows, len(contexts) + len(chunks) + num_draft_tokens))
+        terms = list(self._rows(rows, len(contexts) + len(chunks) + extra_logits))
         if contexts:
             terms += self._decode(contexts)
         for T, S in chunks:

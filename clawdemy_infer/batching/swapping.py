@@ -104,11 +104,11 @@ class SwappingScheduler(Scheduler):
 
     swapper: SwappingCache
 
-    def _take_blocks(self, sequence: Sequence) -> None:
+    def _give_up_blocks(self, sequence: Sequence) -> None:
         if self.tables.can_swap_out(sequence):
             self.swapper.swap_out(sequence)
         else:
-            super()._take_blocks(sequence)
+            super()._give_up_blocks(sequence)
 
     def _make_room(self, sequence: Sequence) -> bool:
         if sequence not in self.tables.swapped:

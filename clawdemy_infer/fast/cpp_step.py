@@ -15,7 +15,7 @@ from clawdemy_infer.fast.layers import PackedLinear
 from clawdemy_infer.fast.pages import has_pages, pages_of
 from clawdemy_infer.kv_cache import Step
 from clawdemy_infer.model.config import ModelConfig
-from clawdemy_infer.model.decoder import Decoder, LastOnly, Layer, RMSNorm, wanted_rows
+from clawdemy_infer.model.decoder import Decoder, Layer, LogitsToKeep, RMSNorm, wanted_rows
 from clawdemy_infer.model.rope import rope_tables
 from clawdemy_infer.timing import now
 
@@ -95,11 +95,11 @@ class CppStep(CppLayers):
         self.compile_s += now() - start
 
     def __call__(self, tokens: torch.Tensor, step: Step,
-                 last_only: LastOnly = True) -> tuple[torch.Tensor, torch.Tensor]:
+                 logits_to_keep: LogitsToKeep = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """For tokens [M], what the last layer leaves, [M, D], and the logits that are wanted of
         it."""
         x, y = self.run(self.model.embed(tokens), step)
-        return x, self.head(wanted_rows(y, step, last_only).to(self.dtype))
+        return x, self.head(wanted_rows(y, step, logits_to_keep).to(self.dtype))
 
 
 def packed(format: str, matrix: nn.Linear | PackedLinear) -> CppProduct:

@@ -20,7 +20,7 @@ import torch
 from clawdemy_infer.fast.pages import pages_of, slots_of
 from clawdemy_infer.fast.triton_step import TritonStep
 from clawdemy_infer.kv_cache import Step
-from clawdemy_infer.model.decoder import LastOnly
+from clawdemy_infer.model.decoder import LogitsToKeep
 from clawdemy_infer.timing import now
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -40,10 +40,11 @@ class RecordedSteps:
     def takes(self, step: Step) -> bool:
         return self.plain.takes(step)
 
-    def __call__(self, tokens: torch.Tensor, step: Step, last_only: LastOnly = True) -> Outputs:
+    def __call__(self, tokens: torch.Tensor, step: Step,
+                 logits_to_keep: LogitsToKeep = 1) -> Outputs:
         """For tokens [B], what the last layer leaves, [B, D], and the logits, [B, V]."""
         if max(step.num_new_tokens) > 1:
-            return self.plain(tokens, step, last_only)
+            return self.plain(tokens, step, logits_to_keep)
         pages = pages_of(step)
         lengths = step.positions.to(torch.int32) + 1
         fresh = [tokens, step.positions, slots_of(step), pages.table, lengths]

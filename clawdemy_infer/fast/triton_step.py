@@ -21,7 +21,7 @@ from clawdemy_infer.attention import attend
 from clawdemy_infer.fast.backends import kernel
 from clawdemy_infer.fast.pages import Pages, has_pages, pages_of, slots_of
 from clawdemy_infer.kv_cache import PagedCache, Step
-from clawdemy_infer.model.decoder import Decoder, LastOnly, Layer, RMSNorm, wanted_rows
+from clawdemy_infer.model.decoder import Decoder, Layer, LogitsToKeep, RMSNorm, wanted_rows
 from clawdemy_infer.model.rope import rope_tables
 
 Attention = Callable[[int, torch.Tensor], torch.Tensor]
@@ -46,12 +46,12 @@ class TritonStep:
         return has_pages(step)
 
     def __call__(self, tokens: torch.Tensor, step: Step,
-                 last_only: LastOnly = True) -> tuple[torch.Tensor, torch.Tensor]:
+                 logits_to_keep: LogitsToKeep = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """For tokens [M], what the last layer leaves, [M, D], and the logits that are wanted of
         it."""
         pages = pages_of(step)
         x = self.layers(tokens, step.positions, slots_of(step), pages, self.attention(step, pages))
-        return x, self.logits(wanted_rows(x, step, last_only))
+        return x, self.logits(wanted_rows(x, step, logits_to_keep))
 
     def layers(self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
                pages: Pages, attention: Attention) -> torch.Tensor:

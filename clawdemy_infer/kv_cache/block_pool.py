@@ -4,7 +4,7 @@
 A block is room for `block_size` tokens. Each is in one of three states, and free + used = total at
 any time:
 
-    used    `counts[block]` block tables point at it
+    used    `ref_counts[block]` block tables point at it
     idle    nobody's, but what lies in it may still be wanted (`prefix_cache`): free, and taken
             last, oldest first
     empty   nobody's
@@ -22,7 +22,7 @@ class BlockPool:
             if size < 1:
                 raise ValueError(f"{name}={size}: a pool needs at least 1")
         self.blocks, self.block_size = blocks, block_size
-        self.counts = [0] * blocks
+        self.ref_counts = [0] * blocks
         self.idle: OrderedDict[int, None] = OrderedDict()
         self.on_evict: Callable[[int], None] = lambda block: None
         self._empty = list(reversed(range(blocks)))     # the last of them is given out first
@@ -50,24 +50,24 @@ class BlockPool:
             self.on_evict(block)
         else:
             raise ValueError(f"blocks: all {self.blocks} are in use")
-        self.counts[block] = 1
+        self.ref_counts[block] = 1
         return block
 
-    def share(self, block: int) -> None:
-        """One more table points at `block`, which is in use or idle."""
+    def touch(self, block: int) -> None:
+        """One more table points at `block`, which is used or idle."""
         if block in self.idle:
             del self.idle[block]
-        elif not self.counts[block]:
-            raise ValueError(f"block={block}: it is empty, and an empty block cannot be shared")
-        self.counts[block] += 1
+        elif not self.ref_counts[block]:
+            raise ValueError(f"block={block}: it is empty; one that is used or idle is accepted")
+        self.ref_counts[block] += 1
 
     def release(self, block: int, keep: bool = False) -> None:
         """One table fewer points at `block`. After the last it is empty; or idle, if what lies in
         it is to be kept."""
-        if not self.counts[block]:
+        if not self.ref_counts[block]:
             raise ValueError(f"block={block}: it is released, but nobody holds it")
-        self.counts[block] -= 1
-        if self.counts[block]:
+        self.ref_counts[block] -= 1
+        if self.ref_counts[block]:
             return
         if keep:
             self.idle[block] = None

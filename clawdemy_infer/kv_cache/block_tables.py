@@ -36,7 +36,7 @@ class BlockTables:
     >>> tables.reserve({"a": 3}); tables.commit({"a": [7, 8, 9]})
     >>> tables.blocks["a"]                              # the second block holds 1 token of 2
     [0, 1]
-    >>> tables.fork("a", "b"); tables.pool.counts       # no byte has moved: both share both blocks
+    >>> tables.fork("a", "b"); tables.pool.ref_counts   # no byte has moved: both share both blocks
     [2, 2, 0, 0]
     >>> tables.reserve({"b": 1}); tables.blocks["b"]    # b will write: it gets a copy of block 1
     [0, 2]
@@ -61,7 +61,7 @@ class BlockTables:
         self._check_new("sequence", sequence)
         found, digests = self.prefix.find(ids) if self.prefix else ([], [])
         for block in found:
-            self.pool.share(block)
+            self.pool.touch(block)
         length = len(found) * self.pool.block_size
         self._enter(sequence, found, length, list(ids[:length]), digests)
         return length
@@ -71,10 +71,10 @@ class BlockTables:
         writes (section 4.4)."""
         self._known(parent)
         self._check_new("child", child)
-        shared = self.blocks[parent][:self.pool.blocks_for(self.lengths[parent])]
-        for block in shared:
-            self.pool.share(block)
-        self._enter(child, shared, self.lengths[parent], list(self._ids[parent]),
+        blocks = self.blocks[parent][:self.pool.blocks_for(self.lengths[parent])]
+        for block in blocks:
+            self.pool.touch(block)
+        self._enter(child, blocks, self.lengths[parent], list(self._ids[parent]),
                     list(self._digests[parent]))
 
     def free(self, sequence: Hashable) -> None:
@@ -111,7 +111,7 @@ class BlockTables:
             if rest and T:                                  # its last block will be written to
                 writers[self.blocks[sequence][full]] += 1
         # Each writer to a shared block needs a copy; where all who hold it write, one keeps it.
-        return needed + sum(min(count, self.pool.counts[block] - 1)
+        return needed + sum(min(count, self.pool.ref_counts[block] - 1)
                             for block, count in writers.items())
 
     def can_append(self, num_new_tokens: Mapping[Hashable, int]) -> bool:
@@ -132,12 +132,12 @@ class BlockTables:
             needed = self.blocks_needed(num_new_tokens)
             raise ValueError(f"num_new_tokens: {needed} more blocks are needed, and "
                              f"{self.pool.free} of {self.pool.blocks} are free")
-        size, counts = self.pool.block_size, self.pool.counts
+        size = self.pool.block_size
         for sequence, T in num_new_tokens.items():
             blocks, length = self.blocks[sequence], self.lengths[sequence]
             if length % size and T:                         # its last block will be written to
                 tail = blocks[length // size]
-                if counts[tail] > 1:
+                if self.pool.ref_counts[tail] > 1:
                     own = self.pool.allocate()
                     with released_if_interrupted(self.pool, [own]):
                         copy([tail], [own])

@@ -27,8 +27,8 @@ from clawdemy_infer.model.rope import angular_frequencies, rope_tables, rotate
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-LastOnly = bool | Sequence[int]
-"""Rows whose logits are wanted: the last of each sequence, all, or the last this many of each."""
+LogitsToKeep = int | Sequence[int]
+"""How many of a sequence's last rows get logits: one number for all, or one each; 0: all rows."""
 
 
 class RMSNorm(nn.Module):
@@ -148,14 +148,14 @@ class Decoder(nn.Module):
             raise ValueError(f"tokens: {B} sequences, but the cache was made for "
                              f"{len(cache.lengths)}")
         new = dict(zip(cache.lengths, tokens.tolist(), strict=True))
-        return self.step(new, cache, last_only).view(B, -1, self.config.shape.V)
+        return self.step(new, cache, int(last_only)).view(B, -1, self.config.shape.V)
 
     @torch.inference_mode()
     def step(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache,
-             last_only: LastOnly = True) -> torch.Tensor:
+             logits_to_keep: LogitsToKeep = 1) -> torch.Tensor:
         """One forward pass over `new`, the token ids that each of some sequences brings. Returns
-        the logits that follow each sequence, [B, V] in the order of `new`; of all M rows, [M, V],
-        if not `last_only`; or of the last `last_only[i]` rows of the i-th sequence.
+        the logits of the last row of each sequence, [B, V] in the order of `new`; of as many of its
+        last rows as `logits_to_keep` says; or, for 0, of all M rows, [M, V].
 
         The cache counts the tokens only when the whole step is done, so an interrupted step can
         simply be run again. Logits come out of inference mode: `clone()` them to write into them.
@@ -166,21 +166,21 @@ class Decoder(nn.Module):
         tokens = torch.tensor([token for ids in new.values() for token in ids], device=self.device)
         step = cache.begin(new, self.config.shape.window)
         runner = self.runner if self.runner and self.runner.takes(step) else self.layer_by_layer
-        x, logits = runner(tokens, step, last_only)
+        x, logits = runner(tokens, step, logits_to_keep)
         if self.observer:
             self.observer(step, x)
         step.commit()
         return logits
 
     def layer_by_layer(self, tokens: torch.Tensor, step: Step,
-                       last_only: LastOnly) -> tuple[torch.Tensor, torch.Tensor]:
+                       logits_to_keep: LogitsToKeep) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last layer leaves, [M, D], and the logits that are wanted of it."""
         self.frequencies = self.frequencies.to(self.device)
         rope = rope_tables(self.frequencies, step.positions, self.dtype)
         x = self.embed(tokens)                                          # [M, D]
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, step, index)
-        return x, self.logits(self.norm(wanted_rows(x, step, last_only)))
+        return x, self.logits(self.norm(wanted_rows(x, step, logits_to_keep)))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Of vectors [M, D] that are normed: [M, V]."""
@@ -200,10 +200,11 @@ class Decoder(nn.Module):
                                  f"the model's context is {shape.max_context}")
 
 
-def wanted_rows(x: torch.Tensor, step: Step, last_only: LastOnly) -> torch.Tensor:
+def wanted_rows(x: torch.Tensor, step: Step, logits_to_keep: LogitsToKeep) -> torch.Tensor:
     """The rows of a step, of x [M, D], whose logits are wanted."""
-    if not last_only or len(x) == len(step.sequences):
+    if logits_to_keep == 0 or len(x) == len(step.sequences):
         return x
-    counts = [1] * len(step.sequences) if last_only is True else last_only
-    return x[[row for end, count in zip(accumulate(step.num_new_tokens), counts, strict=True)
-              for row in range(end - count, end)]]
+    if isinstance(logits_to_keep, int):
+        logits_to_keep = [min(T, logits_to_keep) for T in step.num_new_tokens]
+    return x[[row for end, keep in zip(accumulate(step.num_new_tokens), logits_to_keep, strict=True)
+              for row in range(end - keep, end)]]

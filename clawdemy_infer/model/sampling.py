@@ -86,5 +86,5 @@ def draw(weights: torch.Tensor, generator: torch.Generator | None = None) -> tor
     draws a random number for each token of the vocabulary, and takes twenty times as long.
     """
     sums = weights.cumsum(-1, dtype=torch.float64)
-    share = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64, device=sums.device)
-    return torch.searchsorted(sums, share * sums[:, -1:], right=True).squeeze(-1)
+    u = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64, device=sums.device)
+    return torch.searchsorted(sums, u * sums[:, -1:], right=True).squeeze(-1)

@@ -73,7 +73,7 @@ def round_parts(model: Decoder, drafts: Mapping[str, Draft], context: int,
 
         def run() -> None:
             cache.truncate(context)
-            logits = model.step(tokens, cache, last_only=False)
+            logits = model.step(tokens, cache, logits_to_keep=0)
             verify_rows(logits, [[1] * (new - 1)] * batch, None, sampling, generator)
         return run
 

@@ -1,7 +1,7 @@
 """Speculation inside the engine: all sequences' drafts are verified in one ragged step, beside the
 prompts that others bring.
 
-The scheduler says for how many drafted tokens a sequence has room (`Plan.num_draft_tokens`), and
+The scheduler says for how many drafted tokens a sequence has room, `Plan.num_lookahead_tokens`, and
 takes back what was rejected of those that the step committed.
 """
 
@@ -42,11 +42,11 @@ class SpeculativeExecutor(TorchExecutor):
         for sequence in [each for each in plan.num_new_tokens if each not in self.joined]:
             self.draft.join(sequence)
             self.joined.add(sequence)
-        if not plan.num_draft_tokens:
+        if not plan.num_lookahead_tokens:
             return super().run(plan)
         # 1. Draft in groups that sample alike; with a seed alone: neighbours change nothing.
         groups, drafts, drafted = {}, [], {}
-        for sequence in plan.num_draft_tokens:
+        for sequence in plan.num_lookahead_tokens:
             sampling = sequence.request.sampling
             if not sampling or sampling.temperature == 0:
                 sampling = Sampling()                               # greedy
@@ -54,7 +54,7 @@ class SpeculativeExecutor(TorchExecutor):
             groups.setdefault(key, (sampling, []))[1].append(sequence)
         for sampling, members in groups.values():
             tokens, q = self.draft.propose({each: each.ids for each in members},
-                                           plan.num_draft_tokens, sampling,
+                                           plan.num_lookahead_tokens, sampling,
                                            self._generator(members[0]))
             drafted |= zip(members, tokens, strict=True)
             drafts.append((sampling, members, tokens, q))
@@ -62,7 +62,7 @@ class SpeculativeExecutor(TorchExecutor):
         brought = {sequence: ids + drafted.get(sequence, [])
                    for sequence, ids in self._brought(plan).items()}
         wanted = [len(drafted.get(sequence, ())) + 1 for sequence in brought]
-        logits = self.model.step(brought, self.cache, last_only=wanted)
+        logits = self.model.step(brought, self.cache, logits_to_keep=wanted)
         first = dict(zip(brought, accumulate(wanted, initial=0), strict=False))
         # 3. Verify each group; the others choose one token, where they have come to their end.
         chosen = {}

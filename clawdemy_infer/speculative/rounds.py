@@ -88,8 +88,9 @@ def speculate_batch(model: Decoder, prompts: Sequence[str | Sequence[int]], draf
             counts = {each: min(gamma, text.writer.left - 1) for each, text in active.items()}
             drafted, q = draft.propose(known, counts, sampling, generator)
             # 4. Read: logits [M, V] behind each text and behind each drafted token.
-            logits = model.step({sequence: [ids[-1], *tokens] for (sequence, ids), tokens
-                                 in zip(known.items(), drafted, strict=True)}, cache, False)
+            new = {sequence: [ids[-1], *tokens] for (sequence, ids), tokens
+                   in zip(known.items(), drafted, strict=True)}
+            logits = model.step(new, cache, logits_to_keep=0)
             # 5. Verify.
             verdict = verify_rows(logits, drafted, q, sampling, generator)
             accepted, tokens = verdict.accepted.tolist(), verdict.token.tolist()

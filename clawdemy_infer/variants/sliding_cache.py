@@ -120,7 +120,7 @@ class _OneToken:
         self.at = mine, slice(None), cache.slots(past)
         self.lengths = (past + 1).clamp(max=cache.span).int()
         self.filled = min(max(rectangle.past) + 1, cache.span)
-        self.sinks, self.mask = _SinkAttention(cache, past[:, None]), None
+        self.attention, self.mask = _SinkAttention(cache, past[:, None]), None
         if min(rectangle.past) + 1 < self.filled:
             # Some sequence has not yet written all the slots that are read.
             slots = torch.arange(self.filled, device=cache.device)
@@ -132,10 +132,10 @@ class _OneToken:
         keys[self.at], values[self.at] = k, v
         keys, values = (x[self.rectangle.sequences, :, :self.filled] for x in (keys, values))
         if self.cache.backend != "triton":
-            return self.sinks.attend(q, keys, values, self.mask)
-        if self.sinks.turn is None:
+            return self.attention.attend(q, keys, values, self.mask)
+        if self.attention.turn is None:
             return kernel("decode_split")(q, keys, values, self.lengths).flatten(1)
-        return kernel("decode_sinks")(q, self.sinks.turned(q), keys, values, self.lengths,
+        return kernel("decode_sinks")(q, self.attention.turned(q), keys, values, self.lengths,
                                       self.cache.sinks).flatten(1)
 
     def commit(self) -> None:
@@ -161,8 +161,8 @@ class _Piece:
             seen = ((positions < s) | (positions > start - W)) & (positions <= queries[-1])
             mask = position_mask(queries[None], positions[seen][None], W, s, cache.dtype)
             rows = slice(start - past, start - past + len(queries))
-            sinks = _SinkAttention(cache, queries[None])
-            self.chunks.append((rows, seen.nonzero().flatten(), mask, sinks))
+            attention = _SinkAttention(cache, queries[None])
+            self.chunks.append((rows, seen.nonzero().flatten(), mask, attention))
         # 3. Of the new ones, those to be kept.
         stay = (positions >= past) & ((positions < s) | (positions >= past + T - W))
         self.stay, self.slots = stay[len(kept):].nonzero().flatten(), cache.slots(positions[stay])
@@ -174,8 +174,8 @@ class _Piece:
         keys, values = (torch.cat((old[layer, first, :, self.old], new), dim=1)[None]
                         for old, new in ((cache.keys, k), (cache.values, v)))
         self.fresh[layer] = k[:, self.stay], v[:, self.stay]
-        return torch.cat([sinks.attend(q[rows], keys[:, :, seen], values[:, :, seen], mask)
-                          for rows, seen, mask, sinks in self.chunks])
+        return torch.cat([attention.attend(q[rows], keys[:, :, seen], values[:, :, seen], mask)
+                          for rows, seen, mask, attention in self.chunks])
 
     def commit(self) -> None:
         cache, (_, first, [past], new) = self.cache, self.rectangle

@@ -118,7 +118,7 @@ plt.show()
 class Tick:
     """The cost of a step on a machine that takes a second for any."""
 
-    def seconds(self, contexts, chunks=(), num_draft_tokens=0):
+    def seconds(self, contexts, chunks=(), extra_logits=0):
         return 1.0
 
     def padded(self, B, T, S):
