@@ -41,12 +41,6 @@ class Timing:
     def best(self) -> float:
         return min(self.seconds)
 
-    def beyond(self, other: Timing) -> float:
-        """Seconds that this work took longer than `other`, with which it alternated: the median of
-        the differences by round, to which a slower machine adds little."""
-        return statistics.median(mine - its for mine, its
-                                 in zip(self.seconds, other.seconds, strict=True))
-
     @property
     def spread(self) -> float:
         """Half the gap between the quartiles, as a fraction of the median; above 0.1 the machine
@@ -83,29 +77,6 @@ def alternate(works: dict[str, Callable[[], object]], repeats: int = 5,
         for name, work in works.items():
             seconds[name] += stopwatch(work, repeats=1, warmup=0).seconds
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
-
-
-def rates(steps: dict[str, Callable[[int], float]], sample_s: float = 0.03,
-          rounds: int = 5) -> dict[str, float]:
-    """Units of work per second, for several kinds of work: the median of `rounds` samples each.
-
-    `steps[name](i)` does the i-th piece of that work and returns how many units it was (bytes,
-    FLOPs). A sample is the pieces done in `sample_s` seconds. All kinds are sampled in turn: a
-    neighbour's burst on a shared machine then spoils one sample of each and not all of one.
-    """
-    done = dict.fromkeys(steps, 0)
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step(0)
-    for _ in range(rounds):
-        for name, step in steps.items():
-            units, start, elapsed = 0.0, now(), 0.0
-            while elapsed < sample_s:
-                units += step(done[name])
-                done[name] += 1
-                elapsed = now() - start
-            samples[name].append(units / elapsed)
-    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 class _OpCounter(TorchDispatchMode):

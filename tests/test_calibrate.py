@@ -361,3 +361,19 @@ def data_of(kernel):
     values = vars(kernel).values() if vars(kernel) else [cell.cell_contents
                                                          for cell in kernel.__closure__]
     return next(value.data_ptr() for value in values if isinstance(value, torch.Tensor))
+
+
+def test_a_rate_is_all_units_over_all_the_time_they_took(monkeypatch):
+    """Pieces of 6 units in 0.25 s: a sample of at least 1 s has four of them, so 24 units in 1 s;
+    no piece is done twice. A piece that is longer than the sample is still done once."""
+    time, seen = [1000.0], []
+    monkeypatch.setattr(probes, "now", lambda: time[0])
+
+    def step(i):
+        seen.append(i)
+        time[0] += 0.25
+        return 6
+
+    sample = probes.rate_of(step, sample_s=1.0)
+    assert [sample(), sample()] == [24, 24] and seen == list(range(8))
+    assert probes.rate_of(step, sample_s=0.1)() == 24 and len(seen) == 9

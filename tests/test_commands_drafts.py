@@ -19,7 +19,7 @@ def small(monkeypatch):
     shape = ModelShape("small", L=2, D=24, N=6, K=2, H=8, F=40, V=97, max_context=256)
     machine = Machine("a test machine", ((1.0, 1e9),), {"fp32": 1e12, "bf16": 1e12}, memory=1e9)
     monkeypatch.setattr(files, "load_model", lambda *_, **__: Decoder(ModelConfig(shape)).eval())
-    monkeypatch.setattr("clawdemy_infer.machine.calibrate.this_machine", lambda device: machine)
+    monkeypatch.setattr("clawdemy_infer.machine.calibrate.this_machine", lambda *_: machine)
     monkeypatch.setattr(prompts, "prompts_of", lambda model: {"prose": [5, 6, 7, 5, 6]})
 
 

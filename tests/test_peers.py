@@ -332,7 +332,7 @@ def test_the_command_prints_one_table_or_one_object(command, environments, ids, 
     monkeypatch.setattr(who, "PEER_FORMATS",
                         {"transformers": {32: ["dies"]}, "vllm": {32: ["broken"]}, "llama.cpp": {}})
     monkeypatch.setattr(who, "weights_of", lambda model: (tmp_path, tmp_path / "m.gguf"))
-    monkeypatch.setattr("clawdemy_infer.machine.calibrate.this_machine", lambda device: MACHINE)
+    monkeypatch.setattr("clawdemy_infer.machine.calibrate.this_machine", lambda *_: MACHINE)
     line = ["bench", "--peers", "--weights", "fp32", "--workloads", "decode-2,prefill-9"]
     assert main(line) == 0
     out = capsys.readouterr().out

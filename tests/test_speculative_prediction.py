@@ -9,7 +9,7 @@ import torch
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast.faster import faster
-from clawdemy_infer.machine.calibrated import Calibrated, only_products
+from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling
 from clawdemy_infer.rigs import compare_drafts
 from clawdemy_infer.rigs.compare_drafts import predict_costs
@@ -42,33 +42,24 @@ def test_choosing_at_a_temperature_goes_over_the_vocabulary_more_often():
     assert (greedy, drawn) == (4 * 3 * 11, 40 * 3 * 11)
 
 
-def test_products_in_cpp_run_at_what_the_probe_says_now_and_the_rest_at_memory(monkeypatch):
-    """Memory is twice as fast as it was, which one row feels and eight do not. Between them: the
-    mean of logarithms."""
-    machine = Calibrated("now", ((1.0, 5.0), ), {"fp32": 80.0}, 1e9, rates={
-        "gemm": {"fp32": ((1, 10.0), (8, 80.0))}, "head": {"fp32": ((1, 20.0), )},
-        "attention": {"fp32": ((1, 1.0), )}
-    })
-    monkeypatch.setattr(compare_drafts, "probe", lambda format: None)
-    monkeypatch.setattr(compare_drafts, "gemm_step", lambda weights, m, dtype: m)
-    monkeypatch.setattr(compare_drafts, "rates",
-                        lambda steps, sample_s: {key: {1: 20.0, 8: 80.0}[key[1]]
-                                                 for key in steps})
-    found = compare_drafts.at_this_moment(machine, {"fp32"}, [1, 8])
-    assert found.rates == {
-        "gemm": {"fp32": ((1, 20.0), (8, 80.0))}, "head": {"fp32": ((1, 40.0), (8, 20.0))}
-    }
+def test_a_machine_is_taken_at_its_present_speed(monkeypatch):
+    """Memory is twice as fast as it was, and all that the model does is bound by it."""
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(SHAPE)).eval()
+    machine = Calibrated("then", ((1.0, 1.0),), {"fp32": 1e30}, 1e9)
+    usual = predict_costs(machine, model, {}, 9, rows=(1,)).seconds[1]
+    monkeypatch.setattr(compare_drafts, "at_present",
+                        lambda machine: machine.at(Speeds(memory=2.0)))
+    assert predict_costs(machine, model, {}, 9, rows=(1,)).seconds[1] == usual / 2
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
-def test_a_step_in_cpp_is_predicted_by_its_products_and_its_few_operations(monkeypatch):
+def test_a_step_in_cpp_is_predicted_by_its_products_and_its_few_operations():
     torch.manual_seed(0)
     shape = ModelShape(name="small", L=3, D=64, N=2, K=1, H=32, F=96, V=50, tied=True,
                        max_context=64)
     model = faster(Decoder(ModelConfig(shape)).eval(), compile=True)
     slow = Machine("slow to start", ((1.0, 1e30),), {"fp32": 1e30}, 1e9, fixed_s_per_op=1.0)
-    monkeypatch.setattr(compare_drafts, "at_this_moment",
-                        lambda machine, formats, rows: only_products(machine))
     costs = predict_costs(slow, model, {}, 9, rows=(1, 4))
     eager = predict_costs(slow, Decoder(ModelConfig(shape)).eval(), {}, 9, rows=(1, 4))
     assert costs.seconds[4] < eager.seconds[4] / 2

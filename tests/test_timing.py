@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clawdemy_infer import timing
-from clawdemy_infer.timing import Timing, alternate, count_ops, rates, stopwatch
+from clawdemy_infer.timing import Timing, alternate, count_ops, stopwatch
 
 
 class Clock:
@@ -72,47 +72,6 @@ def test_works_take_turns_so_that_a_drift_falls_on_all(clock):
     assert timed["b"].median - timed["a"].median == 1
 
 
-# ---- rates ----
-
-
-def test_a_rate_is_all_units_over_all_the_time_they_took(clock):
-    """Pieces of 6 units in 0.25 s: the sample of at least 1 s has four of them, so 24 units in 1
-    s."""
-    seen = []
-
-    def step(i):
-        seen.append(i)
-        clock.spend(0.25)
-        return 6
-
-    assert rates({"x": step}, sample_s=1.0, rounds=3) == {"x": 24}
-    assert seen == [0, *range(12)]  # one to warm up, then each piece once
-
-
-def test_a_piece_longer_than_the_sample_is_still_done_once(clock):
-    def step(_):
-        clock.spend(5)
-        return 10
-
-    assert rates({"x": step}, sample_s=0.1, rounds=1) == {"x": 2}
-
-
-def test_a_burst_of_a_neighbour_spoils_one_sample_and_not_the_median(clock):
-    """Every kind is sampled in turn; in the second of five rounds the machine is ten times
-    slower."""
-    calls = {"a": 0, "b": 0}
-
-    def kind(name, units):
-        def step(_):
-            calls[name] += 1
-            slow = 10 if calls[name] == 3 else 1  # one warm-up, then one call a round
-            clock.spend(slow)
-            return units
-        return step
-
-    assert rates({"a": kind("a", 3), "b": kind("b", 7)}, sample_s=1.0, rounds=5) == {"a": 3, "b": 7}
-
-
 # ---- operations ----
 
 
@@ -146,13 +105,3 @@ def test_the_counter_gives_back_what_the_work_computes():
 def test_the_clock_runs():
     before = timing.now()
     assert timing.now() >= before
-
-
-def test_a_rate_is_the_median_of_its_samples(clock):
-    """Three samples of one piece of 6 units each, after a first that is thrown away."""
-    seconds = iter([9, 3, 2, 1])
-
-    def step(_):
-        clock.spend(next(seconds))
-        return 6
-    assert rates({"work": step}, sample_s=0.5, rounds=3) == {"work": 3.0}

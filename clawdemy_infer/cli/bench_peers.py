@@ -1,5 +1,7 @@
 """`bench --peers`: other engines in turn with ours, each in a process of its own."""
 
+from statistics import median
+
 from clawdemy_infer.cli.arguments import Args, calibrated, checked, count, option
 from clawdemy_infer.cli.output import answer, say
 
@@ -26,15 +28,15 @@ def run(args: Args) -> int:
     import torch
 
     from clawdemy_infer.from_config import from_config
+    from clawdemy_infer.machine.probes import bandwidth_probes
     from clawdemy_infer.peers.race import Worker, WorkerFailed, race
     from clawdemy_infer.peers.result import peer_rows, peers_table
-    from clawdemy_infer.timing import rates
 
     machine, shape = calibrated("cpu"), from_config(str(directory / "config.json"))
-    data = torch.ones(int(machine.bandwidth[-1][0]) // 4)
+    [read] = bandwidth_probes([int(machine.bandwidth[-1][0])], "cpu")
 
     def bandwidth() -> float:
-        return rates({"read": lambda _: data.sum() and data.nbytes}, rounds=1)["read"]
+        return median(read.sample() for _ in range(3))
 
     def note(sentence: str) -> None:
         say(sentence)

@@ -1,39 +1,36 @@
 """Speculative beside plain decoding on the clock, and what its rounds should gain: by parts that
 were timed apart from them, or predicted from rates that were measured of none of them.
 
-    layer by layer    the roofline: each operation's work, and what it costs to start it
-    in one call       the same, where nothing but products costs more than its bytes; products at
-                      what the calibration's probe reaches now
+    layer by layer    the roofline at the machine's present speed: each operation's work, and what
+                      it costs to start it
+    in one call       the same, where nothing but products costs more than its bytes
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 
 from clawdemy_infer.arithmetic import ModelShape, Work
-from clawdemy_infer.envelope.roofline import Curve, Machine, interpolate
-from clawdemy_infer.fast import FLOATS, computes_in
+from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson.steps import is_one_call
 from clawdemy_infer.machine.calibrated import only_products
-from clawdemy_infer.machine.probes import gemm_step, gemm_weights
+from clawdemy_infer.machine.present import at_present
 from clawdemy_infer.model import Decoder, Sampling, generate
 from clawdemy_infer.model.decoder import FORMATS
 from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.drafts import Draft, PromptLookup
 from clawdemy_infer.speculative.rounds import Round, speculate_batch
 from clawdemy_infer.speculative.verification import verify_rows
-from clawdemy_infer.timing import alternate, count_ops, rates
+from clawdemy_infer.timing import alternate, count_ops
 
 LOGIT_BYTES_GREEDY = 4
 """Bytes moved for each logit to find the largest: each is read once, in fp32."""
 LOGIT_BYTES_SAMPLED = 40
 """Bytes moved for each logit to draw a token: a distribution takes four passes, of which three
 write too (largest; difference; division; softmax); its running sum writes 8 bytes for 4."""
-probe = functools.cache(lambda format: gemm_weights(format, "cpu"))
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,7 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
     sampling, shape, dtype = sampling or Sampling(), model.config.shape, FORMATS[model.dtype]
     parts = round_parts(model, drafts, context, rows, batch, sampling)
     readers = {part: model if isinstance(part, int) else drafts[part].model for part in parts}
-    formats = {reader.weights for reader in readers.values() if is_one_call(reader)}
-    in_one_call = at_this_moment(machine, formats, sorted({batch * each for each in (1, *rows)}))
+    machine = at_present(machine)
     seconds: dict[str | int, float] = {}
     for part, run in parts.items():
         if isinstance(part, int):
@@ -118,30 +114,11 @@ def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft],
         else:
             new, work = 1, drafts[part].step_work(batch, context + 1)
         one_call = is_one_call(readers[part])
-        seconds[part] = (in_one_call if one_call else machine).time(work, count_ops(run)).seconds
+        on = only_products(machine) if one_call else machine
+        seconds[part] = on.time(work, count_ops(run)).seconds
         if one_call:
             seconds[part] += sampling_seconds(machine, shape, batch * new, sampling)
     return RoundCosts(seconds)
-
-
-def at_this_moment(machine: Machine, formats: Iterable[str], rows: Sequence[int]) -> Machine:
-    """`machine` where only products cost more than their bytes, and those with weights in `formats`
-    and `rows` rows run as fast as the calibration's probe does now."""
-    products = only_products(machine)
-    if not formats:
-        return products
-    now = rates({(format, m): gemm_step(probe(format), m, FLOATS[computes_in(format, "cpu")])
-                 for format in formats for m in rows}, sample_s=0.05)
-
-    def as_now(curve: Curve, format: str) -> Curve:
-        usual = machine.rates["gemm"][format]
-        return tuple((m, interpolate(curve, m) * now[format, m] / interpolate(usual, m))
-                     for m in rows)
-
-    return replace(products, rates={
-        kernel: curves | {format: as_now(curves[format], format)
-                          for format in formats if format in curves}
-        for kernel, curves in products.rates.items()})
 
 
 def sampling_seconds(machine: Machine, shape: ModelShape, rows: int, sampling: Sampling) -> float:
