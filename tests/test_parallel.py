@@ -10,9 +10,7 @@ from clawdemy_infer.arithmetic import MLA, SSM, ModelShape, MoE
 from clawdemy_infer.envelope.parallel import (
     Layout,
     all_reduce_s,
-    all_to_all_s,
     fits,
-    send_s,
     share,
     step,
     transfers,
@@ -61,16 +59,9 @@ def test_an_all_reduce_costs_what_a_ring_that_turns_sends(p):
 
 
 def test_one_device_has_nobody_to_talk_to():
-    assert all_reduce_s(1e9, 1, LINK) == all_to_all_s(1e9, 1, LINK) == 0
+    assert all_reduce_s(1e9, 1, LINK) == 0
     with pytest.raises(ValueError, match="devices=0"):
         all_reduce_s(1, 0, LINK)
-
-
-def test_the_other_transfers_by_hand():
-    """Of 400 B, four devices keep a quarter each and send three: 300 B in three steps. A send is
-    one step."""
-    assert all_to_all_s(400, 4, LINK) == pytest.approx(5 + 3 * 0.25 + 0.3)
-    assert send_s(400, LINK) == pytest.approx(5 + 0.25 + 0.4)
 
 
 @pytest.mark.parametrize("mebibytes, measured", [(1, 34e-6), (16, 115e-6)])
@@ -194,6 +185,7 @@ def test_a_full_pipeline_makes_as_many_tokens_as_its_devices_have_bandwidth():
     assert step(PLAIN, Layout(pp=4), 8, 1, 30).bytes == PLAIN.decode(2, 30).bytes
     [told] = transfers(PLAIN, Layout(pp=4), 8, 1, LINK)
     assert (told.name, told.calls, told.bytes) == ("send", 3, 2 * 24 * 2)
+    assert told.seconds == pytest.approx(3 * (5 + 0.25 + 0.096))
 
 
 # ---- expert parallel ----
@@ -237,12 +229,14 @@ def test_expert_parallel_work_adds_up():
     assert 4 * cut.flops == pytest.approx(whole.flops)
 
 
-def test_all_to_alls_by_hand():
-    """There and back in each of four layers: 2 experts for each of 3 sequences' 5 tokens, D = 24
-    numbers of 2 B."""
-    [told] = transfers(EXPERTS, Layout(ep=2), 6, 5, LINK)
-    assert (told.name, told.calls, told.bytes) == ("all-to-all", 8, 3 * 5 * 2 * 24 * 2)
-    assert told.seconds == pytest.approx(8 * (5 + 0.25 + 0.5 * told.bytes / 1000))
+@pytest.mark.parametrize("ep, sequences, seconds", [(2, 3, 0.25 + 0.72), (4, 2, 3 * 0.25 + 0.72)])
+def test_all_to_alls_by_hand(ep, sequences, seconds):
+    """There and back in each of four layers: 2 experts for each of the sequences' 5 tokens, D = 24
+    numbers of 2 B. Of 1,440 B two devices keep half each and send the other in one step; of 960 B
+    four keep a quarter and send three, in three steps."""
+    [told] = transfers(EXPERTS, Layout(ep=ep), 6, 5, LINK)
+    assert (told.name, told.calls, told.bytes) == ("all-to-all", 8, sequences * 5 * 2 * 24 * 2)
+    assert told.seconds == pytest.approx(8 * (5 + seconds))
 
 
 # ---- capacity ----

@@ -205,15 +205,6 @@ class ModelShape:
         """Bytes of a sequence's state-space layers, whatever its context."""
         return self._kept(0) * element_bytes("kv", kv)
 
-    def kept_tokens(self, context: int) -> float:
-        """Tokens of a `context` in the cache, the mean over the layers that have one, so that
-        kv_bytes = batch * (kept_tokens * kv_bytes_per_token + state_bytes)."""
-        cached = [(layer.mixer, count) for layer, count in self.groups
-                  if layer.mixer.kept(1) > layer.mixer.kept(0)]
-        tokens = sum(count * (mixer.kept(context) // mixer.kept(1)) for mixer, count in cached)
-        layers = sum(count for _, count in cached) or 1
-        return tokens // layers if tokens % layers == 0 else tokens / layers
-
     def kv_bytes(self, batch: int, context: int, kv: Format = "bf16") -> float:
         """Bytes of the KV cache and the states of `batch` sequences of `context` tokens."""
         return batch * self._kept(context) * element_bytes("kv", kv)

@@ -54,9 +54,9 @@ def ways(layout: dict) -> str:
 
 def _memory(c: dict, shape: ModelShape) -> Table:
     """Capacity, first of the model and then, where there are several, of the fullest device."""
-    kept, state = shape.kept_tokens(max(c["context"], c["prompt"])), shape.state_bytes(c["kv"])
     per_weight, per_token = c["total_weight_bytes"] / c["parameters"], c["kv_bytes_per_token"]
-    per_kv, B = element_bytes("kv", c["kv"]), c["batch"]
+    per_kv, B, state = element_bytes("kv", c["kv"]), c["batch"], shape.state_bytes(c["kv"])
+    kept = (c["total_kv_bytes"] / B - state) / per_token if per_token else 0
     formula, figures = "per token", f"{per_token:,.0f} B"
     if per_token == 2 * shape.L * shape.K * shape.H * per_kv:           # every layer caches alike
         formula, figures = "2·L·K·H × bytes", f"2·{shape.L}·{shape.K}·{shape.H} × {per_kv:g} B"

@@ -131,18 +131,6 @@ def all_reduce_s(bytes: float, devices: int, link: Link) -> float:
     return _steps_s(2 * (devices - 1), bytes / devices, link)
 
 
-def all_to_all_s(bytes: float, devices: int, link: Link) -> float:
-    """Seconds until each of `devices` has sent its `bytes` to where they belong, in equal shares,
-    by p-1 pairwise exchanges (Thakur et al. 2005, section 4). ValueError for devices < 1."""
-    at_least_1(devices=devices)
-    return _steps_s(devices - 1, bytes / devices, link)
-
-
-def send_s(bytes: float, link: Link) -> float:
-    """Seconds to hand `bytes` to one other device."""
-    return _steps_s(1, bytes, link)
-
-
 def _steps_s(steps: int, bytes: float, link: Link) -> float:
     return link.latency_s + steps * (link.hop_s + bytes / link.bytes_per_s) if steps else 0.0
 
@@ -162,7 +150,8 @@ def transfers(shape: ModelShape, layout: Layout, batch: int, new: int, link: Lin
     """What devices tell one another in a step, with B the microbatch. A step waits for all of it.
 
         tp   an all-reduce of [B·T, D] after each mixer and feed-forward part; parallel: one
-        ep   an all-to-all of [B·T·k, D] to the experts and one back, of even load
+        ep   an all-to-all of [B·T·k, D] to each token's k experts and one back, of even load, by
+             p-1 pairwise exchanges (Thakur et al. 2005, section 4)
         pp   a send of [B·T, D] between stages
 
     Left out: gathering logits, a call or two in a step. Raises ValueError as `Layout.check`."""
@@ -177,7 +166,7 @@ def transfers(shape: ModelShape, layout: Layout, batch: int, new: int, link: Lin
         calls = 2 * sum(count for layer, count in shape.groups
                         if isinstance(layer.feed_forward, Experts))
         sent = shape.moe.active * stream
-        found.append(("all-to-all", calls, sent, all_to_all_s(sent, layout.ep, link)))
+        found.append(("all-to-all", calls, sent, _steps_s(layout.ep - 1, sent / layout.ep, link)))
     if layout.pp > 1:
-        found.append(("send", layout.pp - 1, stream, send_s(stream, link)))
+        found.append(("send", layout.pp - 1, stream, _steps_s(1, stream, link)))
     return [Transfer(name, calls, bytes, calls * seconds) for name, calls, bytes, seconds in found]
