@@ -92,6 +92,12 @@ def test_a_run_below_its_own_bound_is_impossible_as_stated():
     # within the spread of the measurement, or at the speed of a moment, it is possible
     for spread, at in ((0.26, Moment()), (0.01, Moment("memory", 1.1, 1.3))):
         assert "mpossible" not in account(row(8.0, FASTER, spread=spread), at).sentence
+    for measured, possible in ((10.8, True), (10.3, False)):  # 11.1 s at nine tenths, ± 5 %
+        found = account(row(measured, (), spread=0.05), Moment("memory", 0.85, 0.9))
+        assert found.sentence.startswith("Impossible") != possible
+    # as fast as the napkin, on a machine of half the speed
+    assert account(row(10.0, (), spread=0.0), Moment("memory", 0.5, 0.5)).sentence.startswith(
+        "Impossible as stated: the napkin's bytes take 20.0 s at the bandwidth at that moment")
     # and where the value was derived from others, nobody can tell
     assert "mpossible" not in account(row(8.0, FASTER)).sentence
 
@@ -100,6 +106,8 @@ def test_a_difference_within_the_spread_is_not_explained_away():
     found = account(row(10.5, spread=0.05))
     assert (found.explained, found.causes) == (None, ())
     assert found.sentence.startswith("Nothing to explain: +500 ms from napkin to measured")
+    same = account(LedgerRow("08", "checkpoint", "B", napkin=10.0, measured=10.0))
+    assert (same.explained, same.causes) == (None, ()) and "±" not in same.sentence
 
 
 def test_small_parts_stand_together():

@@ -140,7 +140,8 @@ class Lesson:
 
     # -- measure, name a cause, explain -----------------------------------------------------------
 
-    def measure(self, quantity: str, value: Timing | float, why: str = "", speed: float = 1.0, *,
+    def measure(self, quantity: str, value: Timing | float,
+                why: str = "", speed: float = 1.0, *,  # until the lessons have moved
                 parts: Iterable[dict] = ()) -> None:
         """Set the measured `value` beside its prediction, in the prediction's unit, and write the
         row to the ledger.

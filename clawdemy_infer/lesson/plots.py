@@ -106,7 +106,7 @@ def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def ratios(ax: Axes, rows: Sequence[LedgerRow]) -> None:
+def ratios(ax: Axes, rows: Sequence[LedgerRow]) -> None:  # until the lessons have moved
     """Measured over predicted, a line for each row of the ledger: grey over the napkin, blue over
     the roofline, 1 is a perfect prediction.
 

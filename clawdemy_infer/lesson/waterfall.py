@@ -73,19 +73,16 @@ def account(row: LedgerRow, at: Moment = AS_CALIBRATED) -> Account:
     def change(value: float) -> str:
         return f"{'+' * (value > 0)}{si(value, row.unit)}"
 
-    # 1. Within what the clock can tell there is no difference.
-    if abs(difference) <= (row.spread or 0) * row.measured:
-        return Account(steps, (), None, f"Nothing to explain: {change(difference)} from napkin to "
-                       f"measured, and the clock's own spread is ± {percent(row.spread)}.")
     largest = max(steps, key=lambda name: abs(steps[name]))
     if largest in parts:
         causes = largest, *(part["name"] for part in parts[largest])
     else:
         way = "slower" if steps[largest] > 0 else "faster"
         causes = (REST if largest == REST else f"{at.kind} was {way} than calibrated",)
-    explained = 1 - abs(steps[REST] / difference)
+    differs = abs(difference) > (row.spread or 0) * row.measured
+    explained = 1 - abs(steps[REST] / difference) if differs else None
 
-    # 2. What is faster than its own bound did not happen as it was counted.
+    # 1. What is faster than its own bound did not happen as it was counted.
     bound = row.napkin / at.fastest
     if row.unit == "s" and row.spread is not None and row.measured * (1 + row.spread) < bound:
         return Account(steps, causes, explained, (
@@ -93,6 +90,12 @@ def account(row: LedgerRow, at: Moment = AS_CALIBRATED) -> Account:
             f"and it took {si(row.measured, 's')}. Not counted: what spared it "
             f"{percent(1 - row.measured / bound)} of those {counted}. The largest step: {largest}, "
             f"{change(steps[largest])}."))
+
+    # 2. Within what the clock can tell there is no difference.
+    if not differs:
+        within = f", within the clock's own spread of ± {percent(row.spread)}" if row.spread else ""
+        return Account(steps, (), None, f"Nothing to explain: {change(difference)} from napkin to "
+                       f"measured{within}.")
 
     # 3. Else the largest step, and what was measured of it.
     sentence = (f"{causes[0]}: {change(steps[largest])}, {percent(steps[largest] / difference)} of "
