@@ -168,6 +168,17 @@ def test_a_shared_prefix_is_computed_once():
     assert [row["cached_tokens"] for row in report.requests] == [0, 8]
 
 
+def test_a_request_that_waits_ten_steps_asks_the_prefix_cache_once():
+    served = engine(Policy(max_batch=2, prefix_caching=True), blocks=4)
+    # a's prompt fills a block of four, and is the beginning of b's twelve tokens. These need three
+    # blocks, or two behind a's, and one must stay free for a, which grows to four: b waits for it.
+    report = served.run([Request("a", [1, 2, 3, 4], 10, 0.0),
+                         Request("b", [1, 2, 3, 4, *range(10, 18)], 1, 0.0)])
+    assert [step.tokens for step in report.steps] == [4, *[1] * 9, 8]
+    prefix = served.scheduler.tables.prefix
+    assert (prefix.asked, prefix.found, prefix.hit_rate) == (4 + 12, 4, 4 / 16)
+
+
 @pytest.mark.parametrize("prompt, most, words", [
     (0, 5, "the prompt is empty"),
     (10, 11, "prompt has 10 tokens and max_tokens=11: together 21, but the model's context is 20"),

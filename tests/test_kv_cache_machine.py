@@ -65,8 +65,11 @@ class Blocks(RuleBasedStateMachine):
     @rule(target=sequences, prompt=st.lists(TOKENS, max_size=14))
     def add(self, prompt):
         self.names += 1
+        free, wanted = self.tables.pool.free, self.tables.blocks_to_add(len(prompt), prompt)
         found = self.tables.add(self.names, prompt)
         assert found <= max(0, len(prompt) - 1)
+        needed = self.tables.blocks_needed({self.names: len(prompt) - found})
+        assert wanted == free - self.tables.pool.free + needed      # found ones may have lain idle
         self.ids[self.names] = prompt[:found]
         return self.names
 

@@ -162,16 +162,13 @@ class Scheduler:
     def _make_room(self, sequence: Sequence) -> bool:
         """Take the blocks for all that `sequence` has: chunks of its prompt never wait half-way. A
         block for each that runs stays free: each may soon need one, and who joins should stay."""
-        tables = self.tables
-        found = tables.add(sequence, sequence.ids or ())
-        num_new_tokens = {sequence: sequence.total - found}
-        # What was found may have lain idle: then it is no longer free.
-        if tables.blocks_needed(num_new_tokens) > tables.pool.free - len(self.running):
-            tables.free(sequence)
+        tables, ids = self.tables, sequence.ids or ()
+        if tables.blocks_to_add(sequence.total, ids) > tables.pool.free - len(self.running):
             return False
+        num_cached_tokens = tables.add(sequence, ids)
         if not sequence.preemptions:
-            sequence.num_cached_tokens = found
-        tables.reserve(num_new_tokens)
+            sequence.num_cached_tokens = num_cached_tokens
+        tables.reserve({sequence: sequence.total - num_cached_tokens})
         return True
 
     def _room_for_drafts(self, num_new_tokens: dict[Sequence, int]) -> dict[Sequence, int]:

@@ -55,6 +55,12 @@ class BlockTables:
 
     # ---- sequences come and go ----
 
+    def blocks_to_add(self, tokens: int, ids: Sequence[int] = ()) -> int:
+        """Free blocks that `add` and `reserve` take for a sequence of `tokens` tokens, the first of
+        them `ids`: all but those that are found and used. Found and idle, a block is free too."""
+        found, _ = self.prefix.find(ids) if self.prefix else ([], [])
+        return self.pool.blocks_for(tokens) - sum(self.pool.ref_counts[each] > 0 for each in found)
+
     def add(self, sequence: Hashable, ids: Sequence[int] = ()) -> int:
         """A new sequence, which will bring the token `ids`. Returns how many of them are in the
         pool already: those count as its own from now on. 0 without a prefix cache."""
@@ -63,6 +69,9 @@ class BlockTables:
         for block in found:
             self.pool.touch(block)
         length = len(found) * self.pool.block_size
+        if self.prefix:
+            self.prefix.asked += len(ids)
+            self.prefix.found += length
         self._enter(sequence, found, length, list(ids[:length]), digests)
         return length
 

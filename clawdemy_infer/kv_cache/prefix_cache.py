@@ -17,7 +17,8 @@ ROOT = b""
 
 class PrefixCache:
     """The known blocks. Who holds them is the pool's business: a block is found whether it is used
-    or idle. Counts the tokens that were `asked` for and `found`, and the blocks `evicted`."""
+    or idle. Counts the tokens that added sequences `asked` for and `found`, each time that one is
+    added, and the blocks `evicted`."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -49,8 +50,6 @@ class PrefixCache:
                 break
             blocks.append(self._block_of[before])
             digests.append(before)
-        self.asked += len(tokens)
-        self.found += len(blocks) * self.block_size
         return blocks, digests
 
     def learn(self, digest: bytes, block: int) -> None:
