@@ -13,8 +13,8 @@ import pytest
 
 from clawdemy_infer.batching import SLO, Request, State
 from clawdemy_infer.cli import main as cli
-from clawdemy_infer.lesson.trace import save_trace
 from clawdemy_infer.rigs.endpoint import Endpoint
+from clawdemy_infer.rigs.trace import save_trace
 
 GAP = 0.03
 

@@ -2,21 +2,12 @@
 wrong."""
 
 import json
-import math
-import statistics
 
 import pytest
-import torch
 
-from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.batching import Policy, Request, simulate
+from clawdemy_infer.batching import Request
 from clawdemy_infer.cli import main as cli
-from clawdemy_infer.lesson.steps import count_operations
-from clawdemy_infer.lesson.trace import save_trace
-from clawdemy_infer.lesson.workload import uniform, workload
-from clawdemy_infer.machine.calibrated import Calibrated, Speeds
-from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.rigs.compare_servers import COMPARED_METRICS, compare_servers
+from clawdemy_infer.rigs.trace import save_trace
 
 ON_PAPER = ["--model", "llama-3-8b", "--machine", "h100-sxm"]
 
@@ -100,45 +91,3 @@ def test_the_engine_serves_the_real_model(run, smollm, monkeypatch, tmp_path):
         row["tokens"] for row in sorted(found["requests"], key=lambda row: row["id"])
     ] == [4, 3]
     assert found["summary"]["ttft_p50"] > 0
-
-
-# ---- side by side ----
-
-
-def test_servers_take_turns_and_the_simulator_stands_beside_ours(monkeypatch):
-    speed = 0.5
-    monkeypatch.setattr("clawdemy_infer.rigs.compare_servers.speeds_now",
-                        lambda machine: Speeds(speed, speed, speed))
-    torch.manual_seed(0)
-    model = Decoder(
-        ModelConfig(ModelShape("small", L=2, D=24, N=6, K=2, H=8, F=40, V=97, max_context=64)))
-    curve = {"fp32": ((1, 1e9), (256, 1e10))}
-    machine = Calibrated("slow", ((1e9, 1e10), ), {"fp32": 1e10}, 1e9,
-                      rates={"gemm": curve, "attention": curve}, fixed_s_per_op=1e-6)
-    requests, noted = workload(uniform(2, 9), uniform(2, 12), requests=7, rate=math.inf), []
-    found = compare_servers(model, machine, requests, max_batch=3, rounds=2, kv_bytes=2**22,
-                    note=noted.append)
-    assert list(found.seconds) == ["ours, static", "ours, continuous"
-                                   ] and [len(times) for times in found.seconds.values()] == [2, 2]
-    assert [line.split(":")[0] for line in noted] == ["ours, static", "ours, continuous"] * 2
-    assert found.tokens == sum(request.max_tokens for request in requests)
-    assert found.tokens_per_s("ours, static") == pytest.approx(
-        found.tokens/statistics.mean(found.seconds["ours, static"]))
-    for name in found.speeds:
-        policy = Policy("static" if "static" in name else "continuous", max_batch=3)
-        operations = count_operations(model, policy)
-        # What was said is what the same machine would do, had all its figures been multiplied:
-        # nothing of the run went into it.
-        unhurried = simulate(model.config.shape, machine, requests, policy, weights="fp32",
-                             kv="fp32", activations="fp32", kv_bytes=2**22,
-                             operations=operations).summary
-        said = {
-            metric: simulated
-            for server, metric, simulated, _ in found.simulated
-            if server == name
-        }
-        assert set(said) == set(COMPARED_METRICS)
-        assert said["ttft_p50"] == pytest.approx(unhurried["ttft_p50"] / speed, rel=1e-6)
-        assert said["output_tokens_per_s"] == pytest.approx(unhurried["output_tokens_per_s"]*speed,
-                                                            rel=1e-6)
-    assert all(measured > 0 for *_, measured in found.simulated)

@@ -10,7 +10,7 @@ from clawdemy_infer.arithmetic import BYTES
 from clawdemy_infer.cli import arguments
 from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, draft, option
 from clawdemy_infer.cli.napkin import machine_of, shape_of
-from clawdemy_infer.cli.output import answer, say, table_of
+from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.envelope.parallel import Layout
 from clawdemy_infer.lesson.tables import Table, number, si
 
@@ -33,7 +33,6 @@ def add(subparsers) -> None:
                 "Serve a trace: with the model, or in the time that a roofline says.",
                 "sharegpt --model llama-3.1-70b --machine h100-sxm --tp 8 --policy chunked",
                 "uniform --requests 64 --rate inf --on engine --compile",
-                "uniform --requests 64 --rate inf --compare",
                 "alpaca --on http://localhost:8000/v1 --model NAME --requests 50 --rate 2")
     work = c.add_argument_group("workload")
     option(work, "trace", "a file of JSON lines, or a workload to draw from: sharegpt, alpaca, "
@@ -66,10 +65,6 @@ def add(subparsers) -> None:
     option(where, "--machine X", "simulator: one of the catalog, or `this`", default="this")
     option(where, "--tp N", "simulator: devices that share every matrix", count, 1)
     option(where, "--alpha A", "simulator: the chance that a drafted token is accepted", chance)
-    compare = c.add_argument_group("compare")
-    option(compare, "--compare", "static, continuous and `transformers` in turn on this machine, "
-           "and the simulator beside", bool)
-    option(compare, "--rounds N", "turns that each gets", count, 3)
 
 
 def chance(text: str) -> float:
@@ -80,8 +75,8 @@ def chance(text: str) -> float:
 
 def run(args: Args) -> int:
     from clawdemy_infer.batching import SLO, Policy
-    from clawdemy_infer.lesson.trace import save_trace
     from clawdemy_infer.rigs.endpoint import Endpoint
+    from clawdemy_infer.rigs.trace import save_trace
     from clawdemy_infer.timing import now
     names = ("max_batch", "order", "preemption", "prefix_caching")
     options = POLICIES[args.policy] | {name: getattr(args, name) for name in names}
@@ -92,8 +87,6 @@ def run(args: Args) -> int:
         slo = SLO(args.slo_ttft, args.slo_tpot)
     if args.save:
         save_trace(requests, args.save)
-    if args.compare:
-        return compare(args, requests)
     serve = {"engine": engine, "simulator": simulator}.get(args.on)
     server, where = serve(args, policy) if serve else (Endpoint(args.on, args.model), args.on)
     say(f"Serving {len(requests)} requests …")
@@ -112,8 +105,8 @@ def run(args: Args) -> int:
 
 
 def requests_of(args: Args) -> list:
-    from clawdemy_infer.lesson.trace import load_trace
     from clawdemy_infer.lesson.workload import workload, workload_names
+    from clawdemy_infer.rigs.trace import load_trace
     if Path(args.trace).is_file():
         return load_trace(args.trace)
     if args.trace not in workload_names():
@@ -187,30 +180,3 @@ def blocks(result: dict) -> list[Table | str]:
     failed = [row for row in result["requests"] if row["outcome"] in ("refused", "failed")]
     return found + [f"{row['id']} {'was ' * (row['outcome'] == 'refused')}{row['outcome']}: "
                     f"{row['reason']}." for row in failed[:5]]
-
-
-def compare(args: Args, requests: list) -> int:
-    """Every server in turn; what the simulator said of ours."""
-    from clawdemy_infer.files.load import weights_on_disk
-    from clawdemy_infer.rigs.compare_servers import compare_servers
-    model = arguments.running(args)
-    machine = arguments.calibrated(model.device.type)
-    directory, _ = weights_on_disk(args.model)          # None: `transformers` takes no part
-    found = compare_servers(model, machine, requests, args.max_batch, args.rounds,
-                            args.kv_bytes or 2**30, directory, say)
-    best = found.tokens_per_s("ours, continuous")
-    rows = [{"server": name, "output_tokens_per_s": found.tokens_per_s(name), "seconds": times,
-             "speeds": found.speeds[name]._asdict() if name in found.speeds else None,
-             "ours_over_it": best / found.tokens_per_s(name)}
-            for name, times in found.seconds.items()]
-    simulated = [{"server": name, "metric": metric, "simulated": said, "measured": was,
-                  "ratio": was / said if said else None}
-                 for name, metric, said, was in found.simulated]
-    at = ", ".join(f"{speeds.memory:.0%} ({name})" for name, speeds in found.speeds.items())
-    answer(args.json,
-           {"machine": machine.name, "tokens": found.tokens, "rows": rows, "simulated": simulated},
-           table_of(rows, "server output_tokens_per_s ours_over_it"),
-           table_of(simulated, "server metric simulated measured ratio"),
-           f"The machine read memory at {at} of its calibrated speed; the simulator was told "
-           "its speeds alone.")
-    return 0
