@@ -105,6 +105,17 @@ def test_two_samples_of_one_prompt_share_it_and_copy_one_block_when_they_part():
     assert tables.pool.used == 3
 
 
+def test_chunks_of_a_prompt_fill_the_blocks_that_were_reserved_for_all_of_it():
+    tables = tables_of()
+    tables.add("A")
+    tables.reserve({"A": 10})
+    reserved = list(tables.blocks["A"])
+    for chunk, holding in ((range(3), 1), (range(3, 6), 2), (range(6, 10), 3)):
+        bring(tables, "A", chunk)
+        assert tables.pool.blocks_for(tables.lengths["A"]) == holding
+        assert tables.blocks["A"] == reserved and len(reserved) == 3
+
+
 def test_an_interrupted_step_has_not_happened():
     tables = tables_of()
     tables.add("A")

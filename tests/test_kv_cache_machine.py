@@ -182,7 +182,7 @@ class Blocks(RuleBasedStateMachine):
         assert held.isdisjoint(pool.idle) and len(pool.idle) <= pool.free
 
     @invariant()
-    def a_sequence_wastes_less_than_a_block_unless_a_step_was_interrupted(self):
+    def a_sequence_has_blocks_for_all_its_tokens(self):
         for sequence, blocks in self.tables.blocks.items():
             assert len(blocks) >= self.tables.pool.blocks_for(len(self.ids[sequence]))
 

@@ -1,9 +1,11 @@
 """Block tables: which blocks hold the tokens of each sequence, in order (Kwon et al. 2023,
 PagedAttention, section 4.3). No torch.
 
-Token t of a sequence lies in its block t // block_size, at offset t % block_size. Only its last
-block may be partly empty, so a sequence never wastes more than block_size - 1 tokens. This file
-decides, for a scheduler, a simulator and `paged.PagedCache`; the cache moves the bytes.
+Token t of a sequence lies in its block t // block_size, at offset t % block_size. Of the blocks that
+hold tokens only the last may be partly empty: less than a block is wasted. Behind them may lie
+empty ones that a `reserve` took and no `commit` has filled yet: for later chunks of a prompt, or of
+a step that was interrupted. This file decides, for a scheduler, a simulator and
+`paged.PagedCache`; the cache moves the bytes.
 
 One step goes   can_append?   reserve   (compute)   commit.   Before `commit` no length has changed,
 and a `reserve` that is not followed by one may be repeated: it finds the blocks that it took.
@@ -27,8 +29,7 @@ def copy_nothing(sources: list[int], targets: list[int]) -> None:
 class BlockTables:
     """The sequences that live in `pool`.
 
-    `lengths[sequence]` are its tokens, `blocks[sequence]` its blocks, of which the last may be
-    reserved and still empty.
+    `lengths[sequence]` are its tokens, `blocks[sequence]` its blocks, reserved ones last.
 
     >>> tables = BlockTables(BlockPool(blocks=4, block_size=2))
     >>> tables.add("a")                                 # nothing of it is cached
