@@ -1,5 +1,5 @@
 """A pool of blocks, and how many hold each (Kwon et al. 2023, PagedAttention, sections 4.2 and
-4.4). Standard library only; no byte lies here.
+4.4). No byte lies here.
 
 A block is room for `block_size` tokens. Each is in one of three states, and free + used = total at
 any time:
@@ -13,14 +13,14 @@ any time:
 from collections import OrderedDict
 from collections.abc import Callable
 
+from clawdemy_infer.kv_cache.step import at_least_1
+
 
 class BlockPool:
     """`blocks` blocks of `block_size` tokens. ValueError where one of the two is below 1."""
 
     def __init__(self, blocks: int, block_size: int = 16) -> None:
-        for name, size in {"blocks": blocks, "block_size": block_size}.items():
-            if size < 1:
-                raise ValueError(f"{name}={size}: a pool needs at least 1")
+        at_least_1(blocks=blocks, block_size=block_size)
         self.blocks, self.block_size = blocks, block_size
         self.ref_counts = [0] * blocks
         self.idle: OrderedDict[int, None] = OrderedDict()

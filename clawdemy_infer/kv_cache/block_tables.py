@@ -1,8 +1,8 @@
 """Block tables: which blocks hold the tokens of each sequence, in order (Kwon et al. 2023,
 PagedAttention, section 4.3). No torch.
 
-Token t of a sequence lies in its block t // block_size, at offset t % block_size. Of the blocks that
-hold tokens only the last may be partly empty: less than a block is wasted. Behind them may lie
+Token t of a sequence lies in its block t // block_size, at offset t % block_size. Of the blocks
+that hold tokens only the last may be partly empty: less than a block is wasted. Behind them may lie
 empty ones that a `reserve` took and no `commit` has filled yet: for later chunks of a prompt, or of
 a step that was interrupted. This file decides, for a scheduler, a simulator and
 `paged.PagedCache`; the cache moves the bytes.
