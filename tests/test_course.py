@@ -1,6 +1,7 @@
 """The course runs to its end whatever a lesson does, and a built notebook is the same notebook
 everywhere."""
 
+import base64
 import importlib.util
 import json
 import math
@@ -10,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 from clawdemy_infer.cli import main as cli
 from clawdemy_infer.lesson import course, ledger
@@ -131,6 +134,24 @@ def test_a_cell_keeps_its_id_when_another_is_put_before_it(tmp_path):
 def test_sliders_are_replaced_by_a_line_that_reads_anywhere(lesson):
     (widget,) = [cell for cell in lesson.cells if "widget" in cell.metadata.get("tags", [])]
     assert [output.data["text/markdown"] for output in widget.outputs] == [build.STAND_IN]
+
+
+def test_a_built_figure_stays_transparent_and_is_the_same_picture_in_its_html():
+    figure = BytesIO()
+    image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    image.putpixel((3, 4), (235, 120, 7, 255))
+    image.save(figure, "PNG")
+    png = base64.b64encode(figure.getvalue()).decode()
+    shown = {"image/png": png, "text/html": f'<img alt="a dot" src="data:image/png;base64,{png}">'}
+    notebook = new_notebook(cells=[
+        new_code_cell(outputs=[nbformat.v4.new_output("display_data", shown)])])
+    build.settle(notebook)
+    built = notebook.cells[0].outputs[0].data
+    small = Image.open(BytesIO(base64.b64decode(built["image/png"])))
+    assert small.mode == "P"
+    assert small.convert("RGBA").getpixel((0, 0))[3] == 0
+    assert small.convert("RGBA").getpixel((3, 4)) == (235, 120, 7, 255)
+    assert built["text/html"] == shown["text/html"].replace(png, built["image/png"])
 
 
 def test_sliders_in_an_untagged_cell_are_refused():
