@@ -112,6 +112,20 @@ class Report:
 
     @cached_property
     def summary(self) -> dict:
+        """By name, over all requests unless it says otherwise:
+
+            finished, cancelled, refused, failed    how many ended so
+            seconds, *_per_s                        of the whole, and rates over it: requests and
+                                                    input tokens of finished ones, output of all
+            ttft_*, tpot_*, itl_*, e2e_*            seconds: p50, p95, p99
+            goodput                                 requests per second that met the SLO
+            steps, busy                             how many; share of the seconds spent in them
+            occupancy, kv_usage                     share of max_batch, of blocks: means over steps
+            wasted                                  share of computed tokens: padding, failed drafts
+            kv_peak_bytes                           most bytes in blocks in use
+            cached                                  share of prompt tokens found in the prefix cache
+            preemptions, drafted, accepted          times; draft tokens
+        """
         sequences, prompts = self.sequences, sum(s.prompt_tokens for s in self.finished)
         gaps = [gap for s in sequences for gap in np.diff(s.token_times)]
         return {
@@ -138,6 +152,6 @@ class Report:
         took, busy = end - start, float((end - start).sum())
         occupancy, usage = (float(took @ (x / most) / busy) if busy else 0.0     # means over time
                             for x, most in ((alive, self.max_batch), (blocks, self.blocks)))
-        wasted = float(1 - counted.sum() / computed.sum())          # share that was padding
+        wasted = float(1 - counted.sum() / computed.sum())
         return dict(zip(names, (len(took), self._rate(busy), occupancy, wasted, usage,
                                 int(blocks.max()) * self.block_bytes), strict=True))

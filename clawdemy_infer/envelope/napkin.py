@@ -14,12 +14,24 @@ BLOCK = 16      # tokens in a block of a paged cache (Kwon et al. 2023); the las
 def card(shape: ModelShape, machine: Machine, batch: int = 1, context: int = 1024,
          prompt: int | None = None, weights: Format = "bf16", kv: Format = "bf16",
          layout: Layout = ONE_DEVICE, activations: str | None = None) -> dict:
-    """Capacity first, then time: a dict of bytes, FLOPs, seconds and FLOPs per byte. `prompt` is
-    the context unless given. The time is `Machine.napkin`, and then what several devices tell one
-    another; what does not fit has none. Memory is that of the fullest device, and a step's work is
-    `parallel.step`. Weights of fewer than 16 bits are computed with in bf16 unless `activations`
-    says otherwise. Raises ValueError as `ModelShape` and `Layout` do, and where the machine has no
-    figure for the format that is computed in, or no link."""
+    """Capacity first, then time, in bytes, FLOPs, seconds and FLOPs per byte. The arguments come
+    back, `prompt` as the context unless given, `activations` as the weights or bf16 for fewer bits;
+    then the machine's figures, and:
+
+        fits, max_batch                    weights and KV cache alone, on the fullest device
+        weight_bytes, kv_bytes             on the fullest device; total_*: of the whole model
+        activation_bytes, activation_rows  what it holds between two kernels, and for how many rows
+        paging_bytes                       half a block of the cache for each sequence
+        left_bytes                         memory_bytes less these four; it may be below 0
+        prefill, decode                    flops, bytes and intensity of `parallel.step`, its
+                                           `parts`; memory_s, compute_s, communication_s: each
+                                           alone, `bound` the largest; seconds: `Machine.napkin`,
+                                           then the `transfers`. What does not fit has no seconds
+        tokens_per_s, *_per_user           of a decode step: of the batch, of one sequence
+        dollars_*, watts, joules_per_token of all devices; None where the machine's are not known
+
+    Raises ValueError as `ModelShape` and `Layout` do, and where the machine has no figure for the
+    format that is computed in, or no link."""
     # 1. What is asked for, and whether the machine has figures for it.
     prompt = context if prompt is None else prompt
     at_least_1(batch=batch, context=context, prompt=prompt)

@@ -9,7 +9,7 @@ the rate of each kernel by its rows, seconds per operation.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from clawdemy_infer.arithmetic import Format, Work
@@ -111,11 +111,9 @@ class Machine:
     """What a machine can do: bytes, bytes/s, FLOP/s, seconds.
 
     bandwidth          read bandwidth by working set, (bytes, bytes/s); one point on a data sheet
-    peak_flops         dense FLOP/s by dtype, with fp32 accumulation (int32 for integers); where
-                       `peak_flops_fp16_accumulation` is stated, sums in fp16 are faster
+    peak_flops         dense FLOP/s by dtype, with fp32 accumulation (int32 for integers)
     memory             bytes that weights and cache may occupy
     fixed_s_per_op     seconds that an operation costs whatever its size; 0 on a data sheet
-    cache_bytes        the last cache before memory
     link               to other devices of its kind
     dollars_per_hour   a public list price, of the date `priced`
 
@@ -130,8 +128,6 @@ class Machine:
     memory: float
     fixed_s_per_op: float = 0.0
     source: str = ""
-    peak_flops_fp16_accumulation: dict[str, float] = field(default_factory=dict)
-    cache_bytes: float | None = None
     link: Link | None = None
     watts: float | None = None
     dollars_per_hour: float | None = None

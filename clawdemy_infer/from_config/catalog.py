@@ -45,7 +45,8 @@ def machine(name: str) -> Machine:
     """The data sheet of the machine called `name`. ValueError with near matches for an unknown
     one."""
     entry = _find("machine", name, "machines.toml")
-    del entry["kind"]                                   # of machine, for those who read the file
+    for figure in ("kind", "cache_bytes", "peak_flops_fp16_accumulation"):      # for readers alone
+        entry.pop(figure, None)
     sources = "; ".join(f"{figure}: {source}" for figure, source in entry.pop("sources").items())
     link = Link(**entry.pop("link")) if "link" in entry else None
     # A data sheet has one bandwidth, whatever the working set.

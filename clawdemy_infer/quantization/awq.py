@@ -34,12 +34,11 @@ MAX_JUDGES = 512        # tokens whose output judges an exponent, but for attent
 SINK = 4
 
 
-def awq(model: Decoder, tokens: torch.Tensor, format: Format, *, clip: bool = True,
+def awq(model: Decoder, tokens: torch.Tensor, format: Format, *,
         progress: bool = False) -> QuantizedModel:
     """A copy of `model` quantized by AWQ to `format`, its norms with scales, on the calibration
-    tokens [B, T], which go through the model once. Without `clip` there are scales alone. Raises
-    ValueError where a group does not divide a row, for a model of a fast engine, and where an
-    activation is not finite."""
+    tokens [B, T], which go through the model once. Raises ValueError as `watchable`, and where a
+    group does not divide a row or an activation is not finite."""
     for linear in watchable(model).values():
         format.width(linear.weight.shape[1])
     copy, inputs, tensors = with_matrices(model, {}), {}, {}
@@ -71,8 +70,7 @@ def awq(model: Decoder, tokens: torch.Tensor, format: Format, *, clip: bool = Tr
         for name, h in inputs.items():
             weight = getattr(layer, name).weight
             rows = slice((layer.N + layer.K) * layer.H if name == "qkv" else 0, None)
-            if clip:
-                weight[rows] = clipped(weight[rows], h, format, sink)
+            weight[rows] = clipped(weight[rows], h, format, sink)
             tensors[f"layers.{i}.{name}"] = rounded = Quantized.of(format, weight)
             weight.copy_(rounded.dequantize())
 

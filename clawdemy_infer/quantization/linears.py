@@ -71,8 +71,7 @@ def watched(model: Decoder, see: Callable[[str, nn.Linear, torch.Tensor], None],
 
 def observe(model: Decoder, tokens: torch.Tensor, see: Callable[[str, torch.Tensor], None]) -> None:
     """Run `model` on tokens [B, T], a sequence at a time, and show `see` the name and the input x
-    [M, I] of each matrix. Raises ValueError where an input is not finite, and for a model of a fast
-    engine."""
+    [M, I] of each matrix. Raises ValueError as `watchable`, and where an input is not finite."""
     def checked(name: str, linear: nn.Linear, x: torch.Tensor) -> None:
         if not x.isfinite().all():
             raise ValueError(f"{name}: its input is not finite; are the weights, or {model.dtype}, "

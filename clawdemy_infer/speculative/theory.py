@@ -74,8 +74,6 @@ def acceptance_rate(rounds: Iterable[Round]) -> float:
 
 def speedup_of(rounds: Iterable[Round], c: float, v: Callable[[int], float]) -> float:
     """What these rounds should have gained by `c` and `v`: their tokens over their cost."""
-    tokens = cost = 0.0
-    for drafted, accepted, _ in rounds:
-        tokens += accepted + 1
-        cost += len(drafted) * c + v(len(drafted) + 1)
-    return tokens / cost if cost else 1.0
+    rounds = list(rounds)
+    cost = sum(len(each.drafted) * c + v(len(each.drafted) + 1) for each in rounds)
+    return sum(each.accepted + 1 for each in rounds) / cost if cost else 1.0
