@@ -127,6 +127,18 @@ def test_the_moment_is_taken_of_what_the_napkin_waits_for():
     assert moment(prefill, machine, around) == ("compute", 0.75, 1.0)
 
 
+def test_parts_are_shares_of_the_run_that_was_measured(lesson):
+    class Watched(list):
+        whole_s = 16.0
+
+    lesson.measure("time per token", 20.0, parts=Watched(SLOWER))
+    parts = {part["name"]: part for part in lesson.rows["time per token"].parts}
+    assert [part["measured_s"] for part in parts.values()] == [7.5, 11.25, 1.25, 2.5]
+    assert parts["launches"]["reached"] * parts["launches"]["measured_s"] == 100  # launches still
+    lesson.measure("time per token", 20.0, parts=SLOWER)
+    assert lesson.rows["time per token"].parts[0]["measured_s"] == 6
+
+
 # -- what a notebook sees -------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from clawdemy_infer.envelope.roofline import Machine, Prediction
 from clawdemy_infer.lesson import ledger, tables
 from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.tables import Table, number, si
-from clawdemy_infer.lesson.waterfall import Moment, account, choices, moment
+from clawdemy_infer.lesson.waterfall import Moment, account, choices, moment, shares
 from clawdemy_infer.timing import Timing
 
 MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
@@ -173,9 +173,8 @@ class Lesson:
             slower = {name: getattr(blank, name) and getattr(blank, name) / speed
                       for name in ("predicted", "low", "high")}
             blank = replace(blank, speed=speed, **slower)
-        parts = parts.to(value) if hasattr(parts, "to") else parts  # their shares, of this run
-        row = self.rows[quantity]
-        self._write(replace(blank, measured=value, spread=spread, parts=tuple(parts), why=why,
+        row, parts = self.rows[quantity], shares(parts, value)
+        self._write(replace(blank, measured=value, spread=spread, parts=parts, why=why,
                             guess=row.guess, late=row.late, cause=row.cause, date=ledger.today()))
 
     def cause(self, quantity: str, choice: str | EllipsisType = ...) -> None:

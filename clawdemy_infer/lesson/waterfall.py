@@ -41,6 +41,14 @@ def moment(said: object, machine: object, around: Sequence = ()) -> Moment:
     return Moment(kind, sum(speeds) / len(speeds), max(speeds))
 
 
+def shares(parts: Iterable[dict], whole_s: float) -> tuple[dict, ...]:
+    """The parts of a step that was watched, as shares of another run of it, of `whole_s`."""
+    scale = whole_s / getattr(parts, "whole_s", whole_s)
+    return tuple(part | {"measured_s": part["measured_s"] * scale,
+                         "reached": part.get("reached") and part["reached"] / scale}
+                 for part in parts)
+
+
 def choices(parts: Iterable[str]) -> list[str]:
     """What may be named as a cause, where these are the parts."""
     parts, changes = list(parts), [f"{kind} was {way} than calibrated" for kind in COUNTED
