@@ -8,7 +8,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.model import ModelConfig
-from clawdemy_infer.model.rope import Llama3Scaling
+from clawdemy_infer.model.config import Llama3Scaling
 
 # Small, but with every key that the family's files on the hub have.
 LLAMA = {

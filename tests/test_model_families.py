@@ -111,7 +111,7 @@ def test_llama_3_1s_own_frequencies_equal_transformers():
     """Meta's published numbers, at the real head dimension."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from clawdemy_infer.model.rope import Llama3Scaling
+    from clawdemy_infer.model.config import Llama3Scaling
 
     theirs = LlamaConfig(
         head_dim=128, max_position_embeddings=131072, rope_parameters={

@@ -16,7 +16,7 @@ from clawdemy_infer.files.checkpoint import load_quantized, save_quantized
 from clawdemy_infer.files.directory import destinations, to_hf
 from clawdemy_infer.files.layouts import from_gptq, to_awq, to_gptq, to_packed
 from clawdemy_infer.model import Decoder, ModelConfig, generate
-from clawdemy_infer.model.rope import Llama3Scaling
+from clawdemy_infer.model.config import Llama3Scaling
 from clawdemy_infer.quantization import (
     IntFormat,
     Quantized,

@@ -73,6 +73,14 @@ def test_the_reading_list_has_every_file_of_the_core():
     assert [name for name in names if f"| `{name}` |" not in LIFE] == []
 
 
+def test_a_file_of_the_reading_list_imports_none_below_it():
+    files = re.findall(r"^\| `([\w/]+)\.py` \|", LIFE, re.MULTILINE)
+    modules = [f"from clawdemy_infer.{name.replace('/', '.')} import" for name in files]
+    for place, name in enumerate(files, 1):
+        text = (PACKAGE / f"{name}.py").read_text("utf-8")
+        assert [module for module in modules[place:] if module in text] == [], name
+
+
 def test_the_minutes_are_those_of_the_lines():
     rooms = re.findall(r"^\| `([\w.]+?)/?` \|.*\| (\d+) \|$", README, re.MULTILINE)
     assert [room for room, _ in rooms] == CORE

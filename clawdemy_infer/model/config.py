@@ -7,11 +7,20 @@ from typing import Any, ClassVar
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.decoder import decoder_from_config
-from clawdemy_infer.model.rope import Llama3Scaling
 
 RUNS = frozenset({"name", "source", "L", "D", "N", "K", "H", "F", "V", "tied", "window", "qkv_bias",
                   "qk_norm", "max_context"})
 """Fields of a ModelShape that the decoder runs with any value; others only with their default."""
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """How Llama 3.1 stretches RoPE to a longer context, in the words of config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)

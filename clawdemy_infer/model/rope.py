@@ -10,19 +10,10 @@ Which dimensions pair up is a convention of the checkpoint. The paper pairs neig
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """How Llama 3.1 stretches RoPE to a longer context, in the words of config.json."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from clawdemy_infer.model.config import Llama3Scaling
 
 
 def angular_frequencies(head_dim: int, theta: float,
