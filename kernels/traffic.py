@@ -110,7 +110,7 @@ def counting(**tensors: torch.Tensor) -> Iterator[Traffic]:
         return atomic(self, operation, pointers, value, mask, *rest)
 
     def counted_dot(self, a, b, *rest):
-        traffic.flops += 2 * a.data.size * b.data.shape[-1]     # [.., M, K] x [.., K, N]
+        traffic.flops += 2 * a.data.size * b.data.shape[-1]     # [.., M, I] x [.., I, O]
         return dot(self, a, b, *rest)
 
     def use(functions) -> None:

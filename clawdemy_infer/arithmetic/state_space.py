@@ -6,8 +6,8 @@ Mamba-2 (Dao and Gu 2024).
 
 A short convolution over the last `conv` tokens goes before it. Mamba computes dt, B and C from each
 channel's input by two thin matrices, and a_t differs for every state; Mamba-2 takes all from one
-product, with one a_t for a head of channels. These letters, and the A and D of the comments, are
-the papers', and local: B_t is no batch, and D apart from `self.D` no width.
+product, with one a_t for a head of channels. These letters, and A and D in a comment below, are the
+papers' and local: B is not the batch, and the width of the model is `self.D`.
 """
 
 from dataclasses import dataclass
