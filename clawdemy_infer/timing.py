@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
 
 def now() -> float:
     """Seconds on a monotonic clock, once every queued GPU kernel has finished: a GPU call returns
     before its kernel runs, and without the wait we would time the launch and not the work."""
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")                    # whoever queued a kernel has imported it
+    if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -79,26 +77,13 @@ def alternate(works: dict[str, Callable[[], object]], repeats: int = 5,
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
-class _OpCounter(TorchDispatchMode):
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False                    # True imports all of torch._dynamo, which takes two seconds
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
-def _launches(counter: _OpCounter) -> Iterator[None]:
+def _launches(counter) -> Iterator[None]:
     """Count launches of Triton kernels too, which PyTorch does not dispatch: each as one."""
     if "triton" not in sys.modules:
         yield
         return
+    from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -122,6 +107,18 @@ def _launches(counter: _OpCounter) -> Iterator[None]:
 def count_ops(work: Callable[[], object]) -> int:
     """ATen operations that one call of `work()` dispatches, and Triton kernels that it launches:
     each costs its fixed share, whatever its size."""
-    with _OpCounter() as counter, _launches(counter):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OpCounter(TorchDispatchMode):
+        count = 0
+
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False                # True imports all of torch._dynamo, which takes two seconds
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+    with OpCounter() as counter, _launches(counter):
         work()
     return counter.count

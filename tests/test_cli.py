@@ -340,9 +340,10 @@ def test_this_machine_must_have_been_calibrated(run):
 # ---- what is measured of the machine ----
 
 RECORD = {
-    "name": "a test machine", "bandwidth": [{"bytes": 2**20, "bytes_per_s": 5e10}, {
-        "bytes": 2**30, "bytes_per_s": 1e10
-    }], "peak_flops": {"fp32": 2e11, "bf16": 4e11}, "fixed_s_per_op": 4e-6, "memory": 8*2**30,
+    "name": "a test machine", "bandwidth": [
+        {"bytes": 2**20, "bytes_per_s": 5e10, "spread": 0.05},
+        {"bytes": 2**30, "bytes_per_s": 1e10, "spread": 0.12}],
+    "peak_flops": {"fp32": 2e11, "bf16": 4e11}, "fixed_s_per_op": 4e-6, "memory": 8*2**30,
     "date": "2026-01-02T03:04:05+00:00", "gemm": [{"dtype": dtype, "m": m, "flops_per_s": m*1e9}
                                                   for dtype in ("fp32", "bf16")
                                                   for m in (1, 128)],
@@ -372,8 +373,8 @@ def test_the_napkin_of_this_machine_uses_its_calibration(run, calibrated):
 def test_calibrate_measures_and_shows_the_curves(run, calibrated):
     result = run("calibrate")
     assert result.code == 0 and calibrated == [1]
-    for part in ("a test machine", "8.59 GB", "1.05 MB", "50.0 GB/s", "10.0 GB/s", "128 GFLOP/s",
-                 "peak: fp32 200 GFLOP/s", "4.00 µs"):
+    for part in ("a test machine", "8.59 GB", "1.05 MB", "50.0 GB/s", "±5%", "10.0 GB/s",
+                 "128 GFLOP/s", "peak: fp32 200 GFLOP/s", "4.00 µs"):
         assert part in result.out, part
     result = run("calibrate", "--json")
     assert result.code == 0 and result.out.count("\n") == 1 and "Measuring" in result.err
