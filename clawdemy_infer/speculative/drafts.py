@@ -140,15 +140,15 @@ class ModelDraft:
                 generator: torch.Generator) -> Proposal:
         # 1. Forget what the target rejected: all but a text's last token, as far as it is cached,
         #    stays. Where our cache runs short, since the target's shares blocks, draft nothing.
-        new, room, counts = {}, {}, dict(counts)
+        new, num_new_tokens, counts = {}, {}, dict(counts)
         for sequence, text in texts.items():
             name = self.names[sequence]
             held = min(self.cache.lengths[name], len(text) - 1)
             self.cache.truncate(held, name)
             new[sequence] = text[held:]
-            room[name] = len(text) - held + counts[sequence] - 1
-            if not self.cache.can_append(room):
-                room[name] = counts[sequence] = 0
+            num_new_tokens[name] = len(text) - held + counts[sequence] - 1
+            if not self.cache.can_append(num_new_tokens):
+                num_new_tokens[name] = counts[sequence] = 0
         # 2. A token of each, as long as it may have one more.
         longest, q = max(counts[sequence] for sequence in texts), None
         drafted: dict[Hashable, list[int]] = {sequence: [] for sequence in texts}
