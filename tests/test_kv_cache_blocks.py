@@ -270,7 +270,7 @@ def test_what_an_ended_sequence_left_is_found_until_its_room_is_needed_and_the_o
     assert (tables.pool.free, len(tables.pool.idle)) == (4, 4)
     tables.add("C")
     bring(tables, "C", range(90, 98))  # takes A's room, its end first, then its beginning
-    assert tables.prefix.evicted == 2
+    assert len(tables.pool.idle) == 2
     assert tables.add("A again", range(9)) == 0 and tables.add("B again", range(50, 59)) == 8
 
 

@@ -174,7 +174,7 @@ class Scheduler:
     def _room_for_drafts(self, num_new_tokens: dict[Sequence, int]) -> dict[Sequence, int]:
         """Drafted tokens take what is left: nobody waits or gives way for one."""
         tables, room, left = self.tables, {}, self._left(num_new_tokens)
-        for sequence in num_new_tokens:
+        for sequence in num_new_tokens if self.policy.gamma else ():
             if sequence.total - tables.lengths[sequence] == 1:
                 # One token is the model's own in any case.
                 count = min(self.policy.gamma, sequence.limit - sequence.generated - 1, left)

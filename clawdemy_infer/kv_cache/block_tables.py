@@ -2,10 +2,9 @@
 PagedAttention, section 4.3). No torch.
 
 Token t of a sequence lies in its block t // block_size, at offset t % block_size. Of the blocks
-that hold tokens only the last may be partly empty: less than a block is wasted. Behind them may lie
-empty ones that a `reserve` took and no `commit` has filled yet: for later chunks of a prompt, or of
-a step that was interrupted. This file decides, for a scheduler, a simulator and
-`paged.PagedCache`; the cache moves the bytes.
+that hold tokens only the last may be partly empty. Empty ones may lie behind it: reserved for later
+chunks of a prompt, or by a step that was interrupted. This file decides, for a scheduler, a
+simulator and `paged.PagedCache`; the cache moves the bytes.
 
 One step goes   can_append?   reserve   (compute)   commit.   Before `commit` no length has changed,
 and a `reserve` that is not followed by one may be repeated: it finds the blocks that it took.
@@ -47,7 +46,7 @@ class BlockTables:
         self.pool = pool
         self.prefix = PrefixCache(pool.block_size) if prefix_caching else None
         if self.prefix:
-            pool.on_evict = self.prefix.evict
+            pool.on_evict = self.prefix.forget
         self.lengths: dict[Hashable, int] = {}
         self.blocks: dict[Hashable, list[int]] = {}
         # For the prefix cache: what the blocks hold, and the digests of those that are full.

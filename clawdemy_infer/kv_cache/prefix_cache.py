@@ -17,12 +17,11 @@ ROOT = b""
 
 class PrefixCache:
     """The known blocks. Who holds them is the pool's business: a block is found whether it is used
-    or idle. Counts the tokens that added sequences `asked` for and `found`, each time that one is
-    added, and the blocks `evicted`."""
+    or idle. Counts the tokens that sequences `asked` for and `found` when they were added."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.asked = self.found = self.evicted = 0
+        self.asked = self.found = 0
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
@@ -59,11 +58,6 @@ class PrefixCache:
             self._block_of[digest], self._digest_of[block] = block, digest
 
     def forget(self, block: int) -> None:
-        """What `block` holds is about to be overwritten."""
+        """What `block` holds is about to be overwritten, or its room is needed."""
         if block in self._digest_of:
             del self._block_of[self._digest_of.pop(block)]
-
-    def evict(self, block: int) -> None:
-        """Forget an idle block, because its room is needed."""
-        self.forget(block)
-        self.evicted += 1
