@@ -104,8 +104,9 @@ def _launches(counter) -> Iterator[None]:
             kind.run = run
 
 
-def count_ops(work: Callable[[], object]) -> int:
-    """ATen operations that one call of `work()` dispatches, and Triton kernels that it launches:
+@contextmanager
+def op_counter() -> Iterator:
+    """`.count`s ATen operations as they are dispatched, and Triton kernels as they are launched:
     each costs its fixed share, whatever its size."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,5 +121,11 @@ def count_ops(work: Callable[[], object]) -> int:
             self.count += 1
             return func(*args, **(kwargs or {}))
     with OpCounter() as counter, _launches(counter):
+        yield counter
+
+
+def count_ops(work: Callable[[], object]) -> int:
+    """Operations that one call of `work()` starts, as `op_counter` counts them."""
+    with op_counter() as counter:
         work()
     return counter.count

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.lesson.steps import (
     filled_cache,
     random_tokens,
@@ -16,10 +15,9 @@ from clawdemy_infer.lesson.steps import (
     time_prefill,
     work_of,
 )
-from clawdemy_infer.machine import probes
-from clawdemy_infer.machine.calibrated import ATTENTION_KEYS, Calibrated, Speeds
+from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.rigs import bench, breakdown
+from clawdemy_infer.rigs import bench
 from clawdemy_infer.rigs.bench import BenchRow, bounds, measure
 from clawdemy_infer.timing import Timing
 
@@ -189,42 +187,3 @@ def test_a_row_in_json_has_the_fields_that_scripts_rely_on():
         "measured_s": 0.020, "spread": 0.01, "inside": False,
         "ratio": pytest.approx(1.25), "fraction_of_bound": pytest.approx(0.5)}
     assert all(math.isfinite(value) for value in row.as_dict().values() if isinstance(value, float))
-
-
-# ---- the breakdown ----
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_the_clock_sees_every_part_of_a_step_on_each_backend(model, phase, backend):
-    if backend == "triton":
-        pytest.importorskip("triton", reason="there is no Triton for this system")
-    watched = faster(model, weights="int8", backend=backend)
-    parts = breakdown.measure_parts(watched, phase, 2, 9, repeats=1)
-    assert set(parts) == set(breakdown.PARTS) and all(seconds > 0 for seconds in parts.values())
-    assert not any({"forward", "logits"} & vars(module).keys() for module in watched.modules())
-    assert "attention" not in vars(watched.runner or object)
-
-
-def test_a_step_that_is_one_call_has_no_parts_to_be_seen(model, monkeypatch):
-    monkeypatch.setattr(model, "runner", type("InOneCall", (), {"backend": "cpp"})())
-    with pytest.raises(ValueError, match="model: its steps are one call of C"):
-        breakdown.breakdown(model, MACHINE, "decode", 1, 9)
-
-
-def test_the_held_out_settings_are_twenty_and_none_is_a_probe_s():
-    """Neither their rows M nor their numbers of keys."""
-    rows = {batch * (context if phase == "prefill" else 1)
-            for phase, _, batch, context in bench.HELD_OUT if batch * context > 1}
-    keys = {context for _, _, _, context in bench.HELD_OUT}
-    assert len(set(bench.HELD_OUT)) == 20
-    assert rows & {*probes.GEMM_ROWS} <= {1} and not keys & {*ATTENTION_KEYS}
-    assert {weights for _, weights, _, _ in bench.HELD_OUT} == {"fp32", "bf16", "int8", "int4"}
-
-
-def test_coverage_and_width_are_counted_over_the_rows():
-    """Three of four measurements inside; widths of 20 %, 10 %, 20 % and 50 % either way."""
-    rows = [BenchRow("decode", "fp32", 1, 8, 1.0, 2.0, 2.0 / wide, 2.0 * wide, measured, 0.0)
-            for wide, measured in ((1.2, 2.3), (1.1, 2.1), (1.2, 1.7), (1.5, 3.1))]
-    found = bench.prediction_errors(rows)
-    assert found["coverage"] == 0.75 and found["width"] == pytest.approx(0.2)

@@ -628,13 +628,12 @@ def test_bench_says_when_a_format_loses_to_fp32(run, tiny, monkeypatch):
 
 def test_bench_takes_a_step_apart(run, tiny):
     line = ["bench", "--context", "9", "--weights", "fp32", "--breakdown"]
-    assert "residual" in run(*line).out
-    taken = json.loads(run(*line, "--json").out)["breakdown"]
-    assert [part["name"]
-            for part in taken[0]["parts"]] == ["matrices", "head", "attention", "the rest"]
-    assert all(part["measured_s"] > 0 and part["predicted_s"] > 0
-               for one in taken
-               for part in one["parts"])
+    assert "not explained" in run(*line).out
+    for one in json.loads(run(*line, "--json").out)["breakdown"]:
+        assert {part["name"] for part in one["parts"]} == {
+            "qkv", "out", "gate_up", "down", "head", "attention", "element-wise", "launches",
+            "not explained"}
+        assert sum(part["measured_s"] for part in one["parts"]) == pytest.approx(one["whole_s"])
 
 
 @pytest.mark.parametrize("arguments, named",

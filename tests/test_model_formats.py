@@ -1,4 +1,4 @@
-"""The same model in other formats of its weights, and where the time of a step goes."""
+"""The same model in other formats of its weights."""
 
 import math
 
@@ -10,20 +10,11 @@ from clawdemy_infer.fast import FORMATS, layers
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.kernels import FALLBACK, PYTORCH
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.lesson.steps import step_ops, work_of
-from clawdemy_infer.machine.calibrated import Calibrated
 from clawdemy_infer.model import Decoder, ModelConfig, generate
-from clawdemy_infer.rigs import breakdown as room
 from clawdemy_infer.variants.experts import decoder_with_experts
 
 SHAPE = ModelShape("small", L=2, D=96, N=6, K=2, H=16, F=160, V=176, tied=True, qkv_bias=True,
                    max_context=64)
-MACHINE = Calibrated(
-    "m", ((1.0, 1e9), ), {"fp32": 1e10, "bf16": 3e10}, memory=1e6, fixed_s_per_op=1e-6,
-    elementwise={"fp32": ((1, 5e8), )}, rates={
-        "gemm": {"fp32": ((1, 1e9), (64, 5e9))}, "head": {"fp32": ((1, 2e9), )},
-        "attention": {"fp32": ((1, 3e9), )}
-    })
 
 
 @pytest.fixture(params=["the table's", "two kernels"], autouse=True)
@@ -99,27 +90,3 @@ def test_what_cannot_be_packed_is_refused(model):
     experts = decoder_with_experts(ModelConfig(SHAPE), MoE(4, 2))
     with pytest.raises(ValueError, match="experts"):
         faster(experts, "int8")
-
-
-# ---- the breakdown ----
-
-
-@pytest.mark.parametrize("phase, batch, context", [("decode", 3, 17), ("prefill", 2, 11)])
-def test_the_parts_of_a_step_are_predicted_as_the_step_is(model, phase, batch, context):
-    work = work_of(SHAPE, phase, "fp32", batch, context)
-    parts = room.predict_parts(model, MACHINE, phase, batch, context)
-    assert list(parts) == list(room.PARTS)
-    whole = MACHINE.time(work,
-                         step_ops(model, 2) if phase == "prefill" else step_ops(model, batch=batch))
-    assert sum(seconds for _, seconds in parts.values()) == pytest.approx(whole.seconds)
-    assert sum(part.flops for part, _ in parts.values()) == work.flops
-    assert sum(part.bytes for part, _ in parts.values()) == work.bytes
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_every_part_of_a_step_is_watched_and_the_model_is_left_as_it_was(model, packed, phase):
-    watched = faster(model, "fp32") if packed else model
-    parts = room.breakdown(watched, MACHINE, phase, 2, 9, repeats=2)
-    assert all(part["measured_s"] > 0 for part in parts)
-    assert not any({"forward", "logits"} & vars(module).keys() for module in watched.modules())

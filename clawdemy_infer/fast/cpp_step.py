@@ -19,16 +19,21 @@ from clawdemy_infer.model.decoder import Decoder, Layer, LogitsToKeep, RMSNorm, 
 from clawdemy_infer.model.rope import rope_tables
 from clawdemy_infer.timing import now
 
+PARTS = ("element-wise", "qkv", "attention", "out", "gate_up", "down")
+"""What the C++ can read a clock for: `enum Part` of step.cpp."""
+
 
 class CppLayers:
     """Some layers of a decoder and the norm behind them. Matrices in float are packed in `format`;
-    those of a `PackedLinear` are shared with it. `compile_s` says how long both took.
+    those of a `PackedLinear` are shared with it. `compile_s` says how long both took. Steps add the
+    seconds of each of `PARTS` to `clocks`, [6] of float64, where there are any.
 
     Raises ValueError for other layers than a `Layer`, for sizes that `CppProduct` refuses, and
     where there is no compiler.
     """
 
     backend = "cpp"
+    clocks: torch.Tensor | None = None
 
     @torch.inference_mode()
     def __init__(self, layers: Sequence[nn.Module], norm: RMSNorm, config: ModelConfig, format: str,
@@ -48,7 +53,7 @@ class CppLayers:
         self.gamma = norm.weight.float()
         made = cpp.library("step", T=cpp.TYPES[dtype], FORMAT=format.upper(), G=shape.N // shape.K,
                            H=shape.H, KV=shape.K, D=shape.D, F=shape.F, EPS=config.norm_eps)
-        self.code = cpp.function(made, "step", pointers=11, numbers=6)
+        self.code = cpp.function(made, "step", pointers=12, numbers=6)
         self.compile_s = now() - start
 
     def pointers_of(self, layer: Layer, format: str) -> list[int]:
@@ -77,8 +82,9 @@ class CppLayers:
         y = torch.empty_like(x)
         tensors = cpp.pointers(x, y, self.layers, self.gamma, cos, sin, pages.keys, pages.values,
                                pages.table, past, num_new_tokens)
-        self.code(*tensors, self.L, len(step.sequences), pages.keys.stride(0), pages.table.shape[1],
-                  pages.block_size, self.window or 2**40)
+        clocks = 0 if self.clocks is None else self.clocks.data_ptr()
+        self.code(*tensors, clocks, self.L, len(step.sequences), pages.keys.stride(0),
+                  pages.table.shape[1], pages.block_size, self.window or 2**40)
         return x, y
 
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
 
-from clawdemy_infer.arithmetic import ModelShape, Work
+from clawdemy_infer.arithmetic import Format, ModelShape, Work
 from clawdemy_infer.batching import Operations, Policy
 from clawdemy_infer.fast import PackedLinear, computes_in
-from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
+from clawdemy_infer.fast.cpp_step import PARTS
+from clawdemy_infer.kv_cache import (
+    BlockPool,
+    BlockTables,
+    ContiguousCache,
+    KVCache,
+    PagedCache,
+    Step,
+)
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.timing import Timing, count_ops, stopwatch
+from clawdemy_infer.timing import Timing, now, op_counter, stopwatch
 
 
 def random_tokens(model: Decoder, batch: int, length: int) -> torch.Tensor:
@@ -24,9 +33,10 @@ def random_tokens(model: Decoder, batch: int, length: int) -> torch.Tensor:
     return ids.to(model.device)
 
 
-def filled_cache(model: Decoder, batch: int, tokens: int, room: int = 1) -> ContiguousCache:
+def filled_cache(model: Decoder, batch: int, tokens: int, room: int = 1,
+                 kind: type = ContiguousCache) -> KVCache:
     """A cache that really holds `tokens` tokens of each sequence, with `room` for more."""
-    cache = ContiguousCache.for_model(model, batch, tokens + room)
+    cache = kind.for_model(model, batch, tokens + room)
     for start in range(0, tokens, 512):
         model(random_tokens(model, batch, min(512, tokens - start)), cache, last_only=True)
     return cache
@@ -60,44 +70,139 @@ def time_decode(model: Decoder, cache: ContiguousCache, context: int, repeats: i
 # ---- what a step is made of ----
 
 
+class Watch:
+    """How much of `clock` each part of a step takes, what is watched within it not counted:
+    seconds, or operations. `own_s` is what it costs to watch one call; `calls` are counted."""
+
+    def __init__(self, clock: Callable[[], float] = now, own_s: float = 0.0) -> None:
+        self.clock, self.own_s = clock, own_s
+        self.taken: Counter[str] = Counter()
+        self.calls, self.within = 0, 0.0        # `within` the call that is being watched
+
+    def of(self, part: str, function: Callable) -> Callable:
+        """`function`, watched as `part`."""
+        def run(*arguments, **options):
+            outside, self.within = self.within, 0.0
+            start = self.clock()
+            try:
+                return function(*arguments, **options)
+            finally:
+                took = self.clock() - start
+                self.taken[part] += took - self.within
+                self.within, self.calls = outside + took + self.own_s, self.calls + 1
+        return run
+
+    @property
+    def whole_s(self) -> float:
+        """All that was watched, and the watching."""
+        return sum(self.taken.values()) + self.calls * self.own_s
+
+    def note(self, part: str, took: float) -> None:
+        """What `part` took by another clock, within the call that is being watched."""
+        self.taken[part] += took
+        self.within += took
+
+
+@contextmanager
+def watched(model: Decoder, cache: KVCache, watch: Watch) -> Iterator[Watch]:
+    """While it lasts, `watch` sees the steps of `model` over `cache` part by part: products, named
+    as in the layers; "head"; "attention"; "launches", all that the rest of a step does; and "the
+    rest", which is no part of a step: checks and bookkeeping. It leaves nothing behind."""
+    runner, before = getattr(model.runner, "plain", model.runner), []
+
+    def put(owner: object, name: str, value: object) -> None:
+        before.append((owner, name, vars(owner).get(name, before)))
+        setattr(owner, name, value)
+
+    def watch_as(part: str, owner: object, *names: str) -> None:
+        for name in names:
+            put(owner, name, watch.of(part, getattr(owner, name)))
+
+    def begin(*arguments) -> Step:
+        step = plain_begin(*arguments)
+        watch_as("attention", step, "attend")
+        watch_as("the rest", step, "commit")
+        return step
+
+    def clocked(*arguments) -> tuple:
+        out = plain_run(*arguments)
+        for part, seconds in zip(PARTS, runner.clocks.tolist(), strict=True):
+            watch.note(part, seconds)
+        runner.clocks.zero_()
+        return out
+
+    try:
+        watch_as("launches", model, "step")
+        watch_as("the rest", model, "_check")
+        watch_as("head", model, "logits")
+        plain_begin = watch.of("the rest", cache.begin)
+        put(cache, "begin", begin)
+        if hasattr(cache, "write"):
+            watch_as("launches", cache, "write")
+        for name, module in products_of(model):
+            watch_as(name, module, "forward")
+        if hasattr(runner, "attention"):            # it attends without `step.attend`
+            attention = runner.attention
+            put(runner, "attention", lambda *of: watch.of("attention", attention(*of)))
+        if is_one_call(model):
+            watch_as("head", runner.head, "forward")
+            if watch.clock is now:
+                plain_run = runner.run
+                put(runner, "clocks", torch.zeros(len(PARTS), dtype=torch.float64))
+                put(runner, "run", clocked)
+        yield watch
+    finally:
+        for owner, name, value in reversed(before):
+            delattr(owner, name) if value is before else setattr(owner, name, value)
+
+
+def products_of(model: Decoder) -> list[tuple[str, nn.Module]]:
+    """The linear layers of its layers, each by the name that it has there."""
+    return [(name.rpartition(".")[2], module) for name, module in model.layers.named_modules()
+            if isinstance(module, nn.Linear | PackedLinear)]
+
+
 def is_one_call(model: nn.Module) -> bool:
     """Does a step run as one piece of code, in which only products cost more than their bytes?"""
     return getattr(model.runner, "backend", None) == "cpp"
 
 
-@torch.inference_mode()
-def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
-    """How many operations one forward pass over `batch` x `new` tokens dispatches beside its matrix
-    products, whose rates have what it costs to start them: counted, not timed.
+def ops_by_part(model: Decoder, cache: KVCache, run: Callable[[], object]) -> Counter[str]:
+    """Operations that each part of the step `run()` starts, as `watched` names them: counted, not
+    timed."""
+    with op_counter() as ops, watched(model, cache, Watch(lambda: ops.count)) as watch:
+        watch.of("the rest", run)()
+    return watch.taken
 
-    The context does not change it, and the batch only where attention goes another way for many
-    sequences; a prefill of two tokens takes as many as a long one.
+
+def started(model: Decoder, new: int = 1, batch: int = 1,
+            kind: type = ContiguousCache) -> Counter[str]:
+    """Operations that each part of one forward pass over `batch` x `new` tokens starts.
+
+    The context does not change them, and the batch only where attention goes another way for many
+    sequences; a prefill of two tokens takes as many as a long one. A decode step has a past.
     """
-    cache, tokens = ContiguousCache.for_model(model, batch, new), random_tokens(model, batch, new)
+    past = 1 if new == 1 else 0
+    cache, tokens = kind.for_model(model, batch, past + new), random_tokens(model, batch, new)
     model(tokens, cache, last_only=True)                # the first step may compile or record
-    cache.truncate(0)
-    ops = count_ops(lambda: model(tokens, cache, last_only=True))
-    return ops if is_one_call(model) else ops - product_ops(model, batch * new)
+    cache.truncate(past)
+    return ops_by_part(model, cache, lambda: model(tokens, cache, last_only=True))
 
 
-@torch.inference_mode()
-def product_ops(model: Decoder, rows: int = 2) -> int:
-    """How many operations the products of one step over `rows` rows dispatch."""
-    products = [(part, part.in_features) for part in model.modules()
-                if isinstance(part, nn.Linear | PackedLinear)]
-    if model.head is None:
-        products.append((model.logits, model.config.shape.D))
-    like = {"dtype": model.dtype, "device": model.device}
-    return sum(count_ops(partial(product, torch.ones(rows, width, **like)))
-               for product, width in products)
+def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
+    """How many operations such a pass starts beside its products and its attention, whose rates
+    have their starts in them."""
+    ops = started(model, new, batch)
+    return ops["launches"] + ops["the rest"]
 
 
 def work_of(shape: ModelShape, phase: str, weights: str, batch: int, context: int,
-            device: str = "cpu") -> Work:
-    """The work of one row: cache and activations in the dtype that goes with such weights."""
+            device: str = "cpu", kv: Format | None = None) -> Work:
+    """The work of one row: activations, and the cache unless `kv` says otherwise, in the dtype that
+    goes with such weights."""
     dtype = computes_in(weights, device)
     step = {"prefill": shape.prefill, "decode": shape.decode}[phase]
-    return step(batch, context, weights=weights, kv=dtype, activations=dtype)
+    return step(batch, context, weights=weights, kv=kv or dtype, activations=dtype)
 
 
 # ---- the steps of an engine ----
@@ -117,23 +222,26 @@ def operations_of(shape: ModelShape, policy: Policy) -> Operations:
 def count_operations(model: Decoder, policy: Policy) -> Operations:
     """The operations of the steps of this policy beside their products, whose rates have their
     starts in them."""
-    products = 0 if is_one_call(model) else product_ops(model)
+    def ops(cache: KVCache, run: Callable[[], object]) -> int:
+        by_part = ops_by_part(model, cache, run)
+        return sum(by_part[part] for part in ("launches", "attention", "the rest"))
+
     if policy.batching == "static":
-        cache = ContiguousCache.for_model(model, 2, 8)
-        cache.length = 2
-        cache.truncate(1, 1)                        # rows of different lengths, under a mask
+        rows = ContiguousCache.for_model(model, 2, 8)
+        rows.length = 2
+        rows.truncate(1, 1)                         # rows of different lengths, under a mask
         tokens = torch.tensor([[1], [2]], device=model.device)
-        return Operations(count_ops(lambda: model(tokens, cache, last_only=True)) - products)
+        return Operations(ops(rows, lambda: model(tokens, rows, last_only=True)))
     cache = PagedCache.over(model, BlockTables(BlockPool(blocks=16)))
     for sequence in range(4):
         cache.add(sequence)
     model.step({0: [1], 1: [1, 1], 2: [1], 3: [1]}, cache)
 
-    def ops(*chunks: int) -> int:
+    def chunked(*chunks: int) -> int:
         """Of a step in which two sequences decode and others bring `chunks` of prompts."""
         new = {0: 1, 1: 1} | dict(enumerate(chunks, 2))
-        return count_ops(lambda: model.step({each: [1] * T for each, T in new.items()}, cache))
+        return ops(cache, lambda: model.step({each: [1] * T for each, T in new.items()}, cache))
 
-    split = ops(2, 3) - ops(2)
-    step = ops(2) - 2 * split
-    return Operations(step - products, ops() - step, split)
+    split = chunked(2, 3) - chunked(2)
+    step = chunked(2) - 2 * split
+    return Operations(step, chunked() - step, split)

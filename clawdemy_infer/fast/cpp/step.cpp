@@ -16,7 +16,9 @@
 #define Y float
 #include "product.h"
 #include "attention.h"
+#include <omp.h>
 
+enum Part { ELEMENTWISE, QKV, ATTENTION, OUT, GATE_UP, DOWN };      // that a clock can be read for
 const int64_t HEADS = (G + 2) * KV * H;                            // numbers of a row's q, k and v
 
 // A layer's weights; what it has not is null. INT4 has groups of inputs.
@@ -88,11 +90,12 @@ static void gate(const float* both, IN* out, int64_t M) {
 
 // x [M, D], the embedded tokens, becomes what the last layer leaves, and y its norm. cos, sin
 // [M, H]. Keys and values [L, blocks, KV, size, H], those of a layer `of_layer` numbers apart;
-// table [B, columns]; past, brought [B].
+// table [B, columns]; past, brought [B]. Where `clocks` is not null, the seconds of each of `Part` are
+// added to it.
 extern "C" void step(float* x, float* y, const Layer* layers, const float* gamma, const float* cos,
                      const float* sin, T* keys, T* values, const int32_t* table,
-                     const int64_t* past, const int64_t* brought, int64_t L, int64_t B,
-                     int64_t of_layer, int64_t columns, int64_t size, int64_t window) {
+                     const int64_t* past, const int64_t* brought, double* clocks, int64_t L,
+                     int64_t B, int64_t of_layer, int64_t columns, int64_t size, int64_t window) {
     const Rows rows(B, past, brought);
     const int64_t M = rows.token.size();
     std::vector<IN> normed(M * D), seen(M * G * KV * H), gated(M * F);
@@ -105,20 +108,27 @@ extern "C" void step(float* x, float* y, const Layer* layers, const float* gamma
     };
     #pragma omp parallel
     {
+        double last = clocks ? omp_get_wtime() : 0;
+        auto done = [&](Part part) {                               // the threads have just met
+            if (!clocks || omp_get_thread_num()) return;
+            const double now = omp_get_wtime();
+            clocks[part] += now - last;
+            last = now;
+        };
         for (int64_t i = 0; i < L; i++) {
             const Layer& layer = layers[i];
             const Pages in = {keys + i * of_layer, values + i * of_layer, table,
                               KV, columns, size, window};
-            norm(x, i ? more.data() : nullptr, layer.gamma, normed.data(), M);
-            multiplied(normed, layer.qkv, heads);
-            turn_all(heads.data(), layer, cos, sin, in, rows);
-            attend(heads.data(), HEADS, in, rows, seen.data(), room);
-            multiplied(seen, layer.out, more);
-            norm(x, more.data(), layer.mlp_gamma, normed.data(), M);
-            multiplied(normed, layer.gate_up, both);
-            gate(both.data(), gated.data(), M);
-            multiplied(gated, layer.down, more);
+            norm(x, i ? more.data() : nullptr, layer.gamma, normed.data(), M), done(ELEMENTWISE);
+            multiplied(normed, layer.qkv, heads), done(QKV);
+            turn_all(heads.data(), layer, cos, sin, in, rows), done(ELEMENTWISE);
+            attend(heads.data(), HEADS, in, rows, seen.data(), room), done(ATTENTION);
+            multiplied(seen, layer.out, more), done(OUT);
+            norm(x, more.data(), layer.mlp_gamma, normed.data(), M), done(ELEMENTWISE);
+            multiplied(normed, layer.gate_up, both), done(GATE_UP);
+            gate(both.data(), gated.data(), M), done(ELEMENTWISE);
+            multiplied(gated, layer.down, more), done(DOWN);
         }
-        norm(x, more.data(), gamma, y, M);
+        norm(x, more.data(), gamma, y, M), done(ELEMENTWISE);
     }
 }

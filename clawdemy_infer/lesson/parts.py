@@ -1,0 +1,266 @@
+"""A step of the real model, predicted and measured by the same parts: its products by kind, its
+attention, what element-wise operations move, and the launches between them. The clock is read
+inside real steps, so the parts and the rest add up to the whole.
+
+    step = StepOf(model, "decode", batch=1, context=512)
+    lesson.predict("time per token", napkin=step.napkin(machine), predicted=step.predict(machine))
+    lesson.measure("time per token", step.time(machine), parts=step.parts(machine))
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import median
+from typing import NamedTuple
+
+from clawdemy_infer.arithmetic import Format, Work, total
+from clawdemy_infer.envelope.roofline import KERNELS, PAGED_ATTENTION, Machine, Prediction
+from clawdemy_infer.fast.recorded import RecordedSteps
+from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
+from clawdemy_infer.lesson.steps import (
+    Watch,
+    filled_cache,
+    is_one_call,
+    products_of,
+    random_tokens,
+    started,
+    watched,
+    work_of,
+)
+from clawdemy_infer.machine.calibrated import only_products
+from clawdemy_infer.machine.present import bracketed
+from clawdemy_infer.model import Decoder
+from clawdemy_infer.timing import Timing, now, stopwatch
+
+PARTS_S = 3.0
+"""Seconds that measuring the parts of a step may take, about; three rounds may take longer."""
+
+
+class Rate(NamedTuple):
+    """What a part reached, and the most that the machine can do, both in `unit`; None where there
+    is no such rate."""
+
+    reached: float | None
+    bound: float | None
+    unit: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a step in seconds: measured, predicted and by the napkin, under the same names.
+
+    whole_s       the step unwatched; what no part accounts for is `rest_s`
+    watching_s    how much longer it took while it was watched: taken off all parts in proportion
+    timers_s      what of it is the reading of the clock, measured by itself
+    rates         what each part reached
+    """
+
+    measured: dict[str, float]
+    predicted: dict[str, float]
+    napkin: dict[str, float]
+    rates: dict[str, Rate]
+    whole_s: float
+    watching_s: float
+    timers_s: float
+
+    @property
+    def rest_s(self) -> float:
+        return self.whole_s - sum(self.measured.values())
+
+    def to(self, whole_s: float) -> Parts:
+        """The same shares of another measurement of the same step."""
+        measured = {name: each * whole_s / self.whole_s for name, each in self.measured.items()}
+        return replace(self, measured=measured, whole_s=whole_s)
+
+    def __iter__(self) -> Iterator[dict]:
+        """A row for each part: name, napkin_s, predicted_s, measured_s, and the rate that it
+        `reached` with its `bound` and `unit`."""
+        for name, seconds in self.measured.items():
+            yield {"name": name, "napkin_s": self.napkin[name],
+                   "predicted_s": self.predicted[name], "measured_s": seconds,
+                   **self.rates[name]._asdict()}
+
+
+@dataclass
+class StepOf:
+    """A prefill of `batch` prompts of `context` tokens, or a decode step that brings each of
+    `batch` sequences its `context`-th token.
+
+    A `cache` of one's own has room for these tokens, holds those before them and is cut to them;
+    `kv` is the format of its numbers, by default the model's. Raises ValueError for another phase,
+    for sizes below 1 and for a context that is longer than the model's.
+    """
+
+    model: Decoder
+    phase: str
+    batch: int = 1
+    context: int = 64
+    cache: KVCache | None = None
+    kv: Format | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("prefill", "decode"):
+            raise ValueError(f"phase={self.phase!r}: prefill and decode are accepted")
+        most = self.model.config.shape.max_context
+        if most and self.context > most:
+            raise ValueError(f"context={self.context}: the model's context is {most}")
+        assert self.work                                    # refuses sizes below 1
+        self.new = self.context if self.phase == "prefill" else 1
+        self.tokens = random_tokens(self.model, self.batch, self.new)
+
+    def run(self) -> None:
+        self.filled.truncate(self.context - self.new)
+        self.model(self.tokens, self.filled, last_only=True)
+
+    @cached_property
+    def filled(self) -> KVCache:
+        return self.cache or filled_cache(self.model, self.batch, self.context - self.new, self.new)
+
+    # ---- predicted ----
+
+    @cached_property
+    def work(self) -> Work:
+        work = work_of(self.model.config.shape, self.phase, self.model.weights, self.batch,
+                       self.context, self.model.device.type, self.kv)
+        if not self.paged:
+            return work
+        return total(work.name, [op._replace(kernel=PAGED_ATTENTION) if op.keys else op
+                                 for op in work.operations()])
+
+    @property
+    def paged(self) -> bool:
+        """Does its attention gather keys from a pool? Its rate is without the launches."""
+        return isinstance(self.cache, PagedCache) and not is_one_call(self.model)
+
+    @cached_property
+    def started(self) -> Counter[str]:
+        """Operations by part."""
+        kind = type(self.cache) if self.cache else ContiguousCache
+        return started(self.model, min(self.new, 2), self.batch, kind)
+
+    @property
+    def ops(self) -> int:
+        """Launches: operations beside products, and beside an attention whose rate has its own."""
+        parts = ("launches", "the rest", "attention")
+        return sum(self.started[part] for part in parts[:3 if self.paged else 2])
+
+    def predict(self, machine: Machine) -> Prediction:
+        as_run = only_products(machine) if is_one_call(self.model) else machine
+        return as_run.time(self.work, self.ops)
+
+    def napkin(self, machine: Machine) -> float:
+        """Seconds by hand: all bytes from memory, or all FLOPs at peak."""
+        return machine.napkin(self.work._replace(dtype=self._peak(machine)))
+
+    def _peak(self, machine: Machine) -> str:
+        weights = self.model.weights
+        return weights if weights in machine.peak_flops else self.work.dtype
+
+    def _works(self) -> dict[str, Work]:
+        """The work of each part."""
+        parts: dict[str, list[Work]] = {}
+        for op in self.work.operations():
+            name = op.name if op.kernel == "gemm" else KERNELS.get(op.kernel, op.kernel)
+            parts.setdefault(name, []).append(op)
+        return {name: total(name, ops) for name, ops in parts.items()}
+
+    # ---- measured ----
+
+    def time(self, machine: Machine, repeats: int | None = None) -> Timing:
+        """Seconds of the whole step, unwatched, between two looks at the machine."""
+        return bracketed(machine)(self.run, repeats or (3 if self.batch * self.new > 256 else 11))
+
+    def parts(self, machine: Machine, repeats: int | None = None) -> Parts:
+        """Each part of the step, from runs that are watched, by turns with runs that are not; by
+        default for some `PARTS_S`.
+
+        What a step does beside products and attention is launches and element-wise work. A launch
+        costs, Python included, what it costs at that moment in a decode step of one token, which
+        moves next to nothing between its products; what more rows take beyond that is element-wise.
+        Raises ValueError, before any work, for a step whose parts no clock can tell apart.
+        """
+        works = self._works()
+        self._refuse(works.keys() - {"attention", "scan", "element-wise"})
+        # 1. The step, the step watched and one token watched, by turns. The first turn warms up.
+        own_s, ops, one = cost_of_watching(), self.started, self
+        if self.batch * self.new > 1:
+            small = filled_cache(self.model, 1, 1, kind=type(self.filled))
+            one = StepOf(self.model, "decode", 1, 2, small)
+
+        def turn() -> tuple[float, Watch, Watch]:
+            plain_s, watch = stopwatch(self.run, 1, warmup=0).median, self.look(own_s)
+            return plain_s, watch, watch if one is self else one.look(own_s)
+
+        first_s = stopwatch(turn, 1, warmup=0).median
+        turns = [turn() for _ in range(repeats or max(3, min(15, int(PARTS_S / first_s))))]
+        whole_s = median(plain_s for plain_s, *_ in turns)
+        seconds = {part: median(watch.taken[part] for _, watch, _ in turns)
+                   for part in turns[0][1].taken}
+        # 2. Launches at their price; what else lies between products is element-wise.
+        price = median(watch.taken["launches"] for *_, watch in turns) / one.started["launches"]
+        between = seconds["launches"]
+        launches = between if one is self else min(price * ops["launches"], between)
+        seconds["launches"] = launches
+        seconds["element-wise"] = seconds.get("element-wise", 0.0) + between - launches
+        if self.paged:
+            launches = min(price * ops["attention"], seconds["attention"])
+            seconds["attention"] -= launches
+            seconds["launches"] += launches
+        # 3. Watching is taken off all of them in proportion.
+        scale = whole_s / sum(seconds.values())
+        measured = {name: scale * seconds[name] for name in (*works, "launches")}
+        watching_s = median(watch.whole_s - plain_s for plain_s, watch, _ in turns)
+        return Parts(measured, *self._expected(machine, works, measured), whole_s, watching_s,
+                     own_s * turns[0][1].calls)
+
+    def look(self, own_s: float) -> Watch:
+        """One run, watched."""
+        with watched(self.model, self.filled, Watch(own_s=own_s)) as watch:
+            watch.of("the rest", self.run)()
+        return watch
+
+    def _refuse(self, products: set[str]) -> None:
+        if isinstance(self.model.runner, RecordedSteps):
+            raise ValueError("model: its decode steps are replayed as one recording, in which no "
+                             "clock can be read; one without compile is accepted")
+        found = {"head", *(name for name, _ in products_of(self.model))}
+        if found != products:
+            raise ValueError(f"model: its products are {', '.join(sorted(found))}; only those that "
+                             f"are counted are accepted, {', '.join(sorted(products))}")
+
+    def _expected(self, machine: Machine, works: dict[str, Work],
+                  measured: dict[str, float]) -> tuple[dict, dict, dict]:
+        """Of each part: seconds as predicted and by the napkin, and the rate that it reached."""
+        predicted = {name: part.seconds for name, part in self.predict(machine).parts.items()}
+        peak, bandwidth = machine.peak(self._peak(machine)), machine.bandwidth_at()
+        in_memory = self.work.bytes / bandwidth > self.work.flops / peak
+        napkin, rates = {"launches": 0.0}, {}
+        for name, work in works.items():
+            by_bytes, by_flops = work.bytes / bandwidth, work.flops / peak
+            napkin[name] = by_bytes if in_memory else by_flops
+            amount, bound, unit = ((work.bytes, bandwidth, "B/s") if by_bytes > by_flops else
+                                   (work.flops, peak, "FLOP/s"))
+            rates[name] = Rate(_ratio(amount, measured[name]), bound, unit)
+        launches = self.ops - self.started["the rest"]
+        rates["launches"] = Rate(_ratio(launches, measured["launches"]),
+                                 _ratio(1, machine.fixed_s(self.work)), "launches/s")
+        return predicted, napkin, rates
+
+
+def _ratio(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds else None
+
+
+def cost_of_watching(calls: int = 500) -> float:
+    """Seconds that watching adds to a call, beside those that it takes for the call's own: the
+    least of a few readings, since whatever disturbs one makes it longer."""
+    def reading() -> float:
+        watch = Watch()
+        empty, start = watch.of("", lambda: None), now()
+        for _ in range(calls):
+            empty()
+        return (now() - start - watch.taken[""]) / calls
+    return min(reading() for _ in range(5))
