@@ -90,8 +90,8 @@ static void gate(const float* both, IN* out, int64_t M) {
 
 // x [M, D], the embedded tokens, becomes what the last layer leaves, and y its norm. cos, sin
 // [M, H]. Keys and values [L, blocks, KV, size, H], those of a layer `of_layer` numbers apart;
-// table [B, columns]; past, brought [B]. Where `clocks` is not null, the seconds of each of `Part` are
-// added to it.
+// table [B, columns]; past, brought [B]. The seconds of each `Part` are added to
+// `clocks`, unless it is null.
 extern "C" void step(float* x, float* y, const Layer* layers, const float* gamma, const float* cos,
                      const float* sin, T* keys, T* values, const int32_t* table,
                      const int64_t* past, const int64_t* brought, double* clocks, int64_t L,
