@@ -1,8 +1,6 @@
 """Attention with grouped queries: N query heads share K KV heads (Ainslie et al. 2023, GQA). MHA is
 K = N, MQA is K = 1."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

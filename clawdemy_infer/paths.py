@@ -1,7 +1,5 @@
 """Where the package keeps what it would be slow to make again, and how a file is written whole."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

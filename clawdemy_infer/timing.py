@@ -4,8 +4,6 @@ A lesson, a benchmark and the calibration all read the clock through this file, 
 be compared.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

@@ -6,8 +6,6 @@ two FLOPs. Bytes are what must cross the memory bus at least once. The letters o
     I, O features that go into and come out of a weight [O, I], or of the [I, O] it multiplies as
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -58,7 +56,7 @@ class Work(NamedTuple):
     dtype: str = "fp32"
     kernel: str = ""
     rows: float = 1
-    parts: tuple[Work, ...] = ()
+    parts: tuple["Work", ...] = ()
     weights: Format = ""
     keys: float = 0
     heads: float = 0
@@ -69,12 +67,12 @@ class Work(NamedTuple):
         """Arithmetic intensity, FLOPs per byte (Williams et al. 2009)."""
         return self.flops / self.bytes if self.bytes else float("inf")
 
-    def __mul__(self, times: float) -> Work:
+    def __mul__(self, times: float) -> "Work":
         """The same work `times` over, with the same rows each time: L layers, or steps."""
         parts = tuple([part * times for part in self.parts]) if self.parts else ()
         return self._replace(flops=self.flops * times, bytes=self.bytes * times, parts=parts)
 
-    def operations(self) -> tuple[Work, ...]:
+    def operations(self) -> tuple["Work", ...]:
         """The work as single operations: itself, or all that its parts are made of."""
         if not self.parts:
             return (self,)

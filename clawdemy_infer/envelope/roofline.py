@@ -6,8 +6,6 @@ A `Machine` is a data sheet: one bandwidth, one peak by dtype. One that was meas
 the rate of each kernel by its rows, seconds per operation.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,7 +78,7 @@ class Prediction:
         return max(("compute", "memory", "fixed", "communication"),
                    key=lambda term: getattr(self, f"{term}_s"))
 
-    def __sub__(self, less: Prediction) -> Prediction:
+    def __sub__(self, less: "Prediction") -> "Prediction":
         """What more work takes longer: part by part, as equal parts are equally wrong. Above 0
         always: where the figures cannot tell the two apart, the interval is very wide."""
         parts = {name: part._replace(seconds=max(part.seconds - less._of(name).seconds, 0.0))

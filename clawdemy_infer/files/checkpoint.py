@@ -11,8 +11,6 @@ other. What neither GPTQ's nor AWQ's layout can hold, nf4 or mxfp4, is stored in
 "packed", for us alone to read.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """A Hugging Face directory: config.json, *.safetensors, tokenizer.json. Read, each stored tensor
 goes to its place in the decoder's fused matrices; written, all of it is there or nothing."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterable, Iterator

@@ -11,8 +11,6 @@ A conversion is kept, and a manifest beside it says the sha256 of each file; eve
     <cache_dir>/models/<sha256 of the source>-<CONVERSION_VERSION>/
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -18,8 +18,6 @@ For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [O,
 format's codes are moved up by 2^(b-1), which then is their zero.
 """
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """`load_model`: a name or a path in, a model ready to run out."""
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 import re

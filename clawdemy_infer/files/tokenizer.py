@@ -4,8 +4,6 @@ The work is done by the `tokenizers` library, the same that transformers calls, 
 transformers takes to import.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ class Tokenizer:
         self.backend, self.chat_template, self.special = backend, chat_template, special or {}
 
     @classmethod
-    def from_directory(cls, directory: Path) -> Tokenizer | None:
+    def from_directory(cls, directory: Path) -> "Tokenizer | None":
         """The tokenizer of a Hugging Face directory; None where it has no tokenizer.json."""
         if not (directory / "tokenizer.json").exists():
             return None

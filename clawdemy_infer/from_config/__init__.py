@@ -7,8 +7,6 @@ RMSNorm: Llama, Mistral, Qwen, Gemma, Phi-3, Command R), `gpt` (what was usual b
 decoder computes by. `catalog` has the shapes and machines of `data/`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The figures in `data/`, as shapes and machines. Every one of them keeps its source."""
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from functools import cache

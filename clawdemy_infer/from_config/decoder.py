@@ -4,8 +4,6 @@ A key that nobody knows may change what the model computes. So every key is used
 nothing, or refused by a ValueError that names it: a wrong model that runs is worse than none.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from clawdemy_infer.arithmetic import ModelShape

@@ -1,8 +1,6 @@
 """GPT-2 and its kind: LayerNorm with a bias, biases in the linear layers, an MLP without a gate,
 and no rotary positions at first."""
 
-from __future__ import annotations
-
 from clawdemy_infer.from_config.keys import Keys
 from clawdemy_infer.from_config.llama import letters, window_of, windows
 

@@ -1,8 +1,6 @@
 """The keys of a config.json, each to be asked for once. What nobody asked for may change what the
 model is, so it is not passed over."""
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 _REQUIRED = object()

@@ -1,8 +1,6 @@
 """Gated MLP, rotary positions, RMSNorm: Llama and what followed it. Each reader takes `Keys` and
 gives the fields of a ModelShape."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from clawdemy_infer.from_config.keys import Keys

@@ -1,7 +1,5 @@
 """Mamba, Mamba-2, and Jamba, which has an attention layer in eight."""
 
-from __future__ import annotations
-
 from math import ceil
 
 from clawdemy_infer.arithmetic import SSM, MoE

@@ -1,8 +1,6 @@
 """Mixtures of experts, and the two ways to share a cache that came with them: latent attention and
 cross-layer attention."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from clawdemy_infer.arithmetic import MLA, MoE

@@ -6,8 +6,6 @@ have different lengths, under a mask that hides what is not theirs: it reads as 
 which is the price of a rectangle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -34,15 +32,15 @@ class RectangularCache:
         self.dtype, self.device = dtype, torch.device(device)
         self.lengths = dict.fromkeys(range(batch), 0)
 
-    def write(self, layer: int, part: RectanglePart, k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, layer: int, part: "RectanglePart", k: torch.Tensor, v: torch.Tensor) -> None:
         """Keep k, v [B*T, K, H] behind the past of these sequences."""
         raise NotImplementedError
 
-    def read(self, layer: int, part: RectanglePart) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: int, part: "RectanglePart") -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values [B, K, S, H] that may be seen, the new ones included."""
         raise NotImplementedError
 
-    def attend(self, layer: int, part: RectanglePart, q: torch.Tensor, k: torch.Tensor,
+    def attend(self, layer: int, part: "RectanglePart", q: torch.Tensor, k: torch.Tensor,
                v: torch.Tensor) -> torch.Tensor:
         """`Step.attend` for one rectangle: q [B*T, N, H], k and v [B*T, K, H] -> [B*T, N*H]."""
         self.write(layer, part, k, v)
@@ -52,7 +50,8 @@ class RectangularCache:
         """Does each sequence stay within the capacity?"""
         return all(self.lengths[each] + T <= self.capacity for each, T in num_new_tokens.items())
 
-    def begin(self, new: Mapping[int, Sequence[int]], window: int | None = None) -> RectangularStep:
+    def begin(self, new: Mapping[int, Sequence[int]],
+              window: int | None = None) -> "RectangularStep":
         """Begin a step; ValueError where the tokens do not fit."""
         return RectangularStep(self, new, window)
 
@@ -103,7 +102,7 @@ class ContiguousCache(RectangularCache):
         self.tensors = self.keys, self.values
 
     @classmethod
-    def for_model(cls, model, batch: int, capacity: int) -> ContiguousCache:
+    def for_model(cls, model, batch: int, capacity: int) -> "ContiguousCache":
         """An empty cache in the shape, dtype and place of `model`, a `Decoder`."""
         shape = model.config.shape
         return cls(shape.L, batch, shape.K, shape.H, capacity, model.dtype, model.device)

@@ -7,8 +7,6 @@ blocks, then attention is that of any cache. That is one write and one more read
 in every layer; a kernel that follows the block table (`fast/`) spares both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -42,7 +40,7 @@ class PagedCache:
         self.values = torch.zeros_like(self.keys)
 
     @classmethod
-    def for_model(cls, model, batch: int, capacity: int, block_size: int = 16) -> PagedCache:
+    def for_model(cls, model, batch: int, capacity: int, block_size: int = 16) -> "PagedCache":
         """A cache for sequences 0 to B-1 of `model`, with blocks for `capacity` tokens of each."""
         pool = BlockPool(batch * -(-capacity // block_size), block_size)
         cache = cls.over(model, BlockTables(pool), capacity)
@@ -51,7 +49,7 @@ class PagedCache:
         return cache
 
     @classmethod
-    def over(cls, model, tables: BlockTables, capacity: int | None = None) -> PagedCache:
+    def over(cls, model, tables: BlockTables, capacity: int | None = None) -> "PagedCache":
         """A cache for `model` over tables that a scheduler made: memory for all their blocks."""
         shape = model.config.shape
         return cls(tables, shape.L, shape.K, shape.H, capacity, model.dtype, model.device)
@@ -77,7 +75,8 @@ class PagedCache:
         return self.tables.can_append(num_new_tokens) and all(
             self.lengths[each] + T <= self.capacity for each, T in num_new_tokens.items())
 
-    def begin(self, new: Mapping[Hashable, Sequence[int]], window: int | None = None) -> PagedStep:
+    def begin(self, new: Mapping[Hashable, Sequence[int]],
+              window: int | None = None) -> "PagedStep":
         """Begin a step. Takes blocks, and copies those shared ones that it will write to."""
         return PagedStep(self, new, window)
 

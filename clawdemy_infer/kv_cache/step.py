@@ -15,8 +15,6 @@ Until `commit`, `lengths` says what it said before. A step that was interrupted 
 therefore not happened: begin it again, and it writes over what it had written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
@@ -44,7 +42,7 @@ class KVCache(Protocol):
     def can_append(self, num_new_tokens: Mapping[Hashable, int]) -> bool:
         """Is there room for this many more tokens of each sequence? Ask before `begin`."""
 
-    def begin(self, new: Mapping[Hashable, Sequence[int]], window: int | None = None) -> Step:
+    def begin(self, new: Mapping[Hashable, Sequence[int]], window: int | None = None) -> "Step":
         """Begin a step that brings these token ids. ValueError, before anything is changed, where
         `can_append` would say no."""
 

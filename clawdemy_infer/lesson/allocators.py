@@ -7,8 +7,6 @@ fragmentation, room that it will never use. What nobody holds is *external* frag
 next request waits and does not fit, and otherwise merely free. Standard library only.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator

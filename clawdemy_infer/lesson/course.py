@@ -1,8 +1,6 @@
 """Run lessons: execute each in a kernel of its own, then set all predictions beside all
 measurements."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

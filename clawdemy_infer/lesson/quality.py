@@ -7,8 +7,6 @@ KL sees every change of the distribution; perplexity only what happens to the on
 next, and it may even fall by luck.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -34,7 +32,7 @@ class Quality:
     top1: float
     kls: torch.Tensor = field(repr=False)
 
-    def difference(self, other: Quality) -> tuple[float, float]:
+    def difference(self, other: "Quality") -> tuple[float, float]:
         """By how much the KL of `other` is larger, and the standard error of that: on the same text
         the two rise and fall together."""
         return mean_and_error(other.kls - self.kls)

@@ -6,8 +6,6 @@ the evaluation holds is taken out of the calibration, paragraph by paragraph. Th
 little between Python versions, and so do the perplexities.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from pydoc_data.topics import topics

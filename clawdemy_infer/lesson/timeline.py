@@ -1,7 +1,5 @@
 """A run as a picture: which request was in which phase when."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from clawdemy_infer.batching.metrics import Report

@@ -4,8 +4,6 @@ Every widget in a lesson is followed by a cell that draws the same with fixed va
 where no kernel runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ipywidgets import Dropdown, HBox, SelectionSlider, VBox, interactive_output

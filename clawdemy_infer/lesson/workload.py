@@ -5,8 +5,6 @@ Arrivals and lengths are independent of each other, and the same seed draws the 
 machine.
 """
 
-from __future__ import annotations
-
 import math
 import tomllib
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """What a decoder is made of: the shape that sets its cost, and what only its values depend on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -50,7 +48,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], name: str = "",
-                source: str = "config.json") -> ModelConfig:
+                source: str = "config.json") -> "ModelConfig":
         """What the keys of a Hugging Face config.json say: see `decoder_from_config`, which raises
         ValueError for any key that is neither used nor known to change nothing."""
         said = decoder_from_config(config, name, source)
