@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.lesson import parts
 from clawdemy_infer.lesson.steps import (
     filled_cache,
     random_tokens,
@@ -47,7 +48,7 @@ def calm(monkeypatch):
             return Timing((1.0, 2.0, 3.0), around=(half, quarter))
         return watch
     monkeypatch.setattr(bench, "at_present", lambda machine: machine.at(half))
-    monkeypatch.setattr(bench, "bracketed", bracketed)
+    monkeypatch.setattr(parts, "bracketed", bracketed)
     return watched
 
 
@@ -168,8 +169,8 @@ def test_every_row_of_the_card_is_measured_in_its_order(model, calm):
 def test_a_prediction_is_made_before_its_run(model, calm, monkeypatch):
     """Whatever the run takes, the prediction stays the same."""
     [first] = measure(model, MACHINE, bounds(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
-    watch = bench.bracketed(MACHINE)
-    monkeypatch.setattr(bench, "bracketed", lambda machine: lambda work, repeats: Timing(
+    watch = parts.bracketed(MACHINE)
+    monkeypatch.setattr(parts, "bracketed", lambda machine: lambda work, repeats: Timing(
         (77.0,), watch(work, repeats).around))
     [second] = measure(model, MACHINE, bounds(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
     assert (first.measured_s, second.measured_s) == (2.0, 77.0)

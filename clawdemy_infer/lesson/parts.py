@@ -10,7 +10,7 @@ inside real steps, so the parts and the rest add up to the whole.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
@@ -36,7 +36,9 @@ from clawdemy_infer.model import Decoder
 from clawdemy_infer.timing import Timing, now, stopwatch
 
 PARTS_S = 3.0
-"""Seconds that measuring the parts of a step may take, about; three rounds may take longer."""
+"""Seconds for which the parts of a step are measured, about; once, if it takes longer."""
+PRICINGS = 3
+"""Steps of one token in a turn, for the price of a launch."""
 
 
 class Rate(NamedTuple):
@@ -111,13 +113,19 @@ class StepOf:
         self.new = self.context if self.phase == "prefill" else 1
         self.tokens = random_tokens(self.model, self.batch, self.new)
 
-    def run(self) -> None:
-        self.filled.truncate(self.context - self.new)
-        self.model(self.tokens, self.filled, last_only=True)
-
     @cached_property
     def filled(self) -> KVCache:
         return self.cache or filled_cache(self.model, self.batch, self.context - self.new, self.new)
+
+    @property
+    def run(self) -> Callable[[], None]:
+        """The step as a call; its cache is filled by now."""
+        cache, past = self.filled, self.context - self.new
+
+        def run() -> None:
+            cache.truncate(past)
+            self.model(self.tokens, cache, last_only=True)
+        return run
 
     # ---- predicted ----
 
@@ -190,17 +198,19 @@ class StepOf:
             small = filled_cache(self.model, 1, 1, kind=type(self.filled))
             one = StepOf(self.model, "decode", 1, 2, small)
 
-        def turn() -> tuple[float, Watch, Watch]:
+        def turn() -> tuple[float, Watch, list[Watch]]:
             plain_s, watch = stopwatch(self.run, 1, warmup=0).median, self.look(own_s)
-            return plain_s, watch, watch if one is self else one.look(own_s)
+            small = [watch] if one is self else [one.look(own_s) for _ in range(PRICINGS)]
+            return plain_s, watch, small
 
         first_s = stopwatch(turn, 1, warmup=0).median
-        turns = [turn() for _ in range(repeats or max(3, min(15, int(PARTS_S / first_s))))]
+        turns = [turn() for _ in range(repeats or max(1, min(15, int(PARTS_S / first_s))))]
         whole_s = median(plain_s for plain_s, *_ in turns)
         seconds = {part: median(watch.taken[part] for _, watch, _ in turns)
                    for part in turns[0][1].taken}
         # 2. Launches at their price; what else lies between products is element-wise.
-        price = median(watch.taken["launches"] for *_, watch in turns) / one.started["launches"]
+        price = median(watch.taken["launches"] for *_, small in turns for watch in small)
+        price /= one.started["launches"]
         between = seconds["launches"]
         launches = between if one is self else min(price * ops["launches"], between)
         seconds["launches"] = launches

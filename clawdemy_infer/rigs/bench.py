@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import computes_in
-from clawdemy_infer.lesson import steps
-from clawdemy_infer.machine.calibrated import only_products
-from clawdemy_infer.machine.present import at_present, bracketed, widened
+from clawdemy_infer.lesson.parts import StepOf
+from clawdemy_infer.lesson.steps import work_of
+from clawdemy_infer.machine.present import at_present, widened
 from clawdemy_infer.model import Decoder
 
 HELD_OUT = [
@@ -84,7 +84,7 @@ def bounds(shape: ModelShape, machine: Machine, memory: float,
     for."""
     rows = []
     for phase, weights, batch, context in wanted:
-        work = steps.work_of(shape, phase, weights, batch, context, device)._replace(dtype=weights)
+        work = work_of(shape, phase, weights, batch, context, device)._replace(dtype=weights)
         capacity = shape.fits(memory, batch, context, weights, computes_in(weights, device))
         rows.append({
             "phase": phase, "weights": weights, "batch": batch, "context": context,
@@ -99,21 +99,12 @@ def bounds(shape: ModelShape, machine: Machine, memory: float,
 def measure(model: Decoder, machine: Machine, rows: Iterable[dict]) -> Iterator[BenchRow]:
     """Time the rows of `bounds` that have the format of `model`. Each is predicted right before it
     runs, at the speed that the machine has then."""
-    prefill_ops, device = steps.step_ops(model, new=2), model.device.type
     for row in rows:
-        setting = phase, weights, batch, context = (
-            row["phase"], row["weights"], row["batch"], row["context"])
-        # 1. The prediction, which the run cannot change.
+        setting = row["phase"], row["weights"], row["batch"], row["context"]
+        step = StepOf(model, row["phase"], row["batch"], row["context"])
+        # The prediction comes first: the run cannot change it.
         at_once = at_present(machine)
-        as_run = only_products(at_once) if steps.is_one_call(model) else at_once
-        ops = prefill_ops if phase == "prefill" else steps.step_ops(model, batch=batch)
-        predicted = as_run.time(steps.work_of(model.config.shape, *setting, device), ops)
-        # 2. The run, between two looks at the machine. Short runs cost least to repeat.
-        watch, new = bracketed(at_once), batch * context
-        timing = (steps.time_prefill(model, batch, context, 3 if new > 256 else 9, watch)
-                  if phase == "prefill" else
-                  steps.time_decode(model, steps.filled_cache(model, batch, context - 1), context,
-                                    watch=watch))
-        interval = widened(predicted, as_run, timing.around)
+        predicted, timing = step.predict(at_once), step.time(at_once)
+        interval = widened(predicted, at_once, timing.around)
         yield BenchRow(*setting, row["napkin_s"], predicted.seconds, *interval, timing.median,
                        timing.spread)
