@@ -1,6 +1,7 @@
 """A step is predicted and measured by the same parts, which add up to it. Where numbers are
 expected, the clock is one that counts operations: each takes a `TICK`."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,10 @@ from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.recorded import RecordedSteps
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
+from clawdemy_infer.lesson import parts as parts_of
 from clawdemy_infer.lesson.parts import Parts, Rate, StepOf, cost_of_watching
 from clawdemy_infer.lesson.steps import Watch, filled_cache, step_ops, work_of
+from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import Calibrated, only_products
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.variants.experts import decoder_with_experts
@@ -39,9 +42,18 @@ def model():
     return Decoder(ModelConfig(SHAPE)).eval().requires_grad_(False)
 
 
+@pytest.fixture(autouse=True)
+def small_probes(monkeypatch):
+    monkeypatch.setattr(probes, "GLUE_LAYERS", 1)
+    monkeypatch.setattr(probes, "MOST_LAYERS", 2)
+
+
 @pytest.fixture
 def clock_of_ops(monkeypatch):
-    """An operation takes a `TICK`, and nothing else takes any time."""
+    """An operation takes a `TICK`, and nothing else takes any time: so says the clock, and so say
+    the probes."""
+    monkeypatch.setattr(parts_of, "launch_price", lambda model: TICK)
+    monkeypatch.setattr(parts_of, "elementwise_rate", lambda model, rows: math.inf)
     with timing.op_counter() as ops:
         clock = SimpleNamespace(perf_counter=lambda: ops.count * TICK)
         monkeypatch.setattr(timing, "time", clock)
@@ -68,7 +80,7 @@ def test_parts_and_rest_are_the_whole_to_the_operation(model, phase, batch, cont
     found = in_ops(parts)
     assert [found[name] for name in PRODUCTS] == [2, 2, 2, 2, 1]        # by hand: L, and one head
     assert found["element-wise"] == 0 < parts.measured["attention"]
-    assert parts.rest_s / TICK == pytest.approx(3)              # the tokens as a list, their places
+    assert parts.rest_s / TICK == pytest.approx(0)
     assert parts.whole_s / TICK == sum(StepOf(model, phase, batch, context).started.values())
     assert parts.watching_s == parts.timers_s == 0
 
@@ -93,10 +105,11 @@ def test_what_is_measured_has_the_names_of_what_is_predicted(model, phase, batch
     assert left_behind(step) == before
     assert set(parts.measured) == set(step.predict(MACHINE).parts) == NAMES
     assert parts.measured.keys() == parts.predicted.keys() == parts.napkin.keys()
-    # what launches leave of an attention over blocks, or of a few rows, may be nothing
-    assert all(seconds > 0 or name in ("attention", "element-wise") and seconds == 0
+    # what launches leave of an attention over blocks may be nothing
+    assert all(seconds > 0 or name == "attention" and seconds == 0
                for name, seconds in parts.measured.items())
-    assert 0 < parts.rest_s < parts.whole_s and parts.timers_s > 0
+    assert parts.whole_s == pytest.approx(sum(parts.measured.values()) + parts.rest_s)
+    assert parts.rest_s < parts.whole_s and parts.timers_s > 0
 
 
 @pytest.mark.parametrize("planted", ["qkv", "down"])
@@ -112,16 +125,29 @@ def test_a_product_three_times_as_slow_shows_in_its_part_and_in_no_other(
     assert slow == right | {planted: pytest.approx(3 * 2)}
 
 
-def test_operations_that_more_rows_need_are_element_wise(model, monkeypatch, clock_of_ops):
-    """What is between products in a step of one token is launches at their price; the rest of a
-    prefill is not."""
+def test_what_nobody_counted_is_in_no_part(model, monkeypatch, clock_of_ops):
+    """A norm of 8 operations that runs four times where it was counted once: not explained."""
     step = StepOf(model, "prefill", 1, 9)
     right = in_ops(step.parts(MACHINE, repeats=2))
     norm = model.layers[0].mlp_norm
-    monkeypatch.setattr(norm, "forward", lambda x, run=norm.forward: [
-        run(x) for _ in range(4 if len(x) > 1 else 1)][-1])
-    slow = in_ops(step.parts(MACHINE, repeats=2))
-    assert slow == right | {"element-wise": pytest.approx(3 * 8)}       # a norm is 8 operations
+    monkeypatch.setattr(norm, "forward", lambda x, run=norm.forward: [run(x) for _ in range(4)][-1])
+    slow = step.parts(MACHINE, repeats=2)
+    assert in_ops(slow) == right and slow.rest_s / TICK == pytest.approx(3 * 8)
+
+
+@pytest.mark.parametrize("phase, batch, rows", [("decode", 1, 1), ("decode", 3, 3),
+                                                ("prefill", 2, 22)])
+def test_launches_and_element_wise_work_have_prices_of_their_own(
+        model, monkeypatch, phase, batch, rows):
+    asked = []
+    monkeypatch.setattr(parts_of, "launch_price", lambda model: 0.25)
+    monkeypatch.setattr(parts_of, "elementwise_rate",
+                        lambda model, rows: asked.append(rows) or 2.0)
+    step = StepOf(model, phase, batch, 11)
+    measured = step.parts(MACHINE, repeats=1).measured
+    moved = sum(op.bytes for op in step.work.operations() if op.kernel == "elementwise")
+    assert asked == [rows] and measured["element-wise"] == moved / 2
+    assert measured["launches"] == step.ops / 4
 
 
 def test_a_slow_part_is_the_largest_by_the_real_clock(model, monkeypatch):
@@ -258,7 +284,7 @@ def test_a_rate_is_of_what_limits_the_part(model, clock_of_ops):
     assert rows["gate_up"]["reached"] == pytest.approx(flops / rows["gate_up"]["measured_s"])
     assert (rows["gate_up"]["bound"], rows["gate_up"]["unit"]) == (1e10, "FLOP/s")
     assert rows["head"]["unit"] == "B/s" and rows["head"]["bound"] == 1e9
-    assert rows["element-wise"]["reached"] is None                     # nothing was left for it
+    assert rows["element-wise"]["reached"] is None                     # it took no time at all
     assert (rows["launches"]["bound"], rows["launches"]["unit"]) == (1e6, "launches/s")
     assert rows["launches"]["reached"] == pytest.approx(1 / TICK)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from clawdemy_infer.arithmetic import Format, Work, total
 from clawdemy_infer.envelope.roofline import KERNELS, PAGED_ATTENTION, Machine, Prediction
+from clawdemy_infer.fast import computes_in
 from clawdemy_infer.fast.recorded import RecordedSteps
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.lesson.steps import (
@@ -30,6 +31,7 @@ from clawdemy_infer.lesson.steps import (
     watched,
     work_of,
 )
+from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.machine.present import bracketed
 from clawdemy_infer.model import Decoder
@@ -37,8 +39,6 @@ from clawdemy_infer.timing import Timing, now, stopwatch
 
 PARTS_S = 3.0
 """Seconds for which the parts of a step are measured, about; once, if it takes longer."""
-PRICINGS = 3
-"""Steps of one token in a turn, for the price of a launch."""
 
 
 class Rate(NamedTuple):
@@ -185,44 +185,39 @@ class StepOf:
         """Each part of the step, from runs that are watched, by turns with runs that are not; by
         default for some `PARTS_S`.
 
-        What a step does beside products and attention is launches and element-wise work. A launch
-        costs, Python included, what it costs at that moment in a decode step of one token, which
-        moves next to nothing between its products; what more rows take beyond that is element-wise.
-        Raises ValueError, before any work, for a step whose parts no clock can tell apart.
+        Products and attention are read off the clock within the step. Launches and element-wise
+        work are measured by themselves, right after it: so many launches at the price that one has
+        at this moment, so many bytes at the rate that such rows reach. What the whole takes beyond
+        all of these is the rest. Raises ValueError, before any work, for a step whose parts no
+        clock can tell apart.
         """
         works = self._works()
         self._refuse(works.keys() - {"attention", "scan", "element-wise"})
-        # 1. The step, the step watched and one token watched, by turns. The first turn warms up.
-        own_s, ops, one = cost_of_watching(), self.started, self
-        if self.batch * self.new > 1:
-            small = filled_cache(self.model, 1, 1, kind=type(self.filled))
-            one = StepOf(self.model, "decode", 1, 2, small)
+        # 1. The step and the step watched, by turns. The first turn warms up.
+        own_s = cost_of_watching()
 
-        def turn() -> tuple[float, Watch, list[Watch]]:
-            plain_s, watch = stopwatch(self.run, 1, warmup=0).median, self.look(own_s)
-            small = [watch] if one is self else [one.look(own_s) for _ in range(PRICINGS)]
-            return plain_s, watch, small
+        def turn() -> tuple[float, Watch]:
+            return stopwatch(self.run, 1, warmup=0).median, self.look(own_s)
 
         first_s = stopwatch(turn, 1, warmup=0).median
         turns = [turn() for _ in range(repeats or max(1, min(15, int(PARTS_S / first_s))))]
-        whole_s = median(plain_s for plain_s, *_ in turns)
-        seconds = {part: median(watch.taken[part] for _, watch, _ in turns)
+        whole_s = median(plain_s for plain_s, _ in turns)
+        seconds = {part: median(watch.taken[part] for _, watch in turns)
                    for part in turns[0][1].taken}
-        # 2. Launches at their price; what else lies between products is element-wise.
-        price = median(watch.taken["launches"] for *_, small in turns for watch in small)
-        price /= one.started["launches"]
-        between = seconds["launches"]
-        launches = between if one is self else min(price * ops["launches"], between)
-        seconds["launches"] = launches
-        seconds["element-wise"] = seconds.get("element-wise", 0.0) + between - launches
-        if self.paged:
-            launches = min(price * ops["attention"], seconds["attention"])
-            seconds["attention"] -= launches
-            seconds["launches"] += launches
-        # 3. Watching is taken off all of them in proportion.
+        # 2. Watching is taken off in proportion.
         scale = whole_s / sum(seconds.values())
-        measured = {name: scale * seconds[name] for name in (*works, "launches")}
-        watching_s = median(watch.whole_s - plain_s for plain_s, watch, _ in turns)
+        seconds = {name: scale * each for name, each in seconds.items()}
+        # 3. One call of C++ has clocks for all; what Python does between products has none.
+        if not is_one_call(self.model):
+            price = launch_price(self.model)
+            seconds["launches"] = price * self.ops
+            seconds["element-wise"] = works["element-wise"].bytes / elementwise_rate(
+                self.model, self.batch * self.new)
+            if self.paged:                              # its launches were timed with it
+                seconds["attention"] = max(
+                    seconds["attention"] - price * self.started["attention"], 0.0)
+        measured = {name: seconds[name] for name in (*works, "launches")}
+        watching_s = median(watch.whole_s - plain_s for plain_s, watch in turns)
         return Parts(measured, *self._expected(machine, works, measured), whole_s, watching_s,
                      own_s * turns[0][1].calls)
 
@@ -254,14 +249,25 @@ class StepOf:
             amount, bound, unit = ((work.bytes, bandwidth, "B/s") if by_bytes > by_flops else
                                    (work.flops, peak, "FLOP/s"))
             rates[name] = Rate(_ratio(amount, measured[name]), bound, unit)
-        launches = self.ops - self.started["the rest"]
-        rates["launches"] = Rate(_ratio(launches, measured["launches"]),
+        rates["launches"] = Rate(_ratio(self.ops, measured["launches"]),
                                  _ratio(1, machine.fixed_s(self.work)), "launches/s")
         return predicted, napkin, rates
 
 
 def _ratio(amount: float, seconds: float) -> float | None:
     return amount / seconds if seconds else None
+
+
+def launch_price(model: Decoder) -> float:
+    """Seconds that a launch costs at this moment, between products of the model's format."""
+    return probes.fixed_cost(model.device.type, model.weights)
+
+
+def elementwise_rate(model: Decoder, rows: int) -> float:
+    """Useful bytes/s of element-wise work on `rows` rows at this moment."""
+    [probe] = probes.elementwise_probes(computes_in(model.weights, model.device.type),
+                                        model.device.type, [max(rows, 4)])
+    return median(probe.sample() for _ in range(5))
 
 
 def cost_of_watching(calls: int = 500) -> float:

@@ -180,14 +180,15 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return wide.to(x.dtype) * weight
 
 
-def elementwise_probes(dtype: str, device: str, width: int = 1024) -> Iterator[Probe]:
+def elementwise_probes(dtype: str, device: str, rows: Sequence[int] = (),
+                       width: int = 1024) -> Iterator[Probe]:
     """Bytes/s of norms, gates and residual sums, counted as the arithmetic counts them: as if each
     were one fused operation.
 
     PyTorch makes several operations of each and moves more, so this is a rate of useful bytes, far
     below the bandwidth. As in a decoder, a product sweeps its weight through the caches after each.
-    They run on M rows and on one: starting them costs the same, so the difference is the price of
-    the bytes.
+    They run on M rows, of `rows` or as usual, and on one: starting them costs the same, so the
+    difference is the price of the bytes.
     """
     token = torch.randn(1, width, device=device)
     norm_weight = torch.ones(width, device=device, dtype=FLOATS[dtype])
@@ -217,8 +218,9 @@ def elementwise_probes(dtype: str, device: str, width: int = 1024) -> Iterator[P
         return lambda: layers * bytes_per_row * (m - 1) / beyond(many, one)
 
     size = FLOATS[dtype].itemsize
-    for m in ELEMENTWISE_ROWS if device == "cpu" else [2**13]:  # a GPU runs 256 rows as fast as one
-        some = max(2, min(MOST_LAYERS, 2**14 // m))     # layers: of thousands of rows a few will do
+    # A GPU runs 256 rows as fast as one, and of thousands of rows a few layers will do.
+    for m in rows or (ELEMENTWISE_ROWS if device == "cpu" else [2**13]):
+        some = max(2, min(MOST_LAYERS, 2**14 // m))
         yield Probe("elementwise", dtype, m, sample(m, some))
 
 
