@@ -16,18 +16,16 @@ def add(subparsers) -> None:
     c = command(subparsers, "quantize", run, "Store the weights of a model in fewer bits, in a "
                 "directory that serving engines load.",
                 "--method gptq --bits 4 --group 64 --act-order --out tiny-int4",
-                "--method awq --group 128 --out tiny-awq",
-                "--method rtn --format nf4 --out tiny-nf4")
+                "--method awq --group 64 --out tiny-awq")
     arguments.model_option(c)
     option(c, "--out DIR", "a new directory for the quantized model", required=True)
     option(c, "--method", "how to round", tuple(SEQUENCES), "gptq")
     option(c, "--bits N", "of a code: 2, 3, 4 or 8", count, 4, choices=(2, 3, 4, 8))
     option(c, "--group G", "neighbouring weights that share a scale, or `row`", group, 64)
     option(c, "--symmetric", "no zero points", bool, True)
-    option(c, "--format F", "instead of bits, group and symmetric: nf4, mxfp4, fp8-e4m3, …")
     option(c, "--act-order", "gptq: columns with large inputs first", bool, True)
-    option(c, "--layout", "of the file (default: awq for awq in 4 bits, gptq for other integers, "
-           "and packed, which we alone read, for the rest)", ("gptq", "awq", "packed"))
+    option(c, "--layout", "of the file (default: awq for awq in 4 bits, else gptq)",
+           ("gptq", "awq"))
     option(c, "--calibration FILE", "a text (default: prose that comes with Python)")
     option(c, "--sequences N", "of the calibration text (default: 12 for gptq, 4 for awq)", count)
     option(c, "--length T", "tokens of a sequence", count, 512)
@@ -44,16 +42,12 @@ def run(args: Args) -> int:
     with checked():
         text = text_file("calibration", args.calibration)
         zero = "none" if args.symmetric else "integer"
-        format = (quantization.format_named(args.format) if args.format
-                  else quantization.IntFormat(args.bits, args.group, zero))
+        format = quantization.IntFormat(args.bits, args.group, zero)
         layout = args.layout or layout_for(args.method.upper(), format)
     model = arguments.load(args.model)
     with checked():
         for linear in quantization.linears(model).values():
-            try:
-                format.width(linear.weight.shape[1])
-            except ValueError as error:                     # it begins with the format's name
-                raise ValueError(f"format={error}") from error
+            format.width(linear.weight.shape[1])
         can_save(model, format, args.out, layout)
         if args.method != "rtn":
             if model.tokenizer is None:

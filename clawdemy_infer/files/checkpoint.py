@@ -7,8 +7,7 @@
     tokenizer.json       and its settings
 
 Q, K and V are stored apart, as are gate and up: the rows of a quantized matrix do not know of each
-other. What neither GPTQ's nor AWQ's layout can hold, nf4 or mxfp4, is stored in the layout
-"packed", for us alone to read.
+other.
 """
 
 from dataclasses import replace
@@ -29,10 +28,9 @@ from clawdemy_infer.files.directory import (
     write_model,
     written_whole,
 )
-from clawdemy_infer.files.layouts import LAYOUTS, OPTIONAL
+from clawdemy_infer.files.layouts import LAYOUTS
 from clawdemy_infer.files.tokenizer import Tokenizer
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.quantization.floats import format_named
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.integers import IntFormat
 from clawdemy_infer.quantization.linears import QuantizedModel, with_matrices
@@ -41,8 +39,8 @@ from clawdemy_infer.quantization.linears import QuantizedModel, with_matrices
 
 
 def save_quantized(model: QuantizedModel, directory: str | Path, layout: str | None = None) -> Path:
-    """Write `model` to a new directory, and return it. `layout` is "gptq", "awq" or "packed";
-    unless given, "awq" for AWQ in 4 bits, and "packed" for what "gptq" cannot hold.
+    """Write `model` to a new directory, and return it. `layout` is "gptq" or "awq"; unless given,
+    "awq" for AWQ in 4 bits.
 
     All of the directory is there, or nothing. Raises ValueError for a directory that exists, and
     for a format that the layout cannot hold.
@@ -55,10 +53,9 @@ def save_quantized(model: QuantizedModel, directory: str | Path, layout: str | N
               for name, tensor in destinations(model.decoder).items()
               if name.removesuffix(".weight") not in parts}
     for name, tensor in parts.items():
-        written = (layouts.to_gptq(tensor, version) if layout == "gptq" else
-                   layouts.to_awq(tensor) if layout == "awq" else layouts.to_packed(tensor))
-        # cloned: nvfp4's Q, K and V share a number
-        stored |= {f"{name}.{key}": value.clone() for key, value in written.items()}
+        written = (layouts.to_gptq(tensor, version) if layout == "gptq"
+                   else layouts.to_awq(tensor))
+        stored |= {f"{name}.{key}": value for key, value in written.items()}
     settings, tokenizer = _settings(model, layout, version), model.decoder.tokenizer
     about = {}
     if tokenizer is not None:
@@ -72,9 +69,7 @@ def save_quantized(model: QuantizedModel, directory: str | Path, layout: str | N
 
 
 def layout_for(method: str, format: Format) -> str:
-    """The layout in which others expect what `method` found, or "packed" where they know none."""
-    if not layouts.holds("gptq", format):
-        return "packed"
+    """The layout in which others expect what `method` found."""
     return "awq" if method == "AWQ" and format.bits == 4 else "gptq"
 
 
@@ -102,8 +97,8 @@ def is_quantized(directory: str | Path) -> bool:
 
 
 def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) -> QuantizedModel:
-    """The model in a directory of the GPTQ or AWQ layout, ours or another program's, or of our own;
-    `.decoder` computes in `dtype`.
+    """The model in a directory of the GPTQ or AWQ layout, ours or another program's; `.decoder`
+    computes in `dtype`.
 
     Raises ValueError for a directory that holds something else, naming what.
     """
@@ -123,19 +118,18 @@ def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) ->
     # 2. The matrices, each of several tensors.
     found = {key: (file, value) for file, key, value in stored_tensors(directory, config)}
     decoder = empty_decoder(config, dtype, "cpu")
-    wanted, parts, (codes, *_) = destinations(decoder), {}, LAYOUTS[layout]
-    for stem in [name.removesuffix(f".{codes}") for name in found if name.endswith(f".{codes}")]:
+    wanted, parts = destinations(decoder), {}
+    for stem in [name.removesuffix(".qweight") for name in found if name.endswith(".qweight")]:
         stored = {key: found.pop(f"{stem}.{key}")[1] for key in LAYOUTS[layout]
                   if f"{stem}.{key}" in found}
         for key in LAYOUTS[layout]:
-            if key not in stored and key not in OPTIONAL:
+            if key not in stored and key != "g_idx":
                 raise ValueError(f"{directory}: {stem}.{key}: missing")
         if f"{stem}.weight" not in wanted:
             raise ValueError(f"{directory}: {stem}: without a place in this model")
         shape = wanted.pop(f"{stem}.weight").shape
-        parts[stem] = (layouts.from_gptq(stored, format, version) if layout == "gptq" else
-                       layouts.from_awq(stored, format) if layout == "awq" else
-                       layouts.from_packed(stored, format, shape))
+        parts[stem] = (layouts.from_gptq(stored, format, version) if layout == "gptq"
+                       else layouts.from_awq(stored, format))
         if parts[stem].shape != shape:
             raise ValueError(f"{directory}: {stem} is {list(parts[stem].shape)}, "
                              f"but config.json makes it {list(shape)}")
@@ -188,8 +182,6 @@ def _together(parts: dict[str, Quantized], config: ModelConfig) -> dict[str, Qua
 
 def _settings(model: QuantizedModel, layout: str, version: int) -> dict:
     format = model.format
-    if layout == "packed":
-        return {"quant_method": layout, "format": format.name, "method": model.method}
     common = {"quant_method": layout, "bits": format.bits, "method": model.method,
               "group_size": -1 if format.group is None else format.group,
               "sym": format.zero == "none"}
@@ -201,14 +193,12 @@ def _settings(model: QuantizedModel, layout: str, version: int) -> dict:
                      "checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
 
 
-def _format_of(said: dict) -> tuple[Format, str, int]:
+def _format_of(said: dict) -> tuple[IntFormat, str, int]:
     """Format, layout and version of GPTQ's."""
     layout, versions = said.get("quant_method"), {"gptq": 1, "gptq_v2": 2}
     if layout not in LAYOUTS:
         raise ValueError(
             f"quantization_config: quant_method={layout!r}: accepted are {', '.join(LAYOUTS)}")
-    if layout == "packed":
-        return format_named(str(said.get("format"))), layout, 1
     if layout == "awq" and str(said.get("version", "gemm")).lower() != "gemm":
         raise ValueError(f"quantization_config: version={said['version']!r}: 'gemm' is accepted")
     written_as = said.get("checkpoint_format", "gptq")

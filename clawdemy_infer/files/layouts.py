@@ -1,5 +1,5 @@
 """How a quantized matrix lies in a file: the layouts of GPTQ and of AWQ, in words of 32 bits, which
-serving engines read, and one of our own that holds any format.
+serving engines read.
 
 For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [O, I] in G groups:
 
@@ -11,8 +11,6 @@ For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [O,
                                          0 2 4 6 1 3 5 7; 4 bits only
             qzeros  int32 [G, O/8]       in the same order
             scales  fp16  [G, O]
-    packed  codes   uint8 [O, I·b/8]     a row of codes side by side, and scales, zeros and the rest
-                                         as their format keeps them
 
 (IST-DASLab/gptq and AutoGPTQ's qlinear; mit-han-lab/llm-awq and AutoAWQ's "gemm".) A symmetric
 format's codes are moved up by 2^(b-1), which then is their zero.
@@ -24,11 +22,8 @@ from torch.nn import functional as F
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.integers import IntFormat
 
-LAYOUTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales"),
-           "packed": ("codes", "scale", "zero", "outer", "group_of")}
-"""What each stores of a matrix: codes first."""
-OPTIONAL = ("g_idx", "zero", "outer", "group_of")
-
+LAYOUTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
+"""What each stores of a matrix; g_idx may be absent."""
 LAYOUT_BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -36,23 +31,14 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 in pairs."""
 
 
-def holds(layout: str, format: Format) -> bool:
-    """Can `layout`, "gptq" or "awq", say what `format` means?"""
-    return (isinstance(format, IntFormat) and format.bits in LAYOUT_BITS[layout]
-            and format.zero != "float")
-
-
 def accepts(layout: str, format: Format, O: int, I: int) -> None:
     """ValueError where `layout` cannot hold a matrix [O, I] of `format` without loss, naming which
     of them."""
-    if layout == "packed":
-        format.width(I)
-        return
-    if not holds(layout, format):
-        raise ValueError(
-            f"format={format.name}: the {layout} layout holds integers of "
-            f"{', '.join(map(str, LAYOUT_BITS[layout]))} bits, symmetric or with a whole zero "
-            "point, with a scale for each row or group; the layout packed holds any format")
+    bits = LAYOUT_BITS[layout]
+    if not isinstance(format, IntFormat) or format.bits not in bits or format.zero == "float":
+        raise ValueError(f"format={format.name}: the {layout} layout holds integers of "
+                         f"{', '.join(map(str, bits))} bits, symmetric or with a whole zero point, "
+                         "with a scale for each row or group")
     codes = 32 // format.bits if 32 % format.bits == 0 else 32          # end where a word ends
     for size, what in ((O, "outputs"), (I, "inputs")):
         if size % codes:
@@ -117,66 +103,27 @@ def from_awq(stored: dict[str, torch.Tensor], format: IntFormat) -> Quantized:
     return _restored(format, codes, zeros, stored["scales"], None)
 
 
-# ---- packed ----
-
-
-SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn,
-                "e8m0": torch.float8_e8m0fnu}
-
-
-def to_packed(quantized: Quantized) -> dict[str, torch.Tensor]:
-    """The tensors that the layout "packed" stores."""
-    format, zero = quantized.format, quantized.zero
-    stored = {"codes": pack(quantized.codes, format.bits),
-              "scale": quantized.scale.to(SCALE_DTYPES[format.scale_kind])}
-    if zero is not None:
-        whole = format.zero_bits == format.bits
-        stored["zero"] = pack(zero.to(torch.uint8), format.bits) if whole else zero.half()
-    if quantized.outer is not None:
-        stored["outer"] = quantized.outer
-    if quantized.group_of is not None:
-        stored["group_of"] = quantized.group_of.int()
-    return stored
-
-
-def from_packed(stored: dict[str, torch.Tensor], format: Format,
-                shape: tuple[int, int]) -> Quantized:
-    """What `to_packed` stored, of a matrix of `shape` [O, I]."""
-    scale, zero, group_of = stored["scale"].float(), stored.get("zero"), stored.get("group_of")
-    if zero is not None and zero.dtype == torch.uint8:
-        zero = unpack(zero, format.bits, scale.shape[-1])
-    codes = unpack(stored["codes"], format.bits, shape[1], format.signed)
-    return Quantized(format, codes, scale, None if zero is None else zero.float(),
-                     stored.get("outer"), None if group_of is None else group_of.long())
-
-
 # ---- codes in bytes and words ----
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Bytes (uint8) [..., ceil(n * bits / 8)] of codes [..., n], the first in the lowest bits, no
-    bit unused but at the end of a row; of signed codes, the two's complement. ValueError where one
-    does not fit.
+    """Bytes (uint8) [..., ceil(n * bits / 8)] of codes (uint8) [..., n], the first in the lowest
+    bits, no bit unused but at the end of a row. ValueError where one does not fit.
 
         4 bits: (1, 2, 15)  ->  (0x21, 0x0F)
     """
-    low = -(2 ** (bits - 1)) if codes.dtype == torch.int8 else 0
-    high = low + 2**bits - 1
-    if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
-        raise ValueError(f"codes hold {int(codes.min())} to {int(codes.max())}: "
-                         f"{bits} bits hold {low} to {high}")
-    each = (codes.view(torch.uint8)[..., None] >> _places(bits, codes) & 1).flatten(-2)
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"codes hold {int(codes.max())}: {bits} bits hold 0 to {2**bits - 1}")
+    each = (codes[..., None] >> _places(bits, codes) & 1).flatten(-2)
     each = F.pad(each, (0, -each.shape[-1] % 8)).unflatten(-1, (-1, 8))         # [..., bytes, 8]
     return (each << _places(8, codes)).sum(-1, dtype=torch.uint8)
 
 
-def unpack(packed: torch.Tensor, bits: int, count: int, signed: bool = False) -> torch.Tensor:
-    """The codes [..., count] that `pack` put into bytes: uint8, or int8 if `signed`."""
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The codes [..., count], uint8, that `pack` put into bytes."""
     each = (packed[..., None] >> _places(8, packed) & 1).flatten(-2)[..., :count * bits]
     each = each.unflatten(-1, (count, bits))
-    codes = (each << _places(bits, packed)).sum(-1, dtype=torch.uint8)
-    # the shift back repeats the sign
-    return (codes << 8 - bits).view(torch.int8) >> 8 - bits if signed else codes
+    return (each << _places(bits, packed)).sum(-1, dtype=torch.uint8)
 
 
 def _places(count: int, like: torch.Tensor) -> torch.Tensor:
