@@ -110,6 +110,11 @@ def test_a_difference_within_the_spread_is_not_explained_away():
     assert (same.explained, same.causes) == (None, ()) and "±" not in same.sentence
 
 
+def test_what_rounding_leaves_is_not_told():
+    found = account(row(20.0, [part("qkv", 10, 10.1 + 9.7), part("launches", 0, 0.2)]))
+    assert found.steps["not explained"] == 0 and found.sentence.endswith("Not explained: 0 s.")
+
+
 def test_small_parts_stand_together():
     found = account(row(40.0, [part(name, 0, seconds) for name, seconds in
                                zip("abcdef", (1, 9, 2, 8, 3, 7), strict=True)]))
@@ -125,6 +130,8 @@ def test_the_moment_is_taken_of_what_the_napkin_waits_for():
     around = [Speeds(memory=9.0, compute=0.5), Speeds(memory=9.0, compute=1.0)]
     machine = SimpleNamespace(now=Speeds())
     assert moment(prefill, machine, around) == ("compute", 0.75, 1.0)
+    one_row = Prediction({"down": Part(3.0, bound="memory")}, compute_s=3.0, memory_s=1.0)
+    assert moment(one_row, machine, around) == ("memory", 9.0, 9.0)
 
 
 def test_parts_are_shares_of_the_run_that_was_measured(lesson):

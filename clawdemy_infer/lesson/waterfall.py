@@ -34,8 +34,9 @@ AS_CALIBRATED = Moment()
 def moment(said: object, machine: object, around: Sequence = ()) -> Moment:
     """Of a run that `said` predicted with the `Speeds` of `machine.now`; `around` are those right
     before and after it."""
-    computes = isinstance(said, Prediction) and said.compute_s > said.memory_s
-    kind = "compute" if computes else "memory"
+    parts = said.parts.values() if isinstance(said, Prediction) else ()     # their own bounds:
+    # `compute_s` has the rates of products with few rows too, which memory limits.
+    kind = max(COUNTED, key=lambda kind: sum(part.seconds for part in parts if part.bound == kind))
     now = getattr(getattr(machine, "now", None), kind, 1.0)             # a data sheet has no now
     speeds = [getattr(one, kind) / now for one in around] or [1.0]
     return Moment(kind, sum(speeds) / len(speeds), max(speeds))
@@ -76,7 +77,8 @@ def account(row: LedgerRow, at: Moment = AS_CALIBRATED) -> Account:
     steps = {limit: row.napkin * (1 / at.speed - 1)} if at.speed != 1 else {}
     steps |= {name: _step(some, at) for name, some in parts.items()}
     difference = row.measured - row.napkin
-    steps[REST] = difference - sum(steps.values())
+    rest = difference - sum(steps.values())
+    steps[REST] = rest if abs(rest) > 1e-9 * row.measured else 0.0      # nor what rounding leaves
 
     def change(value: float) -> str:
         return f"{'+' * (value > 0)}{si(value, row.unit)}"
