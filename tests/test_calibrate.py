@@ -200,6 +200,16 @@ def test_the_stopwatch_looks_at_the_machine_before_and_after_and_never_within(mo
     assert len(timed.seconds) == 2 and timed.around == (Speeds(), Speeds())
 
 
+def test_several_works_in_turn_stand_between_two_looks(monkeypatch):
+    events = []
+    monkeypatch.setattr(present, "speeds_now", lambda machine: events.append("look") or Speeds())
+    timed = present.bracketed(from_record(RECORD))(
+        {name: lambda name=name: events.append(name) for name in "AB"}, repeats=2)
+    assert "".join(events) == "lookABABABlook"
+    assert [(len(timed[name].seconds), timed[name].around) for name in "AB"] == [
+        (2, (Speeds(), Speeds()))] * 2
+
+
 # ---- sampling ----
 
 

@@ -18,7 +18,7 @@ import torch
 from clawdemy_infer.envelope.roofline import Machine, Prediction
 from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import Calibrated, Speeds
-from clawdemy_infer.timing import Timing, stopwatch
+from clawdemy_infer.timing import Timing, alternate
 
 RING_BYTES = 2**26
 """Bytes of fp32 weights that the probes go through: more than caches hold."""
@@ -71,13 +71,16 @@ def at_present(machine: Machine) -> Machine:
     return machine.at(speeds_now(machine)) if isinstance(machine, Calibrated) else machine
 
 
-def bracketed(machine: Machine) -> Callable[..., Timing]:
-    """A stopwatch, called like `timing.stopwatch`, that keeps in `Timing.around` the machine's
-    speeds right before and right after the runs."""
-    def watch(work: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Timing:
+def bracketed(machine: Machine) -> Callable[..., Timing | dict]:
+    """A stopwatch, called like `timing.stopwatch`, or like `timing.alternate` with several works,
+    that keeps in `Timing.around` the machine's speeds right before and right after the runs."""
+    def watch(work: Callable | dict, repeats: int = 5, warmup: int = 1) -> Timing | dict:
+        several = work if isinstance(work, dict) else {"": work}
         before = speeds_now(machine)
-        timing = stopwatch(work, repeats, warmup)
-        return replace(timing, around=(before, speeds_now(machine)))
+        timings = alternate(several, repeats, warmup)
+        around = before, speeds_now(machine)
+        timings = {name: replace(timing, around=around) for name, timing in timings.items()}
+        return timings if isinstance(work, dict) else timings[""]
     return watch
 
 
