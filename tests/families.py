@@ -166,7 +166,7 @@ SMALL = {
         window=9)), "phi3": (Phi3Config, ModelShape("", **_DENSE | dict(H=10), window=9)),
     "qwen2": (Qwen2Config, ModelShape(
         "", **_DENSE | dict(H=10),
-        qkv_bias=True)), "qwen3": (Qwen3Config, ModelShape("", **_DENSE, qk_norm=True)),
+        biases=("qkv",))), "qwen3": (Qwen3Config, ModelShape("", **_DENSE, qk_norm=True)),
     "gemma, mqa": (GemmaConfig, ModelShape(
         "", **_DENSE | dict(K=1), tied=True)), "gemma2": (Gemma2Config,
                                                           ModelShape("", **_DENSE, tied=True,
@@ -179,7 +179,7 @@ SMALL = {
         "", **_DENSE | dict(H=10), tied=True, norms=1,
         parallel=True)), "mixtral": (MixtralConfig, ModelShape("", **_DENSE, moe=MoE(
             5, 2))), "qwen2_moe": (Qwen2MoeConfig,
-                                   ModelShape("", **_DENSE | dict(H=10), qkv_bias=True, moe=MoE(
+                                   ModelShape("", **_DENSE | dict(H=10), biases=("qkv",), moe=MoE(
                                        7, 3, shared=52, shared_gate=True))),
     "qwen3_moe, dense layers": (Qwen3MoeConfig,
                                 ModelShape("", **_DENSE, qk_norm=True, moe=MoE(

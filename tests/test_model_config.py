@@ -39,8 +39,8 @@ def test_a_llama_is_read_into_the_letters():
     shape = config.shape
     assert (shape.L, shape.D, shape.N, shape.K, shape.H, shape.F, shape.V) == (3, 60, 6, 2, 10, 84,
                                                                                131)
-    assert (shape.name, shape.tied, shape.window, shape.qkv_bias, shape.qk_norm,
-            shape.max_context) == ("tiny", True, None, False, False, 256)
+    assert (shape.name, shape.tied, shape.window, shape.biases, shape.qk_norm,
+            shape.max_context) == ("tiny", True, None, (), False, 256)
     assert (config.norm_eps, config.rope_theta, config.rope_scaling, config.bos_id,
             config.eos_ids) == (1e-5, 5e5, None, 1, (2, 5))
 
@@ -49,8 +49,8 @@ def test_what_a_family_adds_is_read_from_its_type():
     assert ModelConfig.from_hf(MISTRAL).shape.window == 7
     assert ModelConfig.from_hf(MISTRAL | {"sliding_window": None}).shape.window is None
     qwen2, qwen3 = ModelConfig.from_hf(QWEN2).shape, ModelConfig.from_hf(QWEN3).shape
-    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.window, qwen2.H) == (True, False, None, 10)
-    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.window, qwen3.H) == (False, True, None, 16)
+    assert (qwen2.biases, qwen2.qk_norm, qwen2.window, qwen2.H) == (("qkv",), False, None, 10)
+    assert (qwen3.biases, qwen3.qk_norm, qwen3.window, qwen3.H) == ((), True, None, 16)
 
 
 def test_an_absent_key_means_what_it_means_in_the_llama_paper():

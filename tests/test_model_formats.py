@@ -13,7 +13,7 @@ from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import Decoder, ModelConfig, generate
 from clawdemy_infer.variants.experts import decoder_with_experts
 
-SHAPE = ModelShape("small", L=2, D=96, N=6, K=2, H=16, F=160, V=176, tied=True, qkv_bias=True,
+SHAPE = ModelShape("small", L=2, D=96, N=6, K=2, H=16, F=160, V=176, tied=True, biases=("qkv",),
                    max_context=64)
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not cpp.available(), reason="no C++ compiler her
 SHAPE = ModelShape("plain", L=3, D=96, N=6, K=2, H=16, F=160, V=176, tied=False, max_context=256)
 # All that one family has and another has not: a bias, norms on Q and K, a window, a vocabulary of
 # no round size.
-ODD = replace(SHAPE, name="odd", V=177, qkv_bias=True, qk_norm=True, window=11)
+ODD = replace(SHAPE, name="odd", V=177, biases=("qkv",), qk_norm=True, window=11)
 PROMPTS = {0: [3, 141, 59, 26, 5], 1: [7], 2: list(range(40, 61))}
 # Prompts of a few tokens and of many; decodes; sequences apart; a few tokens each; decodes beside a
 # few, and beside a chunk that sees more than a block of keys before it; one prompt alone that ends
@@ -67,7 +67,7 @@ def both():
 
 @pytest.mark.parametrize(
     "more", [{}, {"window": 9}, {"window": 70}, {"tied": True, "K": 6}, {"N": 4, "K": 1, "H": 48},
-             {"N": 4, "K": 2, "H": 20}, {"qkv_bias": True}, {"qk_norm": True}],
+             {"N": 4, "K": 2, "H": 20}, {"biases": ("qkv",)}, {"qk_norm": True}],
     ids=["grouped", "window", "window over blocks", "tied, one head each", "one KV head of 48",
          "heads of 20", "bias", "norms on Q and K"])
 @pytest.mark.parametrize("cache", CACHES)

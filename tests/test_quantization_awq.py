@@ -39,7 +39,7 @@ def tiny(**more):
     return model
 
 
-@pytest.mark.parametrize("more", [{}, {"qkv_bias": True}, {"qk_norm": True}],
+@pytest.mark.parametrize("more", [{}, {"biases": ("qkv",)}, {"qk_norm": True}],
                          ids=["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("name", ["qkv", "out", "gate_up", "down"])
 def test_scaled_and_folded_the_model_computes_the_same(name, more):

@@ -176,7 +176,8 @@ def test_a_loaded_checkpoint_runs_on_the_int4_kernels(saved):
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"window": 40}, {"qkv_bias": True}, {"qk_norm": True}, {"qkv_bias": True, "window": 40}])
+    [{}, {"window": 40}, {"biases": ("qkv",)}, {"qk_norm": True},
+     {"biases": ("qkv",), "window": 40}])
 def test_a_config_survives_the_way_to_hugging_face_and_back(more):
     scaling = Llama3Scaling(8.0, 1.0, 4.0, 32) if not more else None
     config = ModelConfig(tiny(**more).config.shape, 1e-5, 5e5, scaling, bos_id=1, eos_ids=(2, 3))

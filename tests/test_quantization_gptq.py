@@ -202,7 +202,7 @@ TOKENS = torch.randint(0, 101, (3, 31), generator=torch.Generator().manual_seed(
 
 
 def test_each_linear_is_quantized_on_what_the_quantized_ones_before_it_give():
-    model, format = tiny(qkv_bias=True), format_named("int3-g16")
+    model, format = tiny(biases=("qkv",)), format_named("int3-g16")
     result = gptq(model, TOKENS, format)
     inputs = {name: [] for name in result.tensors}
     observe(result.decoder, TOKENS, lambda name, x: inputs[name].append(x))

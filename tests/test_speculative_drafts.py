@@ -16,8 +16,8 @@ from clawdemy_infer.variants.self_drafts import EarlyExit, SelfDraft, draft_name
 GREEDY = Sampling()
 
 
-def copied(text, count=4, **sizes):
-    draft = PromptLookup(**sizes)
+def copied(text, count=4):
+    draft = PromptLookup()
     draft.begin(None, None, {"a": text})
     return draft.propose({"a": text}, {"a": count}, GREEDY, None).tokens[0]
 
@@ -35,12 +35,9 @@ def test_prompt_lookup_copies_what_followed_the_longest_repetition(text, expecte
 
 
 def test_prompt_lookup_keeps_to_its_sizes_and_to_the_count():
-    assert copied([1, 2, 3, 1], shortest=2) == []
-    assert copied([1, 2, 3, 1, 2], shortest=2, count=1) == [3]
-    # 1 2 3 would say 4
-    assert copied([9, 1, 2, 3, 4, 0, 9, 2, 3, 5, 1, 2, 3], longest=2, count=1) == [5]
-    with pytest.raises(ValueError, match="shortest=3, longest=2"):
-        PromptLookup(2, 3)
+    assert copied([1, 2, 3, 1, 2], count=1) == [3]
+    # the last four came before 4, and of these the last three before 5
+    assert copied([0, 1, 2, 3, 4, 9, 1, 2, 3, 5, 0, 1, 2, 3], count=1) == [5]
 
 
 def test_prompt_lookup_learns_as_the_text_grows():

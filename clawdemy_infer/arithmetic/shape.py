@@ -101,7 +101,6 @@ class ModelShape:
     V: int
     tied: bool = False
     window: int | None = None
-    qkv_bias: bool = False
     qk_norm: bool = False
     max_context: int | None = None
     source: str = ""
@@ -150,7 +149,6 @@ class ModelShape:
         return tuple(Counter(self.layers).items())
 
     def _layer(self, kind: str, has_experts: bool) -> Layer:
-        biases = (*self.biases, "qkv") if self.qkv_bias else self.biases
         if kind == "ssm":
             mixer = StateSpace(self.D, self.ssm)
         elif self.mla:
@@ -158,10 +156,10 @@ class ModelShape:
         else:
             window = self.window if kind.startswith("local") else None
             mixer = Attention(self.D, self.N, self.K, self.H, window, "shared" not in kind,
-                              self.rope, self.qk_norm, self.sinks, biases)
-        feed_forward = MLP(self.D, self.F, self.gated, biases) if self.F else None
+                              self.rope, self.qk_norm, self.sinks, self.biases)
+        feed_forward = MLP(self.D, self.F, self.gated, self.biases) if self.F else None
         if has_experts:
-            feed_forward = Experts(self.D, self.moe.F or self.F, self.moe, biases)
+            feed_forward = Experts(self.D, self.moe.F or self.F, self.moe, self.biases)
         return Layer(self.D, mixer, feed_forward, self.norms, "norm" in self.biases, self.parallel)
 
     # ---- parameters and what they weigh ----

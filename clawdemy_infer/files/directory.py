@@ -176,7 +176,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a `ModelConfig`: what transformers, serving engines and
     `ModelConfig.from_hf` read."""
     shape = config.shape
-    family = ("qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else
+    family = ("qwen3" if shape.qk_norm else "qwen2" if shape.biases else
               "mistral" if shape.window else "llama")
     said = {
         "_name_or_path": shape.name, "architectures": [f"{family.capitalize()}ForCausalLM"],

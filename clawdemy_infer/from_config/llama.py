@@ -76,7 +76,7 @@ def phi3(keys: Keys) -> dict:
 
 def qwen2(keys: Keys) -> dict:
     """Q, K and V have a bias."""
-    return _qwen(keys, letters(keys)) | {"qkv_bias": True}
+    return _qwen(keys, letters(keys)) | {"biases": ("qkv",)}
 
 
 def qwen3(keys: Keys, H: int | None = 128) -> dict:

@@ -16,10 +16,11 @@ from clawdemy_infer.kv_cache.step import Rectangle, Step, at_least_1, rectangles
 
 
 class RectangularCache:
-    """A cache of sequences 0 ... B-1 with room for `capacity` tokens each.
+    """A cache of sequences 0 ... B-1 with room for `capacity` tokens each. A kind of it has
 
-    What it keeps are `tensors` [L, B, K, capacity, X]; `write` and `read` say how keys and values
-    become these and come back.
+    tensors [L, B, K, capacity, X]    what it keeps
+    write(layer, part, k, v)          keep k, v [B*T, K, H] behind the past of these sequences
+    read(layer, part)                 all keys and values [B, K, S, H] that may be seen, also new
     """
 
     span = None
@@ -31,14 +32,6 @@ class RectangularCache:
         self.batch, self.capacity = batch, capacity
         self.dtype, self.device = dtype, torch.device(device)
         self.lengths = dict.fromkeys(range(batch), 0)
-
-    def write(self, layer: int, part: "RectanglePart", k: torch.Tensor, v: torch.Tensor) -> None:
-        """Keep k, v [B*T, K, H] behind the past of these sequences."""
-        raise NotImplementedError
-
-    def read(self, layer: int, part: "RectanglePart") -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values [B, K, S, H] that may be seen, the new ones included."""
-        raise NotImplementedError
 
     def attend(self, layer: int, part: "RectanglePart", q: torch.Tensor, k: torch.Tensor,
                v: torch.Tensor) -> torch.Tensor:

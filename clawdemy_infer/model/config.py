@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.decoder import decoder_from_config
 
-RUNS = frozenset({"name", "source", "L", "D", "N", "K", "H", "F", "V", "tied", "window", "qkv_bias",
-                  "qk_norm", "max_context"})
-"""Fields of a ModelShape that the decoder runs with any value; others only with their default."""
+RUNS = frozenset({"name", "source", "L", "D", "N", "K", "H", "F", "V", "tied", "window", "qk_norm",
+                  "max_context"})
+"""Fields of a ModelShape that the decoder runs with any value; others only with their default, and
+`biases` with none or those of Q, K and V."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class ModelConfig:
     runs: ClassVar[frozenset[str]] = RUNS       # a decoder that runs more has a config that says so
 
     def __post_init__(self) -> None:
+        runs = self.runs | {"biases"} if self.shape.biases == ("qkv",) else self.runs
         for field in fields(ModelShape):
             value = getattr(self.shape, field.name)
-            if field.name not in self.runs and value != field.default:
+            if field.name not in runs and value != field.default:
                 raise ValueError(
                     f"shape {self.shape.name!r}: {field.name}={value}: the decoder runs dense "
                     f"Llama-family models, which have {field.name}={field.default}")

@@ -64,7 +64,7 @@ class Layer(nn.Module):
 
     def add_attention(self, shape: ModelShape, eps: float) -> None:
         D, N, K, H = shape.D, shape.N, shape.K, shape.H
-        self.qkv = nn.Linear(D, (N + 2 * K) * H, bias=shape.qkv_bias)
+        self.qkv = nn.Linear(D, (N + 2 * K) * H, bias="qkv" in shape.biases)
         self.q_norm = RMSNorm(H, eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(H, eps) if shape.qk_norm else None
         self.out = nn.Linear(N * H, D, bias=False)

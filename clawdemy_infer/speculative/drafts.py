@@ -53,10 +53,8 @@ class Draft(Protocol):
 
 class PromptLookup:
     """Copies: if the last n tokens came before, propose what followed them there (Saxena 2023,
-    prompt lookup decoding).
-
-    The longest n wins, from `longest` to `shortest`, and of equals the latest. A copy may run into
-    itself, as "a b a b" does (Ziv and Lempel 1977). ValueError unless 1 <= shortest <= longest.
+    prompt lookup decoding). The longest n of `SIZES` wins, and of equals the latest. A copy may run
+    into itself, as "a b a b" does (Ziv and Lempel 1977).
 
     >>> draft, text = PromptLookup(), [5, 6, 7, 8, 5, 6]
     >>> draft.begin(None, None, {"a": text})
@@ -64,11 +62,7 @@ class PromptLookup:
     [[7, 8, 5]]
     """
 
-    def __init__(self, longest: int = 3, shortest: int = 1) -> None:
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"shortest={shortest}, longest={longest}: 1 <= shortest <= longest is "
-                             "accepted")
-        self.sizes = range(longest, shortest - 1, -1)
+    SIZES = 3, 2, 1
 
     def begin(self, target: Decoder, cache: KVCache, prompts: Texts) -> None:
         self.ends: dict[Hashable, dict[tuple[int, ...], int]] = {}      # of an n-gram's last place
@@ -90,9 +84,9 @@ class PromptLookup:
     def _copy(self, sequence: Hashable, text: Sequence[int], count: int) -> list[int]:
         ends, T = self.ends[sequence], len(text)
         for end in range(self.known[sequence], T):              # those before the last token
-            ends |= {tuple(text[end - n:end]): end for n in self.sizes if n <= end}
+            ends |= {tuple(text[end - n:end]): end for n in self.SIZES if n <= end}
         self.known[sequence] = T
-        for n in self.sizes:
+        for n in self.SIZES:
             if n < T and (start := ends.get(tuple(text[-n:]))):
                 return [text[start + i % (T - start)] for i in range(count)]
         return []
