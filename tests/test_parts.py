@@ -1,7 +1,6 @@
 """A step is predicted and measured by the same parts, which add up to it. Where numbers are
 expected, the clock is one that counts operations: each takes a `TICK`."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +52,6 @@ def clock_of_ops(monkeypatch):
     """An operation takes a `TICK`, and nothing else takes any time: so says the clock, and so say
     the probes."""
     monkeypatch.setattr(parts_of, "launch_price", lambda model: TICK)
-    monkeypatch.setattr(parts_of, "elementwise_rate", lambda model, rows: math.inf)
     with timing.op_counter() as ops:
         clock = SimpleNamespace(perf_counter=lambda: ops.count * TICK)
         monkeypatch.setattr(timing, "time", clock)
@@ -105,8 +103,8 @@ def test_what_is_measured_has_the_names_of_what_is_predicted(model, phase, batch
     assert left_behind(step) == before
     assert set(parts.measured) == set(step.predict(MACHINE).parts) == NAMES
     assert parts.measured.keys() == parts.predicted.keys() == parts.napkin.keys()
-    # what launches leave of an attention over blocks may be nothing
-    assert all(seconds > 0 or name == "attention" and seconds == 0
+    # what launches leave of an attention over blocks, or of a few rows, may be nothing
+    assert all(seconds > 0 or name in ("attention", "element-wise") and seconds == 0
                for name, seconds in parts.measured.items())
     assert parts.whole_s == pytest.approx(sum(parts.measured.values()) + parts.rest_s)
     assert parts.rest_s < parts.whole_s and parts.timers_s > 0
@@ -135,19 +133,23 @@ def test_what_nobody_counted_is_in_no_part(model, monkeypatch, clock_of_ops):
     assert in_ops(slow) == right and slow.rest_s / TICK == pytest.approx(3 * 8)
 
 
-@pytest.mark.parametrize("phase, batch, rows", [("decode", 1, 1), ("decode", 3, 3),
-                                                ("prefill", 2, 22)])
-def test_launches_and_element_wise_work_have_prices_of_their_own(
-        model, monkeypatch, phase, batch, rows):
-    asked = []
+def test_what_more_rows_take_between_products_is_element_wise(model, monkeypatch, clock_of_ops):
+    """A norm of 8 operations runs four times, but once where there is one row."""
+    step = StepOf(model, "decode", 2, 9)
+    right = in_ops(step.parts(MACHINE, repeats=2))
+    norm = model.layers[0].mlp_norm
+    monkeypatch.setattr(norm, "forward", lambda x, run=norm.forward: [
+        run(x) for _ in range(4 if len(x) > 1 else 1)][-1])
+    slow = step.parts(MACHINE, repeats=2)
+    assert in_ops(slow) == right | {"element-wise": pytest.approx(3 * 8)}
+    assert slow.rest_s / TICK == pytest.approx(0)
+
+
+@pytest.mark.parametrize("phase, batch, context", STEPS)
+def test_a_launch_has_a_price_of_its_own(model, monkeypatch, phase, batch, context):
     monkeypatch.setattr(parts_of, "launch_price", lambda model: 0.25)
-    monkeypatch.setattr(parts_of, "elementwise_rate",
-                        lambda model, rows: asked.append(rows) or 2.0)
-    step = StepOf(model, phase, batch, 11)
-    measured = step.parts(MACHINE, repeats=1).measured
-    moved = sum(op.bytes for op in step.work.operations() if op.kernel == "elementwise")
-    assert asked == [rows] and measured["element-wise"] == moved / 2
-    assert measured["launches"] == step.ops / 4
+    step = StepOf(model, phase, batch, context)
+    assert step.parts(MACHINE, repeats=1).measured["launches"] == step.ops / 4
 
 
 def test_a_slow_part_is_the_largest_by_the_real_clock(model, monkeypatch):

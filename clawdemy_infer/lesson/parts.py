@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from clawdemy_infer.arithmetic import Format, Work, total
 from clawdemy_infer.envelope.roofline import KERNELS, PAGED_ATTENTION, Machine, Prediction
-from clawdemy_infer.fast import computes_in
 from clawdemy_infer.fast.recorded import RecordedSteps
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.lesson.steps import (
@@ -185,24 +184,29 @@ class StepOf:
         """Each part of the step, from runs that are watched, by turns with runs that are not; by
         default for some `PARTS_S`.
 
-        Products and attention are read off the clock within the step. Launches and element-wise
-        work are measured by themselves, right after it: so many launches at the price that one has
-        at this moment, so many bytes at the rate that such rows reach. What the whole takes beyond
-        all of these is the rest. Raises ValueError, before any work, for a step whose parts no
-        clock can tell apart.
+        Products and attention are read off the clock within the step. Launches are measured by
+        themselves, right after it: so many, at the price that one has at this moment. Element-wise
+        is what a step takes between its products beyond what a step of one token takes there, which
+        starts as many operations and moves next to nothing. What the whole takes beyond all of
+        these is the rest. Raises ValueError, before any work, for a step whose parts no clock can
+        tell apart.
         """
         works = self._works()
         self._refuse(works.keys() - {"attention", "scan", "element-wise"})
-        # 1. The step and the step watched, by turns. The first turn warms up.
-        own_s = cost_of_watching()
+        # 1. The step, the step watched and one token watched, by turns. The first turn warms up.
+        own_s, one = cost_of_watching(), self
+        if self.batch * self.new > 1:
+            small = filled_cache(self.model, 1, 1, kind=type(self.filled))
+            one = StepOf(self.model, "decode", 1, 2, small)
 
-        def turn() -> tuple[float, Watch]:
-            return stopwatch(self.run, 1, warmup=0).median, self.look(own_s)
+        def turn() -> tuple[float, Watch, list[Watch]]:
+            plain_s, watch = stopwatch(self.run, 1, warmup=0).median, self.look(own_s)
+            return plain_s, watch, [watch] if one is self else [one.look(own_s) for _ in range(3)]
 
         first_s = stopwatch(turn, 1, warmup=0).median
         turns = [turn() for _ in range(repeats or max(1, min(15, int(PARTS_S / first_s))))]
-        whole_s = median(plain_s for plain_s, _ in turns)
-        seconds = {part: median(watch.taken[part] for _, watch in turns)
+        whole_s = median(plain_s for plain_s, *_ in turns)
+        seconds = {part: median(watch.taken[part] for _, watch, _ in turns)
                    for part in turns[0][1].taken}
         # 2. Watching is taken off in proportion.
         scale = whole_s / sum(seconds.values())
@@ -210,14 +214,14 @@ class StepOf:
         # 3. One call of C++ has clocks for all; what Python does between products has none.
         if not is_one_call(self.model):
             price = launch_price(self.model)
+            of_one = median(watch.taken["launches"] for *_, small in turns for watch in small)
+            seconds["element-wise"] = max(seconds["launches"] - scale * of_one, 0.0)
             seconds["launches"] = price * self.ops
-            seconds["element-wise"] = works["element-wise"].bytes / elementwise_rate(
-                self.model, self.batch * self.new)
             if self.paged:                              # its launches were timed with it
                 seconds["attention"] = max(
                     seconds["attention"] - price * self.started["attention"], 0.0)
         measured = {name: seconds[name] for name in (*works, "launches")}
-        watching_s = median(watch.whole_s - plain_s for plain_s, watch in turns)
+        watching_s = median(watch.whole_s - plain_s for plain_s, watch, _ in turns)
         return Parts(measured, *self._expected(machine, works, measured), whole_s, watching_s,
                      own_s * turns[0][1].calls)
 
@@ -261,13 +265,6 @@ def _ratio(amount: float, seconds: float) -> float | None:
 def launch_price(model: Decoder) -> float:
     """Seconds that a launch costs at this moment, between products of the model's format."""
     return probes.fixed_cost(model.device.type, model.weights)
-
-
-def elementwise_rate(model: Decoder, rows: int) -> float:
-    """Useful bytes/s of element-wise work on `rows` rows at this moment."""
-    [probe] = probes.elementwise_probes(computes_in(model.weights, model.device.type),
-                                        model.device.type, [max(rows, 4)])
-    return median(probe.sample() for _ in range(5))
 
 
 def cost_of_watching(calls: int = 500) -> float:
