@@ -109,7 +109,7 @@ def test_the_fixed_cost_comes_on_top_of_the_larger():
 def test_what_devices_tell_one_another_comes_on_top_too():
     # 1 s of memory, half of that of compute
     prediction = SHEET.time(Work(500, 100), communication_s=2.5)
-    assert (prediction.seconds, prediction.communication_s) == (3.5, 2.5)
+    assert (prediction.seconds, prediction.parts["communication"].seconds) == (3.5, 2.5)
     assert prediction.bound == "communication"
     assert SHEET.time(Work(500, 100), communication_s=0.9).bound == "memory"
 

@@ -63,18 +63,14 @@ def test_a_stop_string_and_the_end_inside_an_accepted_run_end_a_request(smollm):
         "stop": (VARIED[0], 11, (known[3:17], )), "eos": (chat, 40, ()),
         "length": (VARIED[4], 5, ())
     }
-    for name in ("eos", "length"):
-        served.add(Request(name, *asked[name][:2]))
-    prompt, most, stop = asked["stop"]
-    pieces = list(served.stream(Request("stop", prompt, most, stop=stop)))
+    for name, (prompt, most, stop) in asked.items():
+        served.add(Request(name, prompt, most, stop=stop))
     for sequence in served.run().sequences:
         prompt, most, stop = asked[sequence.request.id]
         expected = generate(smollm, prompt, most, stop=stop)
         assert (sequence.tokens, sequence.text, sequence.reason) == (expected.tokens, expected.text,
                                                                      expected.finish_reason)
         assert sequence.reason == sequence.request.id and sequence.accepted
-        if stop:
-            assert "".join(pieces) == sequence.text
 
 
 @pytest.mark.slow

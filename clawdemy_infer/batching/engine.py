@@ -59,7 +59,7 @@ class Engine:
     """Serves requests with `executor` as `scheduler` says. `block_bytes` are for the report.
 
     Ctrl-C or Jupyter's stop button takes effect between two steps, so that nothing is ever half
-    done: the engine goes on with the next `step`, `run` or `stream`, or `cancel_all` clears it.
+    done: the engine goes on with the next `step` or `run`, or `cancel_all` clears it.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor, block_bytes: float = 0.0) -> None:
@@ -137,18 +137,6 @@ class Engine:
         while self.busy:
             self.step()
         return self.report(slo)
-
-    def stream(self, request: Request) -> Iterator[str]:
-        """Serve `request` beside all others, and give its text piece by piece."""
-        sequence, shown = self.add(request), 0
-        while True:
-            if piece := sequence.text[shown:]:
-                shown += len(piece)
-                yield piece
-            elif sequence.over:
-                return
-            else:
-                self.step()
 
     def report(self, slo: SLO | None = None) -> Report:
         """What became of all that has ended since the last report; it is then forgotten."""

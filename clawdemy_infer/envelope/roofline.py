@@ -70,13 +70,10 @@ class Prediction:
         return self._of("launches").seconds
 
     @property
-    def communication_s(self) -> float:
-        return self._of("communication").seconds
-
-    @property
     def bound(self) -> str:
-        return max(("compute", "memory", "fixed", "communication"),
-                   key=lambda term: getattr(self, f"{term}_s"))
+        terms = {"compute": self.compute_s, "memory": self.memory_s, "fixed": self.fixed_s,
+                 "communication": self._of("communication").seconds}
+        return max(terms, key=terms.get)
 
     def __sub__(self, less: "Prediction") -> "Prediction":
         """What more work takes longer: part by part, as equal parts are equally wrong. Above 0
