@@ -41,8 +41,7 @@ def causal_mask(past: Sequence[int], T: int, window: int | None, dtype: torch.dt
     to themselves, and of these the last `window`. [B or 1, 1, T, max(past) + T], 0 where they do,
     -inf where not, to be added to the scores. None where causality alone says it: for sequences
     equally long, one query or a square, and a window that never bites. SDPA then skips the upper
-    triangle.
-    """
+    triangle."""
     if len(set(past)) == 1:
         past = past[:1]
         if (T == 1 or not past[0]) and (window is None or past[0] + T <= window):

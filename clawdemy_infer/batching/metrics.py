@@ -41,9 +41,8 @@ class StepRecord(NamedTuple):
            blocks: int) -> "StepRecord":
         tokens = sum(plan.num_new_tokens.values())
         computed = len(plan.padded[0]) * plan.padded[1] if plan.padded else tokens
-        if plan.num_lookahead_tokens:
-            tokens += sum(emission.num_tokens - 1 for emission in emitted.values())
-            computed += sum(emission.num_draft_tokens for emission in emitted.values())
+        tokens += sum(emission.num_tokens - 1 for emission in emitted.values())
+        computed += sum(emission.num_draft_tokens for emission in emitted.values())
         return cls(start_s, end_s, len(plan.num_new_tokens), tokens, computed, blocks)
 
 

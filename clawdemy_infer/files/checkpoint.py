@@ -53,8 +53,7 @@ def save_quantized(model: QuantizedModel, directory: str | Path, layout: str | N
               for name, tensor in destinations(model.decoder).items()
               if name.removesuffix(".weight") not in parts}
     for name, tensor in parts.items():
-        written = (layouts.to_gptq(tensor, version) if layout == "gptq"
-                   else layouts.to_awq(tensor))
+        written = layouts.to_gptq(tensor, version) if layout == "gptq" else layouts.to_awq(tensor)
         stored |= {f"{name}.{key}": value for key, value in written.items()}
     settings, tokenizer = _settings(model, layout, version), model.decoder.tokenizer
     about = {}

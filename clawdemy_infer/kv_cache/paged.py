@@ -102,13 +102,11 @@ class PagedCache:
 
     def head_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """Where the K heads of each of `slots` [...] lie in a layer, counted in heads: [..., K]."""
-        block, offset = slots // self.tables.pool.block_size, slots % self.tables.pool.block_size
-        head = torch.arange(self.kv_heads, device=self.device)
-        return (block[..., None] * self.kv_heads + head) * self.tables.pool.block_size + (
-            offset[..., None])
+        size, head = self.tables.pool.block_size, torch.arange(self.kv_heads, device=self.device)
+        block, offset = (slots // size)[..., None], (slots % size)[..., None]
+        return (block * self.kv_heads + head) * size + offset
 
-    def write(self, layer: int, head_slots: torch.Tensor, k: torch.Tensor,
-              v: torch.Tensor) -> None:
+    def write(self, layer: int, head_slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k, v [M, K, H] into `head_slots` [M, K]."""
         for y, x in ((self.keys, k), (self.values, v)):
             y[layer].view(-1, x.shape[-1]).index_copy_(0, head_slots.flatten(), x.flatten(0, 1))

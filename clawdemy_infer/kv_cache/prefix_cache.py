@@ -40,8 +40,7 @@ class PrefixCache:
     def find(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
         """The blocks that hold the longest known beginning of `tokens`, and their digests. The last
         token is left out: a prompt that is known whole still has to bring one token, from whose
-        logits generation goes on.
-        """
+        logits generation goes on."""
         blocks, digests, before = [], [], ROOT
         for start in range(0, len(tokens) - self.block_size, self.block_size):
             before = self.digest(before, tokens[start:start + self.block_size])
