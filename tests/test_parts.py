@@ -51,7 +51,7 @@ def small_probes(monkeypatch):
 def clock_of_ops(monkeypatch):
     """An operation takes a `TICK`, and nothing else takes any time: so says the clock, and so say
     the probes."""
-    monkeypatch.setattr(parts_of, "launch_price", lambda model: TICK)
+    monkeypatch.setattr(parts_of, "launch_price", lambda model: lambda: TICK)
     with timing.op_counter() as ops:
         clock = SimpleNamespace(perf_counter=lambda: ops.count * TICK)
         monkeypatch.setattr(timing, "time", clock)
@@ -147,7 +147,7 @@ def test_what_more_rows_take_between_products_is_element_wise(model, monkeypatch
 
 @pytest.mark.parametrize("phase, batch, context", STEPS)
 def test_a_launch_has_a_price_of_its_own(model, monkeypatch, phase, batch, context):
-    monkeypatch.setattr(parts_of, "launch_price", lambda model: 0.25)
+    monkeypatch.setattr(parts_of, "launch_price", lambda model: lambda: 0.25)
     step = StepOf(model, phase, batch, context)
     assert step.parts(MACHINE, repeats=1).measured["launches"] == step.ops / 4
 

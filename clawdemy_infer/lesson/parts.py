@@ -185,43 +185,44 @@ class StepOf:
         default for some `PARTS_S`.
 
         Products and attention are read off the clock within the step. Launches are measured by
-        themselves, right after it: so many, at the price that one has at this moment. Element-wise
-        is what a step takes between its products beyond what a step of one token takes there, which
-        starts as many operations and moves next to nothing. What the whole takes beyond all of
-        these is the rest. Raises ValueError, before any work, for a step whose parts no clock can
-        tell apart.
+        themselves, between the runs: so many, at the price that one has then. Element-wise is what
+        a step takes between its products beyond what a step of one token takes there, which starts
+        as many operations and moves next to nothing. What the whole takes beyond all of these is
+        the rest. Raises ValueError, before any work, for a step whose parts no clock can tell
+        apart.
         """
         works = self._works()
         self._refuse(works.keys() - {"attention", "scan", "element-wise"})
-        # 1. The step, the step watched and one token watched, by turns. The first turn warms up.
-        own_s, one = cost_of_watching(), self
+        # 1. By turns: the step, the step watched, one token watched, the price. The first warms up.
+        own_s, one, price = cost_of_watching(), self, launch_price(self.model)
         if self.batch * self.new > 1:
             small = filled_cache(self.model, 1, 1, kind=type(self.filled))
             one = StepOf(self.model, "decode", 1, 2, small)
 
-        def turn() -> tuple[float, Watch, list[Watch]]:
+        def turn() -> tuple[float, Watch, list[Watch], list[float]]:
             plain_s, watch = stopwatch(self.run, 1, warmup=0).median, self.look(own_s)
-            return plain_s, watch, [watch] if one is self else [one.look(own_s) for _ in range(3)]
+            of_one = [watch] if one is self else [one.look(own_s) for _ in range(3)]
+            return plain_s, watch, of_one, [price() for _ in range(5)]
 
         first_s = stopwatch(turn, 1, warmup=0).median
         turns = [turn() for _ in range(repeats or max(1, min(15, int(PARTS_S / first_s))))]
         whole_s = median(plain_s for plain_s, *_ in turns)
-        seconds = {part: median(watch.taken[part] for _, watch, _ in turns)
+        seconds = {part: median(watch.taken[part] for _, watch, *_ in turns)
                    for part in turns[0][1].taken}
         # 2. Watching is taken off in proportion.
         scale = whole_s / sum(seconds.values())
         seconds = {name: scale * each for name, each in seconds.items()}
         # 3. One call of C++ has clocks for all; what Python does between products has none.
         if not is_one_call(self.model):
-            price = launch_price(self.model)
-            of_one = median(watch.taken["launches"] for *_, small in turns for watch in small)
-            seconds["element-wise"] = max(seconds["launches"] - scale * of_one, 0.0)
-            seconds["launches"] = price * self.ops
+            launch_s = median(each for *_, prices in turns for each in prices)
+            one_s = median(watch.taken["launches"] for _, _, some, _ in turns for watch in some)
+            seconds["element-wise"] = max(seconds["launches"] - scale * one_s, 0.0)
+            seconds["launches"] = launch_s * self.ops
             if self.paged:                              # its launches were timed with it
                 seconds["attention"] = max(
-                    seconds["attention"] - price * self.started["attention"], 0.0)
+                    seconds["attention"] - launch_s * self.started["attention"], 0.0)
         measured = {name: seconds[name] for name in (*works, "launches")}
-        watching_s = median(watch.whole_s - plain_s for plain_s, watch, _ in turns)
+        watching_s = median(watch.whole_s - plain_s for plain_s, watch, *_ in turns)
         return Parts(measured, *self._expected(machine, works, measured), whole_s, watching_s,
                      own_s * turns[0][1].calls)
 
@@ -262,9 +263,10 @@ def _ratio(amount: float, seconds: float) -> float | None:
     return amount / seconds if seconds else None
 
 
-def launch_price(model: Decoder) -> float:
-    """Seconds that a launch costs at this moment, between products of the model's format."""
-    return probes.fixed_cost(model.device.type, model.weights)
+def launch_price(model: Decoder) -> Callable[[], float]:
+    """Samples what a launch costs at that moment between products of the model's format, seconds.
+    """
+    return probes.launch_probe(model.weights, model.device.type).sample
 
 
 def cost_of_watching(calls: int = 500) -> float:
