@@ -7,8 +7,7 @@ be compared.
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -73,57 +72,3 @@ def alternate(works: dict[str, Callable[[], object]], repeats: int = 5,
         for name, work in works.items():
             seconds[name] += stopwatch(work, repeats=1, warmup=0).seconds
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
-
-
-@contextmanager
-def _launches(counter) -> Iterator[None]:
-    """Count launches of Triton kernels too, which PyTorch does not dispatch: each as one."""
-    if "triton" not in sys.modules:
-        yield
-        return
-    from torch.utils._python_dispatch import _disable_current_modes
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    def counting(run: Callable) -> Callable:
-        def counted(*args, **options):
-            counter.count += 1
-            with _disable_current_modes():
-                return run(*args, **options)
-        return counted
-
-    plain = [(kind, kind.run) for kind in (JITFunction, InterpretedFunction)]
-    try:
-        for kind, run in plain:
-            kind.run = counting(run)
-        yield
-    finally:
-        for kind, run in plain:
-            kind.run = run
-
-
-@contextmanager
-def op_counter() -> Iterator:
-    """`.count`s ATen operations as they are dispatched, and Triton kernels as they are launched:
-    each costs its fixed share, whatever its size."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class OpCounter(TorchDispatchMode):
-        count = 0
-
-        @classmethod
-        def _should_skip_dynamo(cls) -> bool:
-            return False                # True imports all of torch._dynamo, which takes two seconds
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += 1
-            return func(*args, **(kwargs or {}))
-    with OpCounter() as counter, _launches(counter):
-        yield counter
-
-
-def count_ops(work: Callable[[], object]) -> int:
-    """Operations that one call of `work()` starts, as `op_counter` counts them."""
-    with op_counter() as counter:
-        work()
-    return counter.count

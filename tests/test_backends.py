@@ -13,9 +13,9 @@ from clawdemy_infer.arithmetic import ModelShape, MoE
 from clawdemy_infer.fast import PackedLinear, backends, int4_codes, int8_codes, kernels
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.kernels import dequantized
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate, probabilities
-from clawdemy_infer.timing import count_ops
 from clawdemy_infer.variants.experts import decoder_with_experts
 from clawdemy_infer.variants.int4_cache import KiviCache
 from clawdemy_infer.variants.int8_cache import Int8Cache
@@ -247,7 +247,7 @@ def test_bench_on_a_gpu_chooses_blocks_times_every_kernel_and_says_which_machine
     monkeypatch.setattr(launch, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr("clawdemy_infer.machine.calibrate.this_machine",
-                        lambda device: machine("h100-sxm"))
+                        lambda *_: machine("h100-sxm"))
     monkeypatch.setattr(bench_kernels, "gpu", lambda: {"name": "a GPU", "triton": "3"})
     monkeypatch.setattr(bench_kernels, "copy_bandwidth", lambda: 1e11)
     monkeypatch.setattr(bench_kernels, "seconds", lambda work: 1e-3)

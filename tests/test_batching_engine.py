@@ -19,10 +19,10 @@ from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.batching import Policy, Request, State
 from clawdemy_infer.batching.serving import engine
 from clawdemy_infer.batching.torch_executor import TorchExecutor
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.lesson.steps import count_operations
 from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
-from clawdemy_infer.timing import count_ops
 
 # bytes of a block of four tokens: K and V, 2 layers, 2 heads of 8, fp32
 BLOCK = 2 * 2 * 2 * 8 * 4 * 4

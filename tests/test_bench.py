@@ -12,7 +12,6 @@ from clawdemy_infer.lesson.steps import (
     filled_cache,
     random_tokens,
     step_ops,
-    time_decode,
     time_prefill,
     work_of,
 )
@@ -85,9 +84,10 @@ def test_a_timed_decode_step_is_the_context_th_token_each_time(model, monkeypatc
         return real(tokens, cache, last_only)
 
     monkeypatch.setattr(model, "forward", watched)
-    timed = time_decode(model, cache, 15, repeats=3)
-    assert len(timed.seconds) == 3
-    assert set(steps) == {((2, 1), 14, True)} and len(steps) > 3        # and a warm-up at least
+    step = parts.StepOf(model, "decode", 2, 15, cache)
+    for _ in range(3):
+        step.run()
+    assert steps == [((2, 1), 14, True)] * 3
 
 
 def test_a_timed_prefill_starts_from_an_empty_cache_each_time(model, monkeypatch):

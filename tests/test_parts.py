@@ -10,11 +10,13 @@ from clawdemy_infer import timing
 from clawdemy_infer.arithmetic import ModelShape, MoE
 from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.fast.launches import count_ops, op_counter
 from clawdemy_infer.fast.recorded import RecordedSteps
+from clawdemy_infer.fast.watched import Watch
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
 from clawdemy_infer.lesson import parts as parts_of
 from clawdemy_infer.lesson.parts import Parts, Rate, StepOf, cost_of_watching
-from clawdemy_infer.lesson.steps import Watch, filled_cache, step_ops, work_of
+from clawdemy_infer.lesson.steps import filled_cache, step_ops, work_of
 from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import Calibrated, only_products
 from clawdemy_infer.model import Decoder, ModelConfig
@@ -52,7 +54,7 @@ def clock_of_ops(monkeypatch):
     """An operation takes a `TICK`, and nothing else takes any time: so says the clock, and so say
     the probes."""
     monkeypatch.setattr(parts_of, "launch_price", lambda model: lambda: TICK)
-    with timing.op_counter() as ops:
+    with op_counter() as ops:
         clock = SimpleNamespace(perf_counter=lambda: ops.count * TICK)
         monkeypatch.setattr(timing, "time", clock)
         yield
@@ -247,11 +249,11 @@ def test_launches_are_what_starts_beside_products_and_their_attention(model):
     cache = PagedCache.for_model(model, 2, 9)
     paged, plain = StepOf(model, "decode", 2, 9, cache), StepOf(model, "decode", 2, 9)
     plain.run()
-    whole = timing.count_ops(plain.run)
+    whole = count_ops(plain.run)
     assert plain.ops == step_ops(model, batch=2)
     assert plain.ops == whole - sum(plain.started[name] for name in (*PRODUCTS, "attention"))
     paged.filled.begin({0: [1] * 8, 1: [1] * 8}).commit()
-    assert paged.ops == timing.count_ops(paged.run) - sum(paged.started[name] for name in PRODUCTS)
+    assert paged.ops == count_ops(paged.run) - sum(paged.started[name] for name in PRODUCTS)
     assert {op.kernel for op in paged.work.operations()} >= {"paged attention", "gemm"}
     assert (paged.work.flops, paged.work.bytes) == (plain.work.flops, plain.work.bytes)
 

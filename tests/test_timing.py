@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from clawdemy_infer import timing
-from clawdemy_infer.timing import Timing, alternate, count_ops, stopwatch
+from clawdemy_infer.fast.launches import count_ops
+from clawdemy_infer.timing import Timing, alternate, stopwatch
 
 
 class Clock:

@@ -3,7 +3,8 @@
 In reading order: `formats` and `codes` (what a weight is kept in), `kernels` (what multiplies by
 each, and the table that chooses), `layers` (a linear layer of packed weights); then one engine a
 device, which runs whole steps: `cpp_step` for a CPU (`cpp/` has the C++), `triton_step` and
-`recorded` for a GPU; `faster` joins them to a model.
+`recorded` for a GPU; `faster` joins them to a model. What a step starts and how long its parts
+take, on any engine: `launches`, `watched`.
 """
 
 from clawdemy_infer.fast.codes import Codes, int4_codes, int8_codes

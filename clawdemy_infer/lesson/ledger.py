@@ -6,8 +6,6 @@ machine dies in the middle of that write, the last line is torn: `read` passes o
 Any other line that is not a row is an error: somebody edited the file, and should know where.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -12,8 +12,6 @@ its explanation; and exercises that check themselves.
     lesson.table()
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Mapping

@@ -7,8 +7,6 @@ inside real steps, so the parts and the rest add up to the whole.
     lesson.measure("time per token", step.time(machine), parts=step.parts(machine))
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,17 +17,9 @@ from typing import NamedTuple
 from clawdemy_infer.arithmetic import Format, Work, total
 from clawdemy_infer.envelope.roofline import KERNELS, PAGED_ATTENTION, Machine, Prediction
 from clawdemy_infer.fast.recorded import RecordedSteps
+from clawdemy_infer.fast.watched import Watch, is_one_call, products_of, watched
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
-from clawdemy_infer.lesson.steps import (
-    Watch,
-    filled_cache,
-    is_one_call,
-    products_of,
-    random_tokens,
-    started,
-    watched,
-    work_of,
-)
+from clawdemy_infer.lesson.steps import filled_cache, random_tokens, started, work_of
 from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.machine.present import bracketed
@@ -71,7 +61,7 @@ class Parts:
     def rest_s(self) -> float:
         return self.whole_s - sum(self.measured.values())
 
-    def to(self, whole_s: float) -> Parts:
+    def to(self, whole_s: float) -> "Parts":
         """The same shares of another measurement of the same step."""
         measured = {name: each * whole_s / self.whole_s for name, each in self.measured.items()}
         return replace(self, measured=measured, whole_s=whole_s)

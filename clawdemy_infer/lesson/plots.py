@@ -1,7 +1,5 @@
 """How the course draws: one style, and the same colour for the same thing in every figure."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from html import escape

@@ -1,29 +1,18 @@
 """Steps of the real model: on the stopwatch, and the operations and work they are made of."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from clawdemy_infer.arithmetic import Format, ModelShape, Work
 from clawdemy_infer.batching import Operations, Policy
-from clawdemy_infer.fast import PackedLinear, computes_in
-from clawdemy_infer.fast.cpp_step import PARTS
-from clawdemy_infer.kv_cache import (
-    BlockPool,
-    BlockTables,
-    ContiguousCache,
-    KVCache,
-    PagedCache,
-    Step,
-)
+from clawdemy_infer.fast import computes_in
+from clawdemy_infer.fast.watched import ops_by_part
+from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.timing import Timing, now, op_counter, stopwatch
+from clawdemy_infer.timing import Timing, stopwatch
 
 
 def random_tokens(model: Decoder, batch: int, length: int) -> torch.Tensor:
@@ -55,124 +44,7 @@ def time_prefill(model: Decoder, batch: int, prompt: int, repeats: int = 5,
     return watch(prefill, repeats)
 
 
-def time_decode(model: Decoder, cache: ContiguousCache, context: int, repeats: int = 15,
-                watch: Callable[..., Timing] = stopwatch) -> Timing:
-    """Seconds for one more token of each sequence, the `context`-th. `cache` holds context - 1
-    tokens at least and is cut to `context`: measure several contexts from the longest down."""
-    tokens = random_tokens(model, len(cache.lengths), 1)
-
-    def one_token() -> None:
-        cache.truncate(context - 1)
-        model(tokens, cache, last_only=True)
-    return watch(one_token, repeats)
-
-
 # ---- what a step is made of ----
-
-
-class Watch:
-    """How much of `clock` each part of a step takes, what is watched within it not counted:
-    seconds, or operations. `own_s` is what it costs to watch one call; `calls` are counted."""
-
-    def __init__(self, clock: Callable[[], float] = now, own_s: float = 0.0) -> None:
-        self.clock, self.own_s = clock, own_s
-        self.taken: Counter[str] = Counter()
-        self.calls, self.within = 0, 0.0        # `within` the call that is being watched
-
-    def of(self, part: str, function: Callable) -> Callable:
-        """`function`, watched as `part`."""
-        def run(*arguments, **options):
-            outside, self.within = self.within, 0.0
-            start = self.clock()
-            try:
-                return function(*arguments, **options)
-            finally:
-                took = self.clock() - start
-                self.taken[part] += took - self.within
-                self.within, self.calls = outside + took + self.own_s, self.calls + 1
-        return run
-
-    @property
-    def whole_s(self) -> float:
-        """All that was watched, and the watching."""
-        return sum(self.taken.values()) + self.calls * self.own_s
-
-    def note(self, part: str, took: float) -> None:
-        """What `part` took by another clock, within the call that is being watched."""
-        self.taken[part] += took
-        self.within += took
-
-
-@contextmanager
-def watched(model: Decoder, cache: KVCache, watch: Watch) -> Iterator[Watch]:
-    """While it lasts, `watch` sees the steps of `model` over `cache` part by part: products, named
-    as in the layers; "head"; "attention"; "launches", all that the rest of a step does; and "the
-    rest", which is no part of a step: checks and bookkeeping. It leaves nothing behind."""
-    runner, before = getattr(model.runner, "plain", model.runner), []
-
-    def put(owner: object, name: str, value: object) -> None:
-        before.append((owner, name, vars(owner).get(name, before)))
-        setattr(owner, name, value)
-
-    def watch_as(part: str, owner: object, *names: str) -> None:
-        for name in names:
-            put(owner, name, watch.of(part, getattr(owner, name)))
-
-    def begin(*arguments) -> Step:
-        step = plain_begin(*arguments)
-        watch_as("attention", step, "attend")
-        watch_as("the rest", step, "commit")
-        return step
-
-    def clocked(*arguments) -> tuple:
-        out = plain_run(*arguments)
-        for part, seconds in zip(PARTS, runner.clocks.tolist(), strict=True):
-            watch.note(part, seconds)
-        runner.clocks.zero_()
-        return out
-
-    try:
-        watch_as("launches", model, "step")
-        watch_as("the rest", model, "_check")
-        watch_as("head", model, "logits")
-        plain_begin = watch.of("the rest", cache.begin)
-        put(cache, "begin", begin)
-        if hasattr(cache, "write"):
-            watch_as("launches", cache, "write")
-        for name, module in products_of(model):
-            watch_as(name, module, "forward")
-        if hasattr(runner, "attention"):            # it attends without `step.attend`
-            attention = runner.attention
-            put(runner, "attention", lambda *of: watch.of("attention", attention(*of)))
-        if is_one_call(model):
-            watch_as("head", runner.head, "forward")
-            if watch.clock is now:
-                plain_run = runner.run
-                put(runner, "clocks", torch.zeros(len(PARTS), dtype=torch.float64))
-                put(runner, "run", clocked)
-        yield watch
-    finally:
-        for owner, name, value in reversed(before):
-            delattr(owner, name) if value is before else setattr(owner, name, value)
-
-
-def products_of(model: Decoder) -> list[tuple[str, nn.Module]]:
-    """The linear layers of its layers, each by the name that it has there."""
-    return [(name.rpartition(".")[2], module) for name, module in model.layers.named_modules()
-            if isinstance(module, nn.Linear | PackedLinear)]
-
-
-def is_one_call(model: nn.Module) -> bool:
-    """Does a step run as one piece of code, in which only products cost more than their bytes?"""
-    return getattr(model.runner, "backend", None) == "cpp"
-
-
-def ops_by_part(model: Decoder, cache: KVCache, run: Callable[[], object]) -> Counter[str]:
-    """Operations that each part of the step `run()` starts, as `watched` names them: counted, not
-    timed."""
-    with op_counter() as ops, watched(model, cache, Watch(lambda: ops.count)) as watch:
-        watch.of("the rest", run)()
-    return watch.taken
 
 
 def started(model: Decoder, new: int = 1, batch: int = 1,

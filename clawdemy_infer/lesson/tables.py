@@ -1,8 +1,6 @@
 """How a number and a table look: SI units at the edge, columns that line up, in a terminal and in a
 notebook."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,6 @@
 """From napkin to measured, step by step: what was measured of each part, and what no part accounts
 for. Nobody types a cause; the largest step is one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

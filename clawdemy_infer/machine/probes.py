@@ -29,8 +29,9 @@ from clawdemy_infer.arithmetic.work import BYTES
 from clawdemy_infer.fast import FLOATS, FORMATS, PackedLinear, computes_in, copy_of, packable
 from clawdemy_infer.fast.backends import choose
 from clawdemy_infer.fast.kernels import table
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.machine.calibrated import SMALL_GEMM
-from clawdemy_infer.timing import count_ops, now
+from clawdemy_infer.timing import now
 
 RING_BYTES = 2**27
 """Bytes of all the matrices that a GEMM probe goes through: more than caches hold."""

@@ -14,8 +14,9 @@ import numpy as np
 
 from clawdemy_infer.arithmetic import ModelShape, Work
 from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.fast.launches import count_ops
+from clawdemy_infer.fast.watched import is_one_call
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.lesson.steps import is_one_call
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.machine.present import at_present
 from clawdemy_infer.model import Decoder, Sampling, generate
@@ -24,7 +25,7 @@ from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.drafts import Draft, PromptLookup
 from clawdemy_infer.speculative.rounds import Round, speculate_batch
 from clawdemy_infer.speculative.verification import verify_rows
-from clawdemy_infer.timing import alternate, count_ops
+from clawdemy_infer.timing import alternate
 
 LOGIT_BYTES_GREEDY = 4
 """Bytes moved for each logit to find the largest: each is read once, in fp32."""

@@ -57,12 +57,13 @@ from torch.nn import functional as F
 from clawdemy_infer.arithmetic import BYTES, Work, matmul, total
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import PackedLinear
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.tables import Table, number, si
 from clawdemy_infer.machine.calibrate import Pulse, calibrate, default_device, fingerprint
 from clawdemy_infer.machine.probes import read_bandwidth
-from clawdemy_infer.timing import alternate, count_ops, stopwatch
+from clawdemy_infer.timing import alternate, stopwatch
 
 plots.use_style()
 device = default_device()

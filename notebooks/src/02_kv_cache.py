@@ -30,6 +30,7 @@ from IPython.display import Markdown
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
@@ -38,7 +39,7 @@ from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops
 from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import default_device, this_machine
 from clawdemy_infer.model import generate
-from clawdemy_infer.timing import alternate, count_ops, now
+from clawdemy_infer.timing import alternate, now
 from clawdemy_infer.variants.named_caches import CACHES
 
 plots.use_style()

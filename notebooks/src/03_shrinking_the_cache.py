@@ -42,6 +42,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from clawdemy_infer.arithmetic import MLA, Work, total
 from clawdemy_infer.attention import attend
 from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
@@ -49,7 +50,7 @@ from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.steps import random_tokens
 from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
-from clawdemy_infer.timing import alternate, count_ops
+from clawdemy_infer.timing import alternate
 from clawdemy_infer.variants.cross_layer import CrossLayerConfig, CrossLayerDecoder
 from clawdemy_infer.variants.grouping import with_kv_heads
 from clawdemy_infer.variants.int4_cache import KiviCache

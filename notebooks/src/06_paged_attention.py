@@ -35,6 +35,7 @@ from matplotlib.patches import Patch
 
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
 from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
@@ -53,7 +54,7 @@ from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
 from clawdemy_infer.model import Sampling
 from clawdemy_infer.model.sampling import sample
 from clawdemy_infer.published.rows import read as published_runs
-from clawdemy_infer.timing import alternate, count_ops
+from clawdemy_infer.timing import alternate
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90

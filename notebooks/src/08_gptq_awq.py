@@ -31,6 +31,7 @@ import torch
 from IPython.display import Markdown
 
 from clawdemy_infer.arithmetic.work import matmul, total
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.files import load_model
 from clawdemy_infer.files.checkpoint import load_quantized, save_quantized
 from clawdemy_infer.lesson import Lesson, plots, widgets
@@ -53,7 +54,7 @@ from clawdemy_infer.quantization.awq import RATIOS
 from clawdemy_infer.quantization.gptq import gptq_matrix, hessian_of, output_error
 from clawdemy_infer.quantization.linears import with_modules
 from clawdemy_infer.rigs.quantization_table import quantization_table, shipped_table
-from clawdemy_infer.timing import count_ops, stopwatch
+from clawdemy_infer.timing import stopwatch
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90

@@ -38,6 +38,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from clawdemy_infer.arithmetic import MLP, Attention, Experts, MoE, Pass, Work, total
 from clawdemy_infer.attention import attend
 from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
@@ -46,7 +47,7 @@ from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops
 from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
 from clawdemy_infer.model import ModelConfig
-from clawdemy_infer.timing import alternate, count_ops
+from clawdemy_infer.timing import alternate
 from clawdemy_infer.variants import experts, linear_attention
 from clawdemy_infer.variants.pruning import influence, without_layers
 
