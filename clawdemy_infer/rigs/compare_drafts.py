@@ -8,9 +8,12 @@ were timed apart from them, or predicted from rates that were measured of none o
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from math import nan
 from statistics import median
 
 import numpy as np
+import torch
 
 from clawdemy_infer.arithmetic import ModelShape, Work
 from clawdemy_infer.envelope.roofline import Machine
@@ -19,7 +22,7 @@ from clawdemy_infer.fast.watched import is_one_call
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.machine.present import at_present
-from clawdemy_infer.model import Decoder, Sampling, generate
+from clawdemy_infer.model import Decoder, Sampling, generate, probabilities, sample
 from clawdemy_infer.model.decoder import FORMATS
 from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.drafts import Draft, PromptLookup
@@ -55,6 +58,60 @@ class RoundCosts:
         known = sorted(part for part in self.seconds if isinstance(part, int))
         seconds = np.interp(rows, known, [self.seconds[part] for part in known])
         return float(seconds) / self.seconds[1]
+
+
+@torch.inference_mode()
+def acceptances(model: Decoder, drafts: Mapping[str, Draft], prompts: Sequence[Sequence[int]],
+                max_tokens: int, sampling: Sampling | None = None,
+                ) -> tuple[list[list[int]], dict[str, list[list[float]]]]:
+    """The target writes up to `max_tokens` tokens behind each prompt: the texts. By draft, for each
+    text and each token but its first, the chance that a token drafted in its place is accepted, the
+    sum of min(p, q): 0 or 1 where greedy, NaN where nothing is drafted.
+
+    All places count, as rounds look at a token only behind what the target has written.
+    """
+    sampling = sampling or Sampling()
+    generator = sampling.generator(model.device)
+    cache = ContiguousCache.for_model(model, len(prompts), max(map(len, prompts)) + max_tokens)
+    texts = {sequence: list(prompt) for sequence, prompt in enumerate(prompts)}
+    found: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in drafts}
+    for draft in drafts.values():
+        draft.begin(model, cache, texts)
+    active, logits = texts, model.step(texts, cache)
+    for left in reversed(range(max_tokens)):
+        for text, token in zip(active.values(), sample(logits, sampling, generator).tolist(),
+                               strict=True):
+            text.append(token)
+        active = {sequence: text for sequence, text in active.items()
+                  if left and text[-1] not in model.config.eos_ids}
+        if not active:
+            break
+        proposals = {name: draft.propose(active, dict.fromkeys(active, 1), sampling, generator)
+                     for name, draft in drafts.items()}
+        logits = model.step({sequence: text[-1:] for sequence, text in active.items()}, cache)
+        p = probabilities(logits, sampling)                                     # [B, V]
+        for name, (tokens, q) in proposals.items():
+            for row, (sequence, drafted) in enumerate(zip(active, tokens, strict=True)):
+                chance = (p[row, drafted] if q is None else torch.minimum(p[row], q[row, 0])).sum()
+                found[name][sequence].append(float(chance) if drafted else nan)
+    return list(texts.values()), found
+
+
+def greedy_rounds(accepted: Sequence[float], gamma: int) -> list[Round]:
+    """The rounds of a text of which we know, of each token but the first, whether one drafted in
+    its place is accepted: 1, 0, or NaN where nothing is drafted. Tokens of a round are not named.
+
+    >>> greedy_rounds([1, 1, 0, 1], gamma=4)            # 2 of 3, a correction; none, the last token
+    [Round(drafted=[0, 0, 0], accepted=2, token=0), Round(drafted=[], accepted=0, token=0)]
+    """
+    rounds, place = [], 0
+    while place < len(accepted):
+        most = accepted[place:place + min(gamma, len(accepted) - place - 1)]
+        known = list(takewhile(lambda each: each == each, most))
+        right = len(list(takewhile(bool, known)))
+        rounds.append(Round([0] * len(known), right, 0))
+        place += right + 1
+    return rounds
 
 
 def round_parts(model: Decoder, drafts: Mapping[str, Draft], context: int,

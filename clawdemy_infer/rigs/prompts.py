@@ -1,5 +1,10 @@
 """Texts to try drafts on, of four kinds that they find easy or hard."""
 
+import re
+import statistics
+from inspect import getsource
+
+from clawdemy_infer.lesson.text import prose
 from clawdemy_infer.model import Decoder
 
 PROMPTS = {
@@ -12,10 +17,30 @@ PROMPTS = {
 }
 IN_A_CHAT = ("copying", "chat")
 """Prompts that a chat template is put around; the others are continued as they are."""
+SUBJECTS = ("bread", "the moon", "glass", "old maps", "bees", "bridges", "tea", "volcanoes",
+            "chess", "wool", "the sea", "clocks", "salt", "owls", "paper")
 
 
 def prompts_of(model: Decoder) -> dict[str, list[int]]:
     """`PROMPTS` as token ids."""
-    tokenizer = model.tokenizer
-    return {kind: tokenizer.chat([{"role": "user", "content": text}]) if kind in IN_A_CHAT
-            else tokenizer.encode(text) for kind, text in PROMPTS.items()}
+    return {kind: ids[0] for kind, ids in texts_of(model, 1).items()}
+
+
+def texts_of(model: Decoder, count: int) -> dict[str, list[list[int]]]:
+    """`count` prompts of every kind as token ids, the one of `PROMPTS` first: more are cut from
+    Python's own help and library. At most 16."""
+    words = [sentence.split() for sentence in re.findall(
+        r"(?<=\. )[A-Z][\w ,]{70,110}\.", re.sub(r"\s+", " ", prose("evaluation")))]
+    functions = re.findall(r"^def [a-z].*\n(?:(?: .*)?\n){9}", getsource(statistics), re.MULTILINE)
+    more = {"copying": [f"Repeat word for word: {' '.join([*first, *second])}"
+                        for first, second in zip(words[::2], words[1::2], strict=False)],
+            "code": [function.rstrip() for function in functions],
+            "prose": [" ".join(each[:8]) for each in words],
+            "chat": [f"Tell me about {subject}." for subject in SUBJECTS]}
+
+    def encoded(kind: str, text: str) -> list[int]:
+        if kind in IN_A_CHAT:
+            return model.tokenizer.chat([{"role": "user", "content": text}])
+        return model.tokenizer.encode(text)
+    return {kind: [encoded(kind, each) for each in [text, *more[kind]][:count]]
+            for kind, text in PROMPTS.items()}
