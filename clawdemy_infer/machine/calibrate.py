@@ -155,11 +155,11 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
 
 def spread(values: Sequence[float]) -> float:
     """Half the distance from the second lowest to the second highest of ten samples, relative to
-    their median; of fewer, from the lowest to the highest."""
+    their median, and 1 at most; of fewer, from the lowest to the highest."""
     if len(values) < 2:
         return ONE_SAMPLE_SPREAD
     cut, values = len(values) // 10, sorted(values)
-    return (values[-1 - cut] - values[cut]) / 2 / statistics.median(values)
+    return min((values[-1 - cut] - values[cut]) / 2 / statistics.median(values), 1.0)
 
 
 def _speed_of(where: tuple, speeds: Speeds) -> float:

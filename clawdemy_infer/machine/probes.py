@@ -195,28 +195,37 @@ def elementwise_probes(dtype: str, device: str, rows: Sequence[int] = (),
     norm_weight = torch.ones(width, device=device, dtype=FLOATS[dtype])
     weights = [torch.ones(width, width, device=device) for _ in range(3 * MOST_LAYERS)]
 
-    def on(rows: int, layers: int) -> Callable[[], None]:
+    def on(rows: int, layers: int) -> Callable[[], float]:
         first = torch.randn(rows, width, device=device).to(FLOATS[dtype])
         gate_up = [torch.randn(rows, 2 * width, device=device).to(FLOATS[dtype]).chunk(2, dim=-1)
                    for _ in range(layers // 2)]
 
         @torch.inference_mode()
-        def run() -> None:
-            x = first
+        def run() -> float:
+            x, seconds = first, 0.0
             for i in range(layers):
-                sweep, sweep_again, and_again = weights[3 * i:3 * i + 3]
+                start = now()
                 norm(x, norm_weight)                                    # read one, write one
-                F.linear(token, sweep)
-                gate, up = gate_up[i % len(gate_up)]
+                seconds += now() - start
+                F.linear(token, weights[3 * i])
+                start, (gate, up) = now(), gate_up[i % len(gate_up)]
                 y = F.silu(gate) * up                                   # read two, write one
-                F.linear(token, sweep_again)
+                seconds += now() - start
+                F.linear(token, weights[3 * i + 1])
+                start = now()
                 x = x + y                                               # read two, write one
-                F.linear(token, and_again)
+                seconds += now() - start
+                F.linear(token, weights[3 * i + 2])
+            return seconds
         return run
 
     def sample(m: int, layers: int) -> Callable[[], float]:
         many, one, bytes_per_row = on(m, layers), on(1, layers), (2 + 3 + 3) * width * size
-        return lambda: layers * bytes_per_row * (m - 1) / beyond(many, one)
+
+        def once() -> float:
+            start_s = one()
+            return layers * bytes_per_row * (m - 1) / max(many() - start_s, 0.01 * start_s)
+        return once
 
     size = FLOATS[dtype].itemsize
     # A GPU runs 256 rows as fast as one, and of thousands of rows a few layers will do.
@@ -259,7 +268,7 @@ def launch_probe(format: str, device: str) -> Probe:
     """Seconds to start one operation in the mix of a decode step with weights in `format`, Python
     included: the mean over `Glue`.
 
-    The time of the products alone is taken off. What is left is more than the glue would cost in a
+    The time of the products is taken off. What is left is more than the glue would cost in a
     loop of its own: a weight has gone through the caches, and the other threads have gone to sleep.
     """
     dtype = FLOATS[computes_in(format, device)]
@@ -270,18 +279,34 @@ def launch_probe(format: str, device: str) -> Probe:
     products = [[partial(w, row[0]) for w in weights[i:i + 4]] for i in range(0, len(weights), 4)]
 
     @torch.inference_mode()
+    def with_glue(of: Callable) -> None:
+        for layer, four in zip(layers, products, strict=True):
+            layer(x, [of(product) for product in four])
+
+    @torch.inference_mode()
     def products_alone() -> None:
         for four in products:
             for product in four:
                 product()
 
-    @torch.inference_mode()
-    def with_glue() -> None:
-        for layer, four in zip(layers, products, strict=True):
-            layer(x, four)
+    def sample() -> float:
+        if device != "cpu":                             # to read the clock would be to wait
+            return beyond(lambda: with_glue(lambda product: product), products_alone) / ops
+        seconds = 0.0
 
-    ops = count_ops(with_glue) - count_ops(products_alone)
-    return Probe("launches", format, 1, lambda: beyond(with_glue, products_alone) / ops)
+        def timed(product: Callable) -> Callable[[], None]:
+            def run() -> None:
+                nonlocal seconds
+                start = now()
+                product()
+                seconds += now() - start
+            return run
+        start = now()
+        with_glue(timed)
+        return (now() - start - seconds) / ops
+
+    ops = count_ops(lambda: with_glue(lambda product: product)) - count_ops(products_alone)
+    return Probe("launches", format, 1, sample)
 
 
 def fixed_cost(device: str, format: str = "fp32", samples: int = 11) -> float:
