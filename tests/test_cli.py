@@ -648,7 +648,7 @@ def test_bench_refuses_before_it_times(run, tiny, arguments, named):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["generate", "--prompt", "a"], ["bench", "--context", "5"], ["bench", "--drafts", "lookup"],
+    ["generate", "--prompt", "a"], ["bench", "--context", "5"],
     ["replay", "uniform", "--on", "engine"]], ids=" ".join)
 def test_every_command_gets_compiled_code_by_the_same_door(run, tiny, monkeypatch, arguments):
     asked = []

@@ -1,9 +1,9 @@
 """`bench`: what the roofline allows, then what the clock says; with `--breakdown`, where the time
-of a step goes. With `--peers`, `--drafts` or `--kernels` something else is measured instead."""
+of a step goes. With `--peers` or `--kernels` something else is measured instead."""
 
 from itertools import product
 
-from clawdemy_infer.cli import arguments, bench_drafts, bench_kernels, bench_peers
+from clawdemy_infer.cli import arguments, bench_kernels, bench_peers
 from clawdemy_infer.cli.arguments import RUNS_IN, Args, UsageError, command, count, option
 from clawdemy_infer.cli.output import answer, say, show, table_of
 from clawdemy_infer.lesson.tables import si
@@ -18,7 +18,7 @@ def add(subparsers) -> None:
                 "--phase prefill,decode --weights fp32,bf16 --batch 1 --context 64,512",
                 "--phase decode --weights bf16,int8,int4 --batch 1,8 --compile",
                 "--peers llama.cpp --weights int4,int8 --workloads decode-1,prefill-512 --compile",
-                "--coverage", "--drafts --compile", "--kernels --checks --json")
+                "--coverage", "--kernels --checks --json")
     ours = c.add_argument_group("ours")
     arguments.model_option(ours)
     option(ours, "--phase LIST", "prefill, decode", [tuple(CONTEXTS)], [*CONTEXTS])
@@ -29,13 +29,11 @@ def add(subparsers) -> None:
            "are inside the interval of their prediction", bool)
     option(ours, "--breakdown", "also say where the time of each step goes", bool)
     arguments.compile_option(ours)
-    for instead in (bench_peers, bench_drafts, bench_kernels):
+    for instead in (bench_peers, bench_kernels):
         instead.add(c)
 
 
 def run(args: Args) -> int:
-    if args.drafts:
-        return bench_drafts.run(args)
     if args.kernels or args.checks:
         return bench_kernels.run(args)
     return ours(args) if args.peers is None else bench_peers.run(args)

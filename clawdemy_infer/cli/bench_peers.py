@@ -13,7 +13,7 @@ def add(bench) -> None:
     option(group, "--peers LIST", f"run {', '.join(PEERS)} in turn with ours, in as many bits as "
            "--weights has; `make peers` sets them up", [PEERS], nargs="?", const=[*PEERS])
     option(group, "--workloads LIST", "decode-B, decode-B@S or prefill-S (default: six)", [str])
-    option(group, "--rounds N", "turns that each gets beside peers or drafts", count, 3)
+    option(group, "--rounds N", "turns that each gets", count, 3)
 
 
 def run(args: Args) -> int:

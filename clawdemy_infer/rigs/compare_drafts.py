@@ -1,10 +1,5 @@
-"""Speculative beside plain decoding on the clock, and what its rounds should gain: by parts that
-were timed apart from them, or predicted from rates that were measured of none of them.
-
-    layer by layer    the roofline at the machine's present speed: each operation's work, and what
-                      it costs to start it
-    in one call       the same, where nothing but products costs more than its bytes
-"""
+"""Speculative beside plain decoding on the clock, and what its rounds should gain by the parts of a
+round, which are timed apart from them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,26 +10,13 @@ from statistics import median
 import numpy as np
 import torch
 
-from clawdemy_infer.arithmetic import ModelShape, Work
-from clawdemy_infer.envelope.roofline import Machine
-from clawdemy_infer.fast.launches import count_ops
-from clawdemy_infer.fast.watched import is_one_call
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.machine.calibrated import only_products
-from clawdemy_infer.machine.present import at_present
 from clawdemy_infer.model import Decoder, Sampling, generate, probabilities, sample
-from clawdemy_infer.model.decoder import FORMATS
 from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.drafts import Draft, PromptLookup
 from clawdemy_infer.speculative.rounds import Round, speculate_batch
 from clawdemy_infer.speculative.verification import verify_rows
 from clawdemy_infer.timing import alternate
-
-LOGIT_BYTES_GREEDY = 4
-"""Bytes moved for each logit to find the largest: each is read once, in fp32."""
-LOGIT_BYTES_SAMPLED = 40
-"""Bytes moved for each logit to draw a token: a distribution takes four passes, of which three
-write too (largest; difference; division; softmax); its running sum writes 8 bytes for 4."""
 
 
 @dataclass(frozen=True)
@@ -154,37 +136,6 @@ def measure_costs(model: Decoder, drafts: Mapping[str, Draft], context: int,
     """Time the parts of a round, in turn."""
     timings = alternate(round_parts(model, drafts, context, rows, batch, sampling), repeats)
     return RoundCosts({part: timing.median for part, timing in timings.items()})
-
-
-def predict_costs(machine: Machine, model: Decoder, drafts: Mapping[str, Draft], context: int,
-                  rows: Sequence[int] = (1, 2, 5, 9), batch: int = 1,
-                  sampling: Sampling | None = None) -> RoundCosts:
-    """What `measure_costs` should find."""
-    sampling, shape, dtype = sampling or Sampling(), model.config.shape, FORMATS[model.dtype]
-    parts = round_parts(model, drafts, context, rows, batch, sampling)
-    readers = {part: model if isinstance(part, int) else drafts[part].model for part in parts}
-    machine = at_present(machine)
-    seconds: dict[str | int, float] = {}
-    for part, run in parts.items():
-        if isinstance(part, int):
-            new, work = part, shape.step(batch, part, context + part, part, kv=dtype,
-                                         weights=model.weights, activations=dtype)
-        else:
-            new, work = 1, drafts[part].step_work(batch, context + 1)
-        one_call = is_one_call(readers[part])
-        on = only_products(machine) if one_call else machine
-        seconds[part] = on.time(work, count_ops(run)).seconds
-        if one_call:
-            seconds[part] += sampling_seconds(machine, shape, batch * new, sampling)
-    return RoundCosts(seconds)
-
-
-def sampling_seconds(machine: Machine, shape: ModelShape, rows: int, sampling: Sampling) -> float:
-    """Seconds of choosing a token from each of `rows` rows of logits, without starting costs."""
-    per_logit = LOGIT_BYTES_SAMPLED if sampling.temperature else LOGIT_BYTES_GREEDY
-    work = Work(0, rows * shape.V * per_logit, "sampling", kernel="elementwise",
-                rows=rows * shape.V / shape.D)
-    return machine.time(work).seconds
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.model import Decoder, Sampling, draw, probabilities
-from clawdemy_infer.model.decoder import FORMATS
 
 Texts = Mapping[Hashable, Sequence[int]]     # token ids by sequence: prompt and what was generated
 
@@ -160,11 +158,6 @@ class ModelDraft:
                 drafted[sequence].append(token)
                 new[sequence] = [token]
         return Proposal(list(drafted.values()), q)
-
-    def step_work(self, batch: int, context: int) -> Work:
-        """What it takes to draft a token for each of `batch` sequences."""
-        shape, dtype = self.model.config.shape, FORMATS[self.model.dtype]
-        return shape.decode(batch, context, weights=self.model.weights, kv=dtype, activations=dtype)
 
     def _step(self, new: Texts) -> torch.Tensor | None:
         return self.model.step({self.names[sequence]: ids for sequence, ids in new.items()},
