@@ -1,1 +1,1 @@
-"""Benchmarks: the real model on the clock, beside what was predicted."""
+"""Benchmarks: the real model on the clock, beside what was predicted; and allocators compared."""

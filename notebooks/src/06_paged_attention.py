@@ -40,20 +40,13 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
-from clawdemy_infer.lesson.allocators import (
-    Buddy,
-    Lengths,
-    Pages,
-    Reservation,
-    serve,
-    sharegpt_like,
-)
 from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops
 from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
 from clawdemy_infer.model import Sampling
 from clawdemy_infer.model.sampling import sample
 from clawdemy_infer.published.rows import read as published_runs
+from clawdemy_infer.rigs.allocators import Buddy, Lengths, Pages, Reservation, serve, sharegpt_like
 from clawdemy_infer.timing import alternate
 
 plots.use_style()
