@@ -22,7 +22,7 @@ from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import FORMATS
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson import course
+from clawdemy_infer.lesson import course, parts
 from clawdemy_infer.machine import calibrate
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.peers import contestants
@@ -530,7 +530,7 @@ def tiny(monkeypatch):
         return faster(decoder, weights, compile=compile)
 
     monkeypatch.setattr(calibrate, "this_machine", lambda *_: machine)
-    monkeypatch.setattr(bench_room, "bracketed", lambda machine: watch)
+    monkeypatch.setattr(parts, "bracketed", lambda machine: watch)
     monkeypatch.setattr(files, "load_model", load)
     monkeypatch.setattr("clawdemy_infer.fast.faster.faster", pack)
     monkeypatch.setattr("psutil.getloadavg", lambda: (0.1, 0.1, 0.1))
@@ -613,14 +613,14 @@ def test_bench_says_when_the_machine_is_busy(run, tiny, monkeypatch):
 
 def test_bench_says_when_a_row_is_faster_than_can_be(run, tiny, monkeypatch):
     """Bytes that moved faster than memory delivers them: never a success."""
-    monkeypatch.setattr(bench_room, "bracketed", lambda machine: lambda work, repeats: Timing(
+    monkeypatch.setattr(parts, "bracketed", lambda machine: lambda work, repeats: Timing(
         (1e-9, 1e-9, 1e-9)))
     assert "faster than its bound" in run("bench", "--context", "5", "--weights", "fp32").out
 
 
 def test_bench_says_when_a_format_loses_to_fp32(run, tiny, monkeypatch):
     times = iter([1.0, 1.5])
-    monkeypatch.setattr(bench_room, "bracketed", lambda machine: lambda work, repeats: Timing(
+    monkeypatch.setattr(parts, "bracketed", lambda machine: lambda work, repeats: Timing(
         (next(times), )*3))
     notes = json.loads(run("bench", "--context", "5", "--phase", "decode", "--json").out)["notes"]
     assert [note for note in notes if "bf16 loses here" in note and "1.50 times" in note]
