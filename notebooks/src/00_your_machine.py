@@ -22,13 +22,15 @@
 # The explaining is where the learning is. A prediction that is out by a factor of three is not a failure; it is a question.
 # Shift+Enter runs a cell and goes to the next.
 #
-# - **Guess before you run.** Where you see `lesson.guess("…", ...)`, write your number over the dots. Nobody grades it. The table at the end
-#   sets it beside the envelope and the stopwatch.
+# - **Guess before you run.** Where you see `lesson.guess("…", ...)`, write your number over the dots, with its unit: `"20 ms"`, `"50 GB/s"`. Nobody
+#   grades it. The table at the end sets it beside the envelope and the stopwatch. Before an explanation, `lesson.cause("…", ...)` asks what you
+#   take for the cause.
 # - **Move the sliders.** Under each there is a picture of the same thing, for when no kernel runs: on GitHub, on paper, on a telephone.
 # - **Do the exercises.** They check themselves. An open one stops nothing, and hint and solution lie folded below it.
 # - **No GPU is needed.** With an NVIDIA GPU the same cells run on it, and everything is faster; without one they run on your processor.
 #   The arithmetic is the same, and so are the surprises.
-# - **Run lessons on a quiet machine.** Plug the laptop in, close the video call. A busy neighbour shows up in every number here.
+# - **Run lessons on a quiet machine.** Plug the laptop in, close the video call. A busy neighbour shows up in every number here, and makes every
+#   predicted interval wider.
 
 # %% [markdown]
 # ## Question
@@ -61,11 +63,13 @@ from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.tables import Table, number, si
-from clawdemy_infer.machine.calibrate import Pulse, calibrate, default_device, fingerprint
+from clawdemy_infer.machine.calibrate import fingerprint, this_machine
+from clawdemy_infer.machine.present import bracketed, default_device, speeds_now
 from clawdemy_infer.machine.probes import read_bandwidth
 from clawdemy_infer.timing import alternate, stopwatch
 
 plots.use_style()
+plt.rcParams["savefig.dpi"] = 80                    # many figures, and the file stays small
 device = default_device()
 lesson = Lesson("00 your_machine", machine=fingerprint(device)["device"])
 
@@ -78,7 +82,7 @@ lesson = Lesson("00 your_machine", machine=fingerprint(device)["device"])
 # |---|---|---|
 # | **bandwidth** | bytes/s | how fast numbers come from memory to where the arithmetic is done |
 # | **peak** | FLOP/s | how fast the arithmetic is, once the numbers are there; it depends on the dtype |
-# | **fixed cost** | s | what it takes to *start* an operation, however small it is |
+# | **launch overhead** | s | what it takes to *launch* an operation, however small it is |
 #
 # FLOPs (small s) are a count: one multiplication or one addition each. FLOP/s is a rate.
 #
@@ -165,7 +169,7 @@ Table(header, rows, numeric=header, title="FLOPs per byte")
 # ### The roofline
 # Now the machine. Fetching and computing go on at the same time, so the slower of the two decides:
 #
-# > time = max( FLOPs / peak , bytes / bandwidth ) + fixed cost
+# > time = max( FLOPs / peak , bytes / bandwidth ) + launch overhead
 #
 # Which one it is depends on the intensity alone. Both terms are equal where FLOPs / bytes = **peak / bandwidth**: the machine's **ridge point**.
 # Below it, work is *memory-bound*: the arithmetic waits. Above it, *compute-bound*: the memory waits.
@@ -208,7 +212,7 @@ Table(header, rows, numeric=header[1:-1])
 # Draw the best rate that a machine can reach against intensity, and you see why it is called a roof: up the slope with the bandwidth, then flat
 # at the peak.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 fig, ax = plt.subplots()
 ax.axvspan(0.05, ridge, color=plots.COLOURS[0], alpha=0.06, linewidth=0)
 ax.axvspan(ridge, 20_000, color=plots.COLOURS[1], alpha=0.06, linewidth=0)
@@ -222,23 +226,24 @@ ax.text(ridge * 1.25, 2e15, "compute-bound", color=plots.COLOURS[1], fontweight=
 ax.annotate(f"ridge point: {ridge:.0f} FLOPs per byte", (ridge, h100.peak("bf16")),
             xytext=(-8, 4), textcoords="offset points", ha="right", fontsize=9)
 ax.set_title("The roof of an H100, and four jobs under it")
-plt.show()
+plots.show(fig, "The roof of an H100: the attainable rate rises with the intensity up to the ridge point at 295 FLOPs per byte, then it is flat. Sum, "
+                "addition and matrix times vector lie far down the slope, matrix times matrix under the flat roof.")
 
 # %% [markdown]
 # ## Prediction: your own machine
 #
-# Now yours. What are its three numbers? Write your guess over the dots, in plain bytes and seconds: `50e9` is 50 GB/s. You do not know? Then
+# Now yours. What are its three numbers? Write your guess over the dots, with its unit: `"50 GB/s"`, `"200 GFLOP/s"`, `"20 µs"`. You do not know? Then
 # guess the more: that is when a guess teaches most.
 
-# %%
-lesson.guess("main memory, reading", ...)      # B/s
-lesson.guess("peak in fp32", ...)              # FLOP/s
-lesson.guess("start of an operation", ...)     # s
+# %% tags=["guess"]
+lesson.guess("main memory, reading", ...)
+lesson.guess("peak in fp32", ...)
+lesson.guess("kernel-launch overhead", ...)
 
 # %% [markdown]
 # And here is ours, from what one can read on a box. For a processor: ordinary memory comes in two channels of 8 bytes, with 3.2 billion transfers
 # a second (DDR4-3200). A core runs at about 3 GHz and has two units that do a fused multiply-add on 8 fp32 numbers in every
-# cycle. For a GPU we take an L4's data sheet; if you know yours, take that. And to start an operation: some hundred Python
+# cycle. For a GPU we take an L4's data sheet; if you know yours, take that. And to launch an operation: some hundred Python
 # bytecodes and a dispatcher, say 10 µs.
 
 # %% tags=["nbval-ignore-output"]
@@ -251,14 +256,13 @@ box = Machine("as on the box", ((1.0, bandwidth),), {"fp32": peak}, memory=8 * G
 
 lesson.predict("main memory, reading", napkin=box.bandwidth_at(), unit="B/s")
 lesson.predict("peak in fp32", napkin=box.peak("fp32"), unit="FLOP/s")
-lesson.predict("start of an operation", napkin=box.fixed_s_per_op, unit="s")
-lesson.table()
+lesson.predict("kernel-launch overhead", napkin=box.fixed_s_per_op, unit="s")
+lesson.reveal()
 
 # %% [markdown]
 # ### The jobs
 # Five kernels and a mixture. The matrix products go through a stack of 16 matrices, 1,024 × 1,024 each, as a model goes through its layers; M is
-# the number of rows that go through together. (M, K and N are how the world names the sides of one matrix product. From lesson 01 on, K and N
-# are heads.)
+# the number of rows that go through together: `X[M, I] @ W[I, O]`, with I inputs and O outputs.
 #
 # A `PackedLinear` is the layer that this course's models are made of: `F.linear`, with the weight laid out as the fastest kernel of your processor
 # likes it. Which kernel that is follows from the processor and the format; `clawdemy-infer doctor` shows it.
@@ -277,6 +281,12 @@ inputs = {M: torch.randn(M, 1024, device=device) for M in (1, 64, 1024)}
 def products(M):
     for layer in stack:
         layer(inputs[M])
+
+
+def toy_products():
+    row = inputs[1][:, :640]
+    for layer in small_stack:
+        layer(row)
 
 
 def toy_step():
@@ -298,13 +308,13 @@ jobs = {                                                  # what runs
 }
 works = {                                                 # what it costs
     "sum of 67 M numbers": vector_sum,
-    "add of 34 M numbers": Work(n / 2, 3 * n / 2 * fp32),
-    "16 products, M = 1": total("M = 1", [matmul(1, 1024, 1024) * 16]),
-    "16 products, M = 64": total("M = 64", [matmul(64, 1024, 1024) * 16]),
-    "16 products, M = 1,024": total("M = 1,024", [matmul(1024, 1024, 1024) * 16]),
+    "add of 34 M numbers": Work(n / 2, 3 * n / 2 * fp32, "add"),
+    "16 products, M = 1": matmul(1, 1024, 1024, "products") * 16,
+    "16 products, M = 64": matmul(64, 1024, 1024, "products") * 16,
+    "16 products, M = 1,024": matmul(1024, 1024, 1024, "products") * 16,
     "toy step": total("toy step", [
-        matmul(1, 640, 640) * 48,
-        Work(640, 2 * 640 * fp32) * (48 * 8),
+        matmul(1, 640, 640, "products") * 48,
+        Work(640, 2 * 640 * fp32, "element-wise") * (48 * 8),
     ]),
 }
 Table(
@@ -317,44 +327,62 @@ Table(
 # Look at the three products: the bytes hardly move while the FLOPs grow a thousandfold. And the toy step asks for as little as the products with
 # M = 1. It looks harmless on paper.
 #
-# Your guesses, in seconds. You have seen all that is needed: bytes over bandwidth, FLOPs over peak, the larger of the two.
+# Your guesses. You have seen all that is needed: bytes over bandwidth, FLOPs over peak, the larger of the two.
 
-# %%
-for job in jobs:
-    lesson.guess(job, ...)                     # or one by one: lesson.guess("16 products, M = 1", 2e-3)
+# %% tags=["guess"]
+lesson.guess("sum of 67 M numbers", ...)
+lesson.guess("add of 34 M numbers", ...)
+lesson.guess("16 products, M = 1", ...)
+lesson.guess("16 products, M = 64", ...)
+lesson.guess("16 products, M = 1,024", ...)
+lesson.guess("toy step", ...)
 
 # %% tags=["nbval-ignore-output"]
-ops = {name: count_ops(job) for name, job in jobs.items()}      # how many PyTorch has to start: counted, not timed
+ops = {name: count_ops(job) for name, job in jobs.items()}      # how many PyTorch has to launch: counted, not timed
 
-header, rows = ["job", "operations", "as on the box", "bound by", "on an H100"], []
+header, rows = ["job", "launches", "as on the box", "bound by", "on an H100"], []
 for name, work in works.items():
     paper = box.time(work, ops[name])
     rows.append([name, f"{ops[name]:,}", si(paper.seconds, "s"), paper.bound, si(h100.napkin(work), "s")])
-Table(header, rows, numeric=["operations", "as on the box", "on an H100"], title="Seconds, before anything has run")
+Table(header, rows, numeric=["launches", "as on the box", "on an H100"], title="Seconds, before anything has run")
 
 # %% [markdown]
 # ## Measurement: first the machine, then the jobs
 #
-# `calibrate()` measures the three numbers in some twenty seconds, and a little more: the bandwidth for working sets of several sizes, the rate of
-# a matrix product for several numbers of rows M. It does so with other shapes than those of our jobs. The result is kept, and the
-# later lessons take it from there.
+# A calibration measures the three numbers in at most 20 seconds by the clock, and a little more: the bandwidth for working sets of several sizes, the
+# rate of a matrix product for several numbers of rows M. It does so with other shapes than those of our jobs. On a busy machine it takes no longer;
+# it takes fewer samples, and says with each figure how far they were apart. The result is kept, and the later lessons take it from there.
+#
+# `this_machine()` calibrates if nothing is kept yet. Else it takes what is kept, looks for a third of a second at how fast the machine is right now,
+# and scales all figures to that; if the machine has changed by more than a fifth, it says so. It never calibrates again unasked: the command for
+# that is `clawdemy-infer calibrate`.
 
 # %% tags=["nbval-ignore-output"]
-machine = calibrate(device)
+machine = lesson.calibrated = this_machine(device)
 
-lesson.measure("main memory, reading", machine.bandwidth_at(),
-               why="what one sum reaches; a box counts every transfer")
-lesson.measure("peak in fp32", machine.peak("fp32"),
-               why="other clock, other vector units than on the box")
-if machine.fixed_s_per_op > 0:     # on a very busy machine it drowns in noise
-    lesson.measure("start of an operation", machine.fixed_s_per_op,
-                   why="mean over a decoder layer's small operations, caches cold")
-lesson.table()
+lesson.measure("main memory, reading", machine.bandwidth_at())
+lesson.measure("peak in fp32", machine.peak("fp32"))
+lesson.measure("kernel-launch overhead", machine.fixed_s_per_op)
+Table(["", "as on the box", "measured"],
+      [["main memory, reading", si(box.bandwidth_at(), "B/s"), si(machine.bandwidth_at(), "B/s")],
+       ["peak in fp32", si(box.peak("fp32"), "FLOP/s"), si(machine.peak("fp32"), "FLOP/s")],
+       ["kernel-launch overhead", si(box.fixed_s_per_op, "s"), si(machine.fixed_s_per_op, "s")]],
+      numeric=["as on the box", "measured"], title=f"{machine.name}, {machine.source}")
+
+# %% [markdown]
+# A machine is not the same from one minute to the next: a laptop grows warm, a rented core has neighbours. `speeds_now` is the look that lessons take: three
+# short probes of how fast the machine reads, computes and launches at this moment, as fractions of what the calibration found.
+
+# %% tags=["nbval-ignore-output"]
+Table(["at this moment", "of the calibrated speed"],
+      [[what, f"{speed:.0%}"] for what, speed in zip(("reading", "computing", "launching"), speeds_now(machine), strict=True)],
+      numeric=["of the calibrated speed"])
 
 # %% [markdown]
 # ### Bandwidth is not one number
 # "Memory" is a ladder: small caches near the arithmetic, larger and slower ones behind them, main memory last. What we read again and again stays
-# on the highest rung that holds all of it. So let us sum arrays of growing size. The large dots are what the calibration keeps.
+# on the highest rung that holds all of it. So let us sum arrays of growing size, now. The large dots are what the calibration keeps of the same
+# sums, scaled to today's speed.
 
 # %% tags=["nbval-ignore-output"]
 def caches():
@@ -369,10 +397,12 @@ def caches():
 
 sizes = [2**p for p in range(15, 31) if 2**p <= machine.memory / 8]
 curve = read_bandwidth(sizes, device, rounds=5)
+kept = dict(machine.bandwidth)
+apart = [now / kept[size] for size, now in curve if size in kept]
 
 fig, ax = plt.subplots()
 ax.semilogx(*zip(*curve, strict=True), color=plots.MEASURED, base=2)
-ax.plot(*zip(*machine.bandwidth, strict=True), "o", color=plots.ROOFLINE, markersize=8,
+ax.plot(list(kept), list(kept.values()), "o", color=plots.ROOFLINE, markersize=8,
         label="kept by the calibration")
 ax.axhline(machine.bandwidth_at(), color=plots.NAPKIN, linestyle="--", linewidth=1,
            label=f"the napkin's number: {si(machine.bandwidth_at(), 'B/s')}")
@@ -386,20 +416,28 @@ ax.set_xlabel("working set")
 ax.set_ylabel("read bandwidth")
 ax.set_title("The same sum, from nearer and farther memory")
 ax.legend()
-plt.show()
+plots.show(fig, f"Read bandwidth against the working set, read now: at most {si(max(rate for _, rate in curve), 'B/s')}, and {si(curve[-1][1], 'B/s')} "
+                f"from main memory. The dots are the calibration's: the curve is at {min(apart):.0%} to {max(apart):.0%} of them.")
+
+# %% tags=["nbval-ignore-output"]
+off = max(max(ratio, 1 / ratio) for ratio in apart) - 1
+Markdown(f"Where there are dots, the curve is at {min(apart):.0%} to {max(apart):.0%} of them: "
+         + ("the machine reads now as it was calibrated." if off <= 0.15 else
+            f"the same probe, and up to {off:.0%} apart. This machine was not the same at both moments; "
+            "a prediction from the dots is off by as much, unless it is made for the speed of its own moment."))
 
 # %% [markdown]
 # Read it from the right. The flat end is main memory, and this is the number that matters for a language model: its weights are larger than any cache.
 # Further left the array fits into a cache, and the same instructions run faster. At the far left the curve falls again. That is not slow
-# memory: the arrays are so small that *starting* the sum takes longer than the sum.
+# memory: the arrays are so small that *launching* the sum takes longer than the sum.
 #
 # If your curve jumps about, or its left end is lower than its right, somebody else is using your cores. Close what you can and run again.
 #
 # ### Where is the ridge, in rows?
-# For a matrix product the intensity is set by M, the rows that share one reading of the matrix. While M is small beside K and N, the weight makes up
+# For a matrix product the intensity is set by M, the rows that share one reading of the matrix. While M is small beside I and O, the weight makes up
 # nearly all of the bytes, and
 #
-# > intensity ≈ 2·M·K·N / (K·N·bytes per weight) = 2M / (bytes per weight)
+# > intensity ≈ 2·M·I·O / (I·O·bytes per weight) = 2M / (bytes per weight)
 #
 # So each row is worth one FLOP per byte in bf16, half a FLOP per byte in fp32, and four in int4. The ridge is then at a certain number of rows. The dashed lines are the
 # napkin, with its two numbers; the dots are what the calibration measured.
@@ -421,7 +459,8 @@ ax.set_xlabel("rows M that share one reading of the matrix")
 ax.set_ylabel("rate")
 ax.set_title("A matrix product, from one row to a thousand")
 ax.legend(loc="lower right")
-plt.show()
+plots.show(fig, "Rate of a matrix product against the rows M, from one to thousands, in each format, as measured: below the dashed roof of the "
+                "napkin, and farthest from it near its edge.")
 
 # %% [markdown]
 # The roof has a sharp edge, the machine a round shoulder. Well before the ridge the rate falls behind the dashed line, because near the ridge both
@@ -429,7 +468,7 @@ plt.show()
 # whose matrix-vector kernel does not read as fast as a plain sum. The napkin cannot know that. The calibration does: it has measured it.
 
 # %% tags=["nbval-ignore-output"]
-header, rows = ["format", "peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed in one start"], []
+header, rows = ["format", "peak", "ridge, FLOPs/byte", "ridge in rows", "half of peak by M =", "FLOPs missed in one launch"], []
 for dtype in machine.rates["gemm"]:
     half = [m for m, rate in machine.rates["gemm"][dtype] if rate >= machine.peak(dtype) / 2]
     rows.append([dtype, si(machine.peak(dtype), "FLOP/s"), f"{machine.ridge(dtype):.1f}",
@@ -442,39 +481,47 @@ Table(header, rows, numeric=header[1:])
 # Two predictions, made before the clock starts, and never mixed up in this course:
 #
 # - the **napkin**: two numbers, main-memory bandwidth and peak, as you would do it by hand;
-# - the **calibrated roofline**: the bandwidth for a working set of that size, the rate at that M, and the fixed cost of every operation.
-#
-# We quote the median of several runs. And one thing more: a machine is not the same from one minute to the next. A laptop grows warm, a
-# rented core has neighbours. So between the runs of a product we take the machine's **pulse**: a few hundredths of a second of the calibration's own
-# probe, which uses other matrices. `speed` in the table is what it found, as a fraction of the calibration, and the calibrated prediction is for
-# that speed. The pulse never sees the job.
+# - the **calibrated roofline**: the bandwidth for a working set of that size, the rate at that M, and the launch overhead of every operation that is not
+#   in that rate already. It says an *interval*: as wide as the calibration's samples were apart, and a little more for all that no probe can know.
 
 # %% tags=["nbval-ignore-output"]
+in_rate = {name: count for name, count in ops.items() if "products" in name} | {"toy step": count_ops(toy_products)}
+predicted = {name: machine.time(work, ops[name] - in_rate.get(name, 0)) for name, work in works.items()}
 for name, work in works.items():
-    lesson.predict(name, napkin=machine.napkin(work), predicted=machine.time(work, ops[name]).seconds, unit="s")
+    lesson.predict(name, napkin=machine.napkin(work), predicted=predicted[name], unit="s")
+lesson.reveal(*jobs)
 
-why = {
-    "sum of 67 M numbers": "the bandwidth's own kernel: only unsteadiness is left",
-    "add of 34 M numbers": "many processors read z before they write it",
-    "16 products, M = 1": "a product with one row seldom reads as fast as a sum",
-    "16 products, M = 64": "near the ridge, memory and arithmetic overlap badly",
-    "16 products, M = 1,024": "far past the ridge: arithmetic, and little else",
-    "toy step": "hundreds of starts, of fewer kinds than in a real model",
-}
-times = alternate({name: jobs[name] for name in ("sum of 67 M numbers", "add of 34 M numbers")}, repeats=9)
+# %% [markdown]
+# We quote the median of several runs, and look at the machine right before and right after them. What `speeds_now` sees then makes the interval wider:
+# it also holds what the machine would have done at those speeds. It never moves the interval's centre, and the measured time changes nothing of the
+# prediction. The toy step runs by turns with its matrix products alone, so that we know what the rest of it takes.
+
+# %% tags=["nbval-ignore-output"]
+watch = bracketed(machine)
+times = {name: watch(job, repeats=9) for name, job in jobs.items() if name != "toy step"}
+in_turn = watch({"toy step": toy_step, "its products": toy_products}, repeats=9)
+times["toy step"] = in_turn["toy step"]
+
+
+def part(name, work, seconds, **measured):
+    """A part of a job: by the napkin, predicted and measured."""
+    expected = machine.time(work, ops["toy step"] - in_rate["toy step"] if name == "launches" else 0)
+    return {"name": name, "napkin_s": machine.napkin(work), "predicted_s": expected.seconds, "measured_s": seconds, **measured}
+
+
+one, toy = "16 products, M = 1", times["toy step"].median
+of_products = min(in_turn["its products"].median, toy)
+matrices, others = works["toy step"].parts
+parts = {one: [part("products", works[one], times[one].median)],
+         "toy step": [part("products", matrices, of_products),
+                      part("launches", others, toy - of_products, unit="launches/s",
+                           reached=(ops["toy step"] - in_rate["toy step"]) / max(toy - of_products, 1e-9))]}
 for name, timing in times.items():
-    lesson.measure(name, timing.median, why=why[name])
-
-rows_together = {"16 products, M = 1": 1, "toy step": 1, "16 products, M = 64": 64, "16 products, M = 1,024": 1024}
-for name, M in rows_together.items():
-    pulse = Pulse(machine, "fp32", M, device)
-    times[name] = pulse.stopwatch(jobs[name], repeats=5)
-    lesson.measure(name, times[name].median, why=why[name], speed=pulse.speed)
-lesson.table()
+    lesson.measure(name, timing, parts=parts.get(name, ()))
 
 # %% tags=["nbval-ignore-output"]
 spread = max(times, key=lambda name: times[name].spread)
-one, many = "16 products, M = 1", "16 products, M = 64"
+many = "16 products, M = 64"
 Markdown(f"So, the opening question: 64 times the arithmetic took **{times[many].median / times[one].median:.1f} times** as "
          f"long here. On an H100 it would be {h100.napkin(works[many]) / h100.napkin(works[one]):.1f} times, says the napkin. "
          f"(The unsteadiest job was “{spread}”, with a spread of {times[spread].spread:.0%}. "
@@ -483,13 +530,37 @@ Markdown(f"So, the opening question: 64 times the arithmetic took **{times[many]
 # %% [markdown]
 # ## Reconciliation: what is left over
 #
-# Measured over predicted, job by job. On the line: predicted exactly. To the right: slower than predicted. The band is a quarter either way.
+# The toy step asks for as little as the 16 products with M = 1. What is the largest part of what it took beyond the napkin? Commit yourself first: write
+# one of the causes over the dots.
+
+# %% tags=["guess"]
+# "products", "launches", "memory was slower than calibrated", "memory was faster than calibrated", "not explained"
+lesson.cause("toy step", ...)
+
+# %% [markdown]
+# From the napkin to the stopwatch, step by step. Each bar was measured by itself: the memory's speed around the run, then each part, by what it took
+# beyond its share of the napkin. What no bar accounts for is called *not explained*.
 
 # %% tags=["nbval-ignore-output"]
-fig, ax = plt.subplots(figsize=(7.2, 3.2))
-plots.ratios(ax, [row for name, row in lesson.rows.items() if name in jobs])
-ax.set_title("How far the stopwatch was from each prediction")
-plt.show()
+lesson.explain("toy step")
+
+# %% [markdown]
+# The products with one row are a single part: all that is to tell is at which share of the memory's speed they read.
+
+# %% tags=["nbval-ignore-output"]
+lesson.explain("16 products, M = 1")
+
+# %% [markdown]
+# And the sum is the bandwidth's own kernel. Beside the speed of that moment nothing is measured that could explain it.
+
+# %% tags=["nbval-ignore-output"]
+lesson.explain("sum of 67 M numbers")
+
+# %% [markdown]
+# All of it in one table: what was said before, and what came out.
+
+# %% tags=["nbval-ignore-output"]
+lesson.table()
 
 # %% [markdown]
 # And the same jobs under the roof of this machine. The roof is the napkin's: two numbers. A dot on the roof did all that two numbers promise; how far it
@@ -502,20 +573,21 @@ for name, work in works.items():
     short = name.removeprefix("16 products, ").split(" of ")[0]
     plots.mark(ax, machine, work, seconds=times[name].median, label=short, left=short in ("sum", "add"))
 ax.set_title(f"This machine, fp32: ridge at {machine.ridge('fp32'):.1f} FLOPs per byte")
-plt.show()
+plots.show(fig, "The jobs under the roof of this machine: " + "; ".join(
+    f"{name} at {works[name].flops / times[name].median / min(machine.peak('fp32'), works[name].intensity * machine.bandwidth_at()):.0%} of the roof"
+    for name in works) + ".")
 
 # %% [markdown]
-# What the distances are made of:
+# What can hide in such a distance, on any machine:
 #
 # - **Which memory.** One bandwidth is right for data that comes from main memory. What fits into a cache is faster, and the napkin is too slow for it.
-# - **Traffic that we did not count.** A processor's cache works in lines of 64 bytes or so, and to write into a line it first fetches it. The addition
-#   asked for three trips over the bus and made up to four. (The same happens wherever a step's working set drops out of a cache between
+# - **Traffic that we did not count.** A processor's cache works in lines of 64 bytes or so, and to write into a line it may first fetch it. The addition
+#   asked for three trips over the bus; there can be four. (The same happens wherever a step's working set drops out of a cache between
 #   two uses: bytes that we counted once are read twice.)
 # - **Kernels that do not reach the bandwidth.** To keep the memory busy, a kernel must have many loads in flight at every moment. A sum does that
 #   more easily than a matrix-vector product.
 # - **The shoulder.** Near the ridge the maximum of two times is too kind; nothing overlaps perfectly.
-# - **Starting.** The toy step reads no more than the products with M = 1 and takes longer: hundreds of starts at some microseconds each.
-#   If it is quicker than the calibration says, that is because it repeats the same few operations, and a real model's layer has dozens of kinds.
+# - **Launches.** Hundreds of them at some microseconds each. A toy repeats the same few operations; a real model's layer has dozens of kinds.
 #
 # ### When the roofline loses
 # For tiny operations bytes and FLOPs are beside the point. Here is the addition again, from one number up, in a tight loop.
@@ -537,21 +609,22 @@ fig, ax = plt.subplots()
 ax.loglog(counts, [machine.napkin(add) for add in adds], "--", color=plots.NAPKIN,
           label="napkin: bytes over bandwidth")
 ax.loglog(counts, [machine.time(add, 1).seconds for add in adds], color=plots.ROOFLINE,
-          label="calibrated roofline, with its fixed cost")
+          label="calibrated roofline, with its launch overhead")
 ax.loglog(counts, seconds, "o", color=plots.MEASURED, label="measured, in a tight loop")
 plots.units(ax.yaxis, "s")
 ax.set_xlabel("numbers added")
 ax.set_ylabel("time of one addition")
-ax.set_title("Below a certain size, an operation costs what it costs to start")
+ax.set_title("Below a certain size, an operation costs its launch")
 ax.legend()
-plt.show()
+plots.show(fig, f"Time of one addition against its size: flat at {si(seconds[0], 's')} for small ones, then rising with the bytes. The napkin's "
+                "line, far below, knows nothing of the flat part.")
 
 # %% tags=["nbval-ignore-output"]
 Markdown(f"One number or a thousand: the same {si(seconds[0], 's')}, where the napkin says "
-         f"{si(machine.napkin(adds[0]), 's')} for the one. And one thing looks odd: the calibrated fixed cost is "
-         f"{si(machine.fixed_s_per_op, 's')}. In a loop, all that PyTorch needs to start an addition lies ready in the nearest "
+         f"{si(machine.napkin(adds[0]), 's')} for the one. The calibrated launch overhead is another number, "
+         f"{si(machine.fixed_s_per_op, 's')}. In a loop, all that PyTorch needs to launch an addition lies ready in the nearest "
          "cache. Between two weights of a model it does not: they have just swept the caches clean. The calibration measures "
-         "*that* price, because a model pays it. At that price, starting costs more than adding below some "
+         "*that* price, because a model pays it. At that price, launching costs more than adding below some "
          f"**{float(f'{threshold:.2g}'):,.0f} numbers**.")
 
 # %% [markdown]
@@ -569,7 +642,7 @@ Table(
 )
 
 # %% [markdown]
-# On most processors the second line is several times the first: the operating system hands out the new array page by page, each of them
+# Where the second line is the slower one, as on most processors, the operating system is at work: it hands out the new array page by page, each of them
 # wiped, and takes it back afterwards. On a GPU both are alike, because PyTorch keeps freed memory for the next array. No roofline sees this.
 # It is why an inference engine takes all of its memory at the start, and why our KV cache in lesson 02 does too.
 
@@ -591,7 +664,8 @@ for (name, sheet), colour in zip(others.items(), plots.COLOURS, strict=False):
     ax.annotate(name, (10_000, sheet.peak("bf16")), ha="right", fontsize=9, **above)
 ax.margins(y=0.1)
 ax.set_title("Four roofs in bf16, each with its ridge point in FLOPs per byte")
-plt.show()
+plots.show(fig, "Four roofs in bf16, with their ridge points: " + ", ".join(
+    f"{name} at {sheet.ridge('bf16'):.0f} FLOPs per byte" for name, sheet in others.items()) + ".")
 
 # %% tags=["nbval-ignore-output"]
 header, rows = ["bf16", "bandwidth", "peak", "ridge", f"matrix × vector, D = {D:,}", f"matrix × matrix, D = {D:,}"], []
@@ -608,19 +682,19 @@ Table(header, rows, numeric=header[1:])
 # %% [markdown]
 # ## Play and exercises
 #
-# Move a matrix product `X[M, K] @ W[K, N]` along the roof. Some things to try:
+# Move a matrix product `X[M, I] @ W[I, O]` along the roof. Some things to try:
 #
 # - Start at M = 1 and double it. How does the *time* change while the dot climbs the slope? And on the flat?
-# - Set K and N to 256. Can you still reach the ridge of an H100, with any M?
+# - Set I and O to 256. Can you still reach the ridge of an H100, with any M?
 # - Choose your own machine. How many rows does it need?
 
 # %%
 machines = {sheet.name: sheet for sheet in map(catalog.machine, catalog.machine_names())} | {"this machine": machine}
 
 
-def draw(ax, sheet, dtype, M, K, N):
-    """A dot for `X[M, K] @ W[K, N]` under the roof of a machine, and what it would take at best."""
-    work = matmul(M, K, N, weights=dtype, activations=dtype)
+def draw(ax, sheet, dtype, M, I, O):
+    """A dot for `X[M, I] @ W[I, O]` under the roof of a machine, and what it would take at best."""
+    work = matmul(M, I, O, weights=dtype, activations=dtype)
     plots.roofline(ax, sheet, dtype, colour=plots.ROOFLINE, intensities=(0.1, 10_000))
     plots.mark(ax, sheet, work)
     ax.axvline(sheet.ridge(dtype), color=plots.ROOFLINE, linewidth=0.8, linestyle=":")
@@ -630,17 +704,17 @@ def draw(ax, sheet, dtype, M, K, N):
 
 
 # %% tags=["widget", "nbval-ignore-output"]
-def explore(name, dtype, M, K, N):
+def explore(name, dtype, M, I, O):
     sheet = machines[name]
     if dtype not in sheet.peak_flops:
         print(f"{sheet.name} has figures for {', '.join(sheet.peak_flops)}: choose one of them.")
         return
     fig, ax = plt.subplots()
-    work = draw(ax, sheet, dtype, M, K, N)
+    work = draw(ax, sheet, dtype, M, I, O)
     ax.set_ylim(3e8, 5e15)                               # the same for all: another machine is another roof
     ax.set_xlabel(f"{si(work.flops, 'FLOP')} / {si(work.bytes, 'B')} = {number(work.intensity)} FLOPs per byte; "
                   f"the ridge is at {number(sheet.ridge(dtype))}")
-    plt.show()
+    plots.show(fig, f"Under the roof of {name}: {ax.get_title(loc='left')}.")
 
 
 widgets.play(
@@ -648,11 +722,11 @@ widgets.play(
     name=widgets.choose("machine", list(machines)),
     dtype=widgets.choose("dtype", ["bf16", "fp32", "int8"]),
     M=widgets.powers_of_two("M", 1, 8192, 1),
-    K=widgets.powers_of_two("K", 64, 16384, 4096),
-    N=widgets.powers_of_two("N", 64, 16384, 4096),
+    I=widgets.powers_of_two("I", 64, 16384, 4096),
+    O=widgets.powers_of_two("O", 64, 16384, 4096),
 )
 
-# %%
+# %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(2, 2, figsize=(7.2, 5.4), sharex=True, sharey=True)
 for ax, M in zip(axes.flat, (1, 32, 256, 4096), strict=True):
     draw(ax, h100, "bf16", M, 4096, 4096)
@@ -663,7 +737,8 @@ axes[0, 0].set_xticks([0.1, 1, 10, 100, 1_000])
 fig.suptitle("M rows through a 4,096 × 4,096 matrix on an H100, bf16", fontweight="bold", fontsize=11)
 fig.supxlabel("arithmetic intensity, FLOPs per byte", fontsize=10)
 fig.supylabel("attainable rate", fontsize=10)
-plt.show()
+plots.show(fig, "A product of M rows with a 4,096 by 4,096 matrix on an H100, in four panels: the dot climbs the slope from M = 1 to M = 256 and is on "
+                "the flat roof at M = 4,096.")
 
 # %% [markdown]
 # From M = 1 to M = 32 the time hardly moves: the matrix has to be read in any case, and the other rows come along for next to nothing. That free ride is the
@@ -776,8 +851,8 @@ lesson.exercise(
 
 # %% [markdown]
 # ### Exercise 4: too small to matter
-# An operation reads and writes `n` numbers of 2 bytes each, in all, and does next to no arithmetic. Starting it costs `fixed` seconds. Up to which n
-# does starting take longer than moving the numbers?
+# An operation reads and writes `n` numbers of 2 bytes each, in all, and does next to no arithmetic. Launching it costs `fixed` seconds. Up to which n
+# does launching take longer than moving the numbers?
 
 # %% tags=["exercise", "exercise:too_small"]
 def too_small(fixed, bandwidth):
@@ -788,7 +863,7 @@ lesson.exercise(
     "too_small",
     too_small,
     cases={(10e-6, 50e9): 250_000, (4e-6, 3.35e12): 6_700_000, (5e-6, 300e9): 750_000},
-    nudge="How many bytes could have been moved while the operation was started?",
+    nudge="How many bytes could have been moved while the operation was launched?",
     means="the faster the memory, the larger an operation must be. On an H100 most of a small model's decode step is too small.",
 )
 
@@ -853,8 +928,8 @@ lesson.exercise(
 # %% [markdown]
 # ### What to keep
 #
-# - A machine is three numbers: bandwidth, peak, fixed cost. A job is two: FLOPs and bytes.
+# - A machine is three numbers: bandwidth, peak, launch overhead. A job is two: FLOPs and bytes.
 # - Intensity (FLOPs per byte) against ridge (peak over bandwidth) says which of the two limits matters.
-# - Two numbers and a napkin get the order of magnitude. Caches, kernels and the cost of starting are the rest, and one can measure them beforehand.
+# - Two numbers and a napkin get the order of magnitude. Caches, kernels and launches are the rest, and one can measure them beforehand.
 #
 # Your calibration is kept, and the next lesson begins with it: it puts a real language model under this roof.

@@ -34,6 +34,7 @@ from clawdemy_infer.lesson.tables import Table, number, si
 from clawdemy_infer.machine.calibrate import this_machine
 
 plots.use_style()
+plt.rcParams["savefig.dpi"] = 90                    # many figures, and the file stays small
 
 # %% [markdown]
 # The letters, once and for all: **B** batch, **S** context, **T** new tokens, **D** model width, **F** feed-forward width, **N** query

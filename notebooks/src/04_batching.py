@@ -21,7 +21,7 @@
 
 # %% tags=["nbval-ignore-output"]
 from itertools import pairwise
-from math import log
+from math import log, sqrt
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,23 +31,23 @@ from IPython.display import Markdown, display
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import LogLocator
 
-from clawdemy_infer.arithmetic import matmul
 from clawdemy_infer.envelope.napkin import sweep
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
-from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops, time_prefill
+from clawdemy_infer.lesson.parts import StepOf
+from clawdemy_infer.lesson.steps import filled_cache
 from clawdemy_infer.lesson.tables import Table, number, si
-from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.machine.calibrate import this_machine
+from clawdemy_infer.machine.present import bracketed, default_device
 from clawdemy_infer.model import generate
 from clawdemy_infer.published.rows import read as published_runs
-from clawdemy_infer.timing import alternate
 
 plots.use_style()
-plt.rcParams["figure.dpi"] = 90
-machine = this_machine()
+plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 80      # many figures, and the file stays small
+machine = this_machine(formats=("int4",))
 lesson = Lesson("04 batching", machine=machine)
 plain = load_model("smollm2-135m", device=default_device())
 decoder = faster(plain, "fp32")                         # its matrices as the kernels of this machine like them
@@ -214,19 +214,28 @@ rows = []
 for key in ("h100-sxm", "h200-sxm", "a100-80gb-sxm", "mi300x", "l4", "rtx-4090", "rtx-5090"):
     on = catalog.machine(key)
     filled = llama.fits(on.memory, 1, 4096).max_batch
+    assert llama.decode(filled, 4096).flops / on.peak("bf16") < on.memory / on.bandwidth_at()       # bytes bind
     stored = llama.stored_bytes("bf16")
     rows.append([on.name, si(on.memory, "B"), f"{filled:,}", si(on.memory / on.bandwidth_at(), "s"), f"{1 - stored / on.memory:.0%}",
                  f"{filled * on.bandwidth_at() / on.memory:,.0f}"])
 columns = ["machine", "memory", "sequences when full", "a step when full", "of the ceiling", "tokens/s"]
 Table(columns, rows, numeric=columns[1:], title=f"{llama.name}, 4,096 tokens, bf16: filled to the brim")
 
-# %% [markdown]
-# Two napkin rules for free.
-#
-# - **A full machine takes memory over bandwidth for a step**, whatever the model and the context: it reads all that it holds.
-# - **It reaches 1 − W/M of the ceiling**: the share of memory that is not weights. Where the weights fill half of a card, half of the throughput is out of reach, at any context.
-#
-# At the knee of the caches one has half of the ceiling; nine times that batch would be 90 %. There is seldom room for so many.
+# %%
+brief = 64
+crowd = llama.fits(h100.memory, 1, brief).max_batch
+computing = llama.decode(crowd, brief).flops / h100.peak("bf16")
+assert computing > 4 * h100.memory / h100.bandwidth_at()
+Markdown(f"""
+Two napkin rules for free.
+
+- **Where bytes bind, a full machine takes memory over bandwidth for a step**: it reads all that it holds. At short contexts bytes do not bind. At {brief} tokens, {crowd:,} sequences
+  of {llama.name} fit on an H100, and their arithmetic takes {si(computing, "s")}, {computing / (h100.memory / h100.bandwidth_at()):.1f} times as long as reading everything.
+- **It reaches 1 − W/M of the ceiling**: the share of memory that is not weights. Where the weights fill half of a card, half of the throughput is out of reach, at any context at which
+  bytes bind.
+
+At the knee of the caches one has half of the ceiling; nine times that batch would be 90 %. There is seldom room for so many.
+""")
 
 # %%
 contexts = np.geomspace(64, 131072, 240)
@@ -313,7 +322,14 @@ for s, S, R, e in ((llama, 4096, ridge, 2), (llama, 64, ridge, 2), (shape, 64, 6
 # it reads, perfectly. One that could do only one thing at a time would need twice the time at R·e/2 already. Real ones are in between.
 #
 # ## Prediction
-# Now SmolLM2-135M, in fp32, on this machine: batches of 1 to 64, everybody at 64 tokens or everybody at 512.
+# Now SmolLM2-135M, in fp32, on this machine: batches of 1 to 64, everybody at 64 tokens or everybody at 512. First your own guesses, written over the dots: a number, or text with its
+# unit, as in `"300 ms"`.
+
+# %% tags=["guess"]
+lesson.guess("knee, context 64", ...)
+lesson.guess("knee, context 512", ...)
+lesson.guess("throughput of 64 over 1, context 64", ...)
+lesson.guess("step, batch 64, context 512", ...)
 
 # %% tags=["nbval-ignore-output"]
 BATCHES, SHORT, LONG = [1, 2, 4, 8, 16, 32, 64], 64, 512
@@ -335,18 +351,15 @@ Table(["rows", "rate of a product", "all weights once, at that rate", "against o
 # Does the last column rise smoothly? With a library alone it often does not: it has one program for a single row and another for blocks of many, and a product of two rows may cost more than one of
 # eight. Our own program, in C++ (`fast/cpp/product.h`), takes a few rows at a time, as many as there are registers for. No napkin knows of such things, and they are not about the hardware.
 #
-# Your own guesses, over the dots.
+# A predicted time is an interval: how far the probes of this machine agreed with one another. So is what follows from two times, such as a knee or a gain: both may be off, and their errors seldom point the same way.
 
 # %% tags=["nbval-ignore-output"]
-lesson.guess(f"knee, context {SHORT}", ...)
-lesson.guess(f"knee, context {LONG}", ...)
-lesson.guess(f"throughput of 64 over 1, context {SHORT}", ...)
-
 SLO = 0.1                                           # seconds a token: ten tokens a second, faster than one reads
 WIDE = [2**i for i in range(21)]                    # the predictions may look further than we can measure
-ops = step_ops(decoder)
-napkins = {S: {B: machine.napkin(shape.decode(B, S, **FP32)) for B in WIDE} for S in (SHORT, LONG)}
-rooflines = {S: {B: machine.time(shape.decode(B, S, **FP32), ops).seconds for B in WIDE} for S in (SHORT, LONG)}
+ops = StepOf(decoder, "decode").ops
+works = {S: {B: shape.decode(B, S, **FP32) for B in WIDE} for S in (SHORT, LONG)}
+napkins = {S: {B: machine.napkin(work) for B, work in works[S].items()} for S in works}
+predicted = {S: {B: machine.time(work, ops) for B, work in works[S].items()} for S in works}
 
 
 def gain(seconds: dict[int, float]) -> float:
@@ -354,30 +367,53 @@ def gain(seconds: dict[int, float]) -> float:
     return 64 * seconds[1] / seconds[64]
 
 
+def promised(seconds: dict[int, float]) -> float | None:
+    return reached(seconds, SLO)
+
+
+def ends(of, steps: dict, alone=1) -> tuple[float, float] | None:
+    """What follows from the steps where that of `alone` is off one way and all others the other way. Two errors of one size, of different probes, are
+    together √2 as large: each counts 1/√2."""
+    found = [of({which: step.seconds * (1 + step.spread) ** ((way if which == alone else -way) / sqrt(2)) for which, step in steps.items()})
+             for way in (1, -1)]
+    return None if None in found else (min(found), max(found))
+
+
+def predict(quantity: str, of, napkins: dict, steps: dict, unit: str, alone=1) -> None:
+    """What follows from several steps, with its interval."""
+    said = of(napkins), of({which: step.seconds for which, step in steps.items()})
+    if None not in said:
+        lesson.predict(quantity, *said, unit, ends(of, steps, alone))
+
+
 for S in (SHORT, LONG):
     for B in (1, 4, 16, 64):
-        lesson.predict(f"step, batch {B}, context {S}", napkins[S][B], rooflines[S][B], unit="s")
-    lesson.predict(f"knee, context {S}", knee(napkins[S]), knee(rooflines[S]), unit="sequences")
-    lesson.predict(f"throughput of 64 over 1, context {S}", gain(napkins[S]), gain(rooflines[S]), unit="×")
-    promised = reached(napkins[S], SLO), reached(rooflines[S], SLO)
-    if None not in promised:
-        lesson.predict(f"batch at {si(SLO, 's')} a token, context {S}", *promised, unit="sequences")
+        lesson.predict(f"step, batch {B}, context {S}", napkins[S][B], predicted[S][B], unit="s")
+    predict(f"knee, context {S}", knee, napkins[S], predicted[S], "sequences")
+    predict(f"throughput of 64 over 1, context {S}", gain, napkins[S], predicted[S], "×")
+    predict(f"batch at {si(SLO, 's')} a token, context {S}", promised, napkins[S], predicted[S], "sequences")
 
 
-def prompts_together(time) -> float:
+def four_over_one(seconds: dict[int, float]) -> float:
     """Four prompts of 128 tokens in one prefill, against one prompt."""
-    return time(shape.prefill(4, 128, **FP32)) / time(shape.prefill(1, 128, **FP32))
+    return seconds[4] / seconds[1]
 
 
-lesson.predict("four prompts of 128, over one", prompts_together(machine.napkin), prompts_together(lambda work: machine.time(work, ops).seconds),
-               unit="×")
-if decoder.device.type == "cpu":                    # the packed formats are for CPUs
-    packed_ops = {weights: step_ops(faster(plain, weights)) for weights in ("bf16", "int4")}
-    for B in (1, 64):
-        works = {weights: shape.decode(B, SHORT, weights=weights) for weights in packed_ops}
-        lesson.predict(f"int4 over bf16, batch {B}", machine.napkin(works["bf16"]) / machine.napkin(works["int4"]),
-                       machine.time(works["bf16"], packed_ops["bf16"]).seconds / machine.time(works["int4"], packed_ops["int4"]).seconds, unit="×")
-lesson.table()
+prefills = {B: StepOf(decoder, "prefill", B, 128) for B in (1, 4)}
+predict("four prompts of 128, over one", four_over_one, {B: step.napkin(machine) for B, step in prefills.items()},
+        {B: step.predict(machine) for B, step in prefills.items()}, "×")
+
+
+def times_faster(seconds: dict[str, float]) -> float:
+    return seconds["bf16"] / seconds["int4"]
+
+
+packed = {weights: faster(plain, weights) for weights in ("bf16", "int4") if decoder.device.type == "cpu"}     # the packed formats are for CPUs
+for B in (1, 64) if packed else ():
+    of_format = {weights: StepOf(model, "decode", B, SHORT) for weights, model in packed.items()}
+    predict(f"int4 over bf16, batch {B}", times_faster, {weights: machine.napkin(step.work) for weights, step in of_format.items()},
+            {weights: step.predict(machine) for weights, step in of_format.items()}, "×", alone="int4")
+lesson.reveal()
 
 # %% [markdown]
 # The last rows are checks of another kind. A *prompt* brings many rows of its own, so there is little left for a batch to share. And weights in 4 bits, computed with in bf16, should be worth
@@ -412,49 +448,47 @@ assert capacity
 Markdown(f"{shape.name}, 64 sequences of {LONG} tokens in fp32: {si(capacity.weight_bytes, 'B')} of weights, **{si(capacity.kv_bytes, 'B')} of caches**.")
 
 # %% [markdown]
-# All batches in turn, round after round, so that a slow moment of the machine falls on all of them alike. A pulse is taken in every round, too.
+# All batches in turn, round after round, so that a slow moment of the machine falls on all of them alike. Right before and right after, the machine is probed: was it as fast as when it was predicted? If not,
+# intervals become wider; what was predicted stays. Of three steps the clock is read inside, too, part by part.
 
 # %% tags=["nbval-ignore-output"]
-def time_batches(rounds: int) -> tuple[dict, float]:
-    """Seconds of a step by (batch, context), and the speed of the machine meanwhile. The caches are gone when it returns."""
+EXPLAINED = [(1, SHORT), (64, SHORT), (64, LONG)]
+
+
+def time_batches(rounds: int) -> tuple[dict, dict]:
+    """Timings of a step by (batch, context), and the parts of some. The caches are gone when it returns."""
     everybody = ContiguousCache.for_model(decoder, batch=64, capacity=LONG)
     assert everybody.allocated_bytes == capacity.kv_bytes               # predicted and allocated, to the byte
     one = filled_cache(decoder, batch=1, tokens=LONG - 1)
     for all_of_it, real in zip(everybody.tensors, one.tensors, strict=True):
         all_of_it[:] = real                         # everybody has the same past: a step costs the same, whatever its keys say
 
-    def first(B: int) -> ContiguousCache:
+    def first(B: int, S: int) -> ContiguousCache:
         cache = ContiguousCache.for_model(decoder, B, 1)
         cache.keys, cache.values, cache.capacity = everybody.keys[:, :B], everybody.values[:, :B], LONG
+        cache.length = S
         return cache
 
-    caches = {B: first(B) for B in BATCHES}
-
-    def one_token(B: int, S: int) -> None:
-        caches[B].length = S - 1
-        decoder(random_tokens(decoder, B, 1), caches[B], last_only=True)
-
-    pulse = Pulse(machine, "fp32", rows=8)
-    works = {(B, S): lambda B=B, S=S: one_token(B, S) for S in (SHORT, LONG) for B in BATCHES}
-    times = alternate({"pulse": lambda: pulse.sample(0.15)} | works, repeats=rounds)
-    return {case: times[case].median for case in works}, pulse.speed
+    steps = {(B, S): StepOf(decoder, "decode", B, S, first(B, S)) for S in (SHORT, LONG) for B in BATCHES}
+    times = bracketed(machine)({case: step.run for case, step in steps.items()}, rounds)
+    return times, {case: steps[case].parts(machine) for case in EXPLAINED}
 
 
-times, speed = time_batches(rounds=6)
-measured = {S: {B: times[B, S] for B in BATCHES} for S in (SHORT, LONG)}
-prompts = alternate({B: lambda B=B: time_prefill(decoder, B, 128, repeats=1) for B in (1, 4)}, repeats=2, warmup=0)
+times, parts = time_batches(rounds=6)
+measured = {S: {B: times[B, S].median for B in BATCHES} for S in (SHORT, LONG)}
+prompts = {B: timing.median for B, timing in bracketed(machine)({B: step.run for B, step in prefills.items()}, 3).items()}
 
 # %% tags=["nbval-ignore-output"]
 for S in (SHORT, LONG):
     for B in (1, 4, 16, 64):
-        lesson.measure(f"step, batch {B}, context {S}", measured[S][B], speed=speed)
+        lesson.measure(f"step, batch {B}, context {S}", times[B, S], parts=parts.get((B, S), ()))
     lesson.measure(f"throughput of 64 over 1, context {S}", gain(measured[S]))
-    for quantity, found in ((f"knee, context {S}", knee(measured[S])), (f"batch at {si(SLO, 's')} a token, context {S}", reached(measured[S], SLO))):
+    for quantity, found in ((f"knee, context {S}", knee(measured[S])), (f"batch at {si(SLO, 's')} a token, context {S}", promised(measured[S]))):
         if found and quantity in lesson.rows:
             lesson.measure(quantity, found)
         else:
             print(f"{quantity}: not between the batches of 1 and {BATCHES[-1]} on this machine")
-lesson.measure("four prompts of 128, over one", prompts[4].best / prompts[1].best)
+lesson.measure("four prompts of 128, over one", four_over_one(prompts))
 Table(["batch", *(f"{what}, {S}" for S in (SHORT, LONG) for what in ("a step", "tokens/s", "against one"))],
       [[str(B), *(cell for S in (SHORT, LONG) for cell in (si(measured[S][B], "s"), number(B / measured[S][B]), f"{measured[S][B] / measured[S][1]:.2f} ×"))]
        for B in BATCHES],
@@ -463,7 +497,9 @@ Table(["batch", *(f"{what}, {S}" for S in (SHORT, LONG) for what in ("a step", "
 # %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.7), sharey=True)
 for ax, S in zip(axes, (SHORT, LONG), strict=True):
-    plots.beside(ax, BATCHES, [napkins[S][B] for B in BATCHES], [rooflines[S][B] / speed for B in BATCHES], list(measured[S].values()))
+    said = [predicted[S][B] for B in BATCHES]
+    ax.fill_between(BATCHES, [each.low_s for each in said], [each.high_s for each in said], color=plots.ROOFLINE, alpha=0.15, linewidth=0)
+    plots.beside(ax, BATCHES, [napkins[S][B] for B in BATCHES], [each.seconds for each in said], list(measured[S].values()))
     at = knee(measured[S])
     if at:
         ax.plot([at, at], [0, 2 * measured[S][1]], ":", color="black", linewidth=1.2)
@@ -472,10 +508,12 @@ for ax, S in zip(axes, (SHORT, LONG), strict=True):
     ax.set(xscale="log", xlabel="batch", title=f"A step at {S} tokens of context")
     ax.set_xticks(BATCHES, [str(B) for B in BATCHES])
     ax.minorticks_off()
-axes[0].set_ylim(0, 1.05 * max(measured[LONG][64], rooflines[LONG][64] / speed))
+axes[0].set_ylim(0, 1.05 * max(measured[LONG][64], predicted[LONG][64].high_s))
 axes[1].text(1.01, 2 * measured[LONG][1], "twice\none", transform=axes[1].get_yaxis_transform(), va="center")
 axes[1].get_legend().remove()
-plt.show()
+plots.show(fig, "Time of a step against the batch, napkin, prediction with its interval, and measured. " + " ".join(
+    f"At {S} tokens {si(measured[S][1], 's')} for one sequence and {si(measured[S][64], 's')} for 64; "
+    + (f"the knee is at {at:.0f}." if (at := knee(measured[S])) else "no knee up to 64.") for S in (SHORT, LONG)))
 
 # %% [markdown]
 # ### Fewer bytes, the same FLOPs
@@ -484,21 +522,12 @@ plt.show()
 # %% tags=["nbval-ignore-output"]
 def time_formats(batches: list[int], rounds: int) -> dict:
     """Seconds of a step by (format, batch)."""
-    models = {weights: faster(plain, weights) for weights in ("bf16", "int4")}
-    caches = {(weights, B): ContiguousCache.for_model(model, B, SHORT) for weights, model in models.items() for B in batches}
-    for cache in caches.values():
-        for tensor in cache.tensors:                # [L, B, K, S, H]: any numbers will do
-            tensor.copy_(torch.randn(tensor.shape[1:]))
-
-    def one_token(weights: str, B: int) -> None:
-        caches[weights, B].length = SHORT - 1
-        models[weights](random_tokens(decoder, B, 1), caches[weights, B], last_only=True)
-
-    times = alternate({case: lambda case=case: one_token(*case) for case in caches}, repeats=rounds)
+    steps = {(weights, B): StepOf(model, "decode", B, SHORT) for weights, model in packed.items() for B in batches}
+    times = bracketed(machine)({case: step.run for case, step in steps.items()}, rounds)
     return {case: timing.median for case, timing in times.items()}
 
 
-if decoder.device.type == "cpu":
+if packed:
     formats = time_formats([1, 4, 16, 64], rounds=7)
     for B in (1, 64):
         lesson.measure(f"int4 over bf16, batch {B}", formats["bf16", B] / formats["int4", B])
@@ -516,53 +545,57 @@ else:
 # %% tags=["nbval-ignore-output"]
 fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.9), sharey=True)
 for ax, S in zip(axes, (SHORT, LONG), strict=True):
-    for times, colour, style, label in ((napkins[S], plots.NAPKIN, "--", "napkin"),
-                                        ({B: t / speed for B, t in rooflines[S].items()}, plots.ROOFLINE, "-", "calibrated roofline")):
-        ax.plot([times[B] for B in BATCHES], [B / times[B] for B in BATCHES], style, color=colour, label=label)
+    for said, colour, style, label in ((napkins[S], plots.NAPKIN, "--", "napkin"),
+                                       ({B: step.seconds for B, step in predicted[S].items()}, plots.ROOFLINE, "-", "calibrated roofline")):
+        ax.plot([said[B] for B in BATCHES], [B / said[B] for B in BATCHES], style, color=colour, label=label)
     rows = [{"batch": B, "fits": True, "seconds": t, "tokens_per_s": B / t} for B, t in measured[S].items()]
     plots.pareto(ax, rows, label="measured", colour=plots.MEASURED)
-    ax.axvline(SLO, color="black", linestyle=":", linewidth=1.2)
-    at = reached(measured[S], SLO)
+    if SLO < ax.get_xlim()[1]:
+        ax.axvline(SLO, color="black", linestyle=":", linewidth=1.2, label=f"the promise, {si(SLO, 's')}")
+    at = promised(measured[S])
     ax.set(title=f"{S} tokens: the promise holds for {f'{at:.0f}' if at else 'all' if measured[S][64] <= SLO else 'none'}")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.minorticks_off()
     ax.locator_params(axis="x", nbins=5)
-axes[0].text(SLO, 0.97, " the promise", transform=axes[0].get_xaxis_transform(), va="top")
 axes[1].set_ylabel("")
-axes[0].legend(loc="lower right")
-plt.show()
+axes[1].legend(loc="lower right")
+plots.show(fig, "Time per token of each user against tokens per second of all, a dot for each batch. " + " ".join(
+    f"At {S} tokens from {number(1 / measured[S][1])} tokens/s at {si(measured[S][1], 's')} to {number(64 / measured[S][64])} at {si(measured[S][64], 's')}."
+    for S in (SHORT, LONG)))
 
 # %% [markdown]
-# Up and to the left is better. A point with another above *and* to the left of it is never worth choosing: if a batch of two takes longer than one of four, let two users wait for two more, or
-# compute with two empty seats.
+# Up and to the left is better. A point with another above *and* to the left of it is never worth choosing: if a batch of two takes longer than one of four, run four, with two empty slots if need be.
 #
 # ## Reconciliation: what ended it?
 # The calibrated roofline, taken apart by cause, beside the clock.
 
 # %% tags=["nbval-ignore-output"]
-CAUSES = {"gemm": "weights: products of B rows", "attention": "caches: attention", "elementwise": "element by element"}
+BETWEEN = {"attention": "caches: attention", "element-wise": "element by element", "launches": "launches"}       # all others are products
+
+
+def by_cause(seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds by part, the products together."""
+    products = sum(each for name, each in seconds.items() if name not in BETWEEN)
+    return {"weights: products of B rows": products} | {cause: seconds.get(name, 0.0) for name, cause in BETWEEN.items()}
+
+
 fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.9), sharey=True)
-share = {}
 for ax, S in zip(axes, (SHORT, LONG), strict=True):
     bottom = np.zeros(len(BATCHES))
-    by_cause = {cause: [] for cause in CAUSES.values()}
-    for B in BATCHES:
-        work = shape.decode(B, S, **FP32)
-        for kernel, cause in CAUSES.items():
-            by_cause[cause].append(sum(max(op.flops / machine.flops_at(op), op.bytes / machine.bytes_at(op, work.bytes))
-                                       for op in work.operations() if op.kernel == kernel) / speed)
-    by_cause["starting operations"] = [ops * machine.fixed_s_per_op / speed] * len(BATCHES)
-    for (cause, heights), colour in zip(by_cause.items(), plots.COLOURS, strict=False):
+    expected = [by_cause({name: part.seconds for name, part in predicted[S][B].parts.items()}) for B in BATCHES]
+    for cause, colour in zip(expected[0], plots.COLOURS, strict=False):
+        heights = [each[cause] for each in expected]
         ax.bar(range(len(BATCHES)), heights, bottom=bottom, color=colour, alpha=0.85, width=0.65, label=cause if S == SHORT else None)
         bottom += heights
-    share[S] = {cause: heights[-1] / bottom[-1] for cause, heights in by_cause.items()}
     ax.plot(range(len(BATCHES)), list(measured[S].values()), "D", color="black", label="measured" if S == SHORT else None)
     ax.set(xlabel="batch", title=f"{S} tokens: what the roofline expects")
     ax.set_xticks(range(len(BATCHES)), [str(B) for B in BATCHES])
     ax.grid(axis="x", visible=False)
 plots.units(axes[0].yaxis, "s")
 fig.legend(loc="outside lower center", ncols=5)
-plt.show()
+plots.show(fig, "The predicted step, batch by batch, as a stack of products, attention, element-wise work and launches, with the measured time as a diamond. " + " ".join(
+    f"At {S} tokens and a batch of 64: " + ", ".join(f"{cause} {si(each, 's')}" for cause, each in by_cause(
+        {name: part.seconds for name, part in predicted[S][64].parts.items()}).items()) + f"; measured {si(measured[S][64], 's')}." for S in (SHORT, LONG)))
 
 # %% [markdown]
 # And against both roofs: the share of the bandwidth that a step reaches (MBU), and the share of the peak (MFU). A batch trades the one for the other.
@@ -577,57 +610,46 @@ for B in BATCHES:
 columns = ["batch", *(f"{what}, {S}" for S in (SHORT, LONG) for what in ("of the bandwidth", "of the peak"))]
 Table(columns, rows, numeric=columns)
 
-# %% tags=["nbval-ignore-output"]
-attention_reads = machine.flops_at(shape.attention(1, 1, LONG, kv="fp32", activations="fp32")) / (2 * (N // K) / 4) / machine.bandwidth_at()
+# %% [markdown]
+# Now commit yourself. What is the largest difference between napkin and clock for 64 sequences of 512 tokens?
 
-
-def rate(M: int) -> float:
-    """The share of the peak at which a product of M rows runs, by the calibration."""
-    return machine.flops_at(matmul(M, D, F)) / machine.peak("fp32")
-
-
-because = {
-    "step, batch 1,": f"a product of one row does not read at full bandwidth; {ops:,} operations to start",
-    "step, batch 4,": "few rows: far from both roofs",
-    "step, batch 16,": "neither reading nor computing hides the other wholly",
-    f"step, batch 64, context {SHORT}": f"{roofs[64, SHORT][1]:.0%} of the peak, where products of 64 rows alone run at {rate(64):.0%}",
-    f"step, batch 64, context {LONG}": f"attention is {share[LONG]['caches: attention']:.0%} of it, at its kernel's rate",
-    f"knee, context {SHORT}": "one row is slower than the napkin thinks, which delays the knee; so are B rows, which hastens it",
-    f"knee, context {LONG}": f"the same; and attention reads at {attention_reads:.0%} of the bandwidth, which hastens it",
-    "throughput": "a ratio of two steps, each with its own residual",
-    "batch at": "as the steps around it",
-    "int4 over bf16, batch 1": "bytes fall to a quarter, what else a step costs does not",
-    "int4 over bf16, batch 64": "both compute in bf16; what was saved had been shared away already",
-    "four prompts": f"128 rows run at {rate(128):.0%} of the peak already, 512 at {rate(512):.0%}",
-}
-for quantity, row in lesson.rows.items():
-    if row.measured:
-        lesson.explain(quantity, next(why for start, why in because.items() if quantity.startswith(start)))
-lesson.table()
+# %% tags=["guess"]
+# "products", "attention", "element-wise", "launches", "memory was slower than calibrated", "memory was faster than calibrated" or "not explained";
+# where the napkin waits for arithmetic, "compute was slower than calibrated" and so on
+lesson.cause("step, batch 64, context 512", ...)
 
 # %% tags=["nbval-ignore-output"]
+for B, S in reversed(EXPLAINED):
+    lesson.explain(f"step, batch {B}, context {S}")
+
+# %% tags=["nbval-ignore-output"]
+inside = {case: by_cause(parts[case].to(times[case].median).measured) for case in EXPLAINED}        # what the clock saw inside the steps
+products, attention, _, launches = inside[1, SHORT]
+one, many = inside[1, SHORT], inside[64, SHORT]
+attention_reads = 64 * LONG * k / inside[64, LONG][attention] / machine.bandwidth_at()
 four_bits = "were not tried: the packed formats are for CPUs"
-if decoder.device.type == "cpu":
+if packed:
     worth = {B: formats["bf16", B] / formats["int4", B] for B in (1, 16, 64)}
-    four_bits = (f"were worth {worth[1]:.1f} times the speed at a batch of one, {worth[16]:.2f} times at 16 and {worth[64]:.2f} at 64. To unpack a weight takes time, "
-                 "and somewhere between reading and computing it is time for nothing")
+    four_bits = f"were worth {worth[1]:.1f} times the speed at a batch of one, {worth[16]:.2f} times at 16 and {worth[64]:.2f} at 64"
 Markdown(f"""
-What the residuals are made of:
+What was measured inside the steps:
 
-- **One sequence is dear.** The napkin lets the weights stream past at full bandwidth. A step of one reaches {roofs[1, SHORT][0]:.0%} of it here: its products are
-  another program than a plain sum, and {ops:,} operations must be started. That flatters every *ratio* to one sequence. A faster
-  program for one row would be good news for one user, and would bring the knee forward.
-- **Sixty-four are dear, too**, at {roofs[64, SHORT][1]:.0%} of the peak. A corner as sharp as the napkin's exists on paper only: near it, neither reading nor computing hides the other.
+- **One sequence** reaches {roofs[1, SHORT][0]:.0%} of the bandwidth. Its products read the weights at {4 * w / one[products] / machine.bandwidth_at():.0%} of it, and launches take
+  {one[launches] / measured[SHORT][1]:.0%} of the step. All of it goes into every *ratio* to one sequence: a faster program for one row would be good news for one user, and would bring the knee forward.
+- **Sixty-four** reach {roofs[64, SHORT][1]:.0%} of the peak, their products {2 * w * 64 / many[products] / machine.peak("fp32"):.0%}. A corner as sharp as the napkin's exists on paper only: near it,
+  neither reading nor computing hides the other.
+- **The knee moves both ways.** A slower step of one moves it to larger batches, slower steps of many to smaller ones. Here the step of one took {measured[SHORT][1] / napkins[SHORT][1]:.1f} times its napkin, that
+  of 64 {measured[SHORT][64] / napkins[SHORT][64]:.1f} times.
 - **A few are a matter of programs.** A step of two took {measured[SHORT][2] / measured[SHORT][1]:.2f} times a step of one, a step of four
   {measured[SHORT][4] / measured[SHORT][1]:.2f}, of eight {measured[SHORT][8] / measured[SHORT][1]:.2f}. No count of bytes says in which order these come.
-- **Caches are read below the bandwidth**, at {attention_reads:.0%} of it by the calibration: the kernel is busy with exponentials and small products. So at {LONG} tokens the caches
-  weigh in earlier than their bytes.
+- **Caches** of 64 sequences of {LONG} tokens are read at {attention_reads:.0%} of the bandwidth, and attention is {inside[64, LONG][attention] / measured[LONG][64]:.0%} of that step.
 - **Four bits** {four_bits}.
-- **Prompts have little to share**: four of them took {prompts[4].best / prompts[1].best:.1f} times one, where four decode steps in a batch took
+- **Prompts have little to share**: four of them took {four_over_one(prompts):.1f} times one, where four decode steps in a batch took
   {measured[SHORT][4] / measured[SHORT][1]:.1f} times one. They are their own batch.
-- **And the machine is not always as fast** as when it was calibrated: its speed during these runs was {speed:.2f} of that. One pulse stands for batches that read
-  and batches that compute, and a machine can lose one without the other. The knees are ratios from runs side by side, so they mind less.
 """)
+
+# %% tags=["nbval-ignore-output"]
+lesson.table()
 
 # %% [markdown]
 # ### Other people's batches
@@ -669,7 +691,7 @@ Markdown(f"The napkin promises more than there is, always, and nearly always by 
 
 # %% [markdown]
 # ### When a batch loses
-# - **Long contexts.** Beyond W/c sequences every further user adds as much as they get. A batch shares weights; nobody shares a past (unless it is the same one: lesson 06).
+# - **Long contexts.** Past W/c sequences, twice the batch brings at most a third more tokens a second. A batch shares weights; nobody shares a past (unless it is the same one: lesson 06).
 # - **Prefill.** A prompt of several hundred tokens fills the arithmetic alone. Then four prompts together take four times as long, and all four users wait for the fourth.
 # - **A promise.** Beyond the knee one buys throughput with everybody's latency. The best batch is the largest that keeps the promise, and not the one with the most tokens a second.
 # - **Between two programs.** A few rows may cost as much as one, or twice as much, by the program that the library picks for them. Ask the stopwatch before you pay for a batch of two.
@@ -684,7 +706,7 @@ Table(["batch", *(str(B) for B in (1, 2, 4, 8, 16))],
 
 # %% [markdown]
 # - **Nobody there.** A batch must be *filled*, and real users come and go one by one. To wait for the eighth costs the first seven; and if a batch lasts until its longest answer is
-#   done, most of its seats are empty in the end. That is the next lesson.
+#   done, most of its slots are empty in the end. That is the next lesson.
 #
 # ## Play and exercises
 # Any model, any machine: what does a step wait for, how much room is there, and what would one more user cost? Try to find: a setting in which room ends before anything else does; one in which the arithmetic
@@ -733,7 +755,7 @@ def draw_step(model: str, on: str, batch: int, context: int, weights: str) -> No
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     plots.units(ax.yaxis, "s")
     ax.minorticks_off()
-    plt.show()
+    plots.show(fig, f"A step of {s.name} on {m.name} against the batch, by its parts, at {context:,} tokens with weights in {weights}. At a batch of {batch:,}: {line}.")
 
 
 # %% tags=["widget", "nbval-ignore-output"]
@@ -760,7 +782,8 @@ for key, colour in zip(("h100-sxm", "a100-80gb-sxm", "rtx-4090", "l4"), plots.CO
 ax.axvline(0.05, color="black", linestyle=":", linewidth=1.2)
 ax.set(title=f"{llama.name}, bf16, 4,096 tokens: each batch is a bargain")
 ax.legend(loc="upper right")
-plt.show()
+plots.show(fig, f"Time per token against tokens per second of {llama.name} on an H100, an A100, an RTX 4090 and an L4, from a batch of one to the last that fits. "
+                "Each card's line rises steeply, then flattens; the larger cards reach higher.")
 
 # %% [markdown]
 # ### 1 · The knee from two numbers
@@ -821,7 +844,7 @@ lesson.exercise(
         (0.050, 16_060_522_496, 2_147_483_648, 85_899_345_920, 3.35e12): 32,    # with 32 KV heads instead of 8
     },
     nudge="There are two limits in bytes. The smaller one holds weights and caches.",
-    means="a full H100 takes 26 ms, so no promise laxer than that ever needs to be made.",
+    means="at 4,096 tokens a full H100 takes 26 ms, so a laxer promise lets nobody else in. Both limits are of bytes: at short contexts the arithmetic sets a third.",
 )
 
 # %% [markdown] tags=["hint"]
@@ -959,7 +982,7 @@ lesson.exercise(
 
 # %% [markdown]
 # **To take away.** A batch shares the read of the weights and nothing else. It stops being free when the arithmetic has caught up, at R·e/2 sequences, or when the caches have, at W/c of them, whichever is first; at
-# today's contexts it is the caches. Behind the knee, throughput is bought with everybody's latency, and the last to say no is the room. A full machine takes memory over bandwidth for a step. All that supposed
+# today's contexts it is the caches. Behind the knee, throughput is bought with everybody's latency, and the last to say no is the room. Where bytes bind, a full machine takes memory over bandwidth for a step. All that supposed
 # that the users were there, at the same time, with answers of the same length. They are not: lesson 05.
 #
 # Further reading: Williams et al. 2009 (roofline); Pope et al. 2022, *Efficiently scaling transformer inference* (the frontier of latency and throughput); Yu et al. 2022 (Orca); Austin et al. 2025, *How to scale your model*.

@@ -23,6 +23,7 @@
 
 # %% tags=["nbval-ignore-output"]
 import math
+from bisect import bisect
 from statistics import mean
 
 import matplotlib.pyplot as plt
@@ -33,6 +34,7 @@ from ipywidgets import IntSlider
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
+from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.launches import count_ops
@@ -40,13 +42,23 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
-from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops
+from clawdemy_infer.lesson.parts import StepOf
+from clawdemy_infer.lesson.steps import filled_cache, random_tokens
 from clawdemy_infer.lesson.tables import Table, si
-from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.machine.calibrate import this_machine
+from clawdemy_infer.machine.present import bracketed, default_device
 from clawdemy_infer.model import Sampling
 from clawdemy_infer.model.sampling import sample
 from clawdemy_infer.published.rows import read as published_runs
-from clawdemy_infer.rigs.allocators import Buddy, Lengths, Pages, Reservation, serve, sharegpt_like
+from clawdemy_infer.rigs.allocators import (
+    Buddy,
+    Lengths,
+    Pages,
+    Reservation,
+    doubled_output,
+    serve,
+    sharegpt_like,
+)
 from clawdemy_infer.timing import alternate
 
 plots.use_style()
@@ -57,7 +69,15 @@ model = load_model("smollm2-135m", device=default_device())
 decoder = faster(model, "fp32")                         # its matrices as the kernels of this machine like them
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
          f"computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32, "
-         f"and asks {si(machine.fixed_s_per_op, 's')} to start one operation.")
+         f"and a kernel launch costs it {si(machine.fixed_s_per_op, 's')}.")
+
+# %% [markdown]
+# Write your guesses over the dots, as a number or as text with its unit: 50, "50 %", and further down "20 ms".
+
+# %%
+lesson.guess("used under reservation", ...)             # of the room for KV caches, in %
+lesson.guess("used with pages", ...)                    # in %
+lesson.guess("paged over contiguous", ...)              # times as long for a step
 
 # %% [markdown]
 # ## Envelope: used, reserved, internal, external
@@ -133,7 +153,7 @@ f"{wasted / n} of {held / n:.1f} tokens' room is wasted on average: {wasted / he
 # A memory of 256 tokens, in which no request may exceed 64. Fourteen requests arrive, one every step or two, and each allocator must find room for them:
 #
 # - **reservation**: 64 tokens each, whatever they need;
-# - **buddy**: the output as if known up to a factor of two, in pieces of power-of-two sizes that are halved and joined;
+# - **buddy**: the output as if known up to a factor of two, but no more than the 64 tokens there can be, in pieces of power-of-two sizes that are halved and joined;
 # - **pages**: blocks of 4 tokens, one at a time.
 #
 # A colour is a request. Strong: used. Paler: reserved for what will come. Palest: never wanted.
@@ -142,7 +162,14 @@ f"{wasted / n} of {held / n:.1f} tokens' room is wasted on average: {wasted / he
 REQUESTS = [Lengths(name, prompt, output, arrival) for name, (prompt, output, arrival) in enumerate((
     (12, 20, 0), (8, 40, 0), (20, 12, 1), (24, 30, 2), (16, 16, 4), (10, 32, 5), (28, 36, 7),
     (6, 16, 9), (18, 30, 11), (22, 8, 13), (9, 32, 15), (30, 16, 17), (14, 28, 19), (5, 24, 21)))]
-SMALL = {"reservation": lambda: Reservation(256, 64), "buddy": lambda: Buddy(256), "pages": lambda: Pages(256, 4)}
+
+
+def doubled(most: int):
+    """What buddy reserves for a request: prompt, and output up to a factor of two, `most` at most."""
+    return lambda request: min(doubled_output(request), most)
+
+
+SMALL = {"reservation": lambda: Reservation(256, 64), "buddy": lambda: Buddy(256, doubled(64)), "pages": lambda: Pages(256, 4)}
 HUES = [*plots.COLOURS, "#c2557a", "#4aa3b5", "#7d6b3d", "#9db34a", "#b07cd0", "#d08a5a", "#46527a", "#6fae8e"]
 
 
@@ -197,7 +224,8 @@ def draw_memory(allocator: str, step: int) -> None:
     right.set(xlim=(0, 300), xlabel="tokens", title=f"{len(snapshot.waiting)} wait")
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
-    plt.show()
+    shares = ", ".join(f"{count / 256:.0%} {kind}" for kind, count in zip(KINDS, counts, strict=True))
+    plots.show(fig, f"The memory under {allocator} after step {at}: {len(snapshot.tokens)} requests run, {len(snapshot.waiting)} wait; {shares}.")
 
 
 # %% tags=["widget", "nbval-ignore-output"]
@@ -223,7 +251,9 @@ fig.legend(handles=[Patch(color=grey, label="used"), Patch(color=pale(grey, 0.45
                     Patch(color=pale(grey, 0.2), label="internal, never used"),
                     Patch(facecolor="white", edgecolor="#d0d0d0", label="nobody's")],
            loc="outside lower center", ncols=4)
-plt.show()
+used = {name: ", ".join(f"{steps[step][0].used / 256:.0%}" for step in STRIP) for name, steps in FILMS.items()}
+plots.show(fig, f"The memory under three allocators after steps {', '.join(map(str, STRIP))}. Used: " + "; ".join(
+    f"{name} {shares}" for name, shares in used.items()) + ".")
 
 # %%
 Table(["allocator", "steps until all are served", "steps in which somebody waited", "most requests at once"],
@@ -232,15 +262,15 @@ Table(["allocator", "steps until all are served", "steps in which somebody waite
       numeric=["steps until all are served", "steps in which somebody waited", "most requests at once"])
 
 # %% [markdown]
-# Buddy, which seemed clever, is the slowest here: it rounds up twice, first the output and then the whole piece.
+# Buddy is hardly faster than reservation here: it rounds up twice, first the output and then the whole piece, and most pieces come out at 64 tokens, as if reserved.
 #
 # Move the slider to where nobody waits any more, too. There the three differ in pictures and not in anything that matters: an empty room wastes
 # nothing. **Waste counts when somebody waits.** Under load is where we shall measure it.
 #
 # ## Prediction
 # ### The waste
-# The paper replayed conversations (ShareGPT). Only their mean lengths are published; we draw 200 requests with those means and the long tail
-# that chats have. They all wait at the door, and the memory is the A100's from above.
+# The paper replayed conversations (ShareGPT), whose lengths it draws in figure 11. We take the means from it and draw 200 requests with those means and a long tail, as
+# chats have: log-normal, which is an assumption. They all wait at the door, and the memory is the A100's from above.
 #
 # **The napkin** for reservation takes two numbers, the mean prompt and the mean output: on average half of the output is there, so (P + n/2) of 2,048.
 # For pages: half a block is lost of what a request holds.
@@ -248,7 +278,7 @@ Table(["allocator", "steps until all are served", "steps in which somebody waite
 # **A better prediction** sees that it must not ask for the mean *request*, but for the mean request *that one meets in the memory*. A long answer stays
 # for many steps, and each step counts. It weighs each request by its steps, and takes off what the pieces leave stranded.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 requests = sharegpt_like(200)
 prompt, output = mean(r.prompt for r in requests), mean(r.output for r in requests)
 steps = sum(r.output for r in requests)
@@ -258,6 +288,9 @@ pieces = CAPACITY // MOST * MOST / CAPACITY
 lesson.predict("used under reservation", 100 * (prompt + output / 2) / MOST, 100 * met / MOST * pieces, unit="%")
 lesson.predict("used with pages", 100 * (1 - b / 2 / (prompt + output / 2)), 100 * met / (met + (b - 1) / 2), unit="%")
 lesson.predict("requests at once with pages", CAPACITY / (prompt + output / 2), CAPACITY / (met + (b - 1) / 2), unit="requests")
+lesson.reveal("used under reservation", "used with pages", "requests at once with pages")
+
+# %%
 Markdown(f"A mean request has {prompt:.0f} tokens in and {output:.0f} out, so it holds {prompt + output / 2:.0f} over its life. "
          f"The mean request that one *meets* holds {met:.0f}.")
 
@@ -270,6 +303,9 @@ Markdown(f"A mean request has {prompt:.0f} tokens in and {output:.0f} out, so it
 # look back at 512 tokens that are there.
 #
 # How long until the first token (TTFT)?
+
+# %%
+lesson.guess("TTFT with a hit of 512", ...)
 
 # %%
 shape = catalog.model("smollm2-135m")
@@ -285,6 +321,13 @@ hit, miss = shape.step(1, QUESTION, SYSTEM + QUESTION, **FP32), shape.prefill(1,
 pairs = QUESTION * SYSTEM + QUESTION * (QUESTION + 1) // 2
 assert flops == QUESTION * 2 * shape.matrix_parameters() + shape.L * 4 * shape.N * shape.H * pairs + 2 * shape.D * shape.V == hit.flops
 f"{miss.flops / hit.flops:.1f} times fewer FLOPs with a hit; {miss.bytes / hit.bytes:.2f} times fewer bytes: the weights must be read either way"
+
+# %% tags=["nbval-ignore-output"]
+cold = StepOf(decoder, "prefill", 1, SYSTEM + QUESTION)
+hit_ops = cold.ops + 2 * shape.L                        # two copies a layer gather what the hit looks back at
+lesson.predict("TTFT without a hit", cold.napkin(machine), cold.predict(machine), unit="s")
+lesson.predict("TTFT with a hit of 512", machine.napkin(hit), machine.time(hit, hit_ops), unit="s")
+lesson.reveal("TTFT without a hit", "TTFT with a hit of 512")
 
 # %% [markdown]
 # And how often does one hit? That needs no model: the tables know. Twenty users with the same system prompt, each with a question of their own.
@@ -351,18 +394,18 @@ def one_token(model, cache) -> torch.Tensor:
     return model(token, cache, last_only=True)
 
 
-ops = {name: count_ops(lambda cache=cache: one_token(decoder, cache)) for name, (_, cache) in list(ways.items())[:2]}
-work, kv = shape.decode(B, S, **FP32), shape.kv_bytes(B, S, "fp32")
-predicted = {name: machine.time(work, count).seconds for name, count in ops.items()}
-predicted["gathered, PyTorch"] += 2 * kv / machine.bandwidth_at()       # each key and value read and written once more
-step_bytes = shape.streamed_bytes("fp32") + kv
+steps = {name: StepOf(model, "decode", B, S, cache) for name, (model, cache) in ways.items()}
+predicted = {name: step.predict(machine) for name, step in steps.items()}
+contiguous, gathered = predicted["contiguous, PyTorch"], predicted["gathered, PyTorch"]
+step_bytes, kv = shape.streamed_bytes("fp32") + shape.kv_bytes(B, S, "fp32"), shape.kv_bytes(B, S, "fp32")
+GATHERS = f"step that gathers, {B} at {S:,}"
 
-lesson.guess("paged over contiguous", ...)
 lesson.predict("paged over contiguous", 1.0, 1.0, unit="×")
-lesson.predict("gathered over contiguous", (step_bytes + 2 * kv) / step_bytes,
-               predicted["gathered, PyTorch"] / predicted["contiguous, PyTorch"], unit="×")
-Table([f"a step of {B} sequences at {S:,}", "operations", "roofline says"],
-      [[name, f"{ops[name]:,}", si(predicted[name], "s")] for name in ops], numeric=["operations", "roofline says"])
+more = gathered - contiguous                            # a difference is predicted as one: what the two have in common is equally wrong in both
+lesson.predict("gathered over contiguous", (step_bytes + 2 * kv) / step_bytes, 1 + more.seconds / contiguous.seconds, unit="×",
+               interval=(1 + more.low_s / contiguous.seconds, 1 + more.high_s / contiguous.seconds))
+lesson.predict(GATHERS, steps["gathered, PyTorch"].napkin(machine), gathered, unit="s")
+lesson.reveal("paged over contiguous", "gathered over contiguous", GATHERS)
 
 # %% [markdown]
 # ### Throw out a sequence: carry it away, or forget it?
@@ -381,6 +424,7 @@ Table([f"a step of {B} sequences at {S:,}", "operations", "roofline says"],
 card = catalog.machine("a100-80gb-pcie")
 lengths = np.unique(np.geomspace(1, 2048, 60).round().astype(int))
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.1))
+said = []
 for name, ax in zip(("opt-13b", "qwen3-0.6b"), axes, strict=True):
     s = catalog.model(name)
     swap = [2 * length * s.kv_bytes_per_token("bf16") / card.link.bytes_per_s for length in lengths]
@@ -392,10 +436,11 @@ for name, ax in zip(("opt-13b", "qwen3-0.6b"), axes, strict=True):
         ax.axvline(cheaper[0], color="black", linestyle=":", linewidth=1.2)
         ax.annotate(f"even at about {cheaper[0]:,}", (cheaper[0], min(swap)), xytext=(-5, 2), textcoords="offset points", ha="right")
     ax.set(xlabel="tokens of the sequence", ylabel="time", title=f"{s.name}: {'they cross' if cheaper else 'swapping always wins'}")
+    said.append(f"for {s.name} " + (f"they are even at about {cheaper[0]:,} tokens" if cheaper else "swapping is always the faster"))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     plots.units(ax.yaxis, "s")
 axes[0].legend(loc="upper left")
-plt.show()
+plots.show(fig, f"Time to swap a sequence out and in, and to recompute it, against its tokens: {'; '.join(said)}.")
 print(f"On paper: {card.name}, {card.link.kind}")
 
 # %% [markdown]
@@ -405,23 +450,23 @@ print(f"On paper: {card.name}, {card.link.kind}")
 # On this machine the "host" is the same memory, so the link is as fast as can be, and we expect no crossing at all. To have one, let us also ask about a
 # slow link: what if the sequence had to go to a neighbour through a 100 Mbit/s network?
 
+# %%
+lesson.guess("swap 512 tokens out and in", ...)
+
 # %% tags=["nbval-ignore-output"]
 KV = shape.kv_bytes_per_token("fp32")
 NETWORK = 100e6 / 8                                     # bytes/s, on its label
-prefill_ops = step_ops(decoder, 2)
+recompute = StepOf(decoder, "prefill", 1, SYSTEM)
 
 
-def recompute_napkin(S: int) -> float:
-    return machine.napkin(shape.prefill(1, S, **FP32))
+def recomputed(S: int):
+    """The prediction of a prefill of S tokens."""
+    return machine.time(shape.prefill(1, S, **FP32), recompute.ops)
 
 
-def recompute_roofline(S: int) -> float:
-    return machine.time(shape.prefill(1, S, **FP32), prefill_ops).seconds
-
-
-def even_length(recompute, link: float = NETWORK) -> int:
+def even_length(seconds_of, link: float = NETWORK) -> int:
     """The first length at which carrying the sequence there and back takes longer than computing it anew."""
-    return next((S for S in range(1, shape.max_context) if 2 * S * KV / link > recompute(S)), shape.max_context)
+    return 1 + bisect(range(1, shape.max_context), False, key=lambda S: 2 * S * KV / link > seconds_of(S))
 
 
 swapping = SwappingCache.over(decoder, SwappingTables(BlockPool(64, b), host=BlockPool(64, b)))
@@ -437,21 +482,22 @@ def out_and_in(cache) -> None:
 swap_ops = count_ops(lambda: out_and_in(swapping)) / (SYSTEM // b)      # a block: keys and values, out and in
 
 
-def swap_roofline(S: int) -> float:
-    """Read and written on the way out, and again on the way in; each block costs its operations."""
-    return 4 * S * KV / machine.bandwidth_at() + -(-S // b) * swap_ops * machine.fixed_s_per_op
+def copied(S: int) -> Work:
+    """Read and written on the way out, and again on the way in."""
+    return Work(flops=0, bytes=4 * S * KV, name="copies")
 
 
-lesson.guess("swap 512 tokens out and in", ...)
-lesson.predict("swap 512 tokens out and in", 4 * SYSTEM * KV / machine.bandwidth_at(), swap_roofline(SYSTEM), unit="s")
-lesson.predict("recompute 512 tokens", recompute_napkin(SYSTEM), recompute_roofline(SYSTEM), unit="s")
-lesson.predict("even at, over 100 Mbit/s", even_length(recompute_napkin), even_length(recompute_roofline), unit="tokens")
+def swapped(S: int):
+    """The prediction of a swap: each block costs its launches."""
+    return machine.time(copied(S), -(-S // b) * swap_ops)
 
-hit_ops = prefill_ops + 2 * shape.L                     # two copies a layer gather what the hit looks back at
-lesson.guess("TTFT with a hit of 512", ...)
-lesson.predict("TTFT without a hit", machine.napkin(miss), machine.time(miss, prefill_ops).seconds, unit="s")
-lesson.predict("TTFT with a hit of 512", machine.napkin(hit), machine.time(hit, hit_ops).seconds, unit="s")
-lesson.table()
+
+lesson.predict("swap 512 tokens out and in", machine.napkin(copied(SYSTEM)), swapped(SYSTEM), unit="s")
+lesson.predict("recompute 512 tokens", recompute.napkin(machine), recompute.predict(machine), unit="s")
+lesson.predict("even at, over 100 Mbit/s", even_length(lambda S: machine.napkin(shape.prefill(1, S, **FP32))),
+               even_length(lambda S: recomputed(S).seconds), unit="tokens",
+               interval=(even_length(lambda S: recomputed(S).low_s), even_length(lambda S: recomputed(S).high_s)))
+lesson.reveal("swap 512 tokens out and in", "recompute 512 tokens", "even at, over 100 Mbit/s")
 
 # %% [markdown]
 # ## Measurement: the waste
@@ -461,13 +507,14 @@ lesson.table()
 # %%
 ALLOCATORS = {
     "reservation": lambda: Reservation(CAPACITY, MOST),
-    "buddy": lambda: Buddy(CAPACITY),
+    "buddy": lambda: Buddy(CAPACITY, doubled(MOST)),
     "buddy, oracle": lambda: Buddy(CAPACITY, lambda request: request.total),
     "pages of 16": lambda: Pages(CAPACITY, b),
 }
 WASTE = ("used", "reserved", "internal", "external")
 low, high, vllm = sorted(run.value for run in facts if run.metric == "kv_memory_used_pct")
-paper = {"reservation": low, "buddy, oracle": high, "pages of 16": vllm}       # the paper's lowest, highest, and its own
+paper = {"reservation": low, "buddy": 26.8, "buddy, oracle": high, "pages of 16": vllm}                    # its figure 2: Orca (Max), (Pow2), (Oracle), vLLM
+paper_running = {"reservation": 7.00, "buddy": 9.81, "buddy, oracle": 13.62, "pages of 16": 30.42}         # its figure 13a, ShareGPT
 shares, running, served = {}, {}, {}
 for name, make in ALLOCATORS.items():
     whole = list(serve(make(), requests))
@@ -476,10 +523,11 @@ for name, make in ALLOCATORS.items():
     shares[name] = {kind: 100 * sum(getattr(snapshot, kind) for snapshot in loaded) / room for kind in WASTE}
     running[name], served[name] = mean(len(snapshot.tokens) for snapshot in loaded), len(whole)
 
-Table(["allocator", *WASTE, "used, in the paper", "requests at once", "steps for all 200"],
-      [[name, *(f"{shares[name][kind]:.1f} %" for kind in WASTE), f"{paper[name]} %" if name in paper else "",
-        f"{running[name]:.1f}", f"{served[name]:,}"] for name in ALLOCATORS],
-      numeric=[*WASTE, "used, in the paper", "requests at once", "steps for all 200"])
+header = [*WASTE, "used, in the paper", "requests at once", "at once, in the paper", "steps for all 200"]
+Table(["allocator", *header],
+      [[name, *(f"{shares[name][kind]:.1f} %" for kind in WASTE), f"{paper[name]} %", f"{running[name]:.1f}",
+        f"{paper_running[name]:.1f}", f"{served[name]:,}"] for name in ALLOCATORS],
+      numeric=header)
 
 # %%
 fig, ax = plt.subplots(figsize=(7.2, 2.8))
@@ -493,19 +541,28 @@ ax.set(xlim=(0, 101), xlabel="% of the room, while somebody waits", title="Of th
 ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
 fig.legend(loc="outside lower center", ncols=5)
-plt.show()
+plots.show(fig, "Used of the room, while somebody waits, ours and in the paper: " + "; ".join(
+    f"{name} {shares[name]['used']:.0f} % and {paper[name]:.0f} %" for name in ALLOCATORS) + ".")
 
 # %% tags=["nbval-ignore-output"]
-lesson.measure("used under reservation", shares["reservation"]["used"], why="long requests stay: the napkin forgets it, weighing by steps does not")
-lesson.measure("used with pages", shares["pages of 16"]["used"], why="besides the last blocks: a prompt at the door that does not fit yet")
-lesson.measure("requests at once with pages", running["pages of 16"], why="all came at once: at first all are young and short, and more of them fit")
+lesson.measure("used under reservation", shares["reservation"]["used"])
+lesson.measure("used with pages", shares["pages of 16"]["used"])
+lesson.measure("requests at once with pages", running["pages of 16"])
 Markdown(f"Pages waste **{100 - shares['pages of 16']['used']:.1f} %**. In the same memory "
          f"{running['pages of 16'] / running['reservation']:.1f} times as many requests run at once, and all are served in "
          f"{served['reservation'] / served['pages of 16']:.1f} times fewer steps.")
 
 # %% [markdown]
 # Even an oracle helps little: it stops guessing, and it still holds in the first step what will be wanted in the last.
-#
+
+# %%
+lost = {name: 100 - shares[name]["used"] - shares[name]["reserved"] for name in ALLOCATORS}
+Markdown(f"""Buddy is better than reservation, here as in the paper: {running['buddy']:.1f} requests at once and not {running['reservation']:.1f}; in the paper {paper_running['buddy']:.1f} and
+not {paper_running['reservation']:.1f}. Of the room it uses {shares['buddy']['used']:.0f} %, in the paper {paper['buddy']:.0f} %. It rounds up twice, and to that and to gaps it loses {lost['buddy']:.0f} %, where the
+oracle loses {lost['buddy, oracle']:.0f} % and pages {lost['pages of 16']:.1f} %. Pages run {running['pages of 16'] / running['buddy']:.1f} times as many requests as buddy; in the paper
+{paper_running['pages of 16'] / paper_running['buddy']:.1f} times.""")
+
+# %% [markdown]
 # ### Parallel sampling: fork, and copy on write
 # Ask for four answers to one prompt. All four begin with the same tokens, so all four tables point at the same blocks, each with a *count* of how many do. When
 # one wants to write into a block that others read, it first gets a copy of its own. Full blocks are never written again, so at most the last is copied.
@@ -586,11 +643,12 @@ f"{known} tokens found, and the same logits for all {shape.V:,} words of the voc
 
 # %% tags=["nbval-ignore-output"]
 ttft = {}
-for name, found, repeats in (("TTFT without a hit", 0, 3), ("TTFT with a hit of 512", SYSTEM, 7)):
-    pulse = Pulse(machine, "fp32", SYSTEM + QUESTION - found)
-    ttft[found] = pulse.stopwatch(lambda found=found: first_token(found), repeats).median
-    lesson.measure(name, ttft[found], speed=pulse.speed)
-del pulse
+for name, found, repeats, parts in (("TTFT without a hit", 0, 3, cold.parts(machine)), ("TTFT with a hit of 512", SYSTEM, 7, ())):
+    timing = bracketed(machine)(lambda found=found: first_token(found), repeats)
+    ttft[found] = timing.median
+    lesson.measure(name, timing, parts=parts)
+
+# %% tags=["nbval-ignore-output"]
 half = alternate({found: lambda found=found: first_token(found) for found in (256, 384)}, repeats=2, warmup=0)
 ttft |= {found: timing.median for found, timing in half.items()}
 
@@ -602,7 +660,8 @@ plots.beside(ax, known, [machine.napkin(work) for work in works], [machine.time(
              [ttft[found] for found in known])
 ax.set(xlabel="tokens of the prompt that were found, of 576", ylabel="time to first token", xticks=known,
        title="What is known need not be computed")
-plt.show()
+plots.show(fig, "Time to first token against the tokens of the prompt that were found: " + "; ".join(
+    f"{found} found, {si(ttft[found], 's')}" for found in known) + ".")
 
 # %% [markdown]
 # ### The price of the table
@@ -612,7 +671,7 @@ plt.show()
 expected = one_token(decoder, plain)
 for model, cache in ways.values():
     torch.testing.assert_close(one_token(model, cache), expected, rtol=1e-3, atol=1e-2)
-times = alternate({name: lambda way=way: one_token(*way) for name, way in ways.items()}, repeats=7)
+times = alternate({name: step.run for name, step in steps.items()}, repeats=5)
 
 
 def ratio(one: str, other: str) -> float:
@@ -623,6 +682,11 @@ over = {"gathered": ratio("gathered, PyTorch", "contiguous, PyTorch"), "paged": 
 for name, value in over.items():
     lesson.measure(f"{name} over contiguous", value)
 
+# %% tags=["nbval-ignore-output"]
+gathering = steps["gathered, PyTorch"]
+lesson.measure(GATHERS, gathering.time(machine, repeats=5), parts=gathering.parts(machine))
+
+# %% tags=["nbval-ignore-output"]
 small = {}
 for context in (512, 64):                               # one sequence of few tokens
     ours = {"contiguous": ContiguousCache.for_model(decoder, 1, context), "paged": PagedCache.for_model(decoder, 1, context)}
@@ -638,14 +702,15 @@ for context in (512, 64):                               # one sequence of few to
     small[context]["ratio"] = float(np.median(np.divide(both["paged"].seconds, both["contiguous"].seconds)))
 
 fig, ax = plt.subplots(figsize=(6.6, 2.6))
-ax.barh(list(predicted), list(predicted.values()), color=plots.ROOFLINE, alpha=0.35, height=0.62, label="calibrated roofline")
+ax.barh(list(predicted), [each.seconds for each in predicted.values()], color=plots.ROOFLINE, alpha=0.35, height=0.62, label="calibrated roofline")
 ax.plot([timing.median for timing in times.values()], list(times), "o", color=plots.MEASURED, label="measured")
 ax.set(xlabel=f"a step of {B} sequences at {S:,} tokens", title="Read the pages where they lie: do not gather them")
 ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
 plots.units(ax.xaxis, "s")
 fig.legend(loc="outside lower center", ncols=2)
-plt.show()
+plots.show(fig, f"A step of {B} sequences at {S:,} tokens, predicted and measured: " + "; ".join(
+    f"{name} {si(predicted[name].seconds, 's')} and {si(timing.median, 's')}" for name, timing in times.items()) + ".")
 Table(["step by the kernel", "contiguous", "paged", "ratio"],
       [[f"{B} sequences, {S:,} tokens each", si(times["contiguous, kernel"].median, "s"), si(times["paged, kernel"].median, "s"), f"{over['paged']:.2f} ×"]]
       + [[f"1 sequence, {context:,} tokens", si(row["contiguous"], "s"), si(row["paged"], "s"), f"{row['ratio']:.2f} ×"]
@@ -670,29 +735,24 @@ swapping.keys.zero_()                             # whatever is there afterwards
 swapping.swap_in("sequence")
 assert before.any() and torch.equal(before, first_block())
 
-again = ContiguousCache.for_model(decoder, 1, SYSTEM)
-
-
-def recompute(S: int) -> None:
-    again.truncate(0)
-    decoder(random_tokens(decoder, 1, S), again, last_only=True)
-
-
+prefills = {length: StepOf(decoder, "prefill", 1, length) for length in LENGTHS}
 carried, computed = {}, {}
 for length in reversed(LENGTHS):
     swapping.truncate(length, "sequence")
-    timing = alternate({"swap": lambda: out_and_in(swapping), "recompute": lambda length=length: recompute(length)}, repeats=3 if length > 100 else 5)
+    timing = alternate({"swap": lambda: out_and_in(swapping), "recompute": prefills[length].run}, repeats=3 if length > 100 else 5)
     carried[length], computed[length] = timing["swap"].median, timing["recompute"].median
+    if length == SYSTEM:
+        lesson.measure("swap 512 tokens out and in", bracketed(machine)(lambda: out_and_in(swapping), repeats=9))
+        lesson.measure("recompute 512 tokens", recompute.time(machine))
 
+# %% tags=["nbval-ignore-output"]
 over_network = {length: 2 * length * KV / NETWORK for length in LENGTHS}
 advantage = [math.log(over_network[length] / computed[length]) for length in LENGTHS]       # above 0: computing is the faster
-lesson.measure("swap 512 tokens out and in", carried[SYSTEM])
-lesson.measure("recompute 512 tokens", computed[SYSTEM])
 
 fig, ax = plt.subplots(figsize=(7.0, 3.5))
 x = np.unique(np.geomspace(LENGTHS[0], LENGTHS[-1], 40).round().astype(int))
-ax.loglog(x, [swap_roofline(int(length)) for length in x], color=plots.COLOURS[0])
-ax.loglog(x, [recompute_roofline(int(length)) for length in x], color=plots.COLOURS[1])
+ax.loglog(x, [swapped(int(length)).seconds for length in x], color=plots.COLOURS[0])
+ax.loglog(x, [recomputed(int(length)).seconds for length in x], color=plots.COLOURS[1])
 ax.loglog(x, 2 * x * KV / NETWORK, ":", color=plots.COLOURS[5])
 for values, colour, label in ((carried, plots.COLOURS[0], "swap, in memory"), (computed, plots.COLOURS[1], "recompute")):
     ax.plot(LENGTHS, [values[length] for length in LENGTHS], "o", color=colour, label=f"{label}: measured")
@@ -700,7 +760,7 @@ ax.plot([], [], ":", color=plots.COLOURS[5], label="swap, over 100 Mbit/s: on pa
 if advantage[0] < 0 < advantage[-1]:
     crossing = float(np.exp(np.interp(0, advantage, np.log(LENGTHS))))          # a straight line between two lengths, on log-log axes
     lesson.measure("even at, over 100 Mbit/s", crossing)
-    ax.axvline(crossing, color="black", linewidth=0.8, linestyle=":")
+    ax.axvline(crossing, color=plots.TEXT, linewidth=0.8, linestyle=":")
 else:
     print(f"On this machine the two do not cross between {LENGTHS[0]} and {LENGTHS[-1]} tokens.")
 ax.set(xlabel="tokens of the sequence", ylabel="time", title="Predicted (lines) and measured: a thin link loses from some length on")
@@ -708,41 +768,42 @@ ax.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
 ax.minorticks_off()
 plots.units(ax.yaxis, "s")
 fig.legend(loc="outside lower center", ncols=3)
-plt.show()
+plots.show(fig, "Time to swap and to recompute: " + "; ".join(
+    f"{length} tokens, {si(carried[length], 's')} and {si(computed[length], 's')}, and {si(over_network[length], 's')} over the network" for length in LENGTHS) + ".")
 
 # %% [markdown]
 # ## Reconciliation: what the differences are made of
 
+# %% [markdown]
+# First commit yourself: what is the largest difference between napkin and measured? Write one of the causes over the dots.
+
+# %%
+lesson.cause(GATHERS, ...)                  # "products", "attention", "element-wise", "launches",
+lesson.cause("TTFT without a hit", ...)     # "memory was slower than calibrated" (or faster; or compute), "not explained"
+
 # %% tags=["nbval-ignore-output"]
-because = {
-    "TTFT without": "576 rows at the rates of single kernels; what passes between them on top",
-    "TTFT with": f"64 rows reach {dict(machine.rates['gemm']['fp32'])[QUESTION] / machine.peak('fp32'):.0%} of the peak, and 512 keys are gathered in each layer",
-    "paged": "the kernel looks up one block for 16 tokens",
-    "gathered": "each key and value copied in each layer of each step, row by row",
-    "swap": "a block is many short stretches, one for each head and layer; the cost of an operation is that of the smallest ones",
-    "recompute": "a prefill, as in lesson 01",
-    "even": "where carrying and the floor of a small prefill meet; as touchy as both",
-}
-for quantity, row in lesson.rows.items():
-    if row.measured and not row.why:
-        lesson.explain(quantity, next(reason for start, reason in because.items() if quantity.startswith(start)))
+lesson.explain(GATHERS)
+
+# %% tags=["nbval-ignore-output"]
+lesson.explain("TTFT without a hit")
+
+# %% tags=["nbval-ignore-output"]
 lesson.table()
 
 # %% tags=["nbval-ignore-output"]
-fig, ax = plt.subplots(figsize=(7.4, 3.6))
-plots.ratios(ax, list(lesson.rows.values()))
-ax.set_title("Measured over predicted; the band is a quarter either way")
-plt.show()
+swap_rate, attention = 4 * SYSTEM * KV / carried[SYSTEM], {part["name"]: part for part in lesson.rows[GATHERS].parts}["attention"]
+Markdown(f"""**Copies.** Swapping moved its bytes at {si(swap_rate, 'B/s')}, {swap_rate / machine.bandwidth_at():.0%} of the bandwidth that we calibrate. The attention that gathers took
+{si(attention['measured_s'], 's')}; to read keys and values once, as the napkin counts, takes {si(attention['napkin_s'], 's')}.""")
 
 # %% [markdown]
-# What remains is of three kinds.
+# Two things remain that no clock shows.
 #
 # - **Whom you ask.** The napkin's mean request is not the mean request in memory. Long requests are over-represented in any snapshot, as full buses are among the buses
 #   that passengers ride. The prediction that weighs each request by its steps needs no factor.
 # - **A waste that the theory did not list.** Pages lose half a block each, and a little more: blocks stay free because the next prompt at the door needs more
 #   than are left. It is bounded by one prompt, in all of the memory.
-# - **Copies are not streams.** Gathering goes row by row and swapping block by block. Both move short stretches, and the bandwidth we calibrate is one of long
-#   ones. The prediction has the right bytes and the wrong rate for them. On a GPU this is the reason why tiny blocks swap badly: each is a transfer of its own.
+#
+# On a GPU each block that is swapped is a transfer of its own, which is the paper's reason why tiny blocks swap badly (its section 7).
 #
 # ### When does paging lose?
 # - **When nobody waits.** With one user, or with room for all, waste is free. Paging then only costs its operations: see the table of small cases.
@@ -754,7 +815,7 @@ plt.show()
 
 # %% [markdown]
 # ## Play and exercises
-# The slider with the three allocators is above; try to find the step at which buddy does worse than reservation, and say why.
+# The slider with the three allocators is above; try to find a step at which buddy runs more requests than reservation, and one at which it uses less of the memory, and say why.
 #
 # ### 1 · A block table by hand
 # A sequence's table says where each of its blocks lies: `table[0]` holds its first `block_size` tokens, `table[1]` the next. A *slot* is a token's place in the pool:
@@ -964,6 +1025,6 @@ lesson.exercise(
 # **To take away.** Reservation holds the longest answer for everybody, and uses a fifth to two fifths of its room. Blocks waste half a block a sequence, whatever the lengths, and so several times as
 # many requests share each read of the weights. The table costs next to nothing if attention reads pages where they lie, and it brings sharing for free: a common prompt is stored
 # once and computed once, four answers cost little more than one. The price is that nothing is promised: a full machine must throw somebody out. Whom, and when, is the scheduler's
-# business (lesson 07).
+# business (lesson 05).
 #
 # Further reading: Kwon et al. 2023 (PagedAttention; section 3 on the waste, 4.4 on sharing, 4.5 on preemption, 7 on block sizes); Yu et al. 2022 (Orca).

@@ -34,6 +34,7 @@ import sys
 import textwrap
 from collections import Counter
 from importlib import import_module
+from statistics import median
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,13 +43,16 @@ from IPython.display import Markdown
 from torch.nn.functional import scaled_dot_product_attention
 
 from clawdemy_infer.attention import attend
+from clawdemy_infer.envelope.roofline import Part, Prediction
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.parts import Parts, Rate
 from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
+from clawdemy_infer.machine.present import bracketed
 from clawdemy_infer.published.rows import read as published_runs
 from clawdemy_infer.published.setting import bytes_per_weight, chip, shape_of
-from clawdemy_infer.timing import alternate, stopwatch
+from clawdemy_infer.timing import now, stopwatch
 
 try:
     from clawdemy_kernels.launch import tl, triton
@@ -121,15 +125,18 @@ Table(["score", "largest", "shrink", "total", "acc / total, first number"], step
 # Look at the column *shrink*: it is 1 unless a record falls. That loop **is** the kernel. All that follows is about *who* runs it over *which* keys.
 #
 # ### First kernel: a program for each query head
-# A Triton kernel is launched as a grid of **programs**, and each knows its place in it. The obvious grid for decoding has one program for each query head of each
-# sequence. A program walks over the keys of its KV head in blocks of 64, by the loop above. `tl.load` takes a block of *addresses* and a **mask** that says which of
+# A Triton kernel is launched as a grid of **programs**, and each knows its place in it. The obvious grid for decoding has one program for each
+# query head of each
+# sequence. A program walks over the keys of its KV head in blocks of 64, by the loop above. `tl.load` takes a block of *addresses* and a **mask**
+# that says which of
 # them to touch:
 
 # %% tags=["nbval-ignore-output"]
 loop_of("decode_naive")
 
 # %% [markdown]
-# `rescale` is the step from above, for a block of scores. Now the bytes. We take the real model's heads, two sequences of crooked lengths, and numbers of 2 bytes.
+# `rescale` is the step from above, for a block of scores. Now the bytes. We take the real model's heads, two sequences of crooked lengths, and
+# numbers of 2 bytes.
 # We count as the programs do:
 
 # %%
@@ -152,7 +159,8 @@ assert naive["k"] + naive["v"] == 2 * N * S * H * e
 assert naive["q"] + naive["other"] == 2 * B * N * H * e
 
 # %% [markdown]
-# And now we let it run, and count. The counter wraps the interpreter's load and store; it knows nothing of our envelope. **asked** is what the instructions name,
+# And now we let it run, and count. The counter wraps the interpreter's load and store; it knows nothing of our envelope. **asked** is what the
+# instructions name,
 # **distinct** what remains if each address counts once.
 
 # %%
@@ -175,7 +183,7 @@ def beside(kernel, envelope, traffic):
     if traffic is not None:
         assert {tensor: traffic[tensor].asked for tensor in envelope} == envelope
         assert traffic.asked == sum(envelope.values())                          # and nothing else was touched
-        lesson.measure(f"bytes of {kernel}", traffic.asked, "counted, not timed: equal to the byte")
+        lesson.measure(f"bytes of {kernel}", traffic.asked)
         SUMMARY[kernel] = (sum(envelope.values()), traffic.asked, sum(each.distinct for each in traffic.tensors.values()))
     rows = [[tensor, f"{bytes:,}", *((f"{traffic[tensor].asked:,}", f"{traffic[tensor].distinct:,}") if traffic else ("–", "–"))]
             for tensor, bytes in envelope.items()]
@@ -246,7 +254,8 @@ Table(["machine", "ridge in fp16, FLOPs per byte", "padded kernel", "tensor core
 # processor that has none it is not: there the padding is paid in full.
 #
 # ### Third kernel: split the sequence
-# A GPU is many small processors, its **multiprocessors** (SMs). A program runs on one of them. And one SM alone cannot draw all that memory delivers: its fair share is
+# A GPU is many small processors, its **multiprocessors** (SMs). A program runs on one of them. And one SM alone cannot draw all that memory
+# delivers: its fair share is
 # bandwidth / SMs. So count programs. One user of Llama-3-8B at 8,192 tokens, one layer:
 
 # %%
@@ -271,8 +280,10 @@ Table(["batch of 1", "programs", f"of {sms} SMs work", "bytes asked for", "predi
 # %% [markdown]
 # **Sharing has gained nothing.** A quarter of the bytes, by a quarter of the programs! Nearly the whole GPU sleeps while a few SMs read the cache.
 #
-# The way out is in the triple (largest, total, acc). It does not matter who began: a triple of the first half of the keys and one of the second can be *joined*,
-# by the same shrinking. So cut the sequence into P **parts**, let each part of each KV head be a program, and join the P triples in a second, small kernel. This is
+# The way out is in the triple (largest, total, acc). It does not matter who began: a triple of the first half of the keys and one of the second can
+# be *joined*,
+# by the same shrinking. So cut the sequence into P **parts**, let each part of each KV head be a program, and join the P triples in a second, small
+# kernel. This is
 # **flash decoding** (Dao et al. 2023), and people call the cut *split-K*. The join is exercise 3; its price are the triples, written and read in fp32:
 
 # %%
@@ -298,7 +309,8 @@ beside("decode_split", split, traffic)
 
 # %% [markdown]
 # ### Paging: one look-up more
-# In a server the cache lies in blocks all over the memory (lesson 06), and a table names them. For a kernel that means: before the address of a key can be known, load an
+# In a server the cache lies in blocks all over the memory (lesson 06), and a table names them. For a kernel that means: before the address of a key
+# can be known, load an
 # entry of the table. One line:
 
 # %% tags=["nbval-ignore-output"]
@@ -320,11 +332,13 @@ if TRITON:
 beside("decode_paged", paged, traffic)
 
 # %% [markdown]
-# Not a byte more of keys and values. The table is asked for once a token, but its *distinct* bytes are few: neighbours stand in one block, and the entry comes from
+# Not a byte more of keys and values. The table is asked for once a token, but its *distinct* bytes are few: neighbours stand in one block, and the
+# entry comes from
 # the cache next to the SM. What paging really costs is **waiting**: an address depends on a load.
 #
 # ### Weights of 4 bits
-# Same game, other stream. In a step for one user the weights are most of the bytes (lesson 07), and int4 quarters them. A kernel reads bytes, each of which holds two weights,
+# Same game, other stream. In a step for one user the weights are most of the bytes (lesson 07), and int4 quarters them. A kernel reads bytes, each
+# of which holds two weights,
 # takes them apart (`& 15`, `>> 4`), and multiplies by a **scale** for each group of 64:
 
 # %% tags=["nbval-ignore-output"]
@@ -357,7 +371,8 @@ else:
 beside("linear_int4", low_bit, traffic)
 
 # %% [markdown]
-# Here too the parts are dealt out, for the same reason: too few programs would ask. And note how scales are kept. Were they stored output by output, each of 2 bytes would
+# Here too the parts are dealt out, for the same reason: too few programs would ask. And note how scales are kept. Were they stored output by
+# output, each of 2 bytes would
 # drag in a **sector** of 32, the smallest piece that a GPU's memory moves. A kernel of two lines that reads the scales of 32 outputs at a time,
 # group after group, shows it:
 
@@ -437,17 +452,27 @@ Table(["batch × context", "machine", "SMs", "naive", "grouped", "split", "P", "
 # - **shared**: the library's `attend`: the group as rows of one product;
 # - **shared and split**: each KV head in as many parts as there are cores.
 #
-# And once more, shared with and without the split, for **one** KV head alone: what each of three cards would have if the model were dealt out to them (tensor parallelism).
+# And once more, shared with and without the split, for **one** KV head alone: what each of three cards would have if the model were dealt out to
+# them (tensor parallelism).
 # There a batch of one really is one program.
 #
-# The **napkin**: bytes asked for / bandwidth. A **better prediction** knows that a core alone does not get all of the bandwidth: it asks for a few lines, waits, multiplies, and asks again.
-# We probe what **one core alone** makes of one KV head on one thread. Its waiting and multiplying, its *own time*, goes on in all cores at once, in waves of programs. The memory bus
-# is shared:
+# The **napkin**: bytes asked for / bandwidth. A **better prediction** knows that a core alone does not get all of the bandwidth: it asks for a few
+# lines, waits, multiplies, and asks again.
+# We probe what **one core alone** makes of one KV head on one thread. Cores overlap their stalls and arithmetic, their *own time*, in waves of
+# programs; only memory traffic is
+# shared:
 #
 # $$t = \frac{\text{distinct bytes}}{\text{bandwidth}} + \frac{\text{waves}}{\text{programs}} \cdot \text{own time}$$
 #
-# The own time for bytes from memory is what one core alone takes, less their time on the bus. And what is asked for *again*, soon after, is still in the CPU's cache: for that we
+# The own time for bytes from memory is what one core alone takes, less their time on the bus. And what is asked for *again*, soon after, is still
+# in the CPU's cache: for that we
 # probe a core that reads one head over and over.
+#
+# Your own guess first: over the dots, as text with its unit, like `"20 ms"`.
+
+# %%
+lesson.guess("shared", ...)
+lesson.guess("copied out", ...)
 
 # %% tags=["nbval-ignore-output"]
 L, context = shape.L, 8192
@@ -473,30 +498,36 @@ bandwidth = machine.bandwidth_at()
 P = 1 << (cores - 1).bit_length()                       # a power of two, so that it divides the context
 
 
-def on_cores(programs, distinct, rows, again=0.0):
-    """Seconds of all layers, of which each starts so many programs, for bytes from memory and those asked for again."""
+def on_cores(programs, distinct, rows, again=0.0, copied=0.0):
+    """Prediction for all layers, of which each starts so many programs, for bytes from memory, those asked for again, and those copied before."""
     own = max(0.0, distinct / RATE[rows] - distinct / bandwidth) + again / RATE_AGAIN
-    return distinct / bandwidth + math.ceil(programs / cores) / programs * own
+    seconds = {"copy": copied / bandwidth, "bus": distinct / bandwidth, "own time": math.ceil(programs / cores) / programs * own}
+    spread = machine.spread_at("attention", "fp32")
+    return Prediction({name: Part(each, spread) for name, each in seconds.items() if each}, 0.0, sum(seconds.values()))
 
 
-lesson.guess("shared", ...)
-lesson.predict("copied out", (1 + 2 * G) * KV / bandwidth, (1 + G) * KV / bandwidth + on_cores(N, G * KV, 1), unit="s")
-lesson.predict("each head reads", G * KV / bandwidth, on_cores(N, KV, 1, again=(G - 1) * KV), unit="s")
-lesson.predict("shared", KV / bandwidth, on_cores(K, KV, G), unit="s")
-lesson.predict("shared and split", KV / bandwidth, on_cores(K * P, KV, G), unit="s")
-lesson.predict("one KV head", KV / K / bandwidth, on_cores(1, KV / K, G), unit="s")
-lesson.predict("one KV head, split", KV / K / bandwidth, on_cores(P, KV / K, G), unit="s")
+PREDICTED = {
+    "copied out": ((1 + 2 * G) * KV, on_cores(N, G * KV, 1, copied=(1 + G) * KV)), "each head reads": (G * KV, on_cores(N, KV, 1, again=(G - 1) * KV)),
+    "shared": (KV, on_cores(K, KV, G)), "shared and split": (KV, on_cores(K * P, KV, G)),
+    "one KV head": (KV / K, on_cores(1, KV / K, G)), "one KV head, split": (KV / K, on_cores(P, KV / K, G)),
+}
+for name, (asked, prediction) in PREDICTED.items():
+    lesson.predict(name, asked / bandwidth, prediction, unit="s")
+lesson.reveal(*PREDICTED)
+
+# %% tags=["nbval-ignore-output"]
 Table(["query rows to a KV head", "keys and values", "one core alone", "of the machine's bandwidth"],
       [[str(rows), where, si(rate, "B/s"), f"{rate / bandwidth:.0%}"]
        for rows, where, rate in ((1, "from memory", RATE[1]), (1, "again", RATE_AGAIN), (G, "from memory", RATE[G]))],
       ["query rows to a KV head", "one core alone", "of the machine's bandwidth"], title=f"{cores} cores")
 
 # %% [markdown]
-# One core is far from all of the bandwidth, just as an SM is. There it is worse: of 132, each has a share so small that 8 programs are next to nothing.
+# That is a core's share. An SM's is far smaller: there are 132 of them, and 8 programs draw next to nothing.
 #
 # ## Measurement
 # ### On this machine
-# First that all ways give the same answer, then the clock. The split is written out: torch's kernel for each part, which also returns log(total) + largest, and a join of
+# First that all ways give the same answer, then the clock. In two of them it is read between their parts too: copying and attention, a kernel and a
+# join. The split is written out: torch's kernel for each part, which also returns log(total) + largest, and a join of
 # three operations.
 
 # %% tags=["nbval-ignore-output"]
@@ -506,9 +537,16 @@ partial = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu    # torch'
 room = torch.empty(2, 1, K, G, context, H)                                              # for the copies: used again in each layer
 
 
+def copies(layer):
+    return room.copy_(layer[:, :, :, None].expand_as(room)).flatten(2, 3)               # [2, 1, N, S, H]
+
+
+def over_copies(copied):
+    return scaled_dot_product_attention(token[:, :, None], *copied)[:, :, 0]
+
+
 def copied_out(layer):
-    keys, values = room.copy_(layer[:, :, :, None].expand_as(room)).flatten(2, 3)       # [1, N, S, H]
-    return scaled_dot_product_attention(token[:, :, None], keys, values)[:, :, 0]
+    return over_copies(copies(layer))
 
 
 def each_head(layer):
@@ -520,12 +558,20 @@ def shared(layer):
     return attend(token[:, :heads], *layer).view(1, heads, H)
 
 
-def shared_and_split(layer):
+def over_parts(layer):
     kv_heads = layer.shape[2]
     queries = token[:, :G * kv_heads].view(1, kv_heads, G, H).expand(P, -1, -1, -1)
     keys, values = (x[0].view(kv_heads, P, -1, H).transpose(0, 1) for x in layer)       # parts as a batch: [P, K, S/P, H], no copy
-    out, log_total = partial(queries, keys, values)                                     # [P, K, G, H] and [P, K, G]
+    return partial(queries, keys, values)                                               # [P, K, G, H] and [P, K, G]
+
+
+def joined(parts):
+    out, log_total = parts
     return (out * log_total.softmax(0)[..., None]).sum(0).view(1, -1, H)                # the join
+
+
+def shared_and_split(layer):
+    return joined(over_parts(layer))
 
 
 single = cache[:, :, :, :1]                             # the first KV head of each layer
@@ -537,26 +583,51 @@ for way in (copied_out, each_head, shared_and_split):
     torch.testing.assert_close(way(cache[0]), shared(cache[0]), rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(shared_and_split(single[0]), shared(single[0]), rtol=1e-4, atol=1e-5)
 
-times = alternate({name: lambda way=way, of=of: [way(layer) for layer in of] for name, (way, of) in WAYS.items()}, repeats=7)
+def watched(first, then, napkin, predicted):
+    """Two parts of a way, the clock read between them: seconds of all layers. `napkin` and `predicted` by part."""
+    runs = []
+    for _ in range(5):
+        took = dict.fromkeys(napkin, 0.0)
+        for layer in cache:
+            start = now()
+            made = first(layer)
+            between = now()
+            then(made)
+            for name, seconds in zip(took, (between - start, now() - between), strict=True):
+                took[name] += seconds
+        runs.append(took)
+    taken = {name: median(run[name] for run in runs) for name in napkin}
+    return Parts(taken, predicted, napkin, dict.fromkeys(taken, Rate(None, None, "")), sum(taken.values()), watching_s=0.0, timers_s=0.0)
+
+
+copy_s, copied_s = (1 + G) * KV / bandwidth, on_cores(N, G * KV, 1).seconds
+PARTS = {
+    "copied out": watched(copies, over_copies, {"copy": copy_s, "read": G * KV / bandwidth}, {"copy": copy_s, "read": copied_s}),
+    "shared and split": watched(over_parts, joined, {"kernel": KV / bandwidth, "join": 0.0}, {"kernel": PREDICTED["shared and split"][1].seconds, "join": 0.0}),
+}
+times = bracketed(machine)({name: lambda way=way, of=of: [way(layer) for layer in of] for name, (way, of) in WAYS.items()}, repeats=7)
 for name, timing in times.items():
-    lesson.measure(name, timing.median)
+    lesson.measure(name, timing, parts=PARTS.get(name, ()))
 
 fig, ax = plt.subplots(figsize=(7.2, 3.3))
 names = list(WAYS)
 ax.barh(names, [lesson.rows[name].predicted for name in names], color=plots.ROOFLINE, alpha=0.35, height=0.62, label="one core alone, and waves")
 ax.plot([lesson.rows[name].napkin for name in names], names, "|", color=plots.NAPKIN, markersize=15, markeredgewidth=2.5, label="napkin: bytes / bandwidth")
 ax.plot([timing.median for timing in times.values()], names, "o", color=plots.MEASURED, label="measured")
-ax.set(xlabel=f"attention of {L} layers at {context:,} tokens", title="Fewer bytes asked for, less time")
+ax.set(xlabel=f"attention of {L} layers at {context:,} tokens", title="Six ways to read a cache: bytes, waves of programs, and the clock")
 ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
 plots.units(ax.xaxis, "s")
 fig.legend(loc="outside lower center", ncols=3)
-plt.show()
+plots.show(fig, f"Attention of {L} layers at {context:,} tokens, predicted and measured. " + "; ".join(
+    f"{name}: {si(lesson.rows[name].predicted, 's')} and {si(timing.median, 's')}" for name, timing in times.items()))
 
 # %% [markdown]
 # ### A surprise in other people's tables
-# In 2023 NVIDIA published how many tokens per second TensorRT-LLM served. Some of the models share KV heads, some do not. Take all rows with 2,048 tokens of output, where the cache is
-# most of the bytes, and divide what was published by what bytes / bandwidth allows. Twice: with the KV read once for each KV head, as the architecture promises, and once for
+# In 2023 NVIDIA published how many tokens per second TensorRT-LLM served. Some of the models share KV heads, some do not. Take all rows with 2,048
+# tokens of output, where the cache is
+# most of the bytes, and divide what was published by what bytes / bandwidth allows. Twice: with the KV read once for each KV head, as the
+# architecture promises, and once for
 # each *query* head.
 
 # %%
@@ -575,7 +646,7 @@ for run in found:
 Table(["row", "model", "on", "G", "published", "of the bound, KV once", "…, once a query head", "source"], lines,
       ["G", "published", "of the bound, KV once", "…, once a query head"])
 
-# %%
+# %% tags=["nbval-ignore-output"]
 drawn.sort(key=lambda row: (row[0], row[1]))
 fig, ax = plt.subplots(figsize=(7.4, 4.6))
 y = range(len(drawn))
@@ -583,24 +654,33 @@ ax.hlines(y, [row[2] for row in drawn], [row[3] for row in drawn], color="#bbbbb
 ax.plot([row[2] for row in drawn], y, "o", color=plots.COLOURS[0], label="if each KV head is read once")
 ax.plot([row[3] for row in drawn], y, "o", color=plots.COLOURS[1], markersize=8, markerfacecolor="none", markeredgewidth=2, label="if each query head reads for itself")
 ax.set_yticks(y, [f"{row[1]} (G = {row[0]})" for row in drawn], fontsize=9)
-ax.set(xlim=(0, 1.05), xlabel="published, as a share of what bytes / bandwidth allows", title="The models that share heads gained nothing from it")
+ax.set(xlim=(0, 1.05), xlabel="published, as a share of what bytes / bandwidth allows", title="The models that share heads are far below the bound of one read")
 fig.legend(loc="outside lower center", ncols=2)
-plt.show()
 plain, sharing = [row for row in drawn if row[0] == 1], [row for row in drawn if row[0] > 1]
-Markdown(f"Without sharing: {min(r[2] for r in plain):.2f} to {max(r[2] for r in plain):.2f} of the bound. With it: {min(r[2] for r in sharing):.2f} to "
-         f"{max(r[2] for r in sharing):.2f}, which nothing in the tables explains, until one charges a read for each query head: "
-         f"**{min(r[3] for r in sharing):.2f} to {max(r[3] for r in sharing):.2f}**. These GPUs ran our first kernel.")
-
-# %% [markdown]
-# Nothing in the tables says so; the bytes do. (It is a hypothesis found by looking at these rows. There is one independent confirmation: NVIDIA's later note on its kernel *XQA*,
-# which shares the read, has the same 70B model go from 1,227 to 2,941 tokens/s on one H200.)
-#
-# ### Flash decoding, predicted from bytes and programs
-# The authors of flash decoding published a table: 16 query heads, 2 KV heads, one layer on an A100, batch × context always 65,536 or so. So the *bytes* are the same in every row,
-# and only the number of programs changes. FlashAttention 2 had a program for each query head, no split. Our first kernel, then; and flash decoding is our third, with P as our library
-# would choose it.
+plots.show(fig, "Published throughput as a share of the bound. Models without shared heads: "
+                f"{min(r[2] for r in plain):.2f} to {max(r[2] for r in plain):.2f}. Models with shared heads: {min(r[2] for r in sharing):.2f} to "
+                f"{max(r[2] for r in sharing):.2f} if each KV head is read once, {min(r[3] for r in sharing):.2f} to {max(r[3] for r in sharing):.2f} if "
+                "each query head reads for itself")
+several = min(run.whole("n_devices", 1) for run in found if shape_of(run).N > shape_of(run).K)
 
 # %%
+Markdown(f"Without sharing: {min(r[2] for r in plain):.2f} to {max(r[2] for r in plain):.2f} of the bound. With it: {min(r[2] for r in sharing):.2f} to "
+         f"{max(r[2] for r in sharing):.2f}, and the tables do not say why. If one charges a read for each query head: "
+         f"**{min(r[3] for r in sharing):.2f} to {max(r[3] for r in sharing):.2f}**, as if these GPUs had run our first kernel. That is a hypothesis: every row "
+         f"that shares heads is also of a larger model, on {several} devices or more, and their communication is in no bound here.")
+
+# %% [markdown]
+# The hypothesis was found by looking at these rows, so they cannot confirm it. What fits it from elsewhere: NVIDIA's later note on its kernel *XQA*,
+# which shares the read, has the same 70B model go from 1,227 to 2,941 tokens/s on one H200.
+#
+# ### Flash decoding, predicted from bytes and programs
+# The authors of flash decoding published a table: 16 query heads, 2 KV heads, one layer on an A100, batch × context always 65,536 or so. So the
+# *bytes* are the same in every row,
+# and only the number of programs changes. FlashAttention 2 had a program for each query head, no split. Our first kernel, then; and flash decoding
+# is our third, with P as our library
+# would choose it.
+
+# %% tags=["nbval-ignore-output"]
 a100, a100_sms = CARDS["a100-80gb-sxm"], SMS["a100-80gb-sxm"]
 bench = [run for run in published_runs() if run.category == "attention_kernel" and "flash-decoding" in run.source]
 heads = {"FlashAttention 2.0.9": 16, "Flash-Decoding (split-K)": 2}
@@ -624,20 +704,26 @@ ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 ax.set(xlabel="batch (× context = 65,536)", ylabel="time of one layer", title="The same bytes in every column: programs make the difference")
 plots.units(ax.yaxis, "s")
 fig.legend(loc="outside lower center", ncols=3)
-plt.show()
+plots.show(fig, "Time of one layer against the batch, the same bytes in each, published over predicted: " + "; ".join(
+    f"{name} {min(r):.2f} to {max(r):.2f}" for name, r in ratios.items()))
+
+# %%
 Table(["row", "kernel", "batch × context", "programs", "predicted", "published", "source"], lines, ["programs", "predicted", "published"])
 
 # %%
 Markdown("Published over predicted: " + "; ".join(f"**{min(r):.2f} to {max(r):.2f}** for {name}" for name, r in ratios.items())
-         + ". No figure was fitted. The first is slow in just the way in which programs run out. The second is so short that starting two kernels, some microseconds each, is a good part of it.")
+         + ". No figure was fitted. The first is slow in just the way in which programs run out. Not counted in the second: the launches of its two kernels, some microseconds each.")
 
 # %% [markdown]
 # ### What the compiler makes of it
-# Bytes asked for are one thing. *How* a thread asks is another: a load instruction fetches 2, 4, 8 or 16 bytes, and a kernel that fetches 2 at a time spends its life on
-# instructions. The width is in the machine code, and to see that needs no GPU either: the compiler comes with Triton. It must not run in this process, where kernels are
+# Bytes asked for are one thing. *How* a thread asks is another: a load instruction fetches 2, 4, 8 or 16 bytes, and a kernel that fetches 2 at a
+# time spends its life on
+# instructions. The width is in the machine code, and to see that needs no GPU either: the compiler comes with Triton. It must not run in this
+# process, where kernels are
 # interpreted, so we start another one.
 #
-# We compile the five kernels of this lesson for an H100, and the first two of them once more: for a cache whose rows are not 128 numbers apart, as always, but 129. The kernels
+# We compile the five kernels of this lesson for an H100, and the first two of them once more: for a cache whose rows are not 128 numbers apart, as
+# always, but 129. The kernels
 # are the same.
 
 # %% tags=["nbval-ignore-output"]
@@ -684,10 +770,12 @@ for code in codes[:2]:
     print(*(f"    {line}" for line in loads_of(code)[1:4]), sep="\n")
 
 # %% [markdown]
-# This is PTX, the assembler that NVIDIA publishes. `ld.global` loads from memory; `@%p` before it is our mask; **`v4.b32` is four words of 32 bits: 16 bytes** in one instruction, and
+# This is PTX, the assembler that NVIDIA publishes. `ld.global` loads from memory; `@%p` before it is our mask; **`v4.b32` is four words of 32 bits:
+# 16 bytes** in one instruction, and
 # `b16` is a single number of 2 bytes.
 #
-# Why? A wide load needs an address that is a multiple of 16. Triton looks at the arguments of a launch, and when a stride is a multiple of 16 it compiles a version that *relies* on it. From 129
+# Why? A wide load needs an address that is a multiple of 16. Triton looks at the arguments of a launch, and when a stride is a multiple of 16 it
+# compiles a version that *relies* on it. From 129
 # it can conclude nothing: some rows begin at odd places, and so every number is fetched by itself. Same Python, same bytes, eight times the instructions.
 #
 # The other four multiply with `tl.dot`, and there the loads look different:
@@ -704,9 +792,12 @@ for code in (code for code in codes if code["products"] and code["apart"] == 128
         print(f"    {count:3} times   {line}")
 
 # %% [markdown]
-# **`cp.async.cg … 0x10`** copies 16 bytes from memory straight into the SM's *shared memory*, and the thread does not wait for them: the loads of the next block of keys are on their way
-# while the tensor cores work on this one. That is what hides the waiting, the indirection of `decode_paged` too: its `cp.async.ca … 0x4` fetch the entries of the table, 4 bytes each, a block ahead.
-# `linear_int4` has its codes and `x` on the way in the same manner, and loads the few scales into registers. How large a block, how many blocks ahead? A rule in `kernels/blocks.py` says 16 KiB of keys; on a GPU the clock may choose
+# **`cp.async.cg … 0x10`** copies 16 bytes from memory straight into the SM's *shared memory*, and the thread does not wait for them: the loads of
+# the next block of keys are on their way
+# while the tensor cores work on this one. That is what hides the waiting, the indirection of `decode_paged` too: its `cp.async.ca … 0x4` fetch the
+# entries of the table, 4 bytes each, a block ahead.
+# `linear_int4` has its codes and `x` on the way in the same manner, and loads the few scales into registers. How large a block, how many blocks
+# ahead? A rule in `kernels/blocks.py` says 16 KiB of keys; on a GPU the clock may choose
 # among four candidates.
 #
 # Everything in one table:
@@ -727,9 +818,10 @@ Table(["kernel", "rows apart", "loads", "tensor-core instructions", "threads", "
       ["tensor-core instructions", "threads", "registers a thread", "shared memory", "programs an SM holds"])
 
 # %% [markdown]
-# The numbers wait in registers until they are used, and so narrow loads also eat registers, and then fewer programs fit on an SM. A test of this repository compiles every kernel for four GPUs and
-# fails if a load gets narrower. One thing it has taught: an AMD GPU makes a warp of 64 threads where NVIDIA makes it of 32. A block of 4-bit codes that is just 16 bytes for each of 128 threads is two warps there, and four
-# here; with four on both, AMD's loads are 8 bytes wide.
+# The numbers wait in registers until they are used, and so narrow loads also eat registers, and then fewer programs fit on an SM. A test of this
+# repository compiles every kernel for four GPUs and
+# fails if a load gets narrower. One thing it has taught: on AMD a warp has 64 threads, so the same block spreads over twice as many threads and
+# each loads 8 bytes instead of 16. We use 2 warps there.
 #
 # ### On a GPU, if there is one
 
@@ -746,36 +838,39 @@ else:
 # ## Reconciliation: what the differences are made of
 
 # %% tags=["nbval-ignore-output"]
-because = {
-    "copied out": "before it writes a line of memory, a core fetches it",
-    "each head reads": "asked for three times, read from memory once: the others of the group find the keys in the CPU's cache",
-    "shared": "a core asks, waits, multiplies, asks again: the napkin knows only the bus",
-    "shared and split": "full waves; in return five operations a layer for the parts",
-    "one KV head": "one program: the other cores wait",
-    "one KV head, split": "every core works; the parts cost five operations a layer",
-}
-for quantity, why in because.items():
-    lesson.explain(quantity, why)
 lesson.table()
 
+# %% [markdown]
+# Of *copied out*, what lies between the napkin and the clock? Name the cause that you take for the largest.
+
+# %%
+lesson.cause("copied out", ...)     # "copy", "read", "memory was slower than calibrated", "memory was faster than calibrated" or "not explained"
+
 # %% tags=["nbval-ignore-output"]
-fig, ax = plt.subplots(figsize=(7.4, 3.9))
-plots.ratios(ax, list(lesson.rows.values()))
-ax.set_title("Measured over predicted; the band is a quarter either way")
-plt.show()
+lesson.explain("copied out")
+
+# %% [markdown]
+# And of *shared and split*: is it the join that costs?
+
+# %% tags=["nbval-ignore-output"]
+lesson.explain("shared and split")
+
+# %% tags=["nbval-ignore-output"]
+Markdown(f"**Asked for is not moved.** Between a kernel and memory are caches. *Each head reads* asks for {G} times the bytes of *shared*, and took "
+         f"**{times['each head reads'].median / times['shared'].median:.2f} times** as long here. `distinct` is the floor, `asked` the ceiling, and the truth lies between. "
+         f"Splitting one KV head among {cores} cores took {times['one KV head, split'].median / times['one KV head'].median:.2f} of the time.")
 
 # %% [markdown]
 # What remains:
 #
 # - **Bytes need no explanation.** Counted and predicted are the same number, five times. What a kernel asks for is knowable before it ever runs.
-# - **Asked for is not moved.** Between a kernel and memory are caches. Where the heads of a group run at the same time and close together, a second read may cost little: so on a CPU,
-#   with its large cache for few cores. In the GPU tables above it cost nearly all. `distinct` is the floor, `asked` the ceiling, and the truth lies between.
 # - **A probe is a moment.** What one core alone makes depends on the neighbours of the machine in that second; the runs come some seconds later.
 #
 # ### When does each lose?
 # - **Sharing** without splitting, for few users: bytes and programs fall alike. Nothing gained.
 # - **Splitting** when all SMs have work, or when the context is short: it then only adds P · (H + 2) · 8 bytes a head, and a second kernel.
-# - **Padding** to 16 rows, where there are no tensor cores, or no multiple to share: MHA (G = 1) does sixteen times its FLOPs with `tl.dot`. The first kernel is then the better one.
+# - **Padding** to 16 rows, where there are no tensor cores, or no multiple to share: MHA (G = 1) does sixteen times its FLOPs with `tl.dot`. The
+#   first kernel is then the better one.
 # - **Paging**, where nobody else wants the memory (lesson 06).
 # - **Four bits**, when the matrix is small or the kernel is not good. A published pair on an A100:
 
@@ -790,7 +885,8 @@ Table(["row", "weights of 4096 × 4096", "bytes / bandwidth", "published", "time
 # A third of the bytes, and more than three times the time: a kernel that reads few bytes badly is slower than one that reads many well.
 #
 # ## Play and exercises
-# A card, a batch, a context, and the number of parts of the third kernel. On the left the card's SMs: grey ones have no program. On the right what that costs. Find the P that is
+# A card, a batch, a context, and the number of parts of the third kernel. On the left the card's SMs: grey ones have no program. On the right what
+# that costs. Find the P that is
 # just enough, and then the batch at which P no longer matters.
 
 # %%
@@ -822,14 +918,15 @@ def draw_card(card: str, batch: int, context: int, parts: int) -> None:
     right.grid(axis="y", visible=False)
     right.locator_params(axis="x", nbins=4)
     plots.units(right.xaxis, "s")
-    plt.show()
+    plots.show(fig, f"{CARDS[card].name}, {batch} × {context:,}, {parts} part{'s' * (parts > 1)}: {programs:,} programs, {idle}; "
+                    + "; ".join(f"{kind} {si(t, 's')}" for kind, t in zip(kinds, found, strict=True)))
 
 
 # %% tags=["widget", "nbval-ignore-output"]
 widgets.play(draw_card, card=widgets.choose("card", list(CARDS)), batch=widgets.powers_of_two("batch", 1, 256, 1),
              context=widgets.powers_of_two("context", 512, 131_072, 8192), parts=widgets.powers_of_two("parts P", 1, 128, 1))
 
-# %%
+# %% tags=["nbval-ignore-output"]
 for parts in (1, 8, 32):
     draw_card("h100-sxm", 1, 8192, parts)
 
@@ -841,7 +938,8 @@ for parts in (1, 8, 32):
 # (s <= length) & (s > length - window)
 # ```
 #
-# and the tests passed: they had all filled the cache to the brim, with a window as long as the text. Below, kernels run with *your* mask in them, and report which tokens they gave any
+# and the tests passed: they had all filled the cache to the brim, with a window as long as the text. Below, kernels run with *your* mask in them,
+# and report which tokens they gave any
 # weight. `s` is a block of token numbers in Triton, so use `&`, not `and`.
 
 # %%
@@ -910,8 +1008,10 @@ lesson.exercise(
 
 # %% [markdown]
 # ### 2 · The bytes of a variant
-# The library has a kernel for pages of **int8** (`kernels/decode_int8.py`): a byte for each number, and for each key and each value of a token and KV head a scale of 2 bytes. With a window of W tokens it leaves all others
-# untouched. How many bytes of keys, values, their scales and the table does it ask for, for B sequences of S tokens each? The group shares the read, and each program looks up each
+# The library has a kernel for pages of **int8** (`kernels/decode_int8.py`): a byte for each number, and for each key and each value of a token and
+# KV head a scale of 2 bytes. With a window of W tokens it leaves all others
+# untouched. How many bytes of keys, values, their scales and the table does it ask for, for B sequences of S tokens each? The group shares the
+# read, and each program looks up each
 # of its tokens in the table, at 4 bytes. The expected numbers are counted, by the interpreter.
 
 # %%
@@ -956,7 +1056,8 @@ lesson.exercise(
 
 # %% [markdown]
 # ### 3 · The reduction step of split-K
-# Each part has left its `largest` score, the `total` of its weights e^(score - largest), and `acc`, the sum of weight times value (here a single number). Some parts got no
+# Each part has left its `largest` score, the `total` of its weights e^(score - largest), and `acc`, the sum of weight times value (here a single
+# number). Some parts got no
 # key at all: largest = -inf, total = 0, acc = 0. Join them: return the output. No score may be taken to e^ as it is; one of the cases would overflow.
 
 # %% tags=["exercise", "exercise:join"]
@@ -997,8 +1098,10 @@ lesson.exercise(
 
 # %% [markdown]
 # ### 4 · Harder: from which batch on does sharing pay?
-# Without splitting, the first kernel has B·N programs and reads N/K times as much as the second, which has B·K. Below one program an SM, time is bytes / (bandwidth · share of SMs at work); from
-# there on it is bytes / bandwidth. (Forget that waves come in whole numbers.) Which is the first batch at which the second kernel is faster? `sms` is the number
+# Without splitting, the first kernel has B·N programs and reads N/K times as much as the second, which has B·K. Below one program an SM, time is
+# bytes / (bandwidth · share of SMs at work); from
+# there on it is bytes / bandwidth. (Forget that waves come in whole numbers.) Which is the first batch at which the second kernel is faster? `sms`
+# is the number
 # of SMs. If there is none, return "never".
 
 # %% tags=["exercise", "exercise:first_batch"]
@@ -1031,9 +1134,12 @@ lesson.exercise(
 # </details>
 
 # %% [markdown]
-# **To take away.** What a kernel asks for can be counted before it runs, to the byte. Sharing heads saves bandwidth only if the kernel shares the read: then G times, at the price of
-# padding that idle tensor cores do for nothing. A GPU is full only with more programs than SMs; for few users the sequence must be split, and three numbers a row are enough to put it together again. Paging adds a look-up and
+# **To take away.** What a kernel asks for can be counted before it runs, to the byte. Sharing heads saves bandwidth only if the kernel shares the
+# read: then G times, at the price of
+# padding that idle tensor cores do for nothing. A GPU is full only with more programs than SMs; for few users the sequence must be split, and three
+# numbers a row are enough to put it together again. Paging adds a look-up and
 # no bytes of KV. And the compiler loads 16 bytes at once only where it *knows* that it may.
 #
-# Further reading: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 and 2023 (FlashAttention 1 and 2); Dao, Haziza, Massa and Sizov 2023 (flash decoding); Ainslie et al. 2023 (GQA); Kwon et al. 2023
+# Further reading: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 and 2023 (FlashAttention 1 and 2); Dao, Haziza, Massa and Sizov
+# 2023 (flash decoding); Ainslie et al. 2023 (GQA); Kwon et al. 2023
 # (PagedAttention); Tillet, Kung and Cox 2019 (Triton).

@@ -25,9 +25,11 @@
 
 # %% tags=["nbval-ignore-output"]
 import pydoc_data.topics
+from collections import defaultdict
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, cycle, product
+from statistics import median
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,17 +39,21 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from clawdemy_infer.arithmetic import MLP, Attention, Experts, MoE, Pass, Work, total
 from clawdemy_infer.attention import attend
+from clawdemy_infer.envelope.roofline import Prediction
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.launches import count_ops
+from clawdemy_infer.fast.watched import Watch
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
+from clawdemy_infer.lesson.parts import Parts, Rate, StepOf
 from clawdemy_infer.lesson.steps import filled_cache, random_tokens, step_ops
-from clawdemy_infer.lesson.tables import Table, si
-from clawdemy_infer.machine.calibrate import Pulse, default_device, this_machine
+from clawdemy_infer.lesson.tables import Table, percent, si
+from clawdemy_infer.machine.calibrate import this_machine
+from clawdemy_infer.machine.present import bracketed, default_device
 from clawdemy_infer.model import ModelConfig
-from clawdemy_infer.timing import alternate
+from clawdemy_infer.timing import Timing, alternate, now
 from clawdemy_infer.variants import experts, linear_attention
 from clawdemy_infer.variants.pruning import influence, without_layers
 
@@ -62,7 +68,7 @@ shape = decoder.config.shape
 FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
 Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
          f"computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32, "
-         f"and asks {si(machine.fixed_s_per_op, 's')} to start one operation.")
+         f"and a kernel launch costs {si(machine.fixed_s_per_op, 's')}.")
 
 # %% [markdown]
 # ## Envelope: how many experts does a batch touch?
@@ -118,7 +124,7 @@ weights_alone = sum(op.flops for op in counted.operations() if op.name.startswit
 assert weights_alone == flops
 f"16 tokens: {flops / bytes:.1f} FLOPs per byte of weights with experts, {B} with a dense MLP"
 
-# %%
+# %% tags=["nbval-ignore-output"]
 ridge = catalog.machine("h100-sxm").ridge("bf16")
 tokens = 2 ** np.arange(0, 15)
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.3))
@@ -142,7 +148,8 @@ for ax in (left, right):
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 right.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-plt.show()
+plots.show(fig, "Four mixtures against the tokens in the step. Left: the share of their experts that is read. Right: FLOPs per byte, "
+                f"below those of a dense layer, with the ridge of an H100 at {ridge:.0f}")
 
 # %% [markdown]
 # A dense layer is compute-bound from about 300 tokens on (lesson 04). With experts the rows are spread over E/k times as many weights, so it
@@ -176,11 +183,12 @@ assert mixtral.kv_bytes_per_token("bf16") == catalog.model("mistral-7b").kv_byte
 Table(columns, rows, numeric=columns[1:], title="Weights and KV in bf16; even: the context at which both are equal reads")
 
 # %% [markdown]
-# For one user Mixtral reads what Llama-2-13B reads, though it stores nearly four times as much. Now go down the last two columns. A batch brings experts in (the weights grow) and caches too (the KV grows with B): the caches win by far. Without grouped
+# For one user Mixtral reads what Llama-2-13B reads, though it stores nearly four times as much. Now go down the last two columns. A batch brings
+# experts in (the weights grow) and caches too (the KV grows with B): the caches win by far. Without grouped
 # queries Mixtral's users would be even with its weights at a quarter of the context. And DeepSeek-V3, by far the largest here, keeps
 # one latent vector for all its 128 heads; its context can grow longest before the cache overtakes.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 CONTEXT, USERS = 32_768, 64
 named = {"Mixtral, N KV heads": ungrouped, "Mixtral, 8 KV heads": mixtral, **{s.name: s for s in list(MIXTURES.values())[1:]}}
 weights = [s.streamed_bytes("bf16", tokens=USERS) for s in named.values()]
@@ -195,7 +203,8 @@ ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
 fig.legend(loc="outside lower center", ncols=2)
 plots.units(ax.xaxis, "B")
-plt.show()
+plots.show(fig, "Bytes read in one step, weights and KV cache. " + "; ".join(
+    f"{name}: {si(both, 'B')}, {kv / both:.0%} KV" for name, kv, both in zip(named, caches, np.add(weights, caches), strict=True)))
 
 # %% [markdown]
 # (At this length the bars with the most KV exceed any one card: the figure says what a step *reads*, not that it fits.)
@@ -205,8 +214,9 @@ plt.show()
 #
 # $$o_t = \sum_{s \le t} (q_t \cdot k_s)\, v_s = q_t \underbrace{\sum_{s \le t} k_s v_s^\top}_{S_t}, \qquad S_t = \gamma\, S_{t-1} + k_t v_t^\top$$
 #
-# The state S is one H × H matrix for each head (Katharopoulos et al. 2020), and γ < 1 lets old tokens fade (RetNet, Sun et al. 2023; lightning attention). Mamba (Gu and Dao 2023)
-# keeps a state too, of other make. We count one token, for one head, in fp32.
+# The state S is one H × H matrix for each head (Katharopoulos et al. 2020), and γ < 1 lets old tokens fade (RetNet, Sun et al. 2023; lightning
+# attention). Mamba (Gu and Dao 2023)
+# keeps a state too, updated by another rule. We count one token, for one head, in fp32.
 
 # %%
 H, S = 128, 4096
@@ -248,14 +258,15 @@ Markdown(f"State and cache are even at {even_at:,.0f} tokens. For *one* user tha
 # Three more envelopes, each one line.
 #
 # - **Local attention** reads min(S, W) tokens instead of S. Beyond the window the cost stands still.
-# - **Diffusion** writes T tokens at once, by passes over the whole block that make it less noisy each time (Nie et al. 2025, LLaDA; Arriola et al. 2025, block diffusion).
+# - **Diffusion** writes T tokens at once, by passes over the whole block that make it less noisy each time (Nie et al. 2025, LLaDA; Arriola et
+#   al. 2025, block diffusion).
 #   A pass costs what a prefill of T tokens costs. It replaces T decode steps if the passes are fewer than
 #
 # $$\text{break-even} = \frac{T \cdot t_\text{decode}}{t_\text{pass}(T)}$$
 #
 # - **Pruning** takes layers out. Each takes its bytes along: the step should shrink by exactly their share of what is streamed.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 h100, llama8 = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
 
 
@@ -282,12 +293,13 @@ for axis in (ax.xaxis, ax.yaxis):
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 ax.legend()
-plt.show()
+plots.show(fig, "Passes that break even against the batch, blocks of 16, 32 and 64 tokens: "
+                f"with 32, {break_even(1, 32):.0f} at a batch of 1 and {break_even(256, 32):.1f} at 256")
 
 # %% [markdown]
 # For one user on a GPU, decode is memory-bound and a block rides along for nothing: even with as many passes as tokens it would come out even. A batch
 # takes that away. It *already* shares the read of the weights, so the block's FLOPs must be paid for, and hardly a few passes are left.
-# Diffusion and batching drink from the same cup. (So does speculation, lesson 09.)
+# Diffusion and batching use the same idle FLOPs. (So does speculation, lesson 09.)
 #
 # ## Prediction
 # Now on this machine. What we shall run:
@@ -295,11 +307,13 @@ plt.show()
 # - a tiny Mixtral of random weights, to count what its routers choose;
 # - **one layer of experts**, Mixtral's at a quarter of the width, in fp32; its eight experts are far larger than the caches. Beside it a
 #   dense MLP of the same active width;
-# - **one layer's attention** with the heads of Llama-2-7B (32 of 128): softmax, softmax in a window, and linear attention, without the projections, which are the same in all of them;
+# - **one layer's attention** with the heads of Llama-2-7B (32 of 128): softmax, softmax in a window, and linear attention, without the
+#   projections, which are the same in all of them;
 # - **SmolLM2-135M**, with a window, as a block, and without some of its layers.
 #
-# The **napkin** is bytes over bandwidth (or FLOPs over the peak, where there are many rows). The **calibrated roofline** knows the rate of a product of few rows, and the price
-# of starting operations. Neither has seen what follows.
+# The **napkin** is bytes over bandwidth (or FLOPs over the peak, where there are many rows). The **calibrated roofline** knows the rate of a
+# product of few rows, and the price
+# of a kernel launch. Neither has seen what follows.
 
 # %% tags=["nbval-ignore-output"]
 QUARTER = MoE(experts=8, active=2)
@@ -322,34 +336,53 @@ def work_of(part, B: int) -> Work:
 
 
 @cache
-def roofline_moe(B: int) -> float:
+def roofline_moe(B: int) -> Prediction:
     ops = count_ops(lambda: mixture(inputs[B][0]))          # counted, not timed; a few more for each expert touched
-    return machine.time(work_of(Experts(D, F, QUARTER), B), ops).seconds
+    return machine.time(work_of(Experts(D, F, QUARTER), B), ops)
 
 
 @cache
-def roofline_dense(B: int) -> float:
-    return machine.time(work_of(MLP(D, 2 * F), B), count_ops(lambda: dense_mlp(inputs[B][0]))).seconds
+def roofline_dense(B: int) -> Prediction:
+    return machine.time(work_of(MLP(D, 2 * F), B), count_ops(lambda: dense_mlp(inputs[B][0])))
+
+
+def ratio(more: Prediction, less: Prediction, times: float = 1) -> dict:
+    """One prediction over another. What both have in common cancels, and the wider of the two intervals is left."""
+    value, off = times * more.seconds / less.seconds, 1 + max(more.spread, less.spread)
+    return {"predicted": value, "interval": (value / off, value * off)}
 
 
 def napkin_ffn(experts_read: float, B: int, per_token: int = 2) -> float:
     return max(experts_read * expert_bytes / machine.bandwidth_at(), 2 * B * per_token * 3 * D * F / machine.peak("fp32"))
 
 
-for name in ("experts touched by 8 tokens, 2 of 8", "experts touched by 8 tokens, 8 of 64", "layer of experts, 8 tokens",
-             "experts over dense, 8 tokens", "experts over dense, 128 tokens"):
-    lesson.guess(name, ...)
+# %% [markdown]
+# Your own guesses stand in cells of their own: write them over the dots, as a number or as text with its unit (`3.5`, `"20 ms"`), before you run
+# the cell that follows.
+
+# %%
+lesson.guess("experts touched by 8 tokens, 2 of 8", ...)
+lesson.guess("experts touched by 8 tokens, 8 of 64", ...)
+lesson.guess("layer of experts, 8 tokens", ...)
+lesson.guess("experts over dense, 8 tokens", ...)
+lesson.guess("experts over dense, 128 tokens", ...)
+
+# %% tags=["nbval-ignore-output"]
 lesson.predict("experts touched by 8 tokens, 2 of 8", min(8, 8 * 2), MoE(8, 2).touched(8), unit="experts")
 lesson.predict("experts touched by 8 tokens, 8 of 64", min(64, 8 * 8), MoE(64, 8).touched(8), unit="experts")
 for B in (1, 8):
     lesson.predict(f"layer of experts, {B} token{'s' * (B > 1)}", napkin_ffn(QUARTER.touched(B), B), roofline_moe(B), unit="s")
 for B in (8, 128):
     lesson.predict(f"experts over dense, {B} tokens", napkin_ffn(QUARTER.touched(B), B) / napkin_ffn(2, B),
-                   roofline_moe(B) / roofline_dense(B), unit="×")
-lesson.table()
+                   **ratio(roofline_moe(B), roofline_dense(B)), unit="×")
+lesson.reveal()
 
 # %% [markdown]
 # The napkin for the count is the crudest: B tokens need B·k experts, as long as there are so many. Now attention in its three forms.
+
+# %%
+lesson.guess("linear attention", ...)
+lesson.guess("context from which linear attention is faster", ...)
 
 # %% tags=["nbval-ignore-output"]
 N, H, WINDOW = 32, 128, 512
@@ -360,10 +393,16 @@ linear_work = Work(5 * N * H * H, 2 * state, "scan", kernel="scan")        # as 
 LINEAR_OPS, SOFTMAX_OPS = 5, 4                                             # views among them
 
 
-def roofline_attention(kind: str, S: int) -> float:
-    # All that a sweep over the layers of a model would read, so that the caches do not help.
-    work = one_layer[kind].of_sequences(Pass(1, 1, S, **FP32))[0] * 1000
-    return machine.time(work).seconds / 1000 + SOFTMAX_OPS * machine.fixed_s_per_op
+def of_one(work: Work, ops: int) -> Prediction:
+    """One layer of a thousand: all that a sweep over the layers of a model would read, so that the caches do not help."""
+    whole, n = machine.time(work * 1000, 1000 * ops), 1000
+    parts = {name: part._replace(seconds=part.seconds / n) for name, part in whole.parts.items()}
+    return Prediction(parts, whole.compute_s / n, whole.memory_s / n)
+
+
+@cache
+def roofline_attention(kind: str, S: int) -> Prediction:
+    return of_one(one_layer[kind].of_sequences(Pass(1, 1, S, **FP32))[0], SOFTMAX_OPS)
 
 
 def napkin_attention(S: int) -> float:
@@ -371,18 +410,35 @@ def napkin_attention(S: int) -> float:
 
 
 napkin_linear = 2 * state / machine.bandwidth_at()
-roofline_linear = machine.time(linear_work * 1000).seconds / 1000 + LINEAR_OPS * machine.fixed_s_per_op
-crossing = next(S for S in range(1, 100_000) if roofline_attention("softmax", S) > roofline_linear)
+roofline_linear = of_one(linear_work, LINEAR_OPS)
 
-lesson.guess("context from which linear attention is faster", ...)
+
+def first_context(at: str, beyond: float) -> int:
+    """The first context at which softmax attention's `at` (seconds, low_s or high_s) is beyond so many seconds."""
+    low, high = 1, 1_000_000
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if getattr(roofline_attention("softmax", middle), at) > beyond else (middle + 1, high)
+    return low
+
+
+crossing = first_context("seconds", roofline_linear.seconds)
+ends = first_context("high_s", roofline_linear.low_s), first_context("low_s", roofline_linear.high_s)
+
 lesson.predict("softmax attention to 4,096", napkin_attention(4096), roofline_attention("softmax", 4096), unit="s")
 lesson.predict("attention to 4,096 in a window of 512", napkin_attention(512), roofline_attention("window", 4096), unit="s")
 lesson.predict("linear attention", napkin_linear, roofline_linear, unit="s")
-lesson.predict("context from which linear attention is faster", H, crossing, unit="tokens")
-lesson.table()
+lesson.predict("context from which linear attention is faster", H, crossing, unit="tokens", interval=ends)
+lesson.reveal("softmax attention to 4,096", "attention to 4,096 in a window of 512", "linear attention", "context from which linear attention is faster")
 
 # %% [markdown]
 # And the real model. The context before a block of diffusion is 128 tokens, already in the cache.
+
+# %%
+lesson.guess("one token at 2,048", ...)
+lesson.guess("a window of 256 saves at 2,048", ...)
+lesson.guess("passes that break even, block of 32", ...)
+lesson.guess("speed-up without 10 of 30 layers", ...)
 
 # %% tags=["nbval-ignore-output"]
 P, BLOCKS, DROPPED = 128, (8, 32, 64), (4, 8, 10)
@@ -390,38 +446,41 @@ ops, block_ops = step_ops(decoder), step_ops(decoder, new=2)
 local = replace(shape, window=256)
 
 
-def roofline_step(s, S: int) -> float:
-    return machine.time(s.decode(1, S, **FP32), ops * s.L / shape.L).seconds
+def roofline_step(s, S: int) -> Prediction:
+    return machine.time(s.decode(1, S, **FP32), ops * s.L // shape.L)
 
 
 def napkin_step(s) -> float:
     return s.streamed_bytes("fp32") / machine.bandwidth_at()
 
 
-def roofline_pass(T: int) -> float:
-    return machine.time(denoise(shape, 1, T, P, **FP32), block_ops).seconds
+def roofline_pass(T: int) -> Prediction:
+    return machine.time(denoise(shape, 1, T, P, **FP32), block_ops)
 
 
 def napkin_pass(T: int) -> float:
     return max(2 * T * (shape.matrix_parameters() + shape.D * shape.V) / machine.peak("fp32"), napkin_step(shape))
 
 
-lesson.guess("passes that break even, block of 32", ...)
-lesson.guess("speed-up without 10 of 30 layers", ...)
+long = ContiguousCache.for_model(decoder, batch=1, capacity=2048)
+at_2048 = StepOf(decoder, "decode", context=2048, cache=long)
+lesson.predict("one token at 2,048", at_2048.napkin(machine), at_2048.predict(machine), unit="s")
 lesson.predict("a window of 256 saves at 2,048", (2048 - 256) * shape.kv_bytes_per_token("fp32") / machine.bandwidth_at(),
                roofline_step(shape, 2048) - roofline_step(local, 2048), unit="s")
 for T in BLOCKS:
     lesson.predict(f"passes that break even, block of {T}", T * napkin_step(shape) / napkin_pass(T),
-                   T * roofline_step(shape, P) / roofline_pass(T), unit="passes")
+                   **ratio(roofline_step(shape, P), roofline_pass(T), T), unit="passes")
 for n in DROPPED:
     fewer = replace(shape, L=shape.L - n)
     lesson.predict(f"speed-up without {n} of {shape.L} layers", napkin_step(shape) / napkin_step(fewer),
-                   roofline_step(shape, P) / roofline_step(fewer, P), unit="×")
-lesson.table()
+                   **ratio(roofline_step(shape, P), roofline_step(fewer, P)), unit="×")
+lesson.reveal("one token at 2,048", "a window of 256 saves at 2,048", *(f"passes that break even, block of {T}" for T in BLOCKS),
+              *(f"speed-up without {n} of {shape.L} layers" for n in DROPPED))
 
 # %% [markdown]
 # ## Measurement: experts
-# Our experts are `clawdemy_infer/variants/experts.py`: the pairs of token and expert are sorted by expert, and each expert that has any runs once, on all of its rows.
+# Our experts are `clawdemy_infer/variants/experts.py`: the pairs of token and expert are sorted by expert, and each expert that has any runs once,
+# on all of its rows.
 # First: do they compute what Mixtral computes? The layer of `transformers` with the same weights must give the same numbers.
 # (The tests do it for a whole model.)
 
@@ -441,7 +500,8 @@ torch.testing.assert_close(ours(x), theirs(x[None])[0], rtol=1e-4, atol=1e-5)
 "21 tokens through 2 of 8 experts: the same numbers as transformers"
 
 # %% [markdown]
-# Now a tiny Mixtral: four layers, random weights, each layer with its own router. A thousand sequences of random tokens run through it, and we note which experts
+# Now a tiny Mixtral: four layers, random weights, each layer with its own router. A thousand sequences of random tokens run through it, and we note
+# which experts
 # the last token of each went to, in every layer. A router looks at each token alone, so any B of them make a batch; we draw two hundred batches and count.
 
 # %% tags=["nbval-ignore-output"]
@@ -473,10 +533,12 @@ Table(["experts", *(f"B = {B}" for B in COUNTED)],
       numeric=[f"B = {B}" for B in COUNTED], title="Experts counted, and in brackets what chance says")
 
 # %% [markdown]
-# A little fewer than chance says. Even random routers are not quite even: some of a router's rows are longer than others, and tokens have something in common. Trained ones
+# A little fewer than chance says. Even random routers are not quite even: some of a router's rows are longer than others, and tokens have something
+# in common. Trained ones
 # are less even still. They are held in balance over a whole corpus, but the tokens of one batch may all be French, or all be code.
 #
-# Suppose all tokens share a direction. To the router, that is a constant preference. We turn it up, and look at two predictions: chance with *even* choices, and
+# Suppose all tokens share a direction. To the router, that is a constant preference. We turn it up, and look at two predictions: chance with *even*
+# choices, and
 # chance with each expert's own popularity p, Σ (1 − (1 − p)^B), where p was counted on other tokens.
 
 # %% tags=["nbval-ignore-output"]
@@ -503,33 +565,62 @@ ax.plot(skews, skewed[:, 0], "o", color=plots.MEASURED, label="counted")
 ax.set(xlabel="what the tokens have in common, as a multiple of what they have not", ylabel="experts touched", ylim=(0, 64),
        title="Tokens that are alike touch fewer experts (16 tokens, 8 of 64)")
 ax.legend(loc="lower left")
-plt.show()
+plots.show(fig, f"Experts touched by 16 tokens against what they have in common: from {skewed[0, 0]:.0f} down to {skewed[-1, 0]:.0f} counted, "
+                f"{skewed[-1, 1]:.0f} by the experts' popularity, {MoE(64, 8).touched(16):.0f} by chance with even choices")
 
 # %% [markdown]
-# So the formula is an *upper bound on the mean*: 1 − (1 − p)^B bends downwards in p, and uneven popularity can only lose. Fewer experts read is good
+# So the formula is an *upper bound on the mean*: 1 − (1 − p)^B is concave in p, so by Jensen's inequality uneven popularity can only lower it.
+# Fewer experts read is good
 # news on one device. Where each device holds some of the experts, it is bad: the popular one makes all the others wait.
 #
-# Next, the clock: the layer of eight large experts, and a dense MLP with the same active width.
+# Next, the clock: the layer of eight large experts, and a dense MLP with the same active width. For 8 tokens the clock is read within the layer too.
 
 # %% tags=["nbval-ignore-output"]
 turns = {B: cycle(inputs[B]) for B in ROWS}                 # each run brings other tokens, and so other experts
 works = {(kind, B): (lambda run=run, B=B: run(next(turns[B]))) for B in ROWS for kind, run in (("experts", mixture), ("dense", dense_mlp))}
 times = alternate(works, repeats=5)
 moe_s, dense_s = ({B: times[kind, B].median for B in ROWS} for kind in ("experts", "dense"))
+
+
+def watched_layer(B: int) -> Watch:
+    """One run of the layer, its router and its experts watched; what remains is sorting the rows and adding them up."""
+    watch = Watch()
+    mixture.route, mixture.expert = watch.of("router", mixture.route), watch.of("experts", mixture.expert)
+    try:
+        watch.of("sorting", mixture)(next(turns[B]))
+    finally:
+        del mixture.route, mixture.expert
+    return watch
+
+
+def as_parts(taken: dict[str, float], napkin: dict[str, float], predicted: dict[str, float]) -> Parts:
+    """Parts that were watched here, as a step has them: shares of the whole. What napkin or prediction lack is 0."""
+    said, by_hand = ({name: seconds.get(name, 0.0) for name in taken} for seconds in (predicted, napkin))
+    return Parts(taken, said, by_hand, dict.fromkeys(taken, Rate(None, None, "")), sum(taken.values()), watching_s=0.0, timers_s=0.0)
+
+
+def parts_of_layer(B: int) -> Parts:
+    """By the napkin all the time goes to the experts' bytes."""
+    watches = [watched_layer(B).taken for _ in range(15)]
+    said = roofline_moe(B).parts
+    predicted = {"router": said["router"].seconds, "sorting": said["launches"].seconds}
+    predicted["experts"] = roofline_moe(B).seconds - sum(predicted.values())
+    taken = {name: median(watch[name] for watch in watches) for name in predicted}
+    return as_parts(taken, {"experts": napkin_ffn(QUARTER.touched(B), B)}, predicted)
+
+
 for B in (1, 8):
-    pulse = Pulse(machine, "fp32", rows=round(B * 2 / QUARTER.touched(B)))
-    timing = pulse.stopwatch(lambda B=B: mixture(next(turns[B])), repeats=7)
-    lesson.measure(f"layer of experts, {B} token{'s' * (B > 1)}", timing.median, speed=pulse.speed)
-del pulse
+    timing = bracketed(machine)(lambda B=B: mixture(next(turns[B])), repeats=11)
+    lesson.measure(f"layer of experts, {B} token{'s' * (B > 1)}", timing, parts=parts_of_layer(8) if B == 8 else ())
 for B in (8, 128):
     lesson.measure(f"experts over dense, {B} tokens", moe_s[B] / dense_s[B])
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.3))
 for label, roofline, clock, colour in (("experts", roofline_moe, moe_s, plots.COLOURS[0]), ("dense", roofline_dense, dense_s, plots.COLOURS[2])):
-    left.plot(ROWS, [roofline(B) for B in ROWS], color=colour, label=label)
+    left.plot(ROWS, [roofline(B).seconds for B in ROWS], color=colour, label=label)
     left.plot(ROWS, [clock[B] for B in ROWS], "o", color=colour, markeredgecolor="white")
 right.plot(ROWS, [napkin_ffn(QUARTER.touched(B), B) / napkin_ffn(2, B) for B in ROWS], "--", color=plots.NAPKIN, label="napkin")
-right.plot(ROWS, [roofline_moe(B) / roofline_dense(B) for B in ROWS], color=plots.ROOFLINE, label="calibrated roofline")
+right.plot(ROWS, [roofline_moe(B).seconds / roofline_dense(B).seconds for B in ROWS], color=plots.ROOFLINE, label="calibrated roofline")
 right.plot(ROWS, [moe_s[B] / dense_s[B] for B in ROWS], "o", color=plots.MEASURED, label="measured")
 right.axhline(1, color="black", linewidth=0.8)
 left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time of the layer", title="Same FLOPs, other bytes …")
@@ -541,17 +632,34 @@ for ax in (left, right):
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 left.yaxis.set_minor_locator(NullLocator())
-top = max(max(moe_s.values()), roofline_moe(ROWS[-1]))
+top = max(max(moe_s.values()), roofline_moe(ROWS[-1]).seconds)
 left.set_ylim(top=4 * top)                                  # room for the legend
 left.legend(loc="upper left", title="lines: roofline, dots: measured", alignment="left")
 right.set_ylim(top=1.5 * right.get_ylim()[1])
 right.legend(loc="upper right")
-plt.show()
+over = {B: moe_s[B] / dense_s[B] for B in ROWS}
+misses = {f"{kind} at {B} tokens": clock[B] / roofline(B).seconds for kind, clock, roofline in
+          (("experts", moe_s, roofline_moe), ("dense", dense_s, roofline_dense)) for B in ROWS}
+worst = max(misses, key=lambda name: abs(np.log(misses[name])))
+plots.show(fig, "Time of a layer of experts and of a dense layer with the same FLOPs, and its quotient, against the tokens: "
+                + "; ".join(f"{B}: {over[B]:.2f}" for B in ROWS))
+
+# %% tags=["nbval-ignore-output"]
+Markdown("For one token the two read the same bytes. Then each token brings experts of its own, and the mixture pays for up to E/k = 4 times the bytes: here it takes up "
+         f"to **{max(over.values()):.1f}** times as long. Where both are bound by FLOPs they have the same, and what is left is that many small products are slower than few "
+         f"large ones: {over[128]:.2f} at 128 tokens. The roofline's largest miss in the left panel: {worst}, {misses[worst]:.2f} of what it said.")
 
 # %% [markdown]
-# For one token the two read the same bytes. Then each token brings experts of its own, and the mixture pays for up to E/k = 4 times the bytes. In the end
-# both are bound by FLOPs, of which they have the same, and the mixture loses only what many small products lose to few large ones.
-#
+# What lies between napkin and clock for 8 tokens? Name the part that you take for the largest.
+
+# %%
+lesson.cause("layer of experts, 8 tokens", ...)     # "experts", "router", "sorting", "memory was slower than calibrated",
+# "memory was faster than calibrated" or "not explained"
+
+# %% tags=["nbval-ignore-output"]
+lesson.explain("layer of experts, 8 tokens")
+
+# %% [markdown]
 # ## Measurement: a state instead of a cache, and a window
 # `clawdemy_infer/variants/linear_attention.py` runs linear attention in two ways: token by token, as decode must, and chunk by chunk, as a prefill should.
 # They have to agree.
@@ -598,13 +706,30 @@ def advance() -> None:
 
 sweeps = {("softmax", S): look_back(S) for S in CONTEXTS} | {("window", S): look_back(S, WINDOW) for S in CONTEXTS if S > WINDOW}
 sweeps["linear", 0] = (advance, len(states))
-times = alternate({name: sweep for name, (sweep, _) in sweeps.items()}, repeats=7)
-mixer = {name: times[name].median / count for name, (_, count) in sweeps.items()}
+times = bracketed(machine)({name: sweep for name, (sweep, _) in sweeps.items()}, repeats=7)
+each = {name: Timing(tuple(seconds / count for seconds in times[name].seconds), times[name].around) for name, (_, count) in sweeps.items()}
+mixer = {name: timing.median for name, timing in each.items()}
 linear_s = mixer["linear", 0]
 
-lesson.measure("softmax attention to 4,096", mixer["softmax", 4096])
-lesson.measure("attention to 4,096 in a window of 512", mixer["window", 4096])
-lesson.measure("linear attention", linear_s)
+
+def parts_of_linear() -> Parts:
+    """Its three operations, the clock read between them. Counted are one read of the state and one write, which the first does."""
+    taken = defaultdict(list)
+    for state in states * 3:
+        start = now()
+        state.mul_(fade[:, None, None])                     # as `linear_attention.step` does
+        faded = now()
+        state.addcmul_(token.transpose(2, 3), token)
+        added = now()
+        token @ state
+        for name, seconds in (("fade", faded - start), ("add", added - faded), ("read out", now() - added)):
+            taken[name].append(seconds)
+    return as_parts({name: median(seconds) for name, seconds in taken.items()}, {"fade": napkin_linear}, {"fade": roofline_linear.seconds})
+
+
+lesson.measure("softmax attention to 4,096", each["softmax", 4096])
+lesson.measure("attention to 4,096 in a window of 512", each["window", 4096])
+lesson.measure("linear attention", each["linear", 0], parts=parts_of_linear())
 slower = next((i for i, S in enumerate(CONTEXTS) if mixer["softmax", S] > linear_s), None)
 if slower:
     pair = CONTEXTS[slower - 1: slower + 1]
@@ -620,9 +745,9 @@ fig, ax = plt.subplots(figsize=(7.2, 3.6))
 ends = [S for S in CONTEXTS if S >= WINDOW]
 kinds = (("softmax", CONTEXTS, plots.COLOURS[0], "softmax, all of the context"), ("window", ends, plots.COLOURS[2], f"softmax, window {WINDOW}"))
 for kind, xs, colour, label in kinds:
-    ax.plot(xs, [roofline_attention(kind, S) for S in xs], color=colour, label=label)
+    ax.plot(xs, [roofline_attention(kind, S).seconds for S in xs], color=colour, label=label)
     ax.plot([S for S in xs if (kind, S) in mixer], [mixer[kind, S] for S in xs if (kind, S) in mixer], "o", color=colour, markeredgecolor="white")
-ax.axhline(roofline_linear, color=plots.COLOURS[1], label="linear attention")
+ax.axhline(roofline_linear.seconds, color=plots.COLOURS[1], label="linear attention")
 ax.plot(CONTEXTS[::3], [linear_s] * len(CONTEXTS[::3]), "o", color=plots.COLOURS[1], markeredgecolor="white")
 ax.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="time of one step, one layer",
        title="What grows and what does not: lines predicted, dots measured")
@@ -631,11 +756,23 @@ ax.xaxis.set_minor_locator(NullLocator())
 ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 plots.units(ax.yaxis, "s")
 ax.legend(loc="upper left")
-plt.show()
+plots.show(fig, "Time of one step of one layer against the context. Softmax: " + "; ".join(f"{S}: {si(mixer['softmax', S], 's')}" for S in CONTEXTS[::3])
+           + f". Linear attention: {si(linear_s, 's')} at any context")
+
+# %% [markdown]
+# The envelope of a state counts one read and one write. PyTorch runs three operations on it: fade, add, read out. What did each take?
+
+# %%
+lesson.cause("linear attention", ...)       # "fade", "add", "read out", "memory was slower than calibrated", "memory was faster than calibrated"
+# or "not explained"
+
+# %% tags=["nbval-ignore-output"]
+lesson.explain("linear attention")
 
 # %% [markdown]
 # ### The price: what a state forgets
-# The arithmetic says nothing about quality, and here is the catch. A state of H × H numbers cannot hold unboundedly much. We store n random pairs of key and value, ask for each by
+# The arithmetic says nothing about quality, and here is the catch. A state of H × H numbers cannot hold unboundedly much. We store n random pairs
+# of key and value, ask for each by
 # its key, and see whether the right value is nearest to the answer. (A toy: these keys are random, and nothing is trained.)
 
 # %% tags=["nbval-ignore-output"]
@@ -662,19 +799,21 @@ ax.xaxis.set_minor_locator(NullLocator())
 ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 ax.legend(loc="lower left")
-plt.show()
+plots.show(fig, "Share of stored pairs given back rightly, against how many are stored. " + " ".join(
+    f"{n}: softmax {cached:.0%}, state {kept:.0%}." for n, (cached, kept) in zip(pairs[::2], shares[::2], strict=True)))
 
 # %% [markdown]
-# That is why models of this kind so often keep a few layers of real attention (Jamba: one in eight), or a better rule than plain adding (the delta rule erases the old value first;
+# That is why models of this kind so often keep a few layers of real attention (Jamba: one in eight), or a better rule than plain adding (the delta
+# rule erases the old value first;
 # Mamba decides for each token what to keep). The envelope for a hybrid is just a mix of the two rows above.
 #
 # ## Measurement: the real model, changed
-# **A window.** SmolLM2 was not trained with one, so its words would suffer; its time is honest. The step looks back at 2,048 tokens, or at the last 256 of them.
+# **A window.** SmolLM2 was not trained with one, so its words would suffer; its time is honest. The step looks back at 2,048 tokens, or at the last
+# 256 of them.
 
 # %% tags=["nbval-ignore-output"]
 windowed = without_layers(decoder, [])                      # the same weights, and none dropped
 windowed.config = replace(decoder.config, shape=local)
-long = ContiguousCache.for_model(decoder, batch=1, capacity=2048)
 part = filled_cache(decoder, batch=1, tokens=256)
 for all_of_it, real in zip(long.tensors, part.tensors, strict=True):                    # [L, B, K, S, H] each
     all_of_it[:] = real[:, :, :, :256].repeat(1, 1, 1, 8, 1)                             # a step costs the same, whatever its keys say
@@ -686,13 +825,26 @@ def step_at(model, S: int, T: int = 1) -> None:
     model(one if T == 1 else random_tokens(model, 1, T), long, last_only=T == 1)
 
 
-times = alternate({"full": lambda: step_at(decoder, 2048), "local": lambda: step_at(windowed, 2048)}, repeats=15)
-saved = float(np.median(np.subtract(times["full"].seconds, times["local"].seconds)))
-lesson.measure("a window of 256 saves at 2,048", max(saved, 1e-9))
-print(f"full: {si(times['full'].median, 's')} a token; window: {si(times['local'].median, 's')}; saved: {si(saved, 's')}")
+times = bracketed(machine)({"full": lambda: step_at(decoder, 2048), "local": lambda: step_at(windowed, 2048)}, repeats=15)
+saved = Timing(tuple(np.subtract(times["full"].seconds, times["local"].seconds).tolist()), times["full"].around)
+lesson.measure("a window of 256 saves at 2,048", saved)
+long.length = 2048
+lesson.measure("one token at 2,048", at_2048.time(machine), parts=at_2048.parts(machine))
+print(f"full: {si(times['full'].median, 's')} a token; window: {si(times['local'].median, 's')}; saved: {si(saved.median, 's')}")
 
 # %% [markdown]
-# **A block.** One pass over T tokens with logits for each of them, against T single steps. Ours is a causal pass. A denoising one lets the block's tokens see each other
+# Where does a token at 2,048 spend its time? And what could a window save of that?
+
+# %%
+lesson.cause("one token at 2,048", ...)     # "products", "attention", "element-wise", "launches", "memory was slower than calibrated",
+# "memory was faster than calibrated" or "not explained"
+
+# %% tags=["nbval-ignore-output"]
+lesson.explain("one token at 2,048")
+
+# %% [markdown]
+# **A block.** One pass over T tokens with logits for each of them, against T single steps. Ours is a causal pass. A denoising one lets the block's
+# tokens see each other
 # both ways, which at these lengths costs next to nothing more.
 
 # %% tags=["nbval-ignore-output"]
@@ -708,7 +860,8 @@ Table(columns, [[str(T), si(blocks[T].median, "s"), si(T * blocks[1].median, "s"
 # %% [markdown]
 # If a diffusion model of this shape needs fewer passes than that for a block, it is faster here; whether its text is then as good is not for arithmetic to say.
 #
-# **Fewer layers.** Which ones? Every layer adds to a stream, and one that hardly turns its direction should be missed least: Men et al. (2024) call that its *block influence*. We
+# **Fewer layers.** Which ones? Every layer adds to a stream, and one that hardly turns its direction should be missed least: Men et al. (2024) call
+# that its *block influence*. We
 # measure it on one text and judge on another. Both are chapters of Python's own help, which come with every Python.
 
 # %% tags=["nbval-ignore-output"]
@@ -722,7 +875,7 @@ colours = [plots.COLOURS[1] if index in order[:10] else plots.COLOURS[0] for ind
 ax.bar(range(shape.L), influences, color=colours)
 ax.set(xlabel="layer", ylabel="influence, 1 − cosine", yscale="log", title="Most layers turn the stream little; the ten that do least are orange")
 ax.grid(axis="x", visible=False)
-plt.show()
+plots.show(fig, f"Influence of each layer, 1 − cosine; least in layers {', '.join(map(str, sorted(order[:10])))}")
 
 
 # %% tags=["nbval-ignore-output"]
@@ -754,10 +907,10 @@ Table(["layers dropped", "streamed", "perplexity", "KL, nats a token"],
 n_s = [0, *DROPPED]
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.0))
 left.plot(n_s, [napkin_step(shape) / napkin_step(replace(shape, L=shape.L - n)) for n in n_s], "--", color=plots.NAPKIN, label="napkin")
-left.plot(n_s, [roofline_step(shape, P) / roofline_step(replace(shape, L=shape.L - n), P) for n in n_s], color=plots.ROOFLINE,
+left.plot(n_s, [roofline_step(shape, P).seconds / roofline_step(replace(shape, L=shape.L - n), P).seconds for n in n_s], color=plots.ROOFLINE,
           label="calibrated roofline")
 left.plot(n_s, [speeds[0].median / speeds[n].median for n in n_s], "o", color=plots.MEASURED, label="measured")
-left.set(xlabel="layers dropped of 30", ylabel="times faster", ylim=(0.9, None), title="Cost goes down as predicted …")
+left.set(xlabel="layers dropped of 30", ylabel="times faster", ylim=(0.9, None), title="Cost goes down with the layers …")
 left.legend()
 by_influence = {len(dropped): judged[name] for name, dropped in SCHEMES.items() if name == "none" or "influence" in name}
 right.plot(list(by_influence), [perplexity for perplexity, _ in by_influence.values()], "o-", color=plots.COLOURS[1], label="least influence")
@@ -766,44 +919,33 @@ for name, marker in (("4 in the middle", "s"), ("the last 4", "^")):
 right.set(xlabel="layers dropped of 30", ylabel="perplexity", yscale="log", title="… and quality faster")
 right.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 right.legend()
-plt.show()
+plots.show(fig, "Layers dropped of 30: times faster, and perplexity. " + " ".join(
+    f"{n}: {speeds[0].median / speeds[n].median:.2f} times, perplexity {by_influence[n][0]:,.0f}." for n in n_s))
 
 # %% [markdown]
-# The cost is as predicted. The quality is another matter: a few layers go nearly unnoticed if one knows which, and the same number taken from the end
-# destroys the model. Nobody serves a model pruned like this. It is *healed* afterwards: trained some more, best of all to imitate the whole model's distributions, which is
+# The cost is arithmetic. The quality is another matter: a few layers go nearly unnoticed if one knows which, and the same number taken from the end
+# destroys the model. Nobody serves a model pruned like this. It is *healed* afterwards: trained some more, best of all to imitate the whole model's
+# distributions, which is
 # **distillation** (Hinton et al. 2015; Muralidharan et al. 2024, Minitron). That needs a training run, which exercise 5 prices and this lesson does not do.
 #
 # ## Reconciliation: who was wrong, and why
 
 # %% tags=["nbval-ignore-output"]
-one_row = machine.rates["gemm"]["fp32"][0][1] * 4 / 2       # two FLOPs for each weight of 4 bytes: bytes/s at M = 1
-because = {
-    "experts touched by 8": "napkin: no two tokens share; chance: they do; routers are not quite even",
-    "experts touched by 16": "alike tokens choose alike; their popularity predicts it",
-    "layer of experts, 1": f"the product of one row: probed on small weights at {si(one_row, 'B/s')}",
-    "layer of experts, 8": "two rows an expert in the mean, but some have one and some four",
-    "experts over dense": "a ratio of two products of few rows, at different M",
-    "softmax attention": "the kernel's own rate with one row to each KV head",
-    "attention to 4,096 in": "the same kernel, over 512 tokens",
-    "linear attention": "three operations, where the envelope counts one read and one write",
-    "context from which": "both sides' fixed costs count where both are small",
-    "a window": "a small difference of two large times",
-    "passes that break even": "a pass of few rows is far from the peak, and one row far from the bandwidth",
-    "speed-up without": "the head is not pruned, and reads its table as before",
-}
-for quantity, row in lesson.rows.items():
-    if row.measured:
-        lesson.explain(quantity, next(reason for start, reason in because.items() if quantity.startswith(start)))
 lesson.table()
 
+# %% tags=["nbval-ignore-output"]
+one_row = machine.rates["gemm"]["fp32"][0][1] * 4 / 2       # two FLOPs for each weight of 4 bytes: bytes/s at M = 1
+counts = {quantity: row for quantity, row in lesson.rows.items() if row.unit == "experts"}
+Markdown("**Counts.** Counted over predicted: " + "; ".join(f"{row.ratio:.2f} for {quantity}" for quantity, row in counts.items())
+         + f". **Few rows.** Every idea here ends in products of one to a few dozen rows: an expert's share of a batch, a block of diffusion. The calibration's product of one row "
+         f"reads its weights at {si(one_row, 'B/s')}, {percent(one_row / machine.bandwidth_at())} of the bandwidth that the napkin takes; on a GPU below its ridge such products are bound by bytes.")
+
 # %% [markdown]
-# The counts come out as chance says, and what is missing is explained by uneven choices. The times deserve a word each.
+# What the predictions leave out:
 #
-# - **Few rows.** Every idea here ends in products of one to a few dozen rows: an expert's share of a batch, a block of diffusion. On a GPU these are bound by bytes, and the napkin is good.
-#   On a CPU a product of few rows reads its weights well below the bandwidth, and the rate *at that M* decides; the calibration knows it, from other matrices than these.
 # - **An average hides its parts.** The roofline gives each expert the mean number of rows. Really one has five and another one, and time is not linear in rows.
-# - **A state is read, faded, added to and read again.** Three operations in PyTorch, where one kernel could hold the state in registers. The second and third find much of it in a CPU cache, though not for free.
-#   And at short contexts neither form of attention costs more than being started.
+# - **A difference of two large times** (a window) and **a quotient** (experts over dense, passes, layers): what both have in common cancels, and
+#   each time's own error is left.
 #
 # ### When each of them loses
 #
@@ -816,8 +958,10 @@ lesson.table()
 # | pruning | all bytes and FLOPs of a layer | quality, and a training run to get it back | nobody pays for the training |
 #
 # ## Play and exercises
-# Choose the number of experts, how many a token uses, and a machine. The active width stays Mixtral's (k·F = 28,672, D = 4,096), so the FLOPs are always the same; only the
-# bytes change. Try to find: the batch at which experts cost most, compared with dense; a machine on which 256 experts pay from a smaller batch on than on an H100.
+# Choose the number of experts, how many a token uses, and a machine. The active width stays Mixtral's (k·F = 28,672, D = 4,096), so the FLOPs are
+# always the same; only the
+# bytes change. Try to find: the batch at which experts cost most, compared with dense; a machine on which 256 experts pay from a smaller batch on
+# than on an H100.
 
 # %%
 def draw_experts(E: int, k: int, on: str) -> None:
@@ -842,7 +986,10 @@ def draw_experts(E: int, k: int, on: str) -> None:
         ax.xaxis.set_major_locator(FixedLocator([1, 8, 64, 512, 4096]))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    plt.show()
+    mixed, dense = times.values()
+    dearest = int(np.argmax(np.divide(mixed, dense)))
+    plots.show(fig, f"{k} of {E} experts on {sheet.name}: experts read, and time beside a dense layer, against the batch. At most "
+                    f"{mixed[dearest] / dense[dearest]:.1f} times the dense layer's, at a batch of {batches[dearest]:,}")
 
 
 # %% tags=["widget", "nbval-ignore-output"]
@@ -850,7 +997,7 @@ CARDS = [name for name in catalog.machine_names() if "bf16" in catalog.machine(n
 widgets.play(draw_experts, E=widgets.powers_of_two("experts", 2, 512, 64), k=widgets.powers_of_two("for a token", 1, 16, 8),
              on=widgets.choose("machine", CARDS, "h100-sxm"))
 
-# %%
+# %% tags=["nbval-ignore-output"]
 draw_experts(64, 8, "h100-sxm")
 
 # %% [markdown]
@@ -933,7 +1080,8 @@ lesson.exercise(
 
 # %% [markdown]
 # ### 3 · When a state is the cheaper memory
-# Heads of width H; G query heads share a KV head. Softmax attention reads the keys and values of S tokens for each KV head; linear attention reads *and* writes a state of H × H for each
+# Heads of width H; G query heads share a KV head. Softmax attention reads the keys and values of S tokens for each KV head; linear attention reads
+# *and* writes a state of H × H for each
 # query head. From which S on are the bytes of the cache more?
 
 # %% tags=["exercise", "exercise:state_pays_from"]
@@ -972,7 +1120,8 @@ lesson.exercise(
 
 # %% [markdown]
 # ### 4 · Passes to spend
-# A decode step reads `weights` bytes at `bandwidth`. A pass over T tokens of each of B sequences reads them too, and does 2·`parameters` FLOPs for each token at `peak`; it takes the longer of the two, and so does a decode step.
+# A decode step reads `weights` bytes at `bandwidth`. A pass over T tokens of each of B sequences reads them too, and does 2·`parameters` FLOPs for
+# each token at `peak`; it takes the longer of the two, and so does a decode step.
 # (Leave the caches aside.) How many passes may a diffusion model spend on a block of T tokens until it is no faster?
 
 # %% tags=["exercise", "exercise:passes_to_spend"]
@@ -1014,8 +1163,10 @@ lesson.exercise(
 
 # %% [markdown]
 # ### 5 · Harder: when does distillation pay back?
-# A pruned student of `student` parameters is healed on `tokens` tokens: each costs 6 FLOPs a parameter to train on, and 2 a parameter of the `teacher` that it imitates. The training
-# reaches `rate` FLOP/s. In service, each token then takes `saved` seconds less of the same machine. After how many served tokens has the training paid for itself?
+# A pruned student of `student` parameters is healed on `tokens` tokens: each costs 6 FLOPs a parameter to train on, and 2 a parameter of the
+# `teacher` that it imitates. The training
+# reaches `rate` FLOP/s. In service, each token then takes `saved` seconds less of the same machine. After how many served tokens has the training
+# paid for itself?
 
 # %% tags=["exercise", "exercise:payback"]
 def payback(teacher, student, tokens, rate, saved):
@@ -1051,9 +1202,12 @@ lesson.exercise(
 # </details>
 
 # %% [markdown]
-# **To take away.** B tokens touch E·(1 − (1 − k/E)^B) experts, at most; a mixture is cheap for one token and for thousands, and dear in between. A state costs what a cache of H tokens costs, and
-# forgets. A window stops the growth, and what lies beyond it is gone. Diffusion trades FLOPs for reads, so it wins where a batch is small. Layers can go, at the price of a training run. In each
-# case the envelope says what a token will cost; none says what it will be worth. Lesson 12 puts a price on it.
+# **To take away.** B tokens touch E·(1 − (1 − k/E)^B) experts, at most; a mixture is cheap for one token and for thousands, and expensive in
+# between. A state costs what a cache of H tokens costs, and
+# forgets. A window stops the growth, and what lies beyond it is gone. Diffusion trades FLOPs for reads, so it wins where a batch is small. Layers
+# can go, at the price of a training run. In each
+# case the envelope says what a token will cost; none says what it will be worth.
 #
-# Further reading: Shazeer et al. 2017 and Jiang et al. 2024 (experts); DeepSeek-AI 2024 (many small experts); Katharopoulos et al. 2020, Sun et al. 2023, Gu and Dao 2023 (states); Beltagy et al. 2020
+# Further reading: Shazeer et al. 2017 and Jiang et al. 2024 (experts); DeepSeek-AI 2024 (many small experts); Katharopoulos et al. 2020, Sun et al.
+# 2023, Gu and Dao 2023 (states); Beltagy et al. 2020
 # (windows); Nie et al. 2025, Arriola et al. 2025 (diffusion); Men et al. 2024, Gromov et al. 2024, Muralidharan et al. 2024 (pruning and distillation).
