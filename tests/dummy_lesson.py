@@ -19,7 +19,7 @@ lesson = Lesson("99 dummy", machine="a test's machine")
 
 # %% tags=["nbval-ignore-output"]
 lesson.predict("piece of string", napkin=1.0, predicted=1.2, unit="s")
-lesson.measure("piece of string", 1.5, why="it is knotted")
+lesson.measure("piece of string", 1.5)
 lesson.table()
 
 # %% tags=["widget", "nbval-ignore-output"]

@@ -13,8 +13,8 @@ from clawdemy_infer.lesson.ledger import LedgerRow, append, latest, ratio_error,
 
 def row(quantity="time per token", measured=0.031, **changes) -> LedgerRow:
     return replace(
-        LedgerRow("01 counting", quantity, "s", napkin=0.025, predicted=0.030, measured=measured,
-            why="fixed cost, 3 µs"), **changes)
+        LedgerRow("01 counting", quantity, "s", napkin=0.025, predicted=0.030, measured=measured),
+        **changes)
 
 
 def test_what_is_appended_is_read_back_in_order(tmp_path):
@@ -70,7 +70,7 @@ def test_several_kernels_append_at_once_and_every_row_arrives(tmp_path):
         "from pathlib import Path\n"
         "from clawdemy_infer.lesson.ledger import LedgerRow, append\n"
         "for i in range(50):\n"
-        "    row = LedgerRow('01', f'{sys.argv[1]} {i}', 's', 1.0, measured=2.0, why='x' * 500)\n"
+        "    row = LedgerRow('01', f'{sys.argv[1]} {i}', 's', 1.0, measured=2.0, cause='x' * 500)\n"
         "    append(row, Path(sys.argv[2]))\n")
     kernels = [subprocess.Popen([sys.executable, "-c", script, name, str(path)]) for name in "abc"]
     assert [kernel.wait() for kernel in kernels] == [0, 0, 0]

@@ -1,12 +1,14 @@
 """Every lesson: in step with its script, six beats, readable without a kernel, exercises with
 solutions. `make test` runs them all."""
 
+import ast
 import re
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -54,6 +56,39 @@ def texts(cell):
 def test_every_script_has_its_notebook_and_every_notebook_its_script():
     assert [path.stem
             for path in NOTEBOOKS] == [script.stem for script in sorted(FOLDER.glob("src/*.py"))]
+
+
+def lesson_calls(cell, *methods):
+    """Calls of `lesson.METHOD(...)` in a cell."""
+    if cell.cell_type == "code":
+        for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))):
+            if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                    and getattr(node.func.value, "id", "") == "lesson"
+                    and node.func.attr in methods):
+                yield node
+
+
+def test_a_guess_is_made_in_a_cell_of_its_own_before_any_prediction_is_shown(notebook):
+    shown = ("predict", "reveal", "measure", "table", "cause", "explain")
+    seen = set()
+    for cell in notebook.cells:
+        guesses = [node.args[0].value for node in lesson_calls(cell, "guess")]
+        assert not guesses or not [*lesson_calls(cell, *shown)], cell.source
+        assert not seen & set(guesses), f"already predicted: {seen & set(guesses)}"
+        seen |= {node.args[0].value for node in lesson_calls(cell, "predict")
+                 if node.args and isinstance(node.args[0], ast.Constant)}
+
+
+def test_no_cause_is_typed_into_a_lesson(notebook):
+    """A measurement comes without a reason, an explanation is asked for and never given."""
+    for cell in notebook.cells:
+        for call in lesson_calls(cell, "measure"):
+            assert {word.arg for word in call.keywords} <= {"parts"}, cell.source
+        for call in lesson_calls(cell, "explain"):
+            assert len(call.args) == 1 and not call.keywords, cell.source
+        for call in lesson_calls(cell, "cause"):
+            assert isinstance(call.args[-1], ast.Constant) and call.args[-1].value is ..., (
+                "the learner names the cause")
 
 
 def test_a_notebook_is_in_step_with_its_script(path, notebook):

@@ -75,21 +75,6 @@ def test_a_mark_in_a_dtype_that_the_machine_has_no_figure_for_is_refused_and_dra
     assert not ax.lines
 
 
-def test_ratios_have_a_line_for_each_measured_row_and_a_dot_for_each_prediction(ax):
-    rows = [
-        LedgerRow("00", "both", "s", napkin=2.0, predicted=4.0, measured=6.0),
-        LedgerRow("00", "not measured", "s", napkin=1.0),
-        LedgerRow("00", "napkin only", "s", napkin=2.0, measured=1.0),
-    ]
-    plots.ratios(ax, rows)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["both", "napkin only"]
-    drawn = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
-             for line in ax.lines}
-    assert drawn["over the napkin"] == [(3.0, 2), (0.5, 1)]
-    assert drawn["over the calibrated roofline"] == [(1.5, 2)]
-    assert ticks(ax.xaxis, [0.5, 1, 2]) == ["0.5×", "1×", "2×"]
-
-
 def test_a_waterfall_climbs_from_napkin_to_measured_and_says_so(ax):
     parts = [{"name": name, "napkin_s": napkin, "predicted_s": None, "measured_s": measured}
              for name, napkin, measured in (("qkv", 0.01, 0.016), ("attention", 0.004, 0.002))]
@@ -167,11 +152,6 @@ def test_colours_stand_out_from_a_light_and_from_a_dark_background(colour):
     light = linear(colour) @ [0.2126, 0.7152, 0.0722] + 0.05
     need = 4.2 if colour == plots.TEXT else 2.75    # WCAG's contrast; JupyterLab's dark is #111111
     assert min(1.05 / light, light / (linear("#111111")[0] + 0.05)) > need
-
-
-def test_ratios_of_nothing_are_an_empty_figure(ax):
-    plots.ratios(ax, [])
-    ax.figure.canvas.draw()
 
 
 def test_a_frontier_has_a_dot_for_each_batch_that_fits(ax):

@@ -68,15 +68,13 @@ class LedgerRow:
     parts: tuple[dict, ...] = ()
     explained: float | None = None
     sentence: str = ""
-    speed: float = 1.0  # until the lessons have moved
-    why: str = ""  # until the lessons have moved
     machine: str = ""
     versions: dict[str, str] = field(default_factory=versions)
     date: str = field(default_factory=today)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))        # JSON knows lists alone
-        for name in ("napkin", "predicted", "low", "high", "measured", "guess", "speed"):
+        for name in ("napkin", "predicted", "low", "high", "measured", "guess"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r} for {self.quantity!r}: a positive, finite "

@@ -139,7 +139,6 @@ class Lesson:
     # -- measure, name a cause, explain -----------------------------------------------------------
 
     def measure(self, quantity: str, value: Timing | float,
-                why: str = "", speed: float = 1.0, *,  # until the lessons have moved
                 parts: Iterable[dict] = ()) -> None:
         """Set the measured `value` beside its prediction, in the prediction's unit, and write the
         row to the ledger.
@@ -164,15 +163,8 @@ class Lesson:
 
             low, high = widened(said, self.calibrated, around)
             blank = replace(blank, low=low, high=high)
-        if speed != 1.0:  # until the lessons have moved
-            if blank.unit != "s":
-                raise ValueError(f"speed={speed} for {quantity!r} in {blank.unit!r}: only a time "
-                                 "is predicted for a speed of the machine")
-            slower = {name: getattr(blank, name) and getattr(blank, name) / speed
-                      for name in ("predicted", "low", "high")}
-            blank = replace(blank, speed=speed, **slower)
         row, parts = self.rows[quantity], shares(parts, value)
-        self._write(replace(blank, measured=value, spread=spread, parts=parts, why=why,
+        self._write(replace(blank, measured=value, spread=spread, parts=parts,
                             guess=row.guess, late=row.late, cause=row.cause, date=ledger.today()))
 
     def cause(self, quantity: str, choice: str | EllipsisType = ...) -> None:
@@ -191,12 +183,10 @@ class Lesson:
         else:
             self.rows[quantity] = replace(row, cause=choice)
 
-    def explain(self, quantity: str, why: str | None = None) -> None:
+    def explain(self, quantity: str) -> None:
         """Draw what lies between napkin and measured, part by part, say it in one sentence, and
         judge the learner's cause."""
         row = self._predicted(quantity)
-        if why is not None:  # until the lessons have moved
-            return self._write(replace(row, why=why, date=ledger.today()))
         if row.measured is None:
             return print(f"○ {quantity!r} has not been measured, so there is nothing to explain.")
         found = account(row, self.moments[quantity])

@@ -104,30 +104,6 @@ def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def ratios(ax: Axes, rows: Sequence[LedgerRow]) -> None:  # until the lessons have moved
-    """Measured over predicted, a line for each row of the ledger: grey over the napkin, blue over
-    the roofline, 1 is a perfect prediction.
-
-    The band is a quarter either way. Rows that were not measured are left out.
-    """
-    rows = [row for row in rows if row.measured]
-    places = range(len(rows), 0, -1)
-    ax.axvspan(1 / 1.25, 1.25, color=ROOFLINE, alpha=0.10, linewidth=0)
-    ax.axvline(1, color=TEXT, linewidth=0.8)
-    for attribute, colour, label in (("ratio_napkin", NAPKIN, "over the napkin"),
-                                     ("ratio", ROOFLINE, "over the calibrated roofline")):
-        drawn = [(value, place) for row, place in zip(rows, places, strict=True)
-                 if (value := getattr(row, attribute))]
-        ax.plot([value for value, _ in drawn], [place for _, place in drawn], "o", color=colour,
-                markersize=8, label=label)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    ax.set_yticks(list(places), [row.quantity for row in rows])
-    ax.set_ylim(0.4, len(rows) + 0.6)
-    ax.set_xlabel("measured, as a multiple of predicted")
-    ax.legend()
-
-
 def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float] | None,
            predicted: Sequence[float] | None, measured: Sequence[float], unit: str = "s") -> None:
     """Napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots) over the same

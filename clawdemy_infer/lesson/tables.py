@@ -125,15 +125,11 @@ def ledger_table(rows: Iterable[LedgerRow], lessons: bool = False) -> Table:
         "measured": [si(row.measured, row.unit) for row in rows],
         "inside?": [row.inside or MISSING for row in rows],
         "explained": [percent(row.explained) for row in rows],
-        # speed and why: until the lessons have moved
-        "speed": ["" if row.speed == 1 else f"{row.speed:.2f}" for row in rows],
-        "why": [row.why for row in rows],
     }
-    optional = ("guess", "predicted", "inside?", "explained", "speed", "why")
+    optional = ("guess", "predicted", "inside?", "explained")
     columns = {name: cells for name, cells in columns.items()
                if name not in optional or set(cells) - {MISSING, ""}}
-    numeric = [name for name in columns
-               if name not in ("lesson", "quantity", "inside?", "why")]
+    numeric = [name for name in columns if name not in ("lesson", "quantity", "inside?")]
     return Table(list(columns), list(zip(*columns.values(), strict=True)), numeric)
 
 

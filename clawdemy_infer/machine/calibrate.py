@@ -154,12 +154,12 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the distance from the second lowest to the second highest of ten samples, relative to
-    their median, and 1 at most; of fewer, from the lowest to the highest."""
+    """Half the distance between the quartiles of the samples, relative to their median: half of
+    them are within it. 1 at most."""
     if len(values) < 2:
         return ONE_SAMPLE_SPREAD
-    cut, values = len(values) // 10, sorted(values)
-    return min((values[-1 - cut] - values[cut]) / 2 / statistics.median(values), 1.0)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return min((high - low) / 2 / statistics.median(values), 1.0)
 
 
 def _speed_of(where: tuple, speeds: Speeds) -> float:
@@ -272,25 +272,3 @@ def this_machine(device: str | None = None, formats: Sequence[str] = ()) -> Cali
     if line := present.drift(machine):
         print(line)
     return machine
-
-
-# until the lessons have moved
-
-
-class Pulse:
-    def __init__(self, machine, format, rows, device=None):
-        self.machine, self.rows, self.around = machine, rows, ()
-
-    def sample(self, seconds=0.03):
-        self.around = (*self.around, present.speeds_now(self.machine))
-
-    @property
-    def speed(self):
-        kind = "compute" if self.rows >= 32 else "memory"
-        return statistics.mean(getattr(each, kind) for each in self.around) / getattr(
-            self.machine.now, kind)
-
-    def stopwatch(self, work, repeats=5):
-        timing = present.bracketed(self.machine)(work, repeats)
-        self.around = timing.around
-        return timing

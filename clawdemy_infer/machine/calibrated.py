@@ -152,7 +152,3 @@ def only_products(machine: Machine) -> Machine:
         return machine
     rates = {name: rate for name, rate in machine.rates.items() if name in PRODUCTS}
     return replace(machine, elementwise={}, rates=rates)
-
-
-def slowed(machine: Calibrated, speed: float) -> Calibrated:        # until the lessons have moved
-    return machine.at(Speeds(*(each * speed for each in machine.now)))
