@@ -20,11 +20,11 @@ from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 from clawdemy_infer.timing import Timing, alternate
 
-RING_BYTES = 2**26
+RING_BYTES = 2**27
 """Bytes of fp32 weights that the probes go through: more than caches hold."""
 COMPUTE_ROWS = 256
 """Rows M of a product that is bound by arithmetic on a CPU."""
-SAMPLES = 5
+SAMPLES = 7
 """Samples of each of the three probes, of some 20 ms."""
 
 
