@@ -5,10 +5,8 @@ import pytest
 
 from clawdemy_infer.batching import Policy, Request
 from clawdemy_infer.model import generate
-from clawdemy_infer.rigs.prompts import prompts_of
 from clawdemy_infer.speculative import speculate_batch
 from clawdemy_infer.speculative.engine import engine
-from clawdemy_infer.variants.adaptive import Adaptive
 from clawdemy_infer.variants.self_drafts import draft_named
 
 DRAFTS = ["lookup", "int8", "int4", "exit:9", "trained"]
@@ -85,13 +83,3 @@ def test_twenty_texts_of_fifty_tokens_are_those_of_plain_decoding(smollm, plain,
     for policy in (Policy(gamma=4), Policy(max_batch=7, token_budget=64, gamma=4)):
         assert [sequence.tokens
                 for sequence in serve(smollm, draft, count, policy).sequences] == expected
-
-
-@pytest.mark.slow
-@each_draft
-def test_an_adaptive_draft_writes_the_same_text(smollm, plain, name):
-    adaptive = Adaptive(draft_named(name, smollm), 0.3, lambda rows: 1 + 0.05 * rows)
-    prompts = {kind: tuple(ids) for kind, ids in prompts_of(smollm).items()}
-    report = serve(smollm, adaptive, 40, Policy(gamma=8), list(prompts.values()))
-    assert [sequence.tokens
-            for sequence in report.sequences] == [plain(prompt, 40) for prompt in prompts.values()]

@@ -39,17 +39,6 @@ def test_the_ends_of_the_formula():
             theory.expected_tokens(alpha, gamma)
 
 
-def test_the_best_gamma_falls_with_the_price_of_checking_and_is_0_where_nothing_pays():
-    # free on both sides: as many as allowed
-    assert theory.best_gamma(0.8, 0.0, lambda rows: 1.0, most=9) == 9
-    # By hand, alpha 0.5, c 0.1, v 1: 1, 1.5/1.1 = 1.364, 1.75/1.2 = 1.458, 1.875/1.3 = 1.442
-    assert theory.best_gamma(0.5, 0.1, lambda rows: 1.0) == 2
-    # 1.5/1.4 = 1.07 and 1.75/1.8 = 0.97
-    assert theory.best_gamma(0.5, 0.1, lambda rows: 1 + 0.3 * (rows - 1)) == 1
-    assert theory.best_gamma(0.5, 0.6, lambda rows: 1.0) == 0                   # 1.5/1.6
-    assert theory.best_gamma([0.9, 0.9, 0.0], 0.1, lambda rows: 1.0) == 2
-
-
 ROUNDS = [Round([1, 2, 3], 3, 4), Round([1, 2, 3], 1, 9), Round([5], 0, 6), Round([], 0, 7)]
 
 

@@ -39,14 +39,6 @@ def speedup(alpha: float | Sequence[float], gamma: int, c: float, v: float = 1.0
     return expected_tokens(alpha, gamma) / (gamma * c + v)
 
 
-def best_gamma(alpha: float | Sequence[float], c: float, v: Callable[[int], float],
-               most: int = 16) -> int:
-    """The γ from 0 to `most` with the largest speed-up; reading m tokens at once costs v(m)."""
-    if not isinstance(alpha, int | float):
-        most = min(most, len(alpha))
-    return max(range(most + 1), key=lambda gamma: speedup(alpha, gamma, c, v(gamma + 1)))
-
-
 def verification_cost(machine: Machine, shape: ModelShape, rows: int, context: int, batch: int = 1,
                       ops: int = 0, **formats: Format) -> float:
     """v(rows) on `machine`: a step that gives the logits of `rows` tokens of each sequence, over a
