@@ -35,8 +35,8 @@ from nbformat.v4 import new_code_cell, new_output
 from PIL import Image
 from tqdm import tqdm
 
-from clawdemy_infer.lesson.course import FACTOR, FLOOR_S, execute, first_line
 from clawdemy_infer.paths import write_atomically
+from clawdemy_infer.rigs.course import FACTOR, FLOOR_S, execute, first_line
 
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"

@@ -41,8 +41,7 @@ MAY_IMPORT = {
     "rigs": RIGS,
     "peers": [*RIGS, "rigs"],
     "published": ["arithmetic", "envelope", "from_config", "lesson"],
-    "training": [*LIBRARY, "lesson", "rigs"],
-    "cli": [*RIGS, "rigs", "peers", "published", "training"],
+    "cli": [*RIGS, "rigs", "peers", "published"],
     "__main__": ["cli"],
 }
 
@@ -56,7 +55,7 @@ BUDGETS = {
     "variants": (1500, ["variants"]),
     "fast": (1800, ["fast"]),
     "lesson": (4500, ["from_config", "files", "machine", "lesson", "timing.py", "paths.py"]),
-    "rigs": (4500, ["rigs", "peers", "published", "training", "cli", "__main__.py",
+    "rigs": (4500, ["rigs", "peers", "published", "cli", "__main__.py",
                     "__init__.py"]),
 }
 

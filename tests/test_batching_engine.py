@@ -20,7 +20,7 @@ from clawdemy_infer.batching import Policy, Request, State
 from clawdemy_infer.batching.serving import engine
 from clawdemy_infer.batching.torch_executor import TorchExecutor
 from clawdemy_infer.fast.launches import count_ops
-from clawdemy_infer.lesson.steps import count_operations
+from clawdemy_infer.fast.watched import count_operations
 from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
 

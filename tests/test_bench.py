@@ -12,7 +12,6 @@ from clawdemy_infer.lesson.steps import (
     filled_cache,
     random_tokens,
     step_ops,
-    time_prefill,
     work_of,
 )
 from clawdemy_infer.machine.calibrated import Calibrated, Speeds
@@ -98,8 +97,9 @@ def test_a_timed_prefill_starts_from_an_empty_cache_each_time(model, monkeypatch
         steps.append((tuple(tokens.shape), cache.length, last_only))
         return real(tokens, cache, last_only)
 
+    step = parts.StepOf(model, "prefill", 3, 11)
     monkeypatch.setattr(model, "forward", watched)
-    assert len(time_prefill(model, 3, 11, repeats=2).seconds) == 2
+    assert len(step.time(MACHINE, repeats=2).seconds) == 2
     assert set(steps) == {((3, 11), 0, True)}
 
 

@@ -22,11 +22,12 @@ from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import FORMATS
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson import course, parts
+from clawdemy_infer.lesson import parts
 from clawdemy_infer.machine import calibrate
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.peers import contestants
 from clawdemy_infer.rigs import bench as bench_room
+from clawdemy_infer.rigs import course
 from clawdemy_infer.timing import Timing
 from clawdemy_infer.variants import named_caches
 

@@ -21,9 +21,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
 from clawdemy_infer.cli import main as cli
-from clawdemy_infer.lesson import course, ledger
-from clawdemy_infer.lesson.course import LessonRun
+from clawdemy_infer.lesson import ledger
 from clawdemy_infer.lesson.ledger import LedgerRow, read
+from clawdemy_infer.rigs import course
+from clawdemy_infer.rigs.course import LessonRun
 
 REPOSITORY = Path(__file__).parents[1]
 STRICT = {"CLAWDEMY_STRICT": "1"}

@@ -11,13 +11,13 @@ from chi_square import FALSE_ALARM, p_value, triple_chances, triples
 from safetensors import safe_open
 from torch.nn import functional as F
 
+from clawdemy_data import draft_samples, train_draft
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files.load import PACKAGED
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
 from clawdemy_infer.speculative import speculate, speculate_batch
-from clawdemy_infer.training import draft_samples, train_draft
 from clawdemy_infer.variants.self_drafts import draft_named
 from clawdemy_infer.variants.trained import SHIPPED, FeatureLayer, TrainedDraft, load_draft
 

@@ -18,7 +18,7 @@ def add(subparsers) -> None:
 
 
 def run(args: Args) -> int:
-    from clawdemy_infer.lesson import course
+    from clawdemy_infer.rigs import course
     with checked():
         lessons = course.choose(args.lessons, args.folder)
     return course.main(lessons, args.core, args.resume, args.json)

@@ -130,7 +130,7 @@ def engine(args: Args, policy):
 
 def simulator(args: Args, policy):
     from clawdemy_infer.batching import StepCost, simulator
-    from clawdemy_infer.lesson.steps import operations_of
+    from clawdemy_infer.fast.watched import operations_of
 
     default = "fp32" if args.machine == "this" else "bf16"
     formats = dict.fromkeys(("weights", "kv", "activations"), args.weights or default)

@@ -4,15 +4,25 @@ how many operations it starts."""
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.batching import Operations, Policy
 from clawdemy_infer.fast.cpp_step import PARTS
 from clawdemy_infer.fast.launches import op_counter
 from clawdemy_infer.fast.layers import PackedLinear
-from clawdemy_infer.kv_cache import KVCache, Step
-from clawdemy_infer.model import Decoder
+from clawdemy_infer.kv_cache import (
+    BlockPool,
+    BlockTables,
+    ContiguousCache,
+    KVCache,
+    PagedCache,
+    Step,
+)
+from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.timing import now
 
 
@@ -119,3 +129,45 @@ def ops_by_part(model: Decoder, cache: KVCache, run: Callable[[], object]) -> Co
     with op_counter() as ops, watched(model, cache, Watch(lambda: ops.count)) as watch:
         watch.of("the rest", run)()
     return watch.taken
+
+
+# ---- the steps of an engine ----
+
+
+def operations_of(shape: ModelShape, policy: Policy) -> Operations:
+    """`count_operations` of a model with this shape, without its weights: how wide it is does not
+    change how many there are. None are known of a shape that the decoder does not run."""
+    narrow = replace(shape, name="narrow", D=8, N=2 * shape.N // shape.K if shape.K else 0, K=2,
+                     H=4, F=8, V=16)
+    try:
+        return count_operations(Decoder(ModelConfig(narrow)), policy)
+    except ValueError:
+        return Operations()
+
+
+def count_operations(model: Decoder, policy: Policy) -> Operations:
+    """The operations of the steps of this policy beside their products, whose rates have their
+    starts in them."""
+    def ops(cache: KVCache, run: Callable[[], object]) -> int:
+        by_part = ops_by_part(model, cache, run)
+        return sum(by_part[part] for part in ("launches", "attention", "the rest"))
+
+    if policy.batching == "static":
+        rows = ContiguousCache.for_model(model, 2, 8)
+        rows.length = 2
+        rows.truncate(1, 1)                         # rows of different lengths, under a mask
+        tokens = torch.tensor([[1], [2]], device=model.device)
+        return Operations(ops(rows, lambda: model(tokens, rows, last_only=True)))
+    cache = PagedCache.over(model, BlockTables(BlockPool(blocks=16)))
+    for sequence in range(4):
+        cache.add(sequence)
+    model.step({0: [1], 1: [1, 1], 2: [1], 3: [1]}, cache)
+
+    def chunked(*chunks: int) -> int:
+        """Of a step in which two sequences decode and others bring `chunks` of prompts."""
+        new = {0: 1, 1: 1} | dict(enumerate(chunks, 2))
+        return ops(cache, lambda: model.step({each: [1] * T for each, T in new.items()}, cache))
+
+    split = chunked(2, 3) - chunked(2)
+    step = chunked(2) - 2 * split
+    return Operations(step, chunked() - step, split)

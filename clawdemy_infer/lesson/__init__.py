@@ -1,5 +1,5 @@
-"""What a lesson is made of: the ledger, tables, plots and widgets; workloads and traces; quality,
-judged on texts; and the course that runs all lessons."""
+"""What a lesson is made of: the ledger, tables, plots and widgets; steps and their parts;
+workloads; quality, judged on texts."""
 
 from clawdemy_infer.lesson.lesson import Lesson, NotRight
 

@@ -35,10 +35,10 @@ from clawdemy_infer.batching.serving import engine, scheduler_for
 from clawdemy_infer.batching.simulator import RooflineExecutor
 from clawdemy_infer.envelope.roofline import Part, Prediction
 from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.fast.watched import count_operations
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
-from clawdemy_infer.lesson.steps import count_operations
 from clawdemy_infer.lesson.tables import Table, number, si
 from clawdemy_infer.lesson.timeline import draw_gantt, spans
 from clawdemy_infer.lesson.workload import uniform, workload

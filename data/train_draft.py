@@ -1,6 +1,6 @@
 """Train a draft like the shipped one: the target writes, and a layer learns to guess its vectors.
 
-    python -m clawdemy_infer.training.train_draft --tokens 150000 --out draft.safetensors
+    python -m clawdemy_data.train_draft --tokens 150000 --out draft.safetensors
 """
 
 import argparse
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from clawdemy_data.draft_samples import Sample, write_samples
 from clawdemy_infer.attention import attend
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
 from clawdemy_infer.files.load import DEFAULT_MODEL, PACKAGED
 from clawdemy_infer.model import Decoder
-from clawdemy_infer.training.draft_samples import Sample, write_samples
 from clawdemy_infer.variants.trained import FeatureLayer, save_draft
 
 VOCABULARY, BATCH_TOKENS = 8192, 1024
@@ -149,7 +149,7 @@ def make(target: Decoder, out: Path, tokens: int = 150_000, steps: int = 3000, s
     name = target.config.shape.name
     options = f"--tokens {tokens} --steps {steps} --rate {rate} --seed {seed} --out {out.name}"
     save_draft(out, layer, vocabulary, {
-        "command": f"python -m clawdemy_infer.training.train_draft {options}", "target": name,
+        "command": f"python -m clawdemy_data.train_draft {options}", "target": name,
         "target_sha256": PACKAGED[name][2] if name in PACKAGED else "", "batch": str(BATCH_TOKENS),
         "tokens": str(int(counts.sum())), "steps": str(steps), "rate": str(rate),
         "seed": str(seed), "alpha": f"{alpha:.3f}"})
