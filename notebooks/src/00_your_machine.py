@@ -423,7 +423,7 @@ plots.show(fig, f"Read bandwidth against the working set, read now: at most {si(
 off = max(max(ratio, 1 / ratio) for ratio in apart) - 1
 Markdown(f"Where there are dots, the curve is at {min(apart):.0%} to {max(apart):.0%} of them: "
          + ("the machine reads now as it was calibrated." if off <= 0.15 else
-            f"the same probe, and up to {off:.0%} apart. This machine was not the same at both moments; "
+            f"the same probe, and up to {off:.0%} apart. The calibration took its samples between other probes, at another moment; "
             "a prediction from the dots is off by as much, unless it is made for the speed of its own moment."))
 
 # %% [markdown]
