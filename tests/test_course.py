@@ -535,7 +535,9 @@ def test_ctrl_c_ends_the_kernel_and_what_was_done_can_be_resumed(three):
             "    os.replace(mark.with_suffix('.part'), mark)\n    time.sleep(3600)")
     save(three / "01_counting.ipynb", new_code_cell(wait))
     command = [sys.executable, "-m", "clawdemy_infer", "course", "--in", str(three)]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background may have told its children to ignore Ctrl-C.
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not mark.exists():
         assert running.poll() is None, running.stderr.read()
         time.sleep(0.05)

@@ -63,6 +63,7 @@ except ImportError:
     print("There is no Triton for this system: kernels are neither run nor counted here, and plain PyTorch stands in for them.")
 
 plots.use_style()
+plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 90      # many figures, and the file stays small
 plt.rcParams["figure.dpi"] = 90
 torch.manual_seed(10)
 machine = this_machine("cpu")

@@ -58,7 +58,7 @@ from clawdemy_infer.variants import experts, linear_attention
 from clawdemy_infer.variants.pruning import influence, without_layers
 
 plots.use_style()
-plt.rcParams["figure.dpi"] = 90
+plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 80      # many figures, and the file stays small
 torch.set_grad_enabled(False)
 machine = this_machine()
 device = default_device()
