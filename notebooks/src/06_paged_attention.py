@@ -1023,7 +1023,7 @@ lesson.exercise(
 
 # %% [markdown]
 # **To take away.** Reservation holds the longest answer for everybody, and uses a fifth to two fifths of its room. Blocks waste half a block a sequence, whatever the lengths, and so several times as
-# many requests share each read of the weights. The table costs next to nothing if attention reads pages where they lie, and it brings sharing for free: a common prompt is stored
+# many requests share each read of the weights. The table is cheap only if attention reads pages where they lie, as the times above show, and it brings sharing for free: a common prompt is stored
 # once and computed once, four answers cost little more than one. The price is that nothing is promised: a full machine must throw somebody out. Whom, and when, is the scheduler's
 # business (lesson 05).
 #
