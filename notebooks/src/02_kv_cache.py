@@ -622,7 +622,7 @@ Markdown(f"For SmolLM2-135M and one sequence, reading the cache overtakes readin
 # Try to find: a setting in which the cache is ten times the weights; one that only fits with an 8-bit cache; a small model that needs more memory than
 # a large one.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def draw_memory(model: str, on: str, batch: int, context: int, kv: str) -> None:
     """Weights and cache, in bytes, against the memory of a machine."""
     s, memory = catalog.model(model), catalog.machine(on).memory

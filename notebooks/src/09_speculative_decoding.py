@@ -526,7 +526,7 @@ lesson.table()
 # Round by round: what was drafted, what was accepted, what the target put in the place of the first that was rejected. α counts the tokens that
 # were looked at: those up to the first rejection.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def draw_rounds(draft: str, text: str, gamma: int) -> None:
     """Each line is a round: green was accepted, orange rejected, grey not looked at, blue is the target's own token."""
     result = speculate(target, prompts[text], drafts[draft], 18, gamma=gamma)

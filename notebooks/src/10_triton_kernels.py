@@ -890,7 +890,7 @@ Table(["row", "weights of 4096 × 4096", "bytes / bandwidth", "published", "time
 # that costs. Find the P that is
 # just enough, and then the batch at which P no longer matters.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def draw_card(card: str, batch: int, context: int, parts: int) -> None:
     cores, bandwidth = SMS[card], CARDS[card].bandwidth_at()
     asked, programs = decode_bytes("split", batch, context, parts)

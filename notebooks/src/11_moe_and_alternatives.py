@@ -963,7 +963,7 @@ Markdown("**Counts.** Counted over predicted: " + "; ".join(f"{row.ratio:.2f} fo
 # bytes change. Try to find: the batch at which experts cost most, compared with dense; a machine on which 256 experts pay from a smaller batch on
 # than on an H100.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def draw_experts(E: int, k: int, on: str) -> None:
     """Experts touched, and time of one layer's experts beside a dense MLP of the same active width, against the batch (bf16)."""
     k, sheet = min(k, E), catalog.machine(on)
