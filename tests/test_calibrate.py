@@ -161,6 +161,19 @@ def test_another_format_is_measured_when_it_is_first_asked_for_and_kept(at_speed
     assert machine.rates["gemm"]["int8"] == ((1, pytest.approx(8e9)), )
 
 
+@pytest.mark.parametrize("rows", [1, 31, 32, 100, 255, 256, 4096])
+def test_what_is_measured_at_todays_speed_is_predicted_for_it(at_speed, monkeypatch, rows):
+    """Kept for the speed of the calibration and scaled to today's, a figure is what was found."""
+    at_speed(0.5)
+    monkeypatch.setattr(calibrate, "of_formats", lambda formats, device: [])
+    monkeypatch.setattr(calibrate, "sampled", lambda wanted, deadline, what: {
+        ("peak", "int8", 64): (3e11, 0.1), ("gemm", "int8", rows): (8e9, 0.1),
+        ("launches", "int8", 1): (5e-6, 0.1)})
+    machine = this_machine("cpu", formats=("int8", ))
+    assert machine.rates["gemm"]["int8"] == ((rows, pytest.approx(8e9)), )
+    assert machine.fixed["int8"] == pytest.approx(5e-6)
+
+
 def test_a_format_without_a_kernel_is_refused_before_anything_is_measured(cache, monkeypatch):
     monkeypatch.setattr(calibrate, "calibrate", not_again)
     with pytest.raises(ValueError, match="weights='int5'"):

@@ -90,8 +90,9 @@ def calibrate_formats(record: dict, formats: Iterable[str], device: str) -> Cali
         with one_thread():
             wanted = of_formats([format], device)
         found = sampled(wanted, start + FORMAT_BUDGET_S, f"calibrating {format}")
-        found = {where: (figure / _speed_of(where, speeds), spread)
-                 for where, (figure, spread) in found.items()}
+        found = {(kind, each, rows): (          # a launch has a price, all else a rate
+                     figure * speeds.launches if kind == "launches" else figure / speeds.of(rows),
+                     spread) for (kind, each, rows), (figure, spread) in found.items()}
         machine = _keep(record, found, start)
     return machine
 
@@ -160,15 +161,6 @@ def spread(values: Sequence[float]) -> float:
         return ONE_SAMPLE_SPREAD
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return min((high - low) / 2 / statistics.median(values), 1.0)
-
-
-def _speed_of(where: tuple, speeds: Speeds) -> float:
-    """What to divide a figure by that was taken at `speeds`: a rate is lower on a slow machine, a
-    price higher."""
-    kind, _, rows = where
-    if kind == "launches":
-        return 1 / speeds.launches
-    return speeds.compute if rows >= present.COMPUTE_ROWS else speeds.memory
 
 
 # ---- keeping ----

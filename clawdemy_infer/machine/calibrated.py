@@ -42,6 +42,10 @@ class Speeds(NamedTuple):
     compute: float = 1.0
     launches: float = 1.0
 
+    def of(self, rows: float) -> float:
+        """That of a product with so many rows."""
+        return self.compute if rows >= COMPUTE_ROWS else self.memory
+
 
 def decode_attention(kv_heads: float, keys: int) -> str:
     """Name of the rate of decode attention over `keys` keys of each sequence; `kv_heads` is B*K."""
@@ -127,19 +131,19 @@ class Calibrated(Machine):
 
     def at(self, speeds: Speeds) -> Calibrated:
         """The same machine at other `speeds`, as fractions of its calibration."""
-        memory, compute, launches = (new / old for new, old in zip(speeds, self.now, strict=True))
+        change = Speeds(*(new / old for new, old in zip(speeds, self.now, strict=True)))
 
-        def scaled(curve: Curve, factor: float = memory) -> Curve:
-            return tuple((x, y * factor) for x, y in curve)
+        def scaled(curve: Curve) -> Curve:
+            return tuple((x, y * change.memory) for x, y in curve)
 
         def by_rows(curve: Curve) -> Curve:
-            return tuple((m, y * (compute if m >= COMPUTE_ROWS else memory)) for m, y in curve)
+            return tuple((m, y * change.of(m)) for m, y in curve)
 
         return replace(
             self, now=speeds, bandwidth=scaled(self.bandwidth),
-            fixed_s_per_op=self.fixed_s_per_op / launches,
-            fixed={format: seconds / launches for format, seconds in self.fixed.items()},
-            peak_flops={dtype: rate * compute for dtype, rate in self.peak_flops.items()},
+            fixed_s_per_op=self.fixed_s_per_op / change.launches,
+            fixed={format: seconds / change.launches for format, seconds in self.fixed.items()},
+            peak_flops={dtype: rate * change.compute for dtype, rate in self.peak_flops.items()},
             elementwise={dtype: scaled(curve) for dtype, curve in self.elementwise.items()},
             rates={kernel: {dtype: by_rows(curve) for dtype, curve in curves.items()}
                    for kernel, curves in self.rates.items()})

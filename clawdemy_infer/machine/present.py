@@ -22,8 +22,8 @@ from clawdemy_infer.timing import Timing, alternate
 
 RING_BYTES = 2**27
 """Bytes of fp32 weights that the probes go through: more than caches hold."""
-COMPUTE_ROWS = 256
-"""Rows M of a product that is bound by arithmetic on a CPU."""
+REFERENCE_ROWS = 1, 256
+"""Rows M of a product that is bound by memory, and of one that is bound by arithmetic, on a CPU."""
 SAMPLES = 7
 """Samples of each of the three probes, of some 20 ms."""
 
@@ -45,7 +45,7 @@ def reference_probes(device: str) -> Speeds:
     row, of one with many, and operations started."""
     weights = probes.gemm_weights("fp32", device, RING_BYTES)
     memory, compute = (probes.rate_of(probes.gemm_step(weights, m, torch.float32), sample_s=0.02)
-                       for m in (1, COMPUTE_ROWS))
+                       for m in REFERENCE_ROWS)
     layer, x = probes.Glue(device, torch.float32), torch.randn(1, 1, 512, device=device)
 
     @torch.inference_mode()
