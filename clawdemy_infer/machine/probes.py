@@ -308,9 +308,3 @@ def launch_probe(format: str, device: str) -> Probe:
 
     ops = count_ops(lambda: with_glue(lambda product: product)) - count_ops(products_alone)
     return Probe("launches", format, 1, sample)
-
-
-def fixed_cost(device: str, format: str = "fp32", samples: int = 11) -> float:
-    """Seconds to start one operation now: the median of `samples` samples of `launch_probe`."""
-    sample = launch_probe(format, device).sample
-    return statistics.median(sample() for _ in range(samples))

@@ -21,11 +21,6 @@ SUBJECTS = ("bread", "the moon", "glass", "old maps", "bees", "bridges", "tea", 
             "chess", "wool", "the sea", "clocks", "salt", "owls", "paper")
 
 
-def prompts_of(model: Decoder) -> dict[str, list[int]]:
-    """`PROMPTS` as token ids."""
-    return {kind: ids[0] for kind, ids in texts_of(model, 1).items()}
-
-
 def texts_of(model: Decoder, count: int) -> dict[str, list[list[int]]]:
     """`count` prompts of every kind as token ids, the one of `PROMPTS` first: more are cut from
     Python's own help and library. At most 16."""
