@@ -17,6 +17,7 @@ from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
 from clawdemy_infer.lesson import parts as parts_of
 from clawdemy_infer.lesson.parts import Parts, Rate, StepOf, cost_of_watching
 from clawdemy_infer.lesson.steps import filled_cache, step_ops, work_of
+from clawdemy_infer.lesson.waterfall import shares
 from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import Calibrated, only_products
 from clawdemy_infer.model import Decoder, ModelConfig
@@ -275,9 +276,9 @@ def test_a_row_says_seconds_by_each_account_and_the_rate_that_was_reached():
                   whole_s=2.5, watching_s=0.1, timers_s=0.05)
     assert list(parts) == [{"name": "down", "napkin_s": 1.0, "predicted_s": 1.5, "measured_s": 2.0,
                             "reached": 5.0, "bound": 10.0, "unit": "B/s"}]
-    other = parts.to(5.0)
-    assert (other.measured, other.whole_s, other.rest_s) == ({"down": 4.0}, 5.0, 1.0)
-    assert (parts.rest_s, other.predicted) == (0.5, parts.predicted)
+    [other] = shares(parts, 5.0)
+    assert (other["name"], other["measured_s"], 5.0 - other["measured_s"]) == ("down", 4.0, 1.0)
+    assert (parts.rest_s, other["predicted_s"]) == (0.5, parts.predicted["down"])
 
 
 def test_a_rate_is_of_what_limits_the_part(model, clock_of_ops):

@@ -14,7 +14,14 @@ from clawdemy_infer.arithmetic import Format, Work
 
 Curve = tuple[tuple[float, float], ...]         # (x, y) points with rising x
 PAGED_ATTENTION = "paged attention"     # the kernel of a decode step over a block table
-KERNELS = {PAGED_ATTENTION: "attention", "elementwise": "element-wise"}     # as parts are named
+
+
+def part_name(op: Work) -> str:
+    """The part of a step that `op` belongs to: a product by its own name, all else by its kernel's
+    common one."""
+    if op.kernel in ("", "gemm"):
+        return op.name
+    return {PAGED_ATTENTION: "attention", "elementwise": "element-wise"}.get(op.kernel, op.kernel)
 
 
 def interpolate(curve: Curve, x: float) -> float:
@@ -178,9 +185,7 @@ class Machine:
             compute = op.flops / self.flops_at(op)
             memory = op.bytes / self.bytes_at(op, work.bytes)
             compute_s, memory_s = compute_s + compute, memory_s + memory
-            kernel = KERNELS.get(op.kernel, op.kernel)
-            name = kernel if kernel and op.kernel != "gemm" else op.name
-            spread = self.spread_at(op.kernel, op.weights or op.dtype)
+            name, spread = part_name(op), self.spread_at(op.kernel, op.weights or op.dtype)
             bound = "compute" if op.intensity > self.ridge(op.dtype) else "memory"
             seconds = parts.get(name, Part(0.0)).seconds + max(compute, memory)
             parts[name] = Part(seconds, spread, bound)

@@ -113,12 +113,17 @@ class LedgerRow:
 
     @property
     def width(self) -> float | None:
-        """Half-width of the interval, relative: 0.1 is from s / 1.1 to s * 1.1."""
-        return math.sqrt(self.high / self.low) - 1 if self.low else None
+        """The `half_width` of the interval."""
+        return half_width(self.low, self.high) if self.low else None
 
     def to_json(self) -> dict:
         return asdict(self) | {"ratio": self.ratio, "ratio_napkin": self.ratio_napkin,
                                "inside": self.inside}
+
+
+def half_width(low: float, high: float) -> float:
+    """Relative half-width of an interval: 0.1 is from s / 1.1 to s * 1.1."""
+    return math.sqrt(high / low) - 1
 
 
 def ratio_error(ratio: float) -> float:

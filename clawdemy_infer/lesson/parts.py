@@ -9,13 +9,13 @@ inside real steps, so the parts and the rest add up to the whole.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 from typing import NamedTuple
 
 from clawdemy_infer.arithmetic import Format, Work, total
-from clawdemy_infer.envelope.roofline import KERNELS, PAGED_ATTENTION, Machine, Prediction
+from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Machine, Prediction, part_name
 from clawdemy_infer.fast.recorded import RecordedSteps
 from clawdemy_infer.fast.watched import Watch, is_one_call, products_of, watched
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
@@ -60,11 +60,6 @@ class Parts:
     @property
     def rest_s(self) -> float:
         return self.whole_s - sum(self.measured.values())
-
-    def to(self, whole_s: float) -> "Parts":
-        """The same shares of another measurement of the same step."""
-        measured = {name: each * whole_s / self.whole_s for name, each in self.measured.items()}
-        return replace(self, measured=measured, whole_s=whole_s)
 
     def __iter__(self) -> Iterator[dict]:
         """A row for each part: name, napkin_s, predicted_s, measured_s, and the rate that it
@@ -160,8 +155,7 @@ class StepOf:
         """The work of each part."""
         parts: dict[str, list[Work]] = {}
         for op in self.work.operations():
-            name = op.name if op.kernel == "gemm" else KERNELS.get(op.kernel, op.kernel)
-            parts.setdefault(name, []).append(op)
+            parts.setdefault(part_name(op), []).append(op)
         return {name: total(name, ops) for name, ops in parts.items()}
 
     # ---- measured ----

@@ -161,11 +161,11 @@ def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
 def guesses(ax: Axes, rows: Sequence[LedgerRow]) -> None:
     """How far off the learner's guesses were, over the lessons: guess over measured, 1 is right. A
     late guess is a ring; the line is each lesson's median, of those in time."""
-    rows = [row for row in rows if row.guess and row.measured]
+    rows = [row for row in rows if row.ratio_guess]
     lessons = sorted({row.lesson for row in rows})
     places = [lessons.index(row.lesson) for row in rows]
     for late in (False, True):
-        dots = [(place, row.guess / row.measured)
+        dots = [(place, row.ratio_guess)
                 for place, row in zip(places, rows, strict=True) if row.late == late]
         ax.plot(*zip(*dots, strict=True) if dots else ([], []), "o", color=MEASURED,
                 markerfacecolor="none" if late else MEASURED, label="late" if late else "in time")

@@ -4,7 +4,6 @@
     predicted   the calibrated roofline: each operation's own bound, plus its fixed cost
 """
 
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import computes_in
+from clawdemy_infer.lesson.ledger import half_width
 from clawdemy_infer.lesson.parts import StepOf
 from clawdemy_infer.lesson.steps import work_of
 from clawdemy_infer.machine.present import at_present, widened
@@ -72,7 +72,7 @@ def prediction_errors(rows: Sequence[BenchRow]) -> dict:
     return {"rows": len(rows), "median": statistics.median(abs(row.ratio - 1) for row in rows),
             "worst": abs(worst.ratio - 1),
             "coverage": statistics.mean(row.inside for row in rows),
-            "width": statistics.median(math.sqrt(row.predicted_high_s / row.predicted_low_s) - 1
+            "width": statistics.median(half_width(row.predicted_low_s, row.predicted_high_s)
                                        for row in rows),
             "worst_row": f"{worst.phase} {worst.weights} B={worst.batch} S={worst.context}"}
 
