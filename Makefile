@@ -32,7 +32,8 @@ test: $(READY)
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 	rm -rf build/solved && $(BIN)/python notebooks/build.py --solved build/solved
-	$(BIN)/pytest --nbval --nbval-current-env --nbval-kernel-startup-timeout 300 build/solved
+	$(BIN)/pytest --nbval --nbval-current-env --nbval-kernel-startup-timeout 300 \
+		--nbval-sanitize-with notebooks/nbval.cfg build/solved
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/build.py

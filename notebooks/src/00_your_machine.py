@@ -212,7 +212,7 @@ Table(header, rows, numeric=header[1:-1])
 # Draw the best rate that a machine can reach against intensity, and you see why it is called a roof: up the slope with the bandwidth, then flat
 # at the peak.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 fig, ax = plt.subplots()
 ax.axvspan(0.05, ridge, color=plots.COLOURS[0], alpha=0.06, linewidth=0)
 ax.axvspan(ridge, 20_000, color=plots.COLOURS[1], alpha=0.06, linewidth=0)
@@ -726,7 +726,7 @@ widgets.play(
     O=widgets.powers_of_two("O", 64, 16384, 4096),
 )
 
-# %% tags=["nbval-ignore-output"]
+# %%
 fig, axes = plt.subplots(2, 2, figsize=(7.2, 5.4), sharex=True, sharey=True)
 for ax, M in zip(axes.flat, (1, 32, 256, 4096), strict=True):
     draw(ax, h100, "bf16", M, 4096, 4096)

@@ -443,7 +443,7 @@ Markdown(f"Read as a sentence: a kernel streams at {fitted['bandwidth']:.0%} of 
          f"peak, and between one kernel and the next pass {fitted['gap']:,.0f} clock cycles, {si(gap_s, 's')} on an A100. That last one is why a small "
          "model, or the small part of a large one on eight devices, stays so far from its bound.")
 
-# %% tags=["nbval-ignore-output"]
+# %%
 KINDS = {"decode, batch 1": "decode at batch 1", "prefill": "prefill", "one matrix product": "GEMM profiles", "served batches": "serving, all",
          "decode on several devices": "tensor parallel"}
 demands = {run.id: published.demand(run) for run in runs if run.id in {row.id for row in by_status["ok"] if row.terms}}
@@ -537,7 +537,7 @@ Markdown(f"""
 # %% [markdown]
 # One figure more, for the eye. These are matrix products of Llama-2-7B, profiled by others. Where does the batch stop being free?
 
-# %% tags=["nbval-ignore-output"]
+# %%
 figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
 products = {"qkv": (4096, 12288), "o": (4096, 4096), "gate+up": (4096, 22016), "down": (11008, 4096)}
 for panel, hardware in zip(panels, ("A100-80GB SXM", "A40-48GB"), strict=True):
@@ -605,7 +605,7 @@ widgets.play(
     weights=widgets.choose("weights", ["bf16", "int8", "int4"]),
 )
 
-# %% tags=["nbval-ignore-output"]
+# %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.6))
 batches = [2**i for i in range(9)]
 for key, colour in zip(("h100-sxm", "rtx-4090", "l4"), plots.COLOURS, strict=False):

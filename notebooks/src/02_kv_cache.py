@@ -156,7 +156,7 @@ Markdown("| | after n tokens | grows as |\n|:--|:--|:--|\n" + "\n".join(rows))
 # Without a cache the matrix products are **quadratic** and attention is **cubic**. With it they are linear and quadratic: the
 # cache takes one power off each.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 lengths = np.geomspace(1, 8192, 100)
 matrices, attention = L * 2 * W, L * 4 * N * H
 
@@ -244,7 +244,7 @@ Table(columns, rows, numeric=columns[1:])
 #
 # $$B \cdot S = \frac{\text{weight bytes}}{2 \cdot L \cdot K \cdot H \cdot \text{bytes}}$$
 
-# %% tags=["nbval-ignore-output"]
+# %%
 names = ["qwen3-0.6b", "smollm2-135m", "llama-2-7b", "qwen3-4b", "llama-3.2-1b", "llama-3-8b", "llama-2-70b"]
 shapes = [catalog.model(name) for name in names]
 even = sorted((s.stored_bytes("bf16") / s.kv_bytes_per_token("bf16"), s.name) for s in shapes)
@@ -622,7 +622,7 @@ Markdown(f"For SmolLM2-135M and one sequence, reading the cache overtakes readin
 # Try to find: a setting in which the cache is ten times the weights; one that only fits with an 8-bit cache; a small model that needs more memory than
 # a large one.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_memory(model: str, on: str, batch: int, context: int, kv: str) -> None:
     """Weights and cache, in bytes, against the memory of a machine."""
     s, memory = catalog.model(model), catalog.machine(on).memory
@@ -658,7 +658,7 @@ widgets.play(draw_memory,
              context=widgets.powers_of_two("context", 256, 131072, 8192),
              kv=widgets.choose("KV format", ["bf16", "int8", "int4"], "bf16"))
 
-# %% tags=["nbval-ignore-output"]
+# %%
 draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
 
 # %% [markdown]

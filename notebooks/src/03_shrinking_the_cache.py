@@ -198,7 +198,7 @@ Markdown(f"A layer, one new token at S = {S:,}: naive **{si(naive, 'FLOP')}**, a
 # are large in *every* token; KIVI (Liu et al. 2024) therefore gives each channel of the keys a scale of its own, over 32 tokens, and the newest tokens wait
 # in full precision until there are 32. Let us look at real keys.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def tokens_of(count: int, skip: int = 0) -> torch.Tensor:
     """English text that every Python carries."""
     text = "\n\n".join(topics[name] for name in sorted(topics)[::2])
@@ -599,7 +599,7 @@ Markdown(f"""And quality is not for free.
 # Which share of a step's bytes is KV, trick by trick? Choose a model with 16-bit weights. Try to find: a setting in which int4 doubles the speed (on a machine with the right
 # kernel); one in which MHA would be the same as MQA within a tenth; a batch at which a window is worth more than 4-bit weights would be.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_shares(model: str, batch: int, context: int) -> None:
     """Bytes that a decode step reads: weights, and the cache under each trick."""
     s = catalog.model(model)

@@ -712,7 +712,7 @@ Table(["batch", *(str(B) for B in (1, 2, 4, 8, 16))],
 # Any model, any machine: what does a step wait for, how much room is there, and what would one more user cost? Try to find: a setting in which room ends before anything else does; one in which the arithmetic
 # binds at a context of 4,096 (does it fit?); and what 4-bit weights change at a batch of 1 and at 256.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_step(model: str, on: str, batch: int, context: int, weights: str) -> None:
     """The parts of a step against the batch, up to the room that there is; the chosen batch marked."""
     s, m = catalog.model(model), catalog.machine(on)
@@ -773,7 +773,7 @@ draw_step("llama-3-8b", "h100-sxm", 32, 4096, "bf16")
 # %% [markdown]
 # And the bargain on machines that you may not own: the frontier for one model, by napkin, each line up to the last batch that fits. The dotted line promises 20 tokens a second.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 fig, ax = plt.subplots(figsize=(7.4, 4.0))
 for key, colour in zip(("h100-sxm", "a100-80gb-sxm", "rtx-4090", "l4"), plots.COLOURS, strict=False):
     rows = [row for row in sweep(llama, catalog.machine(key), "batch", context=4096) if row["fits"]]

@@ -87,7 +87,7 @@ Markdown(f"The mean is {float(mean):.0f} tokens, the longest of {B} has {float(l
 # lengths: every token is the last with the same small probability. Then the longest of B is *1 + 1/2 + … + 1/B* times the mean: among B that run, the
 # first ends after a B-th of the mean, the next after a (B-1)-th more, and so on. That sum grows without end.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 sizes = np.arange(1, 65)
 harmonic = np.cumsum(1 / sizes)
 assert harmonic[0] == 1 and abs(harmonic[15] - float(sum(Fraction(1, i) for i in range(1, 17)))) < 1e-12
@@ -116,7 +116,7 @@ plots.show(fig, "Wasted share of a static batch against its size. " + "; ".join(
 # The rule is `clawdemy_infer/batching/scheduler.py`, without torch and without a clock. It says what the next step holds, and somebody else spends the
 # time. Let us give it the simplest clock there is: every step takes one second. Six answers of 5, 1, 2, 6, 1 and 3 tokens, two seats.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 class Tick:
     """The cost of a step on a machine that takes a second for any."""
 
@@ -520,7 +520,7 @@ Table(["Llama-3.1-70B on eight H100s, by data sheet", "median", "95 %", "99 %"],
 #
 # We raise the load, and watch three policies.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 slo = SLO(ttft_s=1.0, tpot_s=1 / 40)
 RATES = [1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
 RIVALS = {"static, 64 rows": Policy("static", 64), "continuous": Policy(max_batch=256), "… in chunks of 512": CHUNKED}
@@ -550,7 +550,7 @@ Markdown("Most requests a second that are served in time: " + ", ".join(f"{name}
 # ### What a budget buys
 # Twelve requests a second, and the budget from small to none.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 BUDGETS = [256, 384, 512, 768, 1024, 2048, 4096, 8192]
 by_budget = [serve_large(Policy(max_batch=256, token_budget=budget), 12.0, 400).summary for budget in BUDGETS]
 
@@ -573,7 +573,7 @@ plots.show(fig, "Time to the first token and between two tokens against the toke
 # Drag the arrival rate, and watch the queue form. Llama-3-8B on one H100 serves 400 requests of a chat. Try to find: the rate at which the queue still empties from time to time; one at which it only grows; a number of
 # seats with which the same rate is no trouble; and how little of all this the static batch survives.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_queue(rate: int, seats: int, batching: str, arrivals: str) -> None:
     """Who waits and who is served, over time."""
     burstiness = {"evenly spaced": 0.0, "at random": 1.0, "in bursts": 3.0}[arrivals]

@@ -158,7 +158,7 @@ f"{wasted / n} of {held / n:.1f} tokens' room is wasted on average: {wasted / he
 #
 # A colour is a request. Strong: used. Paler: reserved for what will come. Palest: never wanted.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 REQUESTS = [Lengths(name, prompt, output, arrival) for name, (prompt, output, arrival) in enumerate((
     (12, 20, 0), (8, 40, 0), (20, 12, 1), (24, 30, 2), (16, 16, 4), (10, 32, 5), (28, 36, 7),
     (6, 16, 9), (18, 30, 11), (22, 8, 13), (9, 32, 15), (30, 16, 17), (14, 28, 19), (5, 24, 21)))]
@@ -234,7 +234,7 @@ widgets.play(draw_memory,
              step=IntSlider(description="step", min=0, max=max(map(len, FILMS.values())) - 1, value=8,
                             layout=widgets.LAYOUT, style=widgets.STYLE))
 
-# %% tags=["nbval-ignore-output"]
+# %%
 STRIP = (4, 16, 28, 40)
 fig, axes = plt.subplots(3, 4, figsize=(7.4, 6.3))
 for (name, steps), row in zip(FILMS.items(), axes, strict=True):
@@ -278,7 +278,7 @@ Table(["allocator", "steps until all are served", "steps in which somebody waite
 # **A better prediction** sees that it must not ask for the mean *request*, but for the mean request *that one meets in the memory*. A long answer stays
 # for many steps, and each step counts. It weighs each request by its steps, and takes off what the pieces leave stranded.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 requests = sharegpt_like(200)
 prompt, output = mean(r.prompt for r in requests), mean(r.output for r in requests)
 steps = sum(r.output for r in requests)
@@ -420,7 +420,7 @@ lesson.reveal("paged over contiguous", "gathered over contiguous", GATHERS)
 #
 # $$S^* = \frac{\text{weight bytes}}{\text{bandwidth}} \cdot \frac{\text{link}}{2 \cdot \text{KV bytes per token}}$$
 
-# %% tags=["nbval-ignore-output"]
+# %%
 card = catalog.machine("a100-80gb-pcie")
 lengths = np.unique(np.geomspace(1, 2048, 60).round().astype(int))
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.1))
@@ -529,7 +529,7 @@ Table(["allocator", *header],
         f"{paper_running[name]:.1f}", f"{served[name]:,}"] for name in ALLOCATORS],
       numeric=header)
 
-# %% tags=["nbval-ignore-output"]
+# %%
 fig, ax = plt.subplots(figsize=(7.2, 2.8))
 left = np.zeros(len(ALLOCATORS))
 for kind, colour in zip(WASTE, (plots.COLOURS[0], "#9a9a9a", "#d4d4d4", plots.COLOURS[1]), strict=True):

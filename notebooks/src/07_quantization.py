@@ -100,7 +100,7 @@ Table(["weights", "bits", "read for a token", "at best, against fp32"],
 # Below, each line is a format; each tick is a number that a code can mean, for weights scaled so that the largest of the group is 1. Above them, where weights really are: the histogram of one matrix, each
 # group of 64 divided by its largest weight.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 groups = weight.unflatten(1, (-1, 64))
 scaled = (groups / groups.abs().amax(-1, keepdim=True)).flatten().numpy()
 lines = {"int3": "int3-g64", "int4": "int4-g64", "E2M1 (mxfp4, nvfp4)": "mxfp4", "nf4": "nf4", "E4M3 (fp8)": "fp8-e4m3"}
@@ -141,7 +141,7 @@ Table(["format", "scale", "zero", "codes", "mean", "relative error"], rows, nume
 # ### Groups
 # The smaller a group, the nearer its largest weight is to the others. We round one real matrix with every group size that divides its rows, and draw what is lost against what it weighs.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def lost(name: str) -> tuple[float, float]:
     """Effective bits and relative error of the matrix."""
     q = Quantized.of(format_named(name), weight)
@@ -177,7 +177,7 @@ Markdown(f"q4_1: error **{lost('q4_1')[1]:.0%}**. The next grid, the same group 
 # ### Activations are another matter
 # If the inputs are put into 8 bits too, the products are whole numbers, for which many chips have units of twice the rate: an H100 does 1,979 T operations a second in int8, and 989 TFLOP/s in bf16. One scale for each token, by the token's largest number. What does that number look like?
 
-# %% tags=["nbval-ignore-output"]
+# %%
 seen: dict[str, torch.Tensor] = {}
 calibration = calibration_tokens(decoder.tokenizer, 1, 128)
 observe(decoder, calibration, lambda name, x: seen.__setitem__(name, x.abs()))
@@ -387,7 +387,7 @@ activations to 8 bits.""")
 # ## Play and exercises
 # On a data-sheet machine with ideal kernels: by how much is a step faster than in bf16, batch by batch? Find the batch at which 4-bit weights stop paying, and how the context moves it.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_speedup(model: str, device: str, context: int) -> None:
     """Step time in bf16 over that with fewer bits: weights alone, FLOPs in bf16."""
     s, m = catalog.model(model), catalog.machine(device)

@@ -492,7 +492,7 @@ values are easier than weights: {whole['KV cache', 'int8'].kl:.4f} in 8 bits, {w
 # ## Play and exercises
 # Two inputs, correlated by ρ, and two weights. Where do the two roundings end up? The ellipses join all points of equal output error.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_two(rho: float, w0: float) -> None:
     """Contours of the output error around (w0, 0.4), the nearest point of the grid, and GPTQ's."""
     H, w = np.array([[1.0, rho], [rho, 1.0]]), np.array([w0, 0.4])

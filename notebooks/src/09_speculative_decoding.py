@@ -153,7 +153,7 @@ assert chance_of(first) > alarm and chance_of(careless) < alarm**2
 assert abs((verdict.accepted == 1).double().mean() - torch.minimum(target_p, draft_q).sum()) < 0.01
 print("as verified: nothing to object to; with the residual dropped: certainly wrong")
 
-# %% tags=["nbval-ignore-output"]
+# %%
 fig, ax = plt.subplots(figsize=(7.2, 2.9))
 for i, (label, share) in enumerate({"target p": target_p, "draft q": draft_q, "verified": torch.bincount(first, minlength=V) / many,
                                     "residual dropped": torch.bincount(careless, minlength=V) / many}.items()):
@@ -387,8 +387,6 @@ else:
 Markdown(said)
 
 # %% [markdown]
-# `clawdemy-infer bench --drafts --compile` has all drafts on all texts.
-#
 # ### Why not a tree?
 # If the draft's first choice is rejected, its *second* might have been accepted. It costs no draft step, only a row more in the check. So check a
 # tree: beside each of γ = 4
@@ -526,7 +524,7 @@ lesson.table()
 # Round by round: what was drafted, what was accepted, what the target put in the place of the first that was rejected. α counts the tokens that
 # were looked at: those up to the first rejection.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_rounds(draft: str, text: str, gamma: int) -> None:
     """Each line is a round: green was accepted, orange rejected, grey not looked at, blue is the target's own token."""
     result = speculate(target, prompts[text], drafts[draft], 18, gamma=gamma)

@@ -647,7 +647,7 @@ for run in found:
 Table(["row", "model", "on", "G", "published", "of the bound, KV once", "…, once a query head", "source"], lines,
       ["G", "published", "of the bound, KV once", "…, once a query head"])
 
-# %% tags=["nbval-ignore-output"]
+# %%
 drawn.sort(key=lambda row: (row[0], row[1]))
 fig, ax = plt.subplots(figsize=(7.4, 4.6))
 y = range(len(drawn))
@@ -681,7 +681,7 @@ Markdown(f"Without sharing: {min(r[2] for r in plain):.2f} to {max(r[2] for r in
 # is our third, with P as our library
 # would choose it.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 a100, a100_sms = CARDS["a100-80gb-sxm"], SMS["a100-80gb-sxm"]
 bench = [run for run in published_runs() if run.category == "attention_kernel" and "flash-decoding" in run.source]
 heads = {"FlashAttention 2.0.9": 16, "Flash-Decoding (split-K)": 2}
@@ -890,7 +890,7 @@ Table(["row", "weights of 4096 × 4096", "bytes / bandwidth", "published", "time
 # that costs. Find the P that is
 # just enough, and then the batch at which P no longer matters.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_card(card: str, batch: int, context: int, parts: int) -> None:
     cores, bandwidth = SMS[card], CARDS[card].bandwidth_at()
     asked, programs = decode_bytes("split", batch, context, parts)
@@ -927,7 +927,7 @@ def draw_card(card: str, batch: int, context: int, parts: int) -> None:
 widgets.play(draw_card, card=widgets.choose("card", list(CARDS)), batch=widgets.powers_of_two("batch", 1, 256, 1),
              context=widgets.powers_of_two("context", 512, 131_072, 8192), parts=widgets.powers_of_two("parts P", 1, 128, 1))
 
-# %% tags=["nbval-ignore-output"]
+# %%
 for parts in (1, 8, 32):
     draw_card("h100-sxm", 1, 8192, parts)
 

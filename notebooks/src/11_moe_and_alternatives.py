@@ -124,7 +124,7 @@ weights_alone = sum(op.flops for op in counted.operations() if op.name.startswit
 assert weights_alone == flops
 f"16 tokens: {flops / bytes:.1f} FLOPs per byte of weights with experts, {B} with a dense MLP"
 
-# %% tags=["nbval-ignore-output"]
+# %%
 ridge = catalog.machine("h100-sxm").ridge("bf16")
 tokens = 2 ** np.arange(0, 15)
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.3))
@@ -188,7 +188,7 @@ Table(columns, rows, numeric=columns[1:], title="Weights and KV in bf16; even: t
 # queries Mixtral's users would be even with its weights at a quarter of the context. And DeepSeek-V3, by far the largest here, keeps
 # one latent vector for all its 128 heads; its context can grow longest before the cache overtakes.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 CONTEXT, USERS = 32_768, 64
 named = {"Mixtral, N KV heads": ungrouped, "Mixtral, 8 KV heads": mixtral, **{s.name: s for s in list(MIXTURES.values())[1:]}}
 weights = [s.streamed_bytes("bf16", tokens=USERS) for s in named.values()]
@@ -266,7 +266,7 @@ Markdown(f"State and cache are even at {even_at:,.0f} tokens. For *one* user tha
 #
 # - **Pruning** takes layers out. Each takes its bytes along: the step should shrink by exactly their share of what is streamed.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 h100, llama8 = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
 
 
@@ -963,7 +963,7 @@ Markdown("**Counts.** Counted over predicted: " + "; ".join(f"{row.ratio:.2f} fo
 # bytes change. Try to find: the batch at which experts cost most, compared with dense; a machine on which 256 experts pay from a smaller batch on
 # than on an H100.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 def draw_experts(E: int, k: int, on: str) -> None:
     """Experts touched, and time of one layer's experts beside a dense MLP of the same active width, against the batch (bf16)."""
     k, sheet = min(k, E), catalog.machine(on)
@@ -997,7 +997,7 @@ CARDS = [name for name in catalog.machine_names() if "bf16" in catalog.machine(n
 widgets.play(draw_experts, E=widgets.powers_of_two("experts", 2, 512, 64), k=widgets.powers_of_two("for a token", 1, 16, 8),
              on=widgets.choose("machine", CARDS, "h100-sxm"))
 
-# %% tags=["nbval-ignore-output"]
+# %%
 draw_experts(64, 8, "h100-sxm")
 
 # %% [markdown]
