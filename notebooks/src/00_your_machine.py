@@ -50,12 +50,6 @@
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import torch
-from IPython.display import Markdown
-from matplotlib.ticker import LogLocator
-from torch.nn import functional as F
-
 from clawdemy_infer.arithmetic import BYTES, Work, matmul, total
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import PackedLinear
@@ -67,6 +61,12 @@ from clawdemy_infer.machine.calibrate import fingerprint, this_machine
 from clawdemy_infer.machine.present import bracketed, default_device, speeds_now
 from clawdemy_infer.machine.probes import read_bandwidth
 from clawdemy_infer.timing import alternate, stopwatch
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import Markdown
+from matplotlib.ticker import LogLocator
+from torch.nn import functional as F
 
 plots.use_style()
 plt.rcParams["savefig.dpi"] = 80                    # many figures, and the file stays small

@@ -19,10 +19,6 @@
 # the back of an envelope, how long each phase will take, on an H100 as well as on the machine in front of you?
 
 # %%
-import matplotlib.pyplot as plt
-import sympy
-from IPython.display import Markdown
-
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.napkin import card
 from clawdemy_infer.fast.faster import faster
@@ -32,6 +28,10 @@ from clawdemy_infer.lesson import Lesson, plots
 from clawdemy_infer.lesson.parts import StepOf
 from clawdemy_infer.lesson.tables import Table, number, si
 from clawdemy_infer.machine.calibrate import this_machine
+
+import matplotlib.pyplot as plt
+import sympy
+from IPython.display import Markdown
 
 plots.use_style()
 plt.rcParams["savefig.dpi"] = 90                    # many figures, and the file stays small
@@ -592,9 +592,9 @@ def what_if(model, machine, batch, context, weights):
 what_if("llama-3-8b", "h100-sxm", 32, 4096, "bf16")
 
 # %% tags=["widget", "nbval-ignore-output"]
-from IPython.display import display
-
 from clawdemy_infer.lesson import widgets
+
+from IPython.display import display
 
 widgets.play(
     lambda **values: display(what_if(**values)),

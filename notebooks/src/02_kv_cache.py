@@ -25,13 +25,6 @@
 import math
 from functools import cache as remembered
 
-import matplotlib.pyplot as plt
-import numpy as np
-import sympy
-import torch
-from IPython.display import Markdown
-from matplotlib.ticker import FixedLocator, NullLocator
-
 from clawdemy_infer.arithmetic import total
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
@@ -46,6 +39,13 @@ from clawdemy_infer.machine.present import bracketed
 from clawdemy_infer.model import generate
 from clawdemy_infer.timing import Timing
 from clawdemy_infer.variants.named_caches import CACHES
+
+import matplotlib.pyplot as plt
+import numpy as np
+import sympy
+import torch
+from IPython.display import Markdown
+from matplotlib.ticker import FixedLocator, NullLocator
 
 plots.use_style()
 plt.rcParams["savefig.dpi"] = 80                    # many figures, and the file stays small

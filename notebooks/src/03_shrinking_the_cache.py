@@ -33,12 +33,6 @@
 from dataclasses import replace
 from pydoc_data.topics import topics
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from IPython.display import Markdown
-from torch.nn.functional import scaled_dot_product_attention
-
 from clawdemy_infer.arithmetic import MLA, Work, total
 from clawdemy_infer.attention import attend
 from clawdemy_infer.fast.faster import faster
@@ -58,6 +52,12 @@ from clawdemy_infer.variants.int4_cache import KiviCache
 from clawdemy_infer.variants.int8_cache import Int8Cache
 from clawdemy_infer.variants.latent import LatentCache, LatentConfig, LatentDecoder
 from clawdemy_infer.variants.sliding_cache import SlidingWindowCache
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown
+from torch.nn.functional import scaled_dot_product_attention
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 80      # many figures, and the file stays small

@@ -23,14 +23,6 @@
 from itertools import pairwise
 from math import log, sqrt
 
-import matplotlib.pyplot as plt
-import numpy as np
-import sympy
-import torch
-from IPython.display import Markdown, display
-from matplotlib.colors import ListedColormap
-from matplotlib.ticker import LogLocator
-
 from clawdemy_infer.envelope.napkin import sweep
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
@@ -40,10 +32,19 @@ from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
 from clawdemy_infer.lesson.steps import filled_cache
 from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.waterfall import shares
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.present import bracketed, default_device
 from clawdemy_infer.model import generate
 from clawdemy_infer.published.rows import read as published_runs
+
+import matplotlib.pyplot as plt
+import numpy as np
+import sympy
+import torch
+from IPython.display import Markdown, display
+from matplotlib.colors import ListedColormap
+from matplotlib.ticker import LogLocator
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 80      # many figures, and the file stays small
@@ -623,7 +624,7 @@ for B, S in reversed(EXPLAINED):
     lesson.explain(f"step, batch {B}, context {S}")
 
 # %% tags=["nbval-ignore-output"]
-inside = {case: by_cause(parts[case].to(times[case].median).measured) for case in EXPLAINED}        # what the clock saw inside the steps
+inside = {case: by_cause({part["name"]: part["measured_s"] for part in shares(parts[case], times[case].median)}) for case in EXPLAINED}
 products, attention, _, launches = inside[1, SHORT]
 one, many = inside[1, SHORT], inside[64, SHORT]
 attention_reads = 64 * LONG * k / inside[64, LONG][attention] / machine.bandwidth_at()

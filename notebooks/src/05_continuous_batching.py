@@ -25,11 +25,6 @@
 from dataclasses import replace
 from fractions import Fraction
 
-import matplotlib.pyplot as plt
-import numpy as np
-from IPython.display import Markdown
-from ipywidgets import IntSlider
-
 from clawdemy_infer.batching import SLO, Engine, Policy, Request, simulate, simulator
 from clawdemy_infer.batching.serving import engine, scheduler_for
 from clawdemy_infer.batching.simulator import RooflineExecutor
@@ -45,6 +40,11 @@ from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.present import bracketed, default_device
 from clawdemy_infer.timing import now
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Markdown
+from ipywidgets import IntSlider
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 80      # many figures, and the file stays small

@@ -26,14 +26,6 @@ import math
 from bisect import bisect
 from statistics import mean
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from IPython.display import Markdown
-from ipywidgets import IntSlider
-from matplotlib.colors import to_rgb
-from matplotlib.patches import Patch
-
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
 from clawdemy_infer.fast.faster import faster
@@ -60,6 +52,14 @@ from clawdemy_infer.rigs.allocators import (
     sharegpt_like,
 )
 from clawdemy_infer.timing import alternate
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown
+from ipywidgets import IntSlider
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90

@@ -20,11 +20,6 @@
 # Weights in 8 bits lose almost nothing. And if the *activations* are put into 8 bits as well?
 
 # %% tags=["nbval-ignore-output"]
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from IPython.display import Markdown
-
 from clawdemy_infer.envelope.roofline import interpolate
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
@@ -42,6 +37,11 @@ from clawdemy_infer.rigs.quantization_table import (
 )
 from clawdemy_infer.variants.int8_activations import int8_activations, llm_int8
 from clawdemy_infer.variants.smoothquant import smoothquant
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90

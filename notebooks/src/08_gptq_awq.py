@@ -27,11 +27,6 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from IPython.display import Markdown
-
 from clawdemy_infer.arithmetic.work import matmul, total
 from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.files import load_model
@@ -58,6 +53,11 @@ from clawdemy_infer.quantization.gptq import gptq_matrix, hessian_of, inverse_fa
 from clawdemy_infer.quantization.linears import with_modules
 from clawdemy_infer.rigs.quantization_table import quantization_table, shipped_table
 from clawdemy_infer.timing import stopwatch
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90

@@ -23,12 +23,6 @@
 import shutil
 from fractions import Fraction
 
-import matplotlib.pyplot as plt
-import numpy as np
-import sympy
-import torch
-from IPython.display import Markdown
-
 from clawdemy_infer.batching import Operations, Policy, StepCost, simulate
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.launches import count_ops
@@ -51,6 +45,12 @@ from clawdemy_infer.rigs.compare_drafts import (
 from clawdemy_infer.rigs.prompts import texts_of
 from clawdemy_infer.speculative import speculate, theory, verify
 from clawdemy_infer.variants.self_drafts import draft_named
+
+import matplotlib.pyplot as plt
+import numpy as np
+import sympy
+import torch
+from IPython.display import Markdown
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 90

@@ -36,12 +36,6 @@ from collections import Counter
 from importlib import import_module
 from statistics import median
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from IPython.display import Markdown
-from torch.nn.functional import scaled_dot_product_attention
-
 from clawdemy_infer.attention import attend
 from clawdemy_infer.envelope.roofline import Part, Prediction
 from clawdemy_infer.from_config import catalog
@@ -53,6 +47,12 @@ from clawdemy_infer.machine.present import bracketed
 from clawdemy_infer.published.rows import read as published_runs
 from clawdemy_infer.published.setting import bytes_per_weight, chip, shape_of
 from clawdemy_infer.timing import now, stopwatch
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown
+from torch.nn.functional import scaled_dot_product_attention
 
 try:
     from clawdemy_kernels.launch import tl, triton

@@ -31,12 +31,6 @@ from functools import cache
 from itertools import combinations, cycle, product
 from statistics import median
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from IPython.display import Markdown
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
-
 from clawdemy_infer.arithmetic import MLP, Attention, Experts, MoE, Pass, Work, total
 from clawdemy_infer.attention import attend
 from clawdemy_infer.envelope.roofline import Prediction
@@ -56,6 +50,12 @@ from clawdemy_infer.model import ModelConfig
 from clawdemy_infer.timing import Timing, alternate, now
 from clawdemy_infer.variants import experts, linear_attention
 from clawdemy_infer.variants.pruning import influence, without_layers
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 80      # many figures, and the file stays small
