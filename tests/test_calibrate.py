@@ -2,6 +2,9 @@
 patience."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +108,7 @@ def at_speed(cache, monkeypatch):
     """A kept calibration, and a machine whose memory now has the speed that the test says."""
     def keep_and_set(memory):
         keep(cache, reference={"memory": 1e10, "compute": 1e11, "launches": 1e5})
-        monkeypatch.setattr(present, "reference_probes", lambda device: Speeds(
+        monkeypatch.setattr(present, "reference_probes", lambda device: (
             lambda: memory * 1e10, lambda: 1e11, lambda: 1e5))
     return keep_and_set
 
@@ -194,6 +197,40 @@ def test_an_interval_holds_what_the_speeds_around_the_run_would_have_made_of_it(
     assert slower == pytest.approx((3 / 1.1, 1.1 * (2 / 0.5 + 1)))
     faster = widened(prediction, machine, (Speeds(launches=2.0), Speeds()))
     assert faster == pytest.approx(((2 + 0.5) / 1.1, 3.3))
+
+
+def test_waiting_for_a_core_widens_an_interval_and_moves_nothing():
+    calm = from_record(RECORD)
+    work = Work(1e9, 1e6, kernel="gemm", weights="fp32", rows=1)
+    one, other = calm.time(work), calm.at(Speeds(waited=0.5)).time(work)
+    assert other.seconds == one.seconds and other.spread > one.spread + 0.1
+    around = (Speeds(), Speeds(waited=0.5))
+    assert widened(one, calm, around) == pytest.approx((other.low_s, other.high_s))
+
+
+TWO_THREADS_ON_ONE_CORE = """
+import hashlib, os, threading
+from clawdemy_infer.machine.present import waiting
+def work():
+    for _ in range(40):
+        hashlib.sha256(bytes(4_000_000)).digest()
+threads = [threading.Thread(target=work) for _ in range(2)]
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+waited = waiting()
+for thread in threads: thread.start()
+while any(thread.is_alive() for thread in threads):
+    threads[0].join(0.05)
+    share = waited()
+    if share > 0.2: break
+print(share)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="only Linux counts waiting")
+def test_two_threads_on_one_core_wait_for_it():
+    run = subprocess.run([sys.executable, "-c", TWO_THREADS_ON_ONE_CORE], text=True,
+                         capture_output=True, check=True)
+    assert 0.2 < float(run.stdout) <= 1
 
 
 def test_a_machine_at_other_speeds_and_back_is_the_same(at_speed):

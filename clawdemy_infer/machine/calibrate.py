@@ -25,7 +25,7 @@ from tqdm import tqdm
 from clawdemy_infer.fast import computes_in
 from clawdemy_infer.fast.cpp import cpu_name
 from clawdemy_infer.machine import present, probes
-from clawdemy_infer.machine.calibrated import SMALL_GEMM, Calibrated, Speeds
+from clawdemy_infer.machine.calibrated import SMALL_GEMM, WAIT_SPREAD, Calibrated
 from clawdemy_infer.machine.present import default_device
 from clawdemy_infer.machine.probes import Probe
 from clawdemy_infer.machine.probes_attention import attention_probes
@@ -36,7 +36,7 @@ PROBES = "2026-11n"
 """Version of the probes: a kept calibration of another one is measured anew."""
 FORMATS = ("fp32", "bf16")
 """Formats that every calibration has; another one is measured when it is first asked for."""
-BUDGET_S, FORMAT_BUDGET_S = 20.0, 5.0
+BUDGET_S, FORMAT_BUDGET_S = 18.0, 5.0
 """Seconds by the clock that a calibration, and another format, may take at most."""
 ONE_SAMPLE_SPREAD = 0.25
 """Spread of a figure for which there was time to sample only once: nobody knows."""
@@ -114,7 +114,7 @@ def of_machine(device: str) -> list[Probe]:
     sizes = [size for size in reversed(WORKING_SETS) if size <= memory_bytes(device) / 8]
     found = probes.bandwidth_probes(sizes, device)
     found += [Probe("reference", name, 0, sample) for name, sample in
-              zip(Speeds._fields, present.reference_probes(device), strict=True)]
+              zip(present.REFERENCES, present.reference_probes(device), strict=True)]
     for dtype in dict.fromkeys(computes_in(format, device) for format in FORMATS):
         found += [*attention_probes(dtype, device), *probes.elementwise_probes(dtype, device)]
     return found
@@ -130,7 +130,8 @@ def of_formats(formats: Iterable[str], device: str) -> list[Probe]:
 def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     """Sample all probes in turn until the `deadline` of `time.perf_counter`, so that a neighbour's
     burst spoils one sample of each and not all of one. The first point of each curve comes first,
-    then the last, then those between: where there is no time, a curve has fewer points."""
+    then the last, then those between: where there is no time, a curve has fewer points. What the
+    threads waited for a core adds to all spreads."""
     curves: dict[tuple, list[Probe]] = {}
     for probe in wanted:
         curves.setdefault((probe.kind, probe.format), []).append(probe)
@@ -139,6 +140,7 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     ranked.sort(key=lambda each: each[0])
     samples: dict[tuple, list[float]] = {}
     start = shown = time.perf_counter()
+    waited = present.waiting()
     with tqdm(total=max(deadline - start, 0.1), desc=what, leave=False, file=sys.stderr,
               bar_format="{desc}: {bar:30} {n:.0f} of at most {total:.0f} s") as bar:
         while time.perf_counter() < deadline or not samples:
@@ -151,7 +153,9 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
                 samples.setdefault(probe[:3], []).append(probe.sample())
                 bar.update(min(time.perf_counter() - shown, bar.total - bar.n))
                 shown = time.perf_counter()
-    return {where: (statistics.median(values), spread(values)) for where, values in samples.items()}
+    extra = WAIT_SPREAD * waited()
+    return {where: (statistics.median(values), spread(values) + extra)
+            for where, values in samples.items()}
 
 
 def spread(values: Sequence[float]) -> float:

@@ -27,20 +27,24 @@ GEMM_NUMBERS = 2**20
 """Numbers in a matrix of the "gemm" probe, about."""
 PRODUCTS = ("gemm", SMALL_GEMM, "head")
 """Rates of matrix products."""
-SHAPE_SPREAD = 0.06
+SHAPE_SPREAD = 0.08
 """What a probe cannot know of an operation whose sizes are not its own: relative, added to the
 spread of its samples. From settings that no probe used (`clawdemy-infer bench --coverage`)."""
+WAIT_SPREAD = 0.28
+"""What waiting for a core adds, for each second of it in a second: where other processes hold the
+cores, it is chance which operations wait. From the same settings, with one core taken."""
 COMPUTE_ROWS = 32
 """Rows M from which a product is slowed with the machine's arithmetic and not with its memory."""
 
 
 class Speeds(NamedTuple):
     """How fast the machine is, as fractions of its calibration: reading, computing, and starting
-    operations."""
+    operations; and the share of the time for which a thread `waited` for a core."""
 
     memory: float = 1.0
     compute: float = 1.0
     launches: float = 1.0
+    waited: float = 0.0
 
     def of(self, rows: float) -> float:
         """That of a product with so many rows."""
@@ -125,13 +129,14 @@ class Calibrated(Machine):
         return self.fixed[formats.pop()] if len(formats) == 1 else self.fixed_s_per_op
 
     def spread_at(self, kernel: str, format: Format) -> float:
-        """The samples' spread, and what a probe cannot know."""
+        """The samples' spread, what a probe cannot know, and what a busy machine adds."""
         spreads = self.spreads.get("attention" if kernel == PAGED_ATTENTION else kernel, {})
-        return spreads.get(format, max(spreads.values(), default=0.0)) + SHAPE_SPREAD
+        of_samples = spreads.get(format, max(spreads.values(), default=0.0))
+        return of_samples + SHAPE_SPREAD + WAIT_SPREAD * self.now.waited
 
     def at(self, speeds: Speeds) -> Calibrated:
         """The same machine at other `speeds`, as fractions of its calibration."""
-        change = Speeds(*(new / old for new, old in zip(speeds, self.now, strict=True)))
+        change = Speeds(*(new / old for new, old in zip(speeds[:3], self.now[:3], strict=True)))
 
         def scaled(curve: Curve) -> Curve:
             return tuple((x, y * change.memory) for x, y in curve)

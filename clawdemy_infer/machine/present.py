@@ -8,17 +8,20 @@ right before and right after the run that it predicts, never within it, and they
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from clawdemy_infer.envelope.roofline import Machine, Prediction
 from clawdemy_infer.machine import probes
-from clawdemy_infer.machine.calibrated import Calibrated, Speeds
-from clawdemy_infer.timing import Timing, alternate
+from clawdemy_infer.machine.calibrated import WAIT_SPREAD, Calibrated, Speeds
+from clawdemy_infer.timing import Timing, alternate, now
 
 RING_BYTES = 2**27
 """Bytes of fp32 weights that the probes go through: more than caches hold."""
@@ -26,6 +29,7 @@ REFERENCE_ROWS = 1, 256
 """Rows M of a product that is bound by memory, and of one that is bound by arithmetic, on a CPU."""
 SAMPLES = 7
 """Samples of each of the three probes, of some 20 ms."""
+REFERENCES = Speeds._fields[:3]
 
 
 class Interval(NamedTuple):
@@ -40,9 +44,9 @@ def default_device() -> str:
 
 
 @cache
-def reference_probes(device: str) -> Speeds:
-    """A function for each of `Speeds` that samples it once, in units/s: FLOPs of a product with one
-    row, of one with many, and operations started."""
+def reference_probes(device: str) -> tuple[Callable[[], float], ...]:
+    """A function for each of `REFERENCES` that samples it once, in units/s: FLOPs of a product with
+    one row, of one with many, and operations started."""
     weights = probes.gemm_weights("fp32", device, RING_BYTES)
     memory, compute = (probes.rate_of(probes.gemm_step(weights, m, torch.float32), sample_s=0.02)
                        for m in REFERENCE_ROWS)
@@ -52,7 +56,21 @@ def reference_probes(device: str) -> Speeds:
     def start(_: int) -> int:
         layer(x, [lambda: None] * 4)
         return 1
-    return Speeds(memory, compute, probes.rate_of(start))
+    return memory, compute, probes.rate_of(start)
+
+
+def waiting() -> Callable[[], float]:
+    """A function that says for which share of the time since now a thread of this process, that
+    which waited longest, was ready to run and had no core. Linux keeps count; elsewhere it is 0."""
+    def waits() -> Counter[str]:
+        found = Counter()
+        for file in Path("/proc/self/task").glob("*/schedstat"):
+            with suppress(OSError):                     # the thread has ended meanwhile
+                found[file.parent.name] = int(file.read_text().split()[1]) / 1e9
+        return found
+
+    before, start = waits(), now()
+    return lambda: max((waits() - before).values(), default=0.0) / (now() - start)
 
 
 def speeds_now(machine: Machine) -> Speeds:
@@ -60,10 +78,11 @@ def speeds_now(machine: Machine) -> Speeds:
     samples, taken in turn. 1 for a machine that was not measured here."""
     if not getattr(machine, "reference", None):
         return Speeds()
-    found = [[sample() for sample in reference_probes(machine.device)] for _ in range(SAMPLES)]
+    references, waited = reference_probes(machine.device), waiting()
+    found = [[sample() for sample in references] for _ in range(SAMPLES)]
     medians = map(statistics.median, zip(*found, strict=True))
     return Speeds(*(rate / machine.reference[name]
-                    for name, rate in zip(Speeds._fields, medians, strict=True)))
+                    for name, rate in zip(REFERENCES, medians, strict=True)), waited())
 
 
 def at_present(machine: Machine) -> Machine:
@@ -87,20 +106,22 @@ def bracketed(machine: Machine) -> Callable[..., Timing | dict]:
 def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]) -> Interval:
     """The interval of `prediction`, and what it would be at the speeds seen `around` the run. The
     run itself is not looked at."""
-    now = getattr(machine, "now", Speeds())
-    half = 1 + prediction.spread
-    seconds = [sum(part.seconds * getattr(now, part.bound, 1) / getattr(seen, part.bound, 1)
-                   for part in prediction.parts.values()) for seen in around]
-    return Interval(min([prediction.low_s, *(each / half for each in seconds)]),
-                    max([prediction.high_s, *(each * half for each in seconds)]))
+    said = getattr(machine, "now", Speeds())
+    low, high = [prediction.low_s], [prediction.high_s]
+    for seen in around:
+        seconds = sum(part.seconds * getattr(said, part.bound, 1) / getattr(seen, part.bound, 1)
+                      for part in prediction.parts.values())
+        half = 1 + prediction.spread + WAIT_SPREAD * max(0.0, seen.waited - said.waited)
+        low, high = [*low, seconds / half], [*high, seconds * half]
+    return Interval(min(low), max(high))
 
 
 def drift(machine: Calibrated, most: float = 0.2) -> str:
     """One line if the machine is now faster or slower than its calibration by more than `most`, and
     what to do; else nothing."""
-    if all(1 / (1 + most) <= speed <= 1 + most for speed in machine.now):
+    memory, compute, launches, _ = machine.now
+    if all(1 / (1 + most) <= speed <= 1 + most for speed in (memory, compute, launches)):
         return ""
-    memory, compute, launches = machine.now
     return (f"The machine is not as it was calibrated ({machine.source}): it reads memory at "
             f"{memory:.0%}, computes at {compute:.0%} and starts operations at {launches:.0%} of "
             "the speed it had. Predictions are made for today's speed; `clawdemy-infer calibrate` "

@@ -3,16 +3,6 @@
 Each is a kind of work of known size that no cache can help, and none is a piece of the model that
 it will predict (those of attention are in `probes_attention`). A probe gives one sample of one
 figure in some hundredths of a second; how many samples there are is the calibration's business.
-
-    bandwidth     the sum of an array, over working sets: caches show as steps
-    gemm          X[M, k] @ W[k, n] with W fresh from memory each time, for each format of W: at
-                  small M the rate is the reading of W; the same for a wide W, as heads have, and
-                  for small ones
-    elementwise   norms, gates and sums between products: bound by memory on a GPU, by arithmetic
-                  and conversion on many CPUs
-    launches      a decoder layer without its matrix products: what PyTorch and Python charge to
-                  start an operation
-    peak          a large square matrix product
 """
 
 from __future__ import annotations

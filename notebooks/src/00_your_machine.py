@@ -375,7 +375,7 @@ Table(["", "as on the box", "measured"],
 
 # %% tags=["nbval-ignore-output"]
 Table(["at this moment", "of the calibrated speed"],
-      [[what, f"{speed:.0%}"] for what, speed in zip(("reading", "computing", "launching"), speeds_now(machine), strict=True)],
+      [[what, f"{speed:.0%}"] for what, speed in zip(("reading", "computing", "launching"), speeds_now(machine)[:3], strict=True)],
       numeric=["of the calibrated speed"])
 
 # %% [markdown]

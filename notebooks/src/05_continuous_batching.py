@@ -236,7 +236,7 @@ off = machine.time(shape.decode(SEATS, 64, **FP32), OPERATIONS["continuous"].of(
 def by_limit(run, of) -> Prediction:
     """Seconds `of` a simulated run, by what they wait for. `run(machine)` is its report; a speed that is a tenth higher saves an eleventh of what waits for it."""
     seconds = of(run(machine))
-    faster = {limit: machine.at(machine.now._replace(**{limit: 1.1 * speed})) for limit, speed in machine.now._asdict().items()}
+    faster = {limit: machine.at(machine.now._replace(**{limit: 1.1 * speed})) for limit, speed in machine.now._asdict().items() if limit != "waited"}
     saved = {limit: max(seconds - of(run(on)), 1e-9) for limit, on in faster.items()}
     parts = {limit: Part(seconds * each / sum(saved.values()), off, limit) for limit, each in saved.items()}
     return Prediction(parts, compute_s=parts["compute"].seconds, memory_s=parts["memory"].seconds)
