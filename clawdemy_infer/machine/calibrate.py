@@ -37,7 +37,8 @@ PROBES = "2026-11n"
 FORMATS = ("fp32", "bf16")
 """Formats that every calibration has; another one is measured when it is first asked for."""
 BUDGET_S, FORMAT_BUDGET_S = 18.0, 5.0
-"""Seconds by the clock that a calibration, and another format, may take at most."""
+"""Seconds by the clock that a calibration, and another format, may take at most; 20 with the time
+that it takes to import PyTorch."""
 ONE_SAMPLE_SPREAD = 0.25
 """Spread of a figure for which there was time to sample only once: nobody knows."""
 
