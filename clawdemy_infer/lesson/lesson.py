@@ -204,6 +204,10 @@ class Lesson:
         if right is not None:
             print(f"{'✓' if right else '✗'} you said: {row.cause}.")
 
+    def card(self) -> Table:
+        """The machine that this lesson predicts for."""
+        return tables.card(self.calibrated)
+
     def table(self) -> Table:
         """Predicted beside measured, as far as this lesson has come."""
         self.revealed |= self.rows.keys()

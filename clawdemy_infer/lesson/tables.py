@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from clawdemy_infer.lesson.ledger import LedgerRow, Scoreboard
+from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 
 PREFIXED = ("s", "B", "FLOP")
 """Units that take a prefix; `B/s` and `FLOP/s` begin with one of them."""
@@ -110,6 +111,18 @@ class Table:
         head = f"<thead><tr>{line('th', self.header)}</tr></thead>"
         body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in self.rows)
         return f"<table>\n{title}{head}\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def card(machine: Calibrated) -> Table:
+    """What the calibration found of this machine, and how fast the machine is at this moment."""
+    found, (memory, compute, launches, _) = machine.at(Speeds()), map(percent, machine.now)
+    peaks = {f"computes in {format}": si(found.peak(format), "FLOP/s")
+             for format in ("fp32", "bf16")}
+    header = ["", "reads memory at", *peaks, "starts an operation in"]
+    rows = [[machine.source, si(found.bandwidth_at(), "B/s"), *peaks.values(),
+             si(found.fixed_s_per_op, "s")],
+            ["speed at this moment", memory, *[compute] * len(peaks), launches]]
+    return Table(header, rows, header[1:], f"This machine: {machine.name}")
 
 
 def ledger_table(rows: Iterable[LedgerRow], lessons: bool = False) -> Table:

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -30,13 +29,6 @@ REFERENCE_ROWS = 1, 256
 SAMPLES = 7
 """Samples of each of the three probes, of some 20 ms."""
 REFERENCES = Speeds._fields[:3]
-
-
-class Interval(NamedTuple):
-    """Seconds from and to."""
-
-    low_s: float
-    high_s: float
 
 
 def default_device() -> str:
@@ -103,9 +95,10 @@ def bracketed(machine: Machine) -> Callable[..., Timing | dict]:
     return watch
 
 
-def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]) -> Interval:
-    """The interval of `prediction`, and what it would be at the speeds seen `around` the run. The
-    run itself is not looked at."""
+def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]
+            ) -> tuple[float, float]:
+    """Seconds from and to: the interval of `prediction`, and what it would be at the speeds seen
+    `around` the run. The run itself is not looked at."""
     said = getattr(machine, "now", Speeds())
     low, high = [prediction.low_s], [prediction.high_s]
     for seen in around:
@@ -113,7 +106,7 @@ def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]
                       for part in prediction.parts.values())
         half = 1 + prediction.spread + WAIT_SPREAD * max(0.0, seen.waited - said.waited)
         low, high = [*low, seconds / half], [*high, seconds * half]
-    return Interval(min(low), max(high))
+    return min(low), max(high)
 
 
 def drift(machine: Calibrated, most: float = 0.2) -> str:

@@ -7,7 +7,6 @@ figure in some hundredths of a second; how many samples there are is the calibra
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -92,12 +91,6 @@ def bandwidth_probes(sizes: Sequence[int], device: str) -> list[Probe]:
             return size
         return once
     return [Probe("bandwidth", "", size, rate_of(read(size))) for size in sizes]
-
-
-def read_bandwidth(sizes: list[int], device: str, rounds: int = 3) -> list[tuple[float, float]]:
-    """(bytes, bytes/s) of the probes above, the median of `rounds` samples each."""
-    return [(probe.at, statistics.median(probe.sample() for _ in range(rounds)))
-            for probe in bandwidth_probes(sizes, device)]
 
 
 # ---- matrix products ----

@@ -49,6 +49,7 @@
 # %%
 import math
 from pathlib import Path
+from statistics import median
 
 from clawdemy_infer.arithmetic import BYTES, Work, matmul, total
 from clawdemy_infer.envelope.roofline import Machine
@@ -59,7 +60,7 @@ from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.tables import Table, number, si
 from clawdemy_infer.machine.calibrate import fingerprint, this_machine
 from clawdemy_infer.machine.present import bracketed, default_device, speeds_now
-from clawdemy_infer.machine.probes import read_bandwidth
+from clawdemy_infer.machine.probes import bandwidth_probes
 from clawdemy_infer.timing import alternate, stopwatch
 
 import matplotlib.pyplot as plt
@@ -370,6 +371,12 @@ Table(["", "as on the box", "measured"],
       numeric=["as on the box", "measured"], title=f"{machine.name}, {machine.source}")
 
 # %% [markdown]
+# These figures are the card that stands at the top of each lesson from here on, with the speed of the moment below them.
+
+# %% tags=["nbval-ignore-output"]
+lesson.card()
+
+# %% [markdown]
 # A machine is not the same from one minute to the next: a laptop grows warm, a rented core has neighbours. `speeds_now` is the look that lessons take: three
 # short probes of how fast the machine reads, computes and launches at this moment, as fractions of what the calibration found.
 
@@ -396,7 +403,7 @@ def caches():
 
 
 sizes = [2**p for p in range(15, 31) if 2**p <= machine.memory / 8]
-curve = read_bandwidth(sizes, device, rounds=5)
+curve = [(probe.at, median(probe.sample() for _ in range(5))) for probe in bandwidth_probes(sizes, device)]
 kept = dict(machine.bandwidth)
 apart = [now / kept[size] for size, now in curve if size in kept]
 

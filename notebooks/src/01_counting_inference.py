@@ -229,9 +229,7 @@ Markdown(f"{shape.name}: L = {shape.L}, D = {shape.D}, N = {shape.N}, K = {shape
 # %% tags=["nbval-ignore-output"]
 machine = this_machine()
 lesson = Lesson("01 counting_inference", machine=machine)
-Markdown(f"This machine: {machine.name}. It reads {si(machine.bandwidth_at(), 'B/s')} from memory; its best matrix product does "
-         f"{si(machine.peak('fp32'), 'FLOP/s')} in fp32 and {si(machine.peak('bf16'), 'FLOP/s')} in bf16; a launch costs "
-         f"{si(machine.fixed_s_per_op, 's')}. Ridge point in fp32: {machine.ridge('fp32'):.1f} FLOPs per byte.")
+lesson.card()
 
 # %% [markdown]
 # Your own guesses first: write over the dots, with a unit, `"20 ms"` or `"1.5 s"`. How long for a prompt of 256 tokens? How long for one

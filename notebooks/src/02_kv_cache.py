@@ -52,9 +52,7 @@ plt.rcParams["savefig.dpi"] = 80                    # many figures, and the file
 machine = this_machine()
 lesson = Lesson("02 kv_cache", machine=machine)
 decoder = faster(load_model("smollm2-135m", device=machine.device), "fp32")   # matrices as this machine's kernels like them
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
-         f"computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32, "
-         f"and a launch costs {si(machine.fixed_s_per_op, 's')}.")
+lesson.card()
 
 # %% [markdown]
 # ## Envelope: what the past leaves behind

@@ -65,7 +65,7 @@ machine = this_machine()
 lesson = Lesson("03 shrinking_the_cache", machine=machine)
 plain = load_model("smollm2-135m", device=default_device())
 decoder = faster(plain, "fp32")                         # its matrices as the kernels of this machine like them
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory.")
+lesson.card()
 
 # %% [markdown]
 # ## Envelope: what a token leaves behind, eight times
@@ -274,7 +274,7 @@ def work_of(name: str, S: int) -> Work:
     step = shapes[name].decode(1, S, kv="fp32", **FP32)             # attention itself always reads fp32
     if name not in PASSES:
         return step
-    conversion = Work(0, PASSES[name] * 2 * L * K * H * S, "dequantize", "fp32", "elementwise", rows=S)
+    conversion = Work(0, PASSES[name] * 2 * L * K * H * S, "dequantize")
     return total("step", [step, conversion])
 
 

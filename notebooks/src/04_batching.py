@@ -52,8 +52,7 @@ machine = this_machine(formats=("int4",))
 lesson = Lesson("04 batching", machine=machine)
 plain = load_model("smollm2-135m", device=default_device())
 decoder = faster(plain, "fp32")                         # its matrices as the kernels of this machine like them
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
-         f"and computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32.")
+lesson.card()
 
 # %% [markdown]
 # ## Envelope: one read for all, and one read for each

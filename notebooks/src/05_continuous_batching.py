@@ -52,8 +52,7 @@ PHASES = {"waiting": "#d9d9d9", "prefill": plots.COLOURS[1], "decode": plots.COL
 machine = this_machine()
 lesson = Lesson("05 continuous_batching", machine=machine)
 decoder = faster(load_model("smollm2-135m", device=default_device()), "fp32")   # matrices as this machine's kernels like them
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory "
-         f"and computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32.")
+lesson.card()
 
 # %% [markdown]
 # ## Envelope: the rectangle

@@ -67,9 +67,7 @@ machine = this_machine()
 lesson = Lesson("06 paged_attention", machine=machine)
 model = load_model("smollm2-135m", device=default_device())
 decoder = faster(model, "fp32")                         # its matrices as the kernels of this machine like them
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
-         f"computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32, "
-         f"and a kernel launch costs it {si(machine.fixed_s_per_op, 's')}.")
+lesson.card()
 
 # %% [markdown]
 # Write your guesses over the dots, as a number or as text with its unit: 50, "50 %", and further down "20 ms".

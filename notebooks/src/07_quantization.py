@@ -48,7 +48,7 @@ plt.rcParams["figure.dpi"] = 90
 machine = this_machine("cpu", formats=("int8", "int4"))         # the kernels for 8 and 4 bits used here are the CPU's
 lesson = Lesson("07 quantization", machine=machine)
 decoder = load_model("smollm2-135m")
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory.")
+lesson.card()
 
 # %% [markdown]
 # Write the first guess over the dots, as a number or as text with its unit, such as "20 ms": how long does a token take from weights in 4 bits, for one user who is at 64 tokens?

@@ -33,7 +33,7 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.files.checkpoint import load_quantized, save_quantized
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.quality import Reference, kl_by_layer, output_errors
-from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.lesson.tables import Table
 from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.present import bracketed
@@ -65,7 +65,7 @@ machine = this_machine("cpu")
 lesson = Lesson("08 gptq_awq", machine=machine)
 decoder = load_model("smollm2-135m")
 shape = decoder.config.shape
-Markdown(f"This machine: **{machine.name}**. It computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32.")
+lesson.card()
 
 # %% [markdown]
 # ## Envelope: one column, by hand

@@ -59,8 +59,7 @@ lesson = Lesson("09 speculative_decoding", machine=machine)
 model = load_model("smollm2-135m")
 target = faster(model, "fp32")                          # its matrices as the kernels of this machine like them
 drafts = {name: draft_named(name, model if name.startswith("int") else target) for name in ("lookup", "int8", "int4", "trained")}
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory and computes at most "
-         f"{si(machine.peak('fp32'), 'FLOP/s')} in fp32.")
+lesson.card()
 
 # %% [markdown]
 # ## Envelope: why checking is cheaper than writing

@@ -68,7 +68,7 @@ plt.rcParams["figure.dpi"] = 90
 torch.manual_seed(10)
 machine = this_machine("cpu")
 lesson = Lesson("10 triton_kernels", machine=machine)
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory.")
+lesson.card()
 
 # %% [markdown]
 # Two helpers. `watch` runs one of the library's kernels in the interpreter and counts, argument by argument, what it asks for. `loop_of` shows a kernel's

@@ -58,7 +58,7 @@ from IPython.display import Markdown
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 plots.use_style()
-plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 80      # many figures, and the file stays small
+plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 72      # many figures, and the file stays small
 torch.set_grad_enabled(False)
 machine = this_machine()
 device = default_device()
@@ -66,9 +66,7 @@ lesson = Lesson("11 moe_and_alternatives", machine=machine)
 decoder = faster(load_model("smollm2-135m", device=device), "fp32")   # matrices as this machine's kernels like them
 shape = decoder.config.shape
 FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
-Markdown(f"This machine: **{machine.name}**. It reads {si(machine.bandwidth_at(), 'B/s')} from memory, "
-         f"computes at most {si(machine.peak('fp32'), 'FLOP/s')} in fp32, "
-         f"and a kernel launch costs {si(machine.fixed_s_per_op, 's')}.")
+lesson.card()
 
 # %% [markdown]
 # ## Envelope: how many experts does a batch touch?
