@@ -11,6 +11,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Threads that share a product wait for one another awake, by default some milliseconds. Where other
 # processes hold the cores, the thread that is waited for cannot run meanwhile: a decode step takes
-# 2 to 30 times as long. Asleep after some microseconds, threads cost a quiet machine 2 to 6 % of a
-# step. This counts if PyTorch is not yet imported: lessons import this package before it.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# 2 to 30 times as long. So they fall asleep after some 40 µs: sooner, and waking them would cost a
+# quiet machine up to a third of a step. This counts if PyTorch is not yet imported: lessons import
+# this package before it.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
