@@ -30,6 +30,10 @@ FLOOR_S, FACTOR = 300, 20
 """A cell may take `FACTOR` times the `seconds` of its metadata, for a machine that is slower or
 busy, and never less than `FLOOR_S`. The build writes `seconds` above `FLOOR_S / FACTOR`."""
 
+LAST_OUTPUT_S = 30
+"""What a cell shows may come so long after its end. Now and then ipykernel 7 loses the last
+message, and nothing is gained by waiting longer for it."""
+
 
 @dataclass(frozen=True)
 class LessonRun:
@@ -64,7 +68,7 @@ def execute(notebook: NotebookNode, name: str, folder: Path,
     """
     manager = AsyncKernelManager(kernel_spec_manager=ThisInterpreter(), transport_encryption="auto")
     client = NotebookClient(notebook, km=manager, timeout_func=limit, startup_timeout=FLOOR_S,
-                            iopub_timeout=FLOOR_S, shutdown_kernel="immediate",
+                            iopub_timeout=LAST_OUTPUT_S, shutdown_kernel="immediate",
                             record_timing=False, coalesce_streams=True)
     # A figure backend that is set for the shell would keep the figures out of the notebook.
     inherited = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
