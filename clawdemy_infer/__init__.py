@@ -11,7 +11,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Threads that share a product wait for one another awake, by default some milliseconds. Where other
 # processes hold the cores, the thread that is waited for cannot run meanwhile: a decode step takes
-# 2 to 30 times as long. So they fall asleep after some 40 µs: sooner, and waking them would cost a
+# 2 to 30 times as long. So they fall asleep after some 30 µs: at half of that, waking them costs a
 # quiet machine up to a third of a step. This counts if PyTorch is not yet imported: lessons import
 # this package before it.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")

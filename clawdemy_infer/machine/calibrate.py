@@ -25,7 +25,7 @@ from tqdm import tqdm
 from clawdemy_infer.fast import computes_in
 from clawdemy_infer.fast.cpp import cpu_name
 from clawdemy_infer.machine import present, probes
-from clawdemy_infer.machine.calibrated import SMALL_GEMM, WAIT_SPREAD, Calibrated
+from clawdemy_infer.machine.calibrated import SMALL_GEMM, Calibrated
 from clawdemy_infer.machine.present import default_device
 from clawdemy_infer.machine.probes import Probe
 from clawdemy_infer.machine.probes_attention import attention_probes
@@ -79,7 +79,9 @@ def calibrate(device: str | None = None, budget_s: float = BUDGET_S) -> Calibrat
               "date": datetime.now(UTC).isoformat(timespec="seconds"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "fingerprint": fingerprint(device), "budget_s": budget_s}
-    return _keep(record, sampled(wanted, start + budget_s, "calibrating this machine"), start)
+    waited = present.waiting()
+    found = sampled(wanted, start + budget_s, "calibrating this machine")
+    return _keep(record | {"waited": waited()}, found, start)
 
 
 def calibrate_formats(record: dict, formats: Iterable[str], device: str) -> Calibrated:
@@ -131,8 +133,7 @@ def of_formats(formats: Iterable[str], device: str) -> list[Probe]:
 def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     """Sample all probes in turn until the `deadline` of `time.perf_counter`, so that a neighbour's
     burst spoils one sample of each and not all of one. The first point of each curve comes first,
-    then the last, then those between: where there is no time, a curve has fewer points. What the
-    threads waited for a core adds to all spreads."""
+    then the last, then those between: where there is no time, a curve has fewer points."""
     curves: dict[tuple, list[Probe]] = {}
     for probe in wanted:
         curves.setdefault((probe.kind, probe.format), []).append(probe)
@@ -141,7 +142,6 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     ranked.sort(key=lambda each: each[0])
     samples: dict[tuple, list[float]] = {}
     start = shown = time.perf_counter()
-    waited = present.waiting()
     with tqdm(total=max(deadline - start, 0.1), desc=what, leave=False, file=sys.stderr,
               bar_format="{desc}: {bar:30} {n:.0f} of at most {total:.0f} s") as bar:
         while time.perf_counter() < deadline or not samples:
@@ -154,9 +154,7 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
                 samples.setdefault(probe[:3], []).append(probe.sample())
                 bar.update(min(time.perf_counter() - shown, bar.total - bar.n))
                 shown = time.perf_counter()
-    extra = WAIT_SPREAD * waited()
-    return {where: (statistics.median(values), spread(values) + extra)
-            for where, values in samples.items()}
+    return {where: (statistics.median(values), spread(values)) for where, values in samples.items()}
 
 
 def spread(values: Sequence[float]) -> float:
@@ -237,6 +235,7 @@ def from_record(record: dict) -> Calibrated:
         elementwise=elementwise, fixed_s_per_op=record["fixed_s_per_op"],
         fixed=record.get("fixed", {}), threads=record.get("threads", 1),
         spreads=typical | record.get("spreads", {}), reference=record.get("reference", {}),
+        waited=record.get("waited", 0.0),
         source=f"measured {record['date']}")
 
 

@@ -30,7 +30,7 @@ PRODUCTS = ("gemm", SMALL_GEMM, "head")
 SHAPE_SPREAD = 0.08
 """What a probe cannot know of an operation whose sizes are not its own: relative, added to the
 spread of its samples. From settings that no probe used (`clawdemy-infer bench --coverage`)."""
-WAIT_SPREAD = 0.28
+WAIT_SPREAD = 0.55
 """What waiting for a core adds, for each second of it in a second: where other processes hold the
 cores, it is chance which operations wait. From the same settings, with one core taken."""
 COMPUTE_ROWS = 32
@@ -74,6 +74,7 @@ class Calibrated(Machine):
     device        "cpu" or "cuda"
     reference     units/s of the probes of `present` when the machine was calibrated
     now           the speeds that the figures are scaled to
+    waited        share of its calibration for which a thread waited for a core
     """
 
     rates: dict[str, dict[str, Curve]] = field(default_factory=dict)
@@ -84,6 +85,7 @@ class Calibrated(Machine):
     spreads: dict[str, dict[str, float]] = field(default_factory=dict)
     reference: dict[str, float] = field(default_factory=dict)
     now: Speeds = Speeds()
+    waited: float = 0.0
 
     def flops_at(self, op: Work) -> float:
         """FLOP/s that `op` can reach: the measured rate of its name or kernel at its format or
@@ -132,7 +134,7 @@ class Calibrated(Machine):
         """The samples' spread, what a probe cannot know, and what a busy machine adds."""
         spreads = self.spreads.get("attention" if kernel == PAGED_ATTENTION else kernel, {})
         of_samples = spreads.get(format, max(spreads.values(), default=0.0))
-        return of_samples + SHAPE_SPREAD + WAIT_SPREAD * self.now.waited
+        return of_samples + SHAPE_SPREAD + WAIT_SPREAD * max(self.waited, self.now.waited)
 
     def at(self, speeds: Speeds) -> Calibrated:
         """The same machine at other `speeds`, as fractions of its calibration."""
