@@ -18,7 +18,8 @@ STEPS = {
 }
 """How a lesson names a decode step of SmolLM2-135M; what it does not say is fp32, B = 1, S = 64."""
 APART = 1.3
-"""Most that two measurements of one step may differ, in lessons minutes apart."""
+"""Most that two measurements of one step may differ, over their napkins: each lesson's napkin knows
+the bandwidth that the machine had in its minutes."""
 
 
 def texts_of(path, calls):
@@ -30,7 +31,7 @@ def texts_of(path, calls):
 
 
 def measured_rows(path):
-    """(quantity, predicted interval, measured) of the rows of a lesson's ledger table."""
+    """(quantity, predicted interval, measured over napkin) of the rows of a lesson's ledger."""
     for line in texts_of(path, "lesson.table()")[-1].splitlines():
         cells = re.split(r"\s{2,}", line.strip())
         spans = [cell for cell in cells if " – " in cell]
@@ -38,11 +39,12 @@ def measured_rows(path):
             low, high = spans[0].split(" – ")
             unit = re.sub(r"^[\d.,]+", "", high)
             low = low if re.search(r"[^\d.,]", low) else low + unit
-            yield cells[0], (from_si(low)[0], from_si(high)[0]), from_si(cells[-3])[0]
+            napkin = from_si(cells[cells.index(spans[0]) - 1])[0]
+            yield cells[0], (from_si(low)[0], from_si(high)[0]), from_si(cells[-3])[0] / napkin
 
 
 def steps():
-    """By step, the (lesson, interval, measured) of each lesson that has it."""
+    """By step, the (lesson, interval, measured over napkin) of each lesson that has it."""
     found = {}
     for path in LESSONS:
         pattern = STEPS.get(path.name[:2])
@@ -68,10 +70,10 @@ def test_three_steps_at_least_are_in_several_lessons():
 
 @pytest.mark.parametrize("step", steps(), ids=str)
 def test_a_step_costs_the_same_in_all_lessons(step):
-    for (one, (low, high), seconds), (other, (low_, high_), seconds_) in itertools.combinations(
+    for (one, (low, high), ratio), (other, (low_, high_), ratio_) in itertools.combinations(
             steps()[step], 2):
         assert low <= high_ and low_ <= high, f"{one} and {other} predict otherwise"
-        assert 1 / APART < seconds / seconds_ < APART, f"{one} and {other} measure otherwise"
+        assert 1 / APART < ratio / ratio_ < APART, f"{one} and {other} measure otherwise"
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
