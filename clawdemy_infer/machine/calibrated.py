@@ -30,7 +30,7 @@ PRODUCTS = ("gemm", SMALL_GEMM, "head")
 SHAPE_SPREAD = 0.08
 """What a probe cannot know of an operation whose sizes are not its own: relative, added to the
 spread of its samples. From settings that no probe used (`clawdemy-infer bench --coverage`)."""
-WAIT_SPREAD = 0.55
+WAIT_SPREAD = 0.5
 """What waiting for a core adds, for each second of it in a second: where other processes hold the
 cores, it is chance which operations wait. From the same settings, with one core taken."""
 COMPUTE_ROWS = 32
