@@ -32,7 +32,6 @@ from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
 from clawdemy_infer.lesson.steps import filled_cache
 from clawdemy_infer.lesson.tables import Table, number, si
-from clawdemy_infer.lesson.waterfall import shares
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.present import bracketed, default_device
 from clawdemy_infer.model import generate
@@ -623,7 +622,7 @@ for B, S in reversed(EXPLAINED):
     lesson.explain(f"step, batch {B}, context {S}")
 
 # %% tags=["nbval-ignore-output"]
-inside = {case: by_cause({part["name"]: part["measured_s"] for part in shares(parts[case], times[case].median)}) for case in EXPLAINED}
+inside = {(B, S): by_cause({part["name"]: part["measured_s"] for part in lesson.rows[f"step, batch {B}, context {S}"].parts}) for B, S in EXPLAINED}
 products, attention, _, launches = inside[1, SHORT]
 one, many = inside[1, SHORT], inside[64, SHORT]
 attention_reads = 64 * LONG * k / inside[64, LONG][attention] / machine.bandwidth_at()
