@@ -191,7 +191,8 @@ def _told(at: str, answer: object, error: BaseException) -> tuple[str, str]:
                  if frame.filename in files and frame.line]
         example = getattr(error, "example", "")
         where = ", with ".join(lines[-1:] + [example] * bool(example))
-        text = f"It raised {kind}{': ' * bool(text)}{text}"[:200] + f" ({where})" * bool(where) + "."
+        text = f"It raised {kind}{': ' * bool(text)}{text}"[:200]
+        text += f" ({where})." if where else "."
     return WRONG, f"{at}. {text}"
 
 
