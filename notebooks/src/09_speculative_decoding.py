@@ -31,7 +31,6 @@ from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
 from clawdemy_infer.lesson.tables import Table, si
-from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.model import Sampling
@@ -43,6 +42,7 @@ from clawdemy_infer.rigs.compare_drafts import (
     round_parts,
 )
 from clawdemy_infer.rigs.prompts import texts_of
+from clawdemy_infer.rigs.workload import uniform, workload
 from clawdemy_infer.speculative import speculate, theory, verify
 from clawdemy_infer.variants.self_drafts import draft_named
 
