@@ -1,4 +1,4 @@
-"""What a lesson is made of: the ledger, tables, plots and widgets; steps and their parts;
+"""What a lesson is made of: the ledger, tables, plots, diagrams and widgets; steps and their parts;
 workloads; quality, judged on texts."""
 
 from clawdemy_infer.lesson.lesson import Lesson, NotRight

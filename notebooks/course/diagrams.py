@@ -366,12 +366,12 @@ def cache(layers: int = 30, kv_heads: int = 3, head_dim: int = 64, length: int =
     d.step()
     _sheet(d, places[1], "values", rows, length, capacity)
     for left in places:
-        for back in (8, 16):
+        for back in (8, 16)[:layers - 1]:
             d.line((left + back, 96 - back + 6), (left + back, 96 - back),
                    (left + WIDE + back, 96 - back), (left + WIDE + back, bottom - back),
                    (left + WIDE + back - 6, bottom - back), colour=KV)
-    d.text(places[1] + WIDE / 2, bottom + 54, f"L = {of(layers, 'layer')}, one behind the other",
-           13, "middle")
+    d.text(places[1] + WIDE / 2, bottom + 54, f"L = {of(layers, 'layer')}"
+           + ", one behind the other" * (layers > 1), 13, "middle")
     if rows < kv_heads:
         d.text(places[1] + WIDE / 2, bottom + 74, f"{rows} of {kv_heads} KV heads are drawn", 13,
                "middle")
