@@ -23,6 +23,13 @@
 import shutil
 from fractions import Fraction
 
+from clawdemy_course.compare_drafts import (
+    acceptances,
+    compare_drafts,
+    greedy_rounds,
+    measure_costs,
+    round_parts,
+)
 from clawdemy_infer.batching import Operations, Policy, StepCost, simulate
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.launches import count_ops
@@ -34,13 +41,6 @@ from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.model import Sampling
-from clawdemy_infer.rigs.compare_drafts import (
-    acceptances,
-    compare_drafts,
-    greedy_rounds,
-    measure_costs,
-    round_parts,
-)
 from clawdemy_infer.rigs.prompts import texts_of
 from clawdemy_infer.rigs.workload import uniform, workload
 from clawdemy_infer.speculative import speculate, theory, verify
