@@ -34,12 +34,13 @@ from matplotlib import get_data_path
 from nbformat import NotebookNode
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+from pygments.lexers import PythonLexer, TextLexer
 
 HERE = Path(__file__).resolve().parent
 DECKS = HERE.parent / "build" / "slides"
 BETWEEN = {"slides": (12, 20), "minutes": (35, 50)}
 AT_MOST = {"words": 70, "lines of code": 20, "columns of code": 88, "rows in a table": 8}
+MONOSPACED = 110                    # as many columns of printed text fit; a longer line is broken
 FONTS = {"DejaVuSans": 'font-family: "DejaVu Sans"',
          "DejaVuSans-Bold": 'font-family: "DejaVu Sans"; font-weight: bold',
          "DejaVuSans-Oblique": 'font-family: "DejaVu Sans"; font-style: italic',
@@ -131,16 +132,16 @@ def add(slide: Slide, cell: NotebookNode, tags: set[str], source: str) -> None:
 
 def markdown(text: str, inline: bool = False) -> str:
     """Markdown in HTML, without links: what they lead to does not lie beside the deck."""
-    parser = MarkdownIt("commonmark", {"highlight": lambda text, *_: code(text)}).enable("table")
-    html = parser.renderInline(text) if inline else parser.render(text)
+    parser = MarkdownIt("commonmark", {"highlight": lambda text, name, _: code(text, name)})
+    html = parser.renderInline(text) if inline else parser.enable("table").render(text)
     return re.sub(r"</?a\b[^>]*>", "", html)
 
 
-def code(source: str) -> str:
-    """Python in HTML, with at most one empty line between two others."""
-    source = re.sub(r"\n{3,}", "\n\n", source)
-    shown = highlight(source, PythonLexer(), HtmlFormatter(nowrap=True)).rstrip()
-    return f'<pre class="code">{shown}</pre>'
+def code(source: str, language: str = "python") -> str:
+    """Code in HTML, in colours if it is Python; no two empty lines follow each other."""
+    lexer = PythonLexer() if language == "python" else TextLexer()
+    shown = highlight(re.sub(r"\n{3,}", "\n\n", source), lexer, HtmlFormatter(nowrap=True))
+    return f'<pre class="code">{shown.rstrip()}</pre>'
 
 
 def outputs(cell: NotebookNode, slide: Slide) -> Iterator[str]:
@@ -155,14 +156,15 @@ def outputs(cell: NotebookNode, slide: Slide) -> Iterator[str]:
             yield picture(data["image/png"], alt[1] if alt else escape(data.get("text/plain", "")))
         elif html:
             html = re.sub(r"<script\b.*?</script>|</?a\b[^>]*>", "", html, flags=re.S)
-            yield f'<div class="out">{html.replace("<details>", "<details open>")}</div>'
+            yield f'<div class="out">{html}</div>'
         elif "text/markdown" in data:
             yield markdown(data["text/markdown"])
         elif output.get("name") != "stderr":
             # As a terminal shows it: no colours, and of a line that was overwritten only its end.
             text = output.get("text", data.get("text/plain", ""))
             text = re.sub(r"\x1b\[[\d;]*m|[^\n]*\r(?!\n)", "", text).strip("\n")
-            yield f"<pre>{escape(text)}</pre>" if text else ""
+            kind = ' class="long"' if max(map(len, text.split("\n"))) > MONOSPACED else ""
+            yield f"<pre{kind}>{escape(text)}</pre>" if text else ""
 
 
 def picture(png: str, alt: str) -> str:

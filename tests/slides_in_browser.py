@@ -26,7 +26,7 @@ LOOK = """
   const place = body.getBoundingClientRect();
   for (const element of body.querySelectorAll("*")) {
     const box = element.getBoundingClientRect(), name = element.tagName.toLowerCase();
-    if (!box.width || !box.height) continue;
+    if (!box.width || !box.height || !element.checkVisibility()) continue;
     if (box.bottom > place.bottom + 1 || box.right > place.right + 1 || box.left < place.left - 1)
       found.push(`<${name}> ${clip(element.textContent)} stands outside`);
     if (name === "img") {

@@ -159,6 +159,15 @@ def test_printed_text_is_what_a_terminal_shows(deck):
     assert "<pre>✓ Cache: 6 &lt; 7</pre>" in deck[1][4].html
 
 
+def test_a_long_line_is_broken_and_a_plain_block_has_no_colours():
+    cells = [code("", "slide", "hide-input", shows=["a " * 60, "short"]),
+             text("```\nnot in Python\n```\n\n```python\nx in y\n```", "fragment")]
+    html = slides.read(new_notebook(cells=cells))[1][0].html
+    assert re.findall(r'<pre( class="long")?>', html) == [' class="long"', ""]
+    assert '<pre class="code">not in Python</pre>' in html
+    assert '<span class="ow">in</span>' in html
+
+
 def test_a_table_and_a_computed_sentence_are_html(deck):
     assert TABLE in deck[1][5].html
     assert "It is <strong>low</strong>." in deck[1][5].html
