@@ -284,6 +284,8 @@ Markdown("Note the spread. " + " ".join(
     + " (A lookup drafts only where the last words came before.)")
 
 # %% [markdown]
+# (The target comes from a 4-bit file, Q4_1: lesson 07. A 4-bit copy of a model that was never rounded may agree with its target more or less often.)
+#
 # From α and the prices follows the speed-up. We shall time one text of three kinds, and know what was drafted and accepted in it. A guess?
 
 # %%
