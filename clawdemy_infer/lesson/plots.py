@@ -153,6 +153,11 @@ def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
     ax.set_ylim(0, 1.1 * max(start + max(step, 0) for _, start, step, _ in bars))
     ax.grid(visible=False, axis="x")
     units(ax.yaxis, row.unit)
+    if row.guess and row.guess < 2 * ax.get_ylim()[1]:
+        ax.axhline(row.guess, color=COLOURS[2], linestyle="--")
+        ax.annotate(f"you said {si(row.guess, row.unit)}", (len(said) - 1, row.guess), ha="center",
+                    xytext=(0, 3), textcoords="offset points", fontsize=9, color=COLOURS[2])
+        ax.set_ylim(0, max(ax.get_ylim()[1], 1.1 * row.guess))
     clause = found.sentence.partition(": the napkin's")[0].partition(" from napkin")[0]
     ax.set_title(f"{row.quantity}\n{clause}")
     return f"Waterfall of {row.quantity}: {'; '.join(map(' '.join, said))}. {found.sentence}"
