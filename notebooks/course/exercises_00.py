@@ -21,12 +21,12 @@ UNKNOWN_MACHINE = Exercise("unknown_machine", {
     "launch": Step(ONE_S, {
         ONE_S / 2: "One addition is one launch.",
         ONE_S * 1e3: "Microseconds are 1e-6 s, milliseconds 1e-3 s."}, unit="s"),
-    "bandwidth": Step(_BANDWIDTH, {
+    "bytes_per_second": Step(_BANDWIDTH, {
         _SUM / SUM_S: "91.9 µs have a launch in them: take it off first.",
         16e6 / (SUM_S - ONE_S): "16 MiB are 16 · 2²⁰ bytes, 5 % more than 16 MB.",
         _BANDWIDTH / 4: "That counts numbers; each has 4 bytes.",
         _BANDWIDTH * 8: "That counts bits."}, unit="B/s"),
-    "peak": Step(_PEAK, {
+    "flops_per_second": Step(_PEAK, {
         _PEAK / 2: "A multiply-add is 2 FLOPs: 2 · 2,048³ in all.",
         _PEAK / 2048: "Each of the 2,048² results takes 2,048 multiply-adds.",
         _PEAK / 1e3: "1.726 ms are 1.726e-3 s."}, unit="FLOP/s"),
