@@ -11,11 +11,11 @@
 #
 # > Based on the structure of Stanford CS336, 'Language Modeling from Scratch,' by Tatsunori Hashimoto and Percy Liang (cs336.stanford.edu). This is an independent structural mirror in original prose; it reproduces no course materials, and Stanford does not endorse it.
 #
-# Each lesson asks one question. You **guess** the answer, **build** the mechanism, **measure** it, and **explain** what the prediction missed.
+# An agent that thinks for 30,000 tokens reads its model's weights 30,000 times, and somebody pays for the machine. How fast can it be?
 
 # %% [markdown] tags=["notes"]
-# **1 min.** The attribution stays on the slide. Say what the room will do today: write down a guess, build a probe of about ten lines, and
-# measure the machine that it runs on. Nobody needs a GPU. Ask everybody to plug the laptop in and to close the video call.
+# **1 min.** Say what every lesson does: guess, build, measure, explain. Today: four guesses, a probe of about ten lines, and the machine that it
+# runs on. Nobody needs a GPU. Ask everybody to plug the laptop in and to close the video call.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Question
@@ -24,28 +24,16 @@
 #
 # 1. Add up 67 million numbers.
 # 2. Multiply **1 row** of 1,024 numbers with each of 16 matrices, 1,024 × 1,024.
-# 3. The same with **64 rows**: 64 times the arithmetic of job 2.
+# 3. The same with **64 rows**: 64 times the arithmetic.
 #
-# After this lesson you can predict all three, on any machine, from three numbers.
+# **40 minutes.** Before: Python, the matrix product. Afterwards: you predict such jobs on any machine, from three numbers.
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Let the room vote on paper: 1, 2 or 3, and the ratio of job 3 to job 2. The usual wrong answer is job 3, "64 times as long",
+# **2 min.** Let the room vote on paper: 1, 2 or 3, and the ratio of job 3 to job 2. The usual wrong answer is job 3, "64 times as long",
 # because people count arithmetic. Do not give the answer now; the stopwatch gives it after the build task. Keep the votes on the board.
-
-# %% [markdown] tags=["core"]
-# **Why it matters.** A chat user waits for every token. An agent that thinks for 30,000 tokens reads all of its model's weights 30,000 times,
-# one time after the other, and somebody pays for the machine meanwhile. What a token costs begins with what a machine can do in a
-# second; that is this lesson. Language models begin in lesson 01.
-#
-# **40 minutes.** You need Python and the matrix product, and no GPU (with one, the cells run on it). Afterwards you can
-# measure a machine with a probe of your own, count a job's FLOPs and bytes, and say which of the two decides.
-#
-# **How to take the course.** Write guesses over the dots as text with a unit: `"20 ms"`, `"50 GB/s"`. Nobody grades them. An open build
-# task or exercise stops nothing. Run lessons on a quiet machine: neighbours show up in every number.
 
 # %% tags=["core", "slide", "hide-input"]
 import math
-import statistics
 from functools import partial
 
 from clawdemy_course import diagrams
@@ -75,7 +63,7 @@ h100, l4, a100, laptop = map(
 diagrams.machine()
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Build the picture step by step. Ask at each arrow: "what is the price here, and in which unit?" Let the room compare the two
+# **3 min.** Build the picture step by step. Ask at each arrow: "what is the price here, and in which unit?" Let the room compare the two
 # products at the foot of the picture: the same weights cross the bus for 1 row and for 1,024 rows. Usual wrong answer: "more rows, more
 # bytes". Some think that the launch is free on a GPU; it is the price that a GPU does not lower.
 
@@ -141,15 +129,13 @@ ax.set_title(f"Below {ridge:.0f} FLOPs per byte an H100 waits for its memory (bf
 plots.show(fig, "Roofline of an H100 in bf16: the attainable rate rises with the arithmetic intensity up to the ridge point at "
                 f"{ridge:.0f} FLOPs per byte, then it is flat. " + "; ".join(
                     f"{name}: {number(work.intensity)} FLOPs per byte" for name, work in shown.items()))
-display(Markdown(
-    "FLOPs per byte is a job's **arithmetic intensity**. A machine's **ridge point** is peak / bandwidth: "
-    f"{si(h100.peak('bf16'), 'FLOP/s')} / {si(h100.bandwidth_at(), 'B/s')} = **{ridge:.0f} FLOPs per byte** for an H100. "
-    "Left of it a job is *memory-bound*, right of it *compute-bound*. "
-    f"One row through a 4,096 × 4,096 matrix has {number(shown['1 row'].intensity)}, 64 rows have "
-    f"{number(shown['64 rows'].intensity)}."))
+Markdown(
+    "**Arithmetic intensity** = FLOPs / bytes of a job. **Ridge point** = peak / bandwidth of a machine: "
+    f"{si(h100.peak('bf16'), 'FLOP/s')} / {si(h100.bandwidth_at(), 'B/s')} = **{ridge:.0f} FLOPs per byte**. "
+    f"One row has {number(shown['1 row'].intensity)}, 64 rows have {number(shown['64 rows'].intensity)}.")
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Ask before you show it: "from how many rows on is the H100's arithmetic busy?" Usual wrong answers: 1, because it is a
+# **3 min.** Ask before you show it: "from how many rows on is the H100's arithmetic busy?" Usual wrong answers: 1, because it is a
 # matrix product, and 64, because it is many. In bf16 each row is worth about one FLOP per byte, so it takes about as many rows as the
 # ridge says. The intensity belongs to the job, the ridge point to the machine.
 
@@ -168,25 +154,23 @@ lesson.guess("kernel-launch overhead", ...)
 lesson.guess("64 rows over 1 row", ...)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Everybody writes four numbers before you go on; wait for it. Typical guesses: bandwidth off by three either way, launch overhead
+# **2 min.** Everybody writes four numbers before you go on; wait for it. Typical guesses: bandwidth off by three either way, launch overhead
 # far too small ("nanoseconds"), and 64 for the last. A guess that is off by three is a question, not a failure.
 
-# %% [markdown] tags=["core"]
-# Our own numbers, from what stands on a box. For a processor: two channels of DDR4-3200 memory, cores at 3 GHz, each with two units that
-# do a fused multiply-add on 8 fp32 numbers in every cycle. For a GPU: an L4's data sheet. A launch from Python: about 10 µs.
-
 # %% tags=["core", "nbval-ignore-output"]
-if device == "cuda":
+if device == "cuda":                            # from an L4's data sheet
     reads, computes = l4.bandwidth_at(), l4.peak("fp32")
-else:
-    reads = 2 * 8 * 3.2e9                           # channels · bytes · transfers/s
-    computes = torch.get_num_threads() * 3e9 * (2 * 8 * 2)   # cores · Hz · (units · lanes · 2)
-box = Machine("box", ((1, reads),), {"fp32": computes}, memory=8e9, fixed_s_per_op=10e-6)
+else:                                           # from what stands on a box
+    reads = 2 * 8 * 3.2e9       # DDR4-3200: channels · bytes · transfers/s
+    per_cycle = 2 * 8 * 2       # units · fp32 numbers in each · multiply and add
+    computes = torch.get_num_threads() * 3e9 * per_cycle    # cores · cycles/s
+launch_s = 10e-6                                # hundreds of bytecodes and a dispatcher
+box = Machine("box", ((1, reads),), {"fp32": computes}, 8e9, launch_s)
 one, many = (box.time(matmul(B, 1024, 1024), ops=1).seconds for B in (1, 64))
 
 lesson.predict("main memory, reading", napkin=reads, unit="B/s")
 lesson.predict("peak in fp32", napkin=computes, unit="FLOP/s")
-lesson.predict("kernel-launch overhead", napkin=10e-6, unit="s")
+lesson.predict("kernel-launch overhead", napkin=launch_s, unit="s")
 lesson.predict("64 rows over 1 row", napkin=many / one, unit="×")
 lesson.reveal()
 
@@ -202,10 +186,10 @@ lesson.reveal()
 # clock   |       |       |       |       |       |       |
 # ```
 #
-# One call may be shorter than a tick of the clock (up to 1 ms). Your probe must give the *typical* call, within 5 simulated seconds.
+# One call may be shorter than a tick of the clock (up to 1 ms). Give the *typical* call, within 5 seconds. An open probe stops nothing.
 
 # %% [markdown] tags=["notes"]
-# **8 min.** Give the room five minutes in pairs. Ask first: "which of these calls should count?" Usual wrong answers, in order: one call timed alone
+# **7 min.** Give the room five minutes in pairs. Ask first: "which of these calls should count?" Usual wrong answers, in order: one call timed alone
 # (division by zero on the coarse clock), the mean, the best, the first call counted, a fixed number of calls (minutes for a large
 # array). The checker answers each with the smallest example. Whoever has nothing yet goes on with the library's probe.
 
@@ -233,15 +217,74 @@ bandwidth = lesson.build("bandwidth", my_bandwidth)
 # %% [markdown] tags=["core"]
 # ## Measure
 #
-# First the machine: `this_machine()` takes the kept calibration, or makes one in at most 20 seconds; later lessons begin with the same. Its card
-# stands at the top of every lesson. Then your probe reads arrays from 32 kB to 256 MB, each again and again.
+# Run lessons on a quiet machine: neighbours show up in every number. `this_machine()` takes the kept calibration, or makes one in at most 20
+# seconds; all later lessons stand on it, and its card is at their top. Here are the jobs. A `PackedLinear` is PyTorch's `F.linear` with the weight laid
+# out as the fastest kernel of your processor likes it.
 
-# %% tags=["core", "hide-input", "measured", "nbval-ignore-output"]
-lesson.show("bandwidth")
+# %% tags=["core", "nbval-ignore-output"]
+D = 1024
+x = torch.randn(n, device=device)
+rows = {B: torch.randn(B, D, device=device) for B in (1, 64)}
+toy_row = torch.randn(1, 640, device=device)
+
+
+def layers(count, D):
+    return [PackedLinear("fp32", torch.randn(D, D, device=device)) for _ in range(count)]
+
+
+weights, toy_weights = layers(16, D), layers(48, 640)
+
+
+def products(B):                            # 16 times X[B, D] @ W[D, D]
+    for W in weights:
+        W(rows[B])
+
+
+def toy_products():
+    for W in toy_weights:
+        W(toy_row)
+
+
+def toy_step():                             # a caricature of a model's step for one token
+    y = toy_row
+    for W in toy_weights:
+        y = W(y)
+        size = y.square().mean(-1, keepdim=True)
+        y = y * torch.rsqrt(size + 1e-5)    # a norm: 5 launches
+        y = silu(y) * toy_row + y           # a gate: 3 launches
+
+
 machine = lesson.calibrated = this_machine(device)
+lesson.show("bandwidth")                    # the library's probe, folded
 lesson.card()
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
+# 1. What the jobs cost, and what they are predicted to take.
+jobs = {"sum of 67 M numbers": x.sum, "16 products, B = 1": partial(products, 1),
+        "16 products, B = 64": partial(products, 64), "toy step": toy_step}
+tiny = Work(640, 2 * 640 * fp32, "element-wise") * (48 * 8)
+works = {"sum of 67 M numbers": Work(n - 1, (n + 1) * fp32, "sum")} | {
+    f"16 products, B = {B}": matmul(B, D, D, "products") * 16 for B in (1, 64)} | {
+    "toy step": total("toy step", [matmul(1, 640, 640, "products") * 48, tiny])}
+launches = {"sum of 67 M numbers": 1, "toy step": count_ops(toy_step) - count_ops(toy_products)}    # a product's rate has its launch
+said = {name: machine.time(work, launches.get(name, 0)) for name, work in works.items()}
+for name, work in works.items():
+    lesson.predict(name, napkin=machine.napkin(work), predicted=said[name], unit="s")
+
+
+def parts_of(timings):
+    """The parts of the toy step: its products, timed by themselves in turn with it, and its launches."""
+    whole = timings["toy step"].median
+    products_s = min(timings["its products"].median, whole)
+    between = max(whole - products_s, 1e-9)
+    matrices, others = works["toy step"].parts
+    parts = said["toy step"].parts
+    return [{"name": "products", "napkin_s": machine.napkin(matrices), "predicted_s": parts["products"].seconds, "measured_s": products_s},
+            {"name": "launches", "napkin_s": machine.napkin(others), "predicted_s": parts["launches"].seconds + parts["element-wise"].seconds,
+             "measured_s": between, "unit": "launches/s", "reached": launches["toy step"] / between}]
+
+
+# 2. The student's probe over arrays of many sizes.
 sizes = [2**p for p in range(15, 29)]
 data = torch.ones(sizes[-1] // 4, device=device)
 kept, again, curve = dict(machine.bandwidth), {}, {}
@@ -249,7 +292,7 @@ for size in sizes:
     curve[size] = bandwidth(data[:size // 4].sum, size, now)
     if size in kept:
         [probe] = bandwidth_probes([size], device)
-        again[size] = statistics.median(probe.sample() for _ in range(9))
+        again[size] = median(probe.sample() for _ in range(9))
 lesson.measure("main memory, reading", curve[sizes[-1]])
 lesson.measure("peak in fp32", machine.peak("fp32"))
 lesson.measure("kernel-launch overhead", machine.fixed_s_per_op)
@@ -280,72 +323,17 @@ off, at = apart(curve, kept)
 of_probes, _ = apart(curve, again)
 sentence = f"Your probe and the kept points agree within {off:.0%}."
 if off > 0.15:
-    sentence = (f"Your probe and the kept points differ by up to {off:.0%}, at {si(at, 'B')}. The calibration's own probe, run again just now, "
-                f"differs from yours by {of_probes:.0%} at most: "
-                + ("the machine has changed since it was calibrated, not the method." if of_probes < off / 2 else
-                   "so part of the difference is between the two probes."))
+    sentence = (f"The kept points differ by up to {off:.0%}, at {si(at, 'B')}; the calibration's own probe, run again just now, by {of_probes:.0%}: "
+                + ("the machine has changed, not the method." if of_probes < off / 2 else "the two probes differ too."))
 display(Markdown(
-    f"From main memory this machine reads **{si(curve[sizes[-1]], 'B/s')}**: the number for a model, whose weights are larger than any cache. "
-    f"At the far left the *launch* takes longer than the reading. {sentence}"))
+    f"Main memory: **{si(curve[sizes[-1]], 'B/s')}**, the number for a model's weights. The smallest array would take "
+    f"{si(sizes[0] / max(curve.values()), 's')} at the caches' best speed; its sum takes {si(sizes[0] / curve[sizes[0]], 's')}, "
+    f"nearly all of it *launch*. {sentence}"))
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Read the curve from the right: main memory, the last cache, the near caches, and the fall at the far left. Ask: "why does it fall for
 # the smallest arrays?" Usual wrong answer: "small arrays are slow to read". It is the launch. Ask which of the numbers a language model's
 # weights get. If the squares are off the curve, the sentence under the figure says whether the machine or the method has changed.
-
-# %% tags=["core"]
-D = 1024
-x = torch.randn(n, device=device)
-weights = [PackedLinear("fp32", torch.randn(D, D, device=device)) for _ in range(16)]
-rows = {B: torch.randn(B, D, device=device) for B in (1, 64)}
-toy_weights = [PackedLinear("fp32", torch.randn(640, 640, device=device)) for _ in range(48)]
-toy_row = torch.randn(1, 640, device=device)
-
-
-def products(B):                            # 16 times X[B, D] @ W[D, D]
-    for W in weights:
-        W(rows[B])
-
-
-def toy_products():
-    for W in toy_weights:
-        W(toy_row)
-
-
-def toy_step():                             # a caricature of a model's step for one token
-    y = toy_row
-    for W in toy_weights:
-        y = W(y)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)   # a norm: 5 launches
-        y = silu(y) * toy_row + y                                       # a gate: 3 launches
-
-# %% tags=["core", "hide-input", "measured", "nbval-ignore-output"]
-jobs = {"sum of 67 M numbers": x.sum, "16 products, B = 1": partial(products, 1),
-        "16 products, B = 64": partial(products, 64), "toy step": toy_step}
-tiny = Work(640, 2 * 640 * fp32, "element-wise") * (48 * 8)
-works = {"sum of 67 M numbers": Work(n - 1, (n + 1) * fp32, "sum")} | {
-    f"16 products, B = {B}": matmul(B, D, D, "products") * 16 for B in (1, 64)} | {
-    "toy step": total("toy step", [matmul(1, 640, 640, "products") * 48, tiny])}
-launches = {"sum of 67 M numbers": 1, "toy step": count_ops(toy_step) - count_ops(toy_products)}    # a product's rate has its launch
-said = {name: machine.time(work, launches.get(name, 0)) for name, work in works.items()}
-for name, work in works.items():
-    lesson.predict(name, napkin=machine.napkin(work), predicted=said[name], unit="s")
-
-
-def parts_of(timings):
-    """The parts of the toy step: its products, timed by themselves in turn with it, and its launches."""
-    whole = timings["toy step"].median
-    products_s = min(timings["its products"].median, whole)
-    between = max(whole - products_s, 1e-9)
-    matrices, others = works["toy step"].parts
-    parts = said["toy step"].parts
-    return [{"name": "products", "napkin_s": machine.napkin(matrices), "predicted_s": parts["products"].seconds, "measured_s": products_s},
-            {"name": "launches", "napkin_s": machine.napkin(others), "predicted_s": parts["launches"].seconds + parts["element-wise"].seconds,
-             "measured_s": between, "unit": "launches/s", "reached": launches["toy step"] / between}]
-
-
-Markdown("Predicted, before the clock starts: " + "; ".join(
-    f"{name}, {si(work.flops, 'FLOP')} and {si(work.bytes, 'B')}: **{si(said[name].seconds, 's')}**" for name, work in works.items()) + ".")
 
 # %% tags=["core", "slide", "measured", "nbval-ignore-output"]
 watch = bracketed(machine)              # a stopwatch, between two looks at the machine
@@ -366,32 +354,41 @@ lesson.measure("toy step", in_turn["toy step"], parts=parts_of(in_turn))
 # %% [markdown] tags=["core", "slide"]
 # ## Reconcile
 #
-# The toy step reads about as many bytes as the 16 products with one row, and it took longer than the napkin says. **What is the largest part of
-# the difference?** Commit yourself: `"products"`, `"launches"`, `"memory was slower than calibrated"`, `"memory was faster than
-# calibrated"`, or `"not explained"`.
+# The toy step does as little arithmetic and reads about as many bytes as the 16 products with one row. **What is the largest part of the difference
+# between napkin and measured?** Commit yourself: `"products"`, `"launches"`, `"memory was slower than calibrated"`, `"memory was faster
+# than calibrated"`, or `"not explained"`.
 
 # %% tags=["core", "guess"]
 lesson.cause("toy step", ...)
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Count hands for each cause before you run the next cell. The usual wrong answer is "products", since they do nearly all of the
+# **1 min.** Count hands for each cause before you run the next cell. The usual wrong answer is "products", since they do nearly all of the
 # arithmetic. An answer counts only before the waterfall is drawn.
 
 # %% tags=["core", "slide", "nbval-ignore-output"]
 lesson.explain("toy step")
+
+# %% [markdown] tags=["notes"]
+# **2 min.** Read the waterfall from left to right: the napkin, then each part by what it took beyond its share, then what was measured. Every bar was
+# measured by itself; what no bar accounts for is called "not explained". Then show the hands again: who named the largest bar?
+
+# %% tags=["core", "slide", "nbval-ignore-output"]
 lesson.table()
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Read the waterfall from left to right: the napkin, then each part by what it took beyond its share, then what was measured. Every bar was
-# measured by itself; what no bar accounts for is called "not explained". In the table, ask which prediction missed its interval, and
-# in which direction.
+# **2 min.** The room's guesses stand beside the napkin and the stopwatch. Ask which prediction missed its interval, in which direction, and what that
+# says about the machine in that minute. Usual wrong answer: "the prediction was bad". An interval that is missed on a busy machine is news about the machine.
 
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# The same formula, other prices. A GPU's ridge point lies far to the right: it takes hundreds of rows to keep its arithmetic busy, where your
-# processor needs a few dozen. The launch is paid by Python and costs about the same on both, while the GPU reads dozens of times as
-# fast: there launches hurt *more*. CUDA graphs exist for that reason (lesson 10).
+# The same formula, other prices. A GPU's ridge point lies far to the right: it takes hundreds of rows to keep its arithmetic busy. Python
+# launches at about the same price on both, while a GPU reads dozens of times as fast: there launches hurt *more*, and CUDA graphs
+# exist for that reason (lesson 10).
+
+# %% [markdown] tags=["notes"]
+# **1 min.** Ask: "is a launch cheaper on a GPU?" The usual wrong answer is yes. Python and the driver run on the processor; what shrinks is the
+# work behind the launch.
 
 # %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 found = {int(run.batch): run.value * 1e-3 for run in published()
@@ -401,29 +398,23 @@ for B in (1, 8, 64, 256, 1024, 4096):
     work = matmul(B, 4096, 4096, weights="bf16", activations="bf16")
     lines.append([f"{B:,}", number(work.intensity), si(a100.napkin(work), "s"), si(found[B], "s"), f"{found[B] / a100.napkin(work):.2f}"])
 display(Table(header, lines, header, title=f"X[B, 4096] @ W[4096, 4096] in 16 bits on an A100, ridge point {a100.ridge('bf16'):.0f}"))
-ridges = ", ".join(f"{sheet.ridge('bf16'):.0f} ({name})" for name, sheet in (("H100", h100), ("L4", l4), ("MacBook Air M2", laptop), ("this machine", machine)))
-weights_8b = 2 * 8.03e9
-thought_s = 30_000 * weights_8b / h100.bandwidth_at()
+ridges = ", ".join(f"{name} {sheet.ridge('bf16'):.0f}" for name, sheet in {
+    "H100": h100, "L4": l4, "MacBook Air M2": laptop, "this machine": machine}.items())
 Markdown(
-    f"Published by the Vidur project, to the microsecond. **64 rows take {found[64] / found[1]:.2f} times as long as one**, and the roof is reached to "
-    f"{a100.napkin(matmul(1, 4096, 4096, weights='bf16', activations='bf16')) / found[1]:.0%} and {a100.napkin(work) / found[4096]:.0%} at the ends. "
-    f"Ridge points in bf16: {ridges}. One thought of 30,000 tokens by a model of 8.03 billion weights in bf16, alone on an H100: "
-    f"{si(weights_8b, 'B')} a token, {thought_s:.0f} s at least, {thought_s / 3600 * h100.dollars_per_hour:.2f} dollars at a list price of "
-    f"{h100.dollars_per_hour} dollars an hour ({h100.priced}). With 64 users sharing each reading, nearly the same seconds serve all 64.")
+    f"Published by the Vidur project; not measured here. **64 rows take {found[64] / found[1]:.2f} times as long as one.** The napkin is too short by "
+    f"{min(found[B] / a100.napkin(matmul(B, 4096, 4096, weights='bf16', activations='bf16')) for B in found):.1f} to "
+    f"{max(found[B] / a100.napkin(matmul(B, 4096, 4096, weights='bf16', activations='bf16')) for B in found):.1f} times, most near the ridge. "
+    f"Ridge points in bf16, FLOPs per byte: {ridges}.")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Cover the last two columns and ask for the time at 64 rows. Usual wrong answer: 64 times 25 µs. Point at the row of 256: the ridge. Say what was
+# **2 min.** Cover the last two columns and ask for the time at 64 rows. Usual wrong answer: 64 times 25 µs. Point at the row of 256: the ridge. Say what was
 # *not* measured here: your own cells on a GPU; anybody with one can run this notebook on it. A data sheet does not state the launch
 # overhead at all.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
 #
-# Three numbers and a napkin miss in three places:
-#
-# - **tiny operations**, which cost their launch;
-# - **data in a cache**, which comes faster than main memory;
-# - **work near the ridge**, where memory and arithmetic are both busy and no kernel overlaps them perfectly.
+# Three numbers and a napkin miss in three places. All three were measured above:
 
 # %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 seconds = {size: size / rate for size, rate in curve.items()}
@@ -432,11 +423,10 @@ even = machine.fixed_s_per_op * machine.bandwidth_at()
 near = lesson.rows["16 products, B = 64"]
 in_cache = max(curve, key=curve.get)
 Markdown(
-    f"Measured here. **Tiny:** a sum of {si(small, 'B')} took {si(seconds[small], 's')}, of {si(large, 'B')} {si(seconds[large], 's')}: "
-    f"{large / small:.0f} times the bytes in {seconds[large] / seconds[small]:.1f} times the time. Between a model's products a launch costs "
-    f"{si(machine.fixed_s_per_op, 's')}, as long as reading **{si(even, 'B')}**. "
-    f"**Cache:** {si(in_cache, 'B')} took {seconds[in_cache] / (in_cache / machine.bandwidth_at()):.2f} of the napkin's time. "
-    f"**Near the ridge:** the products with 64 rows took {near.measured / near.napkin:.2f} times the napkin's.")
+    f"- **Tiny operations** cost their launch: {si(small, 'B')} took {si(seconds[small], 's')}, {si(large, 'B')} {si(seconds[large], 's')}. Between a model's "
+    f"products a launch costs {si(machine.fixed_s_per_op, 's')}, as long as reading **{si(even, 'B')}**.\n"
+    f"- **Data in a cache** comes faster: {si(in_cache, 'B')} took {seconds[in_cache] / (in_cache / machine.bandwidth_at()):.2f} of the napkin's time.\n"
+    f"- **Near the ridge** memory and arithmetic are both busy, and overlap imperfectly: 64 rows took {near.measured / near.napkin:.2f} times the napkin's.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes a millisecond: small models, fast
@@ -445,11 +435,15 @@ Markdown(
 # %% [markdown] tags=["core", "slide"]
 # ## Play
 #
-# A service runs 32 products `X[B, D] @ W[D, D]` in bf16 for each token and has promised a token in **20 ms**. Bars that break the promise are red.
+# A service runs 32 products `X[B, D] @ W[D, D]` in bf16 for a token and promised it in **20 ms**. A red bar breaks the promise.
 #
 # - Which is the largest batch that each machine can promise?
-# - Which price must fall, if the promise is broken at B = 1? If at B = 4,096?
-# - Find a width D at which this machine keeps no promise at all.
+# - Which price breaks it at B = 1, and which at B = 4,096?
+# - Find a width D at which the laptop fails with any batch.
+
+# %% [markdown] tags=["notes"]
+# **1 min.** Let the room write down the largest batch of an L4 and of an H100 before you touch a slider. Usual wrong answer: "a ninth on the
+# L4, it is a ninth of the price".
 
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 machines = {"L4": l4, "H100": h100, "MacBook Air M2": laptop, "this machine": machine}
@@ -490,7 +484,7 @@ promise("L4", 4096, 1024)
 # %% [markdown] tags=["notes"]
 # **3 min.** Let one student drive. Ask for the largest batch of each machine before moving the slider. Usual surprise: the L4's bars stay flat
 # up to hundreds of rows, so users up to there cost nothing. Then raise D until the laptop fails at B = 1: no batch helps against
-# bandwidth. That is the whole of lesson 04 in one picture.
+# bandwidth. Homework: the three exercises.
 
 # %% [markdown] tags=["core"]
 # ## Check yourself
@@ -532,11 +526,6 @@ share = ...                     # as a fraction, or "12 %"
 too_small = ...                 # bytes
 lesson.steps("copy_and_launch", load=load, copy=copy, share=share, too_small=too_small)
 
-# %% [markdown] tags=["notes"]
-# **2 min.** Homework, or ten minutes in pairs. Exercise 1 is the lesson backwards: from times to prices. Exercise 2 has a case that no
-# batch can save. Usual wrong answers: the launch left in the 91.9 µs, the ridge itself as the number of rows, a copy counted once. The checker
-# knows them all.
-
 # %% [markdown] tags=["further"]
 # ## Further
 #
@@ -544,6 +533,17 @@ lesson.steps("copy_and_launch", load=load, copy=copy, share=share, too_small=too
 # (continuous batching) · Kwon et al. 2023, *PagedAttention* · Frantar et al. 2022, *GPTQ* · Lin et al. 2023, *AWQ* · Leviathan et al. 2023,
 # *speculative decoding*.
 #
+# ### What one thought costs
+
+# %% tags=["further", "hide-input"]
+weights_8b = 2 * 8.03e9
+thought_s = 30_000 * weights_8b / h100.bandwidth_at()
+Markdown(
+    f"A model of 8.03 billion weights in bf16 reads {si(weights_8b, 'B')} for each token. An agent that thinks for 30,000 tokens, alone on an H100, takes "
+    f"{thought_s:.0f} s at least: {thought_s / 3600 * h100.dollars_per_hour:.2f} dollars at a list price of {h100.dollars_per_hour} dollars an hour "
+    f"({h100.priced}). If 64 agents shared each reading of the weights, their products would hardly take longer. Lesson 04 does that, and finds what it forgets.")
+
+# %% [markdown] tags=["further"]
 # ### The same addition in a tight loop
 # The calibrated launch overhead was measured between the products of a model, whose weights have just swept the caches. In a tight loop all that PyTorch needs to
 # launch an addition lies ready, and the price is lower.
