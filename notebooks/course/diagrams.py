@@ -61,8 +61,8 @@ def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 409
              for work in works}
     said = "; ".join(f"{name}: bytes {si(a, 's')}, FLOPs {si(b, 's')}, launch {si(c, 's')}"
                      for name, (a, b, c) in costs.items())
-    d = Diagram(800, 430, "A machine and its three prices. Weights lie in memory and cross a narrow "
-                f"bus at {prices[0]} into the caches of the processor, whose cores compute at "
+    d = Diagram(800, 430, "A machine and its three prices. Weights lie in memory and cross a "
+                f"narrow bus at {prices[0]} into the caches of the processor; its cores compute at "
                 f"{prices[1]}; a program launches each operation, in {prices[2]}. The same weights "
                 f"meet {works[0].name} or {works[1].name}: {said}.")
     # 1. the machine
@@ -109,7 +109,7 @@ def _three_prices(d: Diagram, left: float, work: Work, costs: list[float], longe
         end = d.bar(left + 136, y, 160 * seconds / longest, 20, colour)
         d.text(end + 6, y + 10, si(seconds, "s"), 13)
     memory, compute, launch = costs
-    bound = "memory-bound" if memory > compute else "compute-bound"
+    bound = max((memory, "memory-bound"), (compute, "compute-bound"), (launch, "launch-bound"))[1]
     total = si(max(memory, compute) + launch, "s")
     d.text(left, 388, f"max(bytes, FLOPs) + launch = {total}", 14)
     d.text(left, 410, bound, 14, bold=True)
@@ -164,10 +164,11 @@ def layer(shape: ModelShape | None = None, batch: int = 1, context: int = 512,
 
     Raises ValueError for a shape with other layers than attention and a dense MLP.
     """
-    shape, prompt = shape or catalog.model("smollm2-135m"), prompt or context
+    shape, prompt = shape or catalog.model("smollm2-135m"), context if prompt is None else prompt
+    at_least_1(batch=batch, context=context, prompt=prompt)
     if not all(isinstance(each.mixer, Attention) and isinstance(each.feed_forward, MLP)
-               for each in shape.layers):
-        raise ValueError(f"shape={shape.name}: layers of attention and a dense MLP are drawn")
+               and not each.parallel for each in shape.layers):
+        raise ValueError(f"shape={shape.name}: layers of attention, then a dense MLP, are drawn")
     runs = {f"decode: {of(batch, 'row')}": Pass(batch, 1, context, **formats),
             f"prefill: {of(prompt, 'row')}": Pass(1, prompt, prompt, **formats)}
     parts = [by_part(shape.layers[0], run) for run in runs.values()]
@@ -237,7 +238,7 @@ def _flow(d: Diagram, parts: dict[str, Share]) -> None:
     d.box(48, PARTS["attention"], 76, 30, "attention", edge=KV)
     d.arrow((136, PARTS["attention"] + 15), (124, PARTS["attention"] + 15))
     d.box(136, PARTS["attention"], 72, 30, "KV cache", KV, size=13)
-    d.box(48, PARTS["element-wise"], 160, 30, "norms, SiLU, sums", edge=ACTIVATIONS, dashed=True,
+    d.box(48, PARTS["element-wise"], 160, 30, "element-wise", edge=ACTIVATIONS, dashed=True,
           size=13)
 
 
@@ -277,11 +278,10 @@ WORDS = "The cat sat on a mat".split()
 
 def generation(prompt: int = 1, steps: int = 5) -> Diagram:
     """Which rows pass through the layers in each step that makes a token: without a cache all
-    tokens again, with one only the new. ValueError for sizes below 1 or a text that does not fit
-    (prompt + steps above 13)."""
+    tokens again, with one only the new. ValueError for more than 6 steps or 10 tokens."""
     at_least_1(prompt=prompt, steps=steps)
-    if prompt + steps > 13 or steps > 7:
-        raise ValueError(f"prompt={prompt}, steps={steps}: up to 7 steps and 12 tokens are drawn")
+    if prompt + steps > 11 or steps > 6:
+        raise ValueError(f"prompt={prompt}, steps={steps}: up to 6 steps and 10 tokens are drawn")
     naive = [prompt + step for step in range(steps)]
     cached = [prompt, *[1] * (steps - 1)]
     read = [total - new for total, new in zip(naive, cached, strict=True)]
@@ -340,62 +340,64 @@ def cache(layers: int = 30, kv_heads: int = 3, head_dim: int = 64, length: int =
           capacity: int = 12, kv: Format = "bf16") -> Diagram:
     """The KV cache of one sequence as memory: keys and values [L, K, capacity, H], of which
     `length` tokens are used; where a token is appended, and what `truncate` does. ValueError where
-    no further token fits."""
+    no further token fits, or for a capacity below 3."""
     at_least_1(layers=layers, kv_heads=kv_heads, head_dim=head_dim, length=length)
-    if not length < capacity:
-        raise ValueError(f"length={length}: less than capacity={capacity}, so that a token can be "
-                         "appended")
-    one = 2 * layers * kv_heads * head_dim * element_bytes("kv", kv)
+    if length >= capacity or capacity < 3:
+        raise ValueError(f"length={length}, capacity={capacity}: a capacity of at least 3, and "
+                         "room for one more token")
+    width = element_bytes("kv", kv)
+    one = 2 * layers * kv_heads * head_dim * width
     kept = length // 2
-    d = Diagram(800, 264 + 32 * min(kv_heads, 4), f"The KV cache of one sequence. Keys and values are two blocks of "
-                f"memory, [L = {layers}, K = {kv_heads}, capacity = {capacity}, H = {head_dim}]; "
-                f"each cell holds the {head_dim} numbers of one KV head for one token. The first "
-                f"{of(length, 'token')} are used, append writes behind them, and truncate({kept}) "
-                "only sets the length back. A token takes 2 · L · K · H · "
-                f"{number(element_bytes('kv', kv))} bytes = {si(one, 'B')}: "
-                f"{si(length * one, 'B')} are used of {si(capacity * one, 'B')}.")
     rows, places = min(kv_heads, 4), (64, 452)
-    middle, bottom = 96 + 16 * rows, 96 + 32 * rows
+    bottom, each = 96 + 32 * rows, WIDE / capacity
+    d = Diagram(800, bottom + 168, "The KV cache of one sequence. Keys and values are two blocks "
+                f"of memory, [L = {layers}, K = {kv_heads}, capacity = {capacity}, H = {head_dim}]."
+                f" The first {of(length, 'token')} are used, append writes behind them, and "
+                f"truncate({kept}) only sets the length back. A token takes 2 · L · K · H · "
+                f"{width:g} bytes = {si(one, 'B')}: {si(length * one, 'B')} are used of "
+                f"{si(capacity * one, 'B')}.")
     # 1. keys of one layer
     _sheet(d, places[0], "keys", rows, length, capacity)
-    d.text(54, middle - 8, f"K\n{kv_heads}", 13, "end")
-    d.brace(places[0], places[0] + WIDE, bottom + 8, f"capacity: {of(capacity, 'token')}")
-    d.text(places[0] + WIDE / 2, bottom + 50, f"each cell: H = {head_dim} numbers", 13, "middle")
+    d.text(54, 88 + 16 * rows, f"K =\n{kv_heads}", 13, "end")
+    d.brace(places[0], places[0] + WIDE, bottom + 36, f"capacity: {of(capacity, 'token')}")
+    d.text(places[0] + WIDE / 2, bottom + 74, f"each token and head: H = {head_dim} numbers", 13,
+           "middle")
     # 2. values, and the other layers behind
     d.step()
     _sheet(d, places[1], "values", rows, length, capacity)
     for left in places:
-        for back in (8, 16):
+        for back in (8, 16)[:layers - 1]:
             d.line((left + back, 96 - back + 6), (left + back, 96 - back),
                    (left + WIDE + back, 96 - back), (left + WIDE + back, bottom - back),
                    (left + WIDE + back - 6, bottom - back), colour=KV)
-    d.text(places[1] + WIDE / 2, bottom + 26, f"L = {of(layers, 'layer')}, one behind the other",
-           13, "middle")
+    d.text(places[1] + WIDE / 2, bottom + 54, f"L = {of(layers, 'layer')}"
+           + ", one behind the other" * (layers > 1), 13, "middle")
+    if rows < kv_heads:
+        d.text(places[1] + WIDE / 2, bottom + 74, f"{rows} of {kv_heads} KV heads are drawn", 13,
+               "middle")
     # 3. append
     d.step()
-    each = WIDE / capacity
     for left, what in zip(places, "kv", strict=True):
         at = left + each * length
         for row in range(rows):
             d.box(at + 1, 97 + 32 * row, max(each - 2, 3), 30, fill=ACTIVATIONS)
-        d.arrow((at + each / 2, 52), (at + each / 2, 95), colour=ACTIVATIONS, width=3)
-        d.text(at + each / 2, 38, f"append {what}", 14, "middle", bold=True)
+        d.arrow((at + each / 2, 32), (at + each / 2, 95), colour=ACTIVATIONS, width=3)
+        d.text(min(at + each / 2, 746), 18, f"append {what}", 14, "middle", bold=True)
     # 4. truncate
     d.step()
-    down = bottom + 84
+    said, right = f"truncate({kept})", length + 1 < 0.68 * capacity    # where there is room for it
     for left in places:
-        start, end = left + each * kept, left + each * (length + 1)
-        d.line((start, 84), (start, down), colour=LAUNCH, width=2.5, dashed=True)
-        d.arrow((end, down), (start, down), colour=LAUNCH, width=3)
-        d.text(end + 8, down, f"truncate({kept})", 14, bold=True)
+        start, end, y = left + each * kept, left + each * (length + 1), bottom + 18
+        d.line((start, 84), (start, y + 8), colour=LAUNCH, width=2.5, dashed=True)
+        d.arrow((end, y), (start, y), colour=LAUNCH, width=3)
+        d.text(end + 8 if right else start - 8, y, said, 14, "start" if right else "end", bold=True)
     # 5. bytes
     d.step()
-    used = 712 * length / capacity
-    d.box(64, down + 28, 712, 24, edge=KV)
-    d.bar(64, down + 28, used, 24, KV)
-    d.text(64, down + 70, f"a token: 2 · L · K · H · {number(element_bytes('kv', kv))} bytes = "
-           f"{si(one, 'B')}", 14)
-    d.text(776, down + 70, f"{si(length * one, 'B')} used of {si(capacity * one, 'B')}", 14, "end",
+    used, y = 712 * length / capacity, bottom + 102
+    d.box(64, y, used, 24, fill=KV)
+    d.box(64 + used, y, 712 - used, 24, edge=KV)
+    d.text(64, y + 44, f"a token: 2 · L · K · H · {width:g} bytes = {si(one, 'B')}")
+    d.text(776, y + 44, f"{si(length * one, 'B')} used of {si(capacity * one, 'B')}", 14, "end",
            bold=True)
     return d
 
@@ -403,14 +405,14 @@ def cache(layers: int = 30, kv_heads: int = 3, head_dim: int = 64, length: int =
 def _sheet(d: Diagram, left: float, name: str, rows: int, length: int, capacity: int) -> None:
     """One layer of keys or values: a row for each KV head (four at most), a column for each
     position, the used ones filled. More than 24 positions are drawn without their borders."""
-    d.text(left, 70, name, 15, bold=True)
+    near = length < 0.6 * capacity              # where there is room for the name
+    d.text(left + WIDE * near, 66, name, 15, "end" if near else "start", bold=True)
     each = WIDE / capacity
     for row in range(rows):
-        y = 96 + 32 * row
+        y = 97 + 32 * row
         if capacity > 24:
-            d.box(left, y, WIDE, 32, edge=KV)
-            d.bar(left, y, each * length, 32, KV)
+            d.box(left, y, each * length, 30, fill=KV)
+            d.box(left + each * length, y, each * (capacity - length), 30, edge=KV)
             continue
         for at in range(capacity):
-            d.box(left + each * at + 1, y + 1, each - 2, 30, fill=KV if at < length else None,
-                  edge=KV)
+            d.box(left + each * at + 1, y, each - 2, 30, fill=KV if at < length else None, edge=KV)
