@@ -6,7 +6,7 @@ its explanation; and exercises that check themselves.
     lesson.predict("time per token at 512", napkin=machine.napkin(work),
                    predicted=machine.time(work), unit="s")
     lesson.reveal("time per token at 512")          # from here on a guess is late
-    lesson.measure("time per token at 512", step.time(machine), parts=step.parts(machine))
+    lesson.measure("time per token at 512", step)
     lesson.cause("time per token at 512", ...)      # "attention", "launches", ...
     lesson.explain("time per token at 512")
     lesson.table()
@@ -15,20 +15,24 @@ its explanation; and exercises that check themselves.
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from html import escape
 from types import EllipsisType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from clawdemy_infer.envelope.roofline import Machine, Prediction
 from clawdemy_infer.lesson import build, ledger, tables
 from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG
 from clawdemy_infer.lesson.ledger import LedgerRow
+from clawdemy_infer.lesson.progress import bar
 from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.lesson.waterfall import Moment, account, choices, moment, shares
 from clawdemy_infer.timing import Timing
+
+if TYPE_CHECKING:
+    from clawdemy_infer.lesson.parts import StepOf
 
 
 class NotRight(ValueError):
@@ -135,18 +139,35 @@ class Lesson:
 
     # -- measure, name a cause, explain -----------------------------------------------------------
 
-    def measure(self, quantity: str, value: Timing | float,
-                parts: Iterable[dict] = ()) -> None:
-        """Set the measured `value` beside its prediction, in the prediction's unit, and write the
+    def measure(self, quantity: str, value: "StepOf | Callable[[], Timing] | Timing | float",
+                parts: Iterable[dict] | None = None, about_s: float = 1.0) -> None:
+        """Set the measured value beside its prediction, in the prediction's unit, and write the
         row to the ledger.
 
-        `parts` are what a step is made of: `Parts`, or as `LedgerRow` has them. A `Timing` that saw
-        the machine's speed around the run widens the interval; the value itself changes nothing of
-        the prediction. Where noise left nothing (a difference below zero), one line says so and
-        nothing is written. Raises `ValueError` for a quantity that was never predicted: that is
-        the whole game.
+        `value` is a step, which is run now, also part by part unless `parts` is (); or a function
+        that measures for `about_s` seconds; or what was measured already. A bar shows how long it
+        will take, an interrupt costs this quantity alone. `parts` are what a step is made of:
+        `Parts`, or as `LedgerRow` has them. A `Timing` that saw the machine's speed around the run
+        widens the interval; the value itself changes nothing of the prediction. Where noise left
+        nothing (a difference below zero), one line says so and nothing is written. Raises
+        `ValueError` for a quantity that was never predicted: that is the whole game.
         """
-        said, blank = self._predicted(quantity) and self.said[quantity]
+        predicted = self._predicted(quantity)
+        if not callable(getattr(value, "time", value)):
+            return self._measured(quantity, value, parts or ())
+        step = value if hasattr(value, "time") else None
+        if step:
+            seconds = predicted.predicted or predicted.napkin
+            about_s = step.about_s(seconds, watched=parts is None)
+        with bar(quantity, about_s) as end:
+            timing = step.time(self.calibrated) if step else value()
+            if step and parts is None:
+                parts = step.parts(self.calibrated)
+            self._measured(quantity, timing, parts or ())
+            end(self._result(quantity))
+
+    def _measured(self, quantity: str, value: Timing | float, parts: Iterable[dict]) -> None:
+        said, blank = self.said[quantity]
         self.revealed.add(quantity)
         spread = value.spread if isinstance(value, Timing) else None
         around = value.around if isinstance(value, Timing) and isinstance(said, Prediction) else ()
@@ -163,6 +184,15 @@ class Lesson:
         row, parts = self.rows[quantity], shares(parts, value)
         self._write(replace(blank, measured=value, spread=spread, parts=parts,
                             guess=row.guess, late=row.late, cause=row.cause, date=ledger.today()))
+
+    def _result(self, quantity: str) -> str:
+        """One line: what was measured, its spread, and what had been said."""
+        row = self.rows[quantity]
+        if row.measured is None:
+            return f"○ {quantity}: lost in noise"
+        spread = f" ± {tables.percent(row.spread)}" if row.spread else ""
+        said = f", predicted {tables.interval(row.low, row.high, row.unit)}" if row.low else ""
+        return f"{quantity}: {si(row.measured, row.unit)}{spread}{said}"
 
     def cause(self, quantity: str, choice: str | EllipsisType = ...) -> None:
         """What the learner takes for the largest difference between napkin and measured: a part,
@@ -227,9 +257,8 @@ class Lesson:
     # -- build tasks and exercises ----------------------------------------------------------------
 
     def build(self, name: str, answer: object) -> object:
-        """Check the learner's `answer` to a build task in a process of its own, say in one line how
-        it stands, and return what the measured runs use: the answer where it is right, else the
-        library's. Raises as `exercise`."""
+        """Check the learner's `answer` to a build task, say in one line how it stands, and return
+        what the measured runs use: a right answer, else the library's. Raises as `exercise`."""
         import clawdemy_course
 
         task = clawdemy_course.task(name)
@@ -255,9 +284,8 @@ class Lesson:
                  f"<pre>{escape(source)}</pre></details>"}, raw=True)
 
     def steps(self, name: str, **answers: object) -> None:
-        """Check an exercise of several steps, a line for each. An answer is a number in the step's
-        unit, or text with a unit ("16 GB"), or `...`. Raises `ValueError` unless each step has one,
-        else as `exercise`."""
+        """Check each step of an exercise: a number in the step's unit, text with a unit ("16 GB"),
+        or `...`. Raises `ValueError` unless each step has its answer, else as `exercise`."""
         import clawdemy_course
 
         exercise = clawdemy_course.exercise(name)
