@@ -32,8 +32,8 @@ def legend(d: Diagram, y: float, *entries: tuple[float, str, str, bool]) -> None
 def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 4096,
             rows: tuple[int, int] = (1, 1024)) -> Diagram:
     """Memory, bus, caches and cores, the launch, and what two products X[M, size] @ W[size, size]
-    cost at each of the three prices. Without `machine`, an H100 as on its data sheet, and an assumed
-    launch overhead."""
+    cost at each of the three prices. Without `machine`, an H100 as on its data sheet, and
+    an assumed launch overhead."""
     machine = machine or catalog.machine("h100-sxm")
     launch = machine.fixed_s_per_op or LAUNCH_S
     works = [matmul(M, size, size, of(M, "row"), dtype, dtype) for M in rows]
