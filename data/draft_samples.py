@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from clawdemy_infer.kv_cache import ContiguousCache
-from clawdemy_infer.lesson.text import prose
 from clawdemy_infer.model import Decoder
+from clawdemy_infer.rigs.text import prose
 
 PROMPT_KINDS = "ask chat prose chat code copy chat document ask chat listing chat".split()
 """Prompts, in turn. Documents and listings are read whole, and nothing is written."""

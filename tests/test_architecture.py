@@ -137,7 +137,15 @@ def test_every_file_is_in_a_budget():
         assert any(path.relative_to(PACKAGE).is_relative_to(room) for room in counted), path
 
 
-CODE = [path for folder in ("clawdemy_infer", "kernels", "tests")
+COURSE = sorted((REPOSITORY / "notebooks" / "course").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.name)
+def test_what_a_lesson_brings_along_stays_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+CODE = [path for folder in ("clawdemy_infer", "kernels", "notebooks/course", "tests")
         for kind in ("*.py", "*.h", "*.cpp") for path in sorted((REPOSITORY / folder).rglob(kind))]
 
 
@@ -217,7 +225,8 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 def test_every_folder_of_the_library_is_packaged():
     folders = {".".join(path.parent.relative_to(REPOSITORY).parts)
                for path in PACKAGE.rglob("__init__.py")}
-    assert set(SETUPTOOLS["packages"]) == folders | {"clawdemy_data", "clawdemy_kernels"}
+    assert set(SETUPTOOLS["packages"]) == folders | {
+        "clawdemy_course", "clawdemy_data", "clawdemy_kernels"}
 
 
 def test_every_data_file_is_packaged():

@@ -21,8 +21,8 @@ from clawdemy_infer.batching.serving import engine
 from clawdemy_infer.batching.torch_executor import TorchExecutor
 from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.fast.watched import count_operations
-from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
+from clawdemy_infer.rigs.workload import uniform, workload
 
 # bytes of a block of four tokens: K and V, 2 layers, 2 heads of 8, fp32
 BLOCK = 2 * 2 * 2 * 8 * 4 * 4

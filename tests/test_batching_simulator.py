@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 from token_prompts import with_tokens
 
+from clawdemy_course.timeline import spans
 from clawdemy_infer.batching import SLO, Operations, Policy, Request, StepCost, simulate, simulator
 from clawdemy_infer.envelope import parallel
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson.timeline import spans
-from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.machine.calibrated import Calibrated
+from clawdemy_infer.rigs.workload import uniform, workload
 
 H100 = catalog.machine("h100-sxm")
 # a calibration: a cache, slow attention, element-wise operations that cost, and a fixed cost

@@ -6,11 +6,11 @@ import statistics
 
 import pytest
 
+from clawdemy_course.timeline import draw_gantt, spans
 from clawdemy_infer.batching import Policy, Request, Sequence, State
 from clawdemy_infer.batching.metrics import SLO, Report, StepRecord, e2e, tpot, ttft
-from clawdemy_infer.lesson.timeline import draw_gantt, spans
-from clawdemy_infer.lesson.workload import lognormal, uniform, workload
 from clawdemy_infer.rigs.trace import load_trace, save_trace
+from clawdemy_infer.rigs.workload import lognormal, uniform, workload
 
 # ---- workloads ----
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clawdemy_infer.rigs.allocators import Buddy, Lengths, Pages, Reservation, serve, sharegpt_like
+from clawdemy_course.allocators import Buddy, Lengths, Pages, Reservation, serve, sharegpt_like
 
 SUMS = ("used", "reserved", "internal", "external", "free")
 

@@ -303,3 +303,79 @@ def test_an_exercise_without_anything_to_compare_is_the_authors_mistake(lesson):
     for wrong in ({}, {"cases": CASES, "expected": 1}):
         with pytest.raises(ValueError, match="exercise 'product'"):
             lesson.exercise("product", ..., **wrong)
+
+
+# -- one call measures ----------------------------------------------------------------------------
+
+
+class Step:
+    """As `StepOf` measures itself, on no clock."""
+
+    def __init__(self, fails=None):
+        self.asked, self.fails = [], fails
+
+    def about_s(self, seconds, watched):
+        return 10 * seconds + watched
+
+    def time(self, machine):
+        self.asked.append("time")
+        if self.fails:
+            raise self.fails
+        return Timing((0.75, 0.75))
+
+    def parts(self, machine):
+        self.asked.append("parts")
+        return [{"name": "attention", "napkin_s": 0.1, "predicted_s": 0.2, "measured_s": 0.3}]
+
+
+def test_a_step_is_measured_with_its_parts_in_one_call_and_the_result_is_told(
+        lesson, ledger_file, capsys):
+    lesson.predict("TPOT", napkin=0.25, predicted=0.5, unit="s", interval=(0.4, 0.6))
+    step = Step()
+    lesson.measure("TPOT", step)
+    (row,) = read(ledger_file)
+    assert step.asked == ["time", "parts"] and row.measured == 0.75
+    assert [part["name"] for part in row.parts] == ["attention"]
+    assert capsys.readouterr().out == "TPOT: 750 ms, predicted 400 – 600 ms\n"
+
+
+def test_a_step_may_be_measured_as_a_whole_only(lesson, ledger_file):
+    lesson.predict("TPOT", napkin=0.25, unit="s")
+    step = Step()
+    lesson.measure("TPOT", step, parts=())
+    assert step.asked == ["time"] and read(ledger_file)[0].parts == ()
+
+
+def test_what_measures_itself_is_called_once_and_only_for_what_was_predicted(lesson, ledger_file):
+    lesson.predict("copy", napkin=1.0, unit="s")
+    lesson.measure("copy", lambda: Timing((2.0, 2.0)), about_s=3)
+    assert read(ledger_file)[0].measured == 2.0
+    with pytest.raises(ValueError, match="never predicted"):
+        lesson.measure("coffee", lambda: pytest.fail("measured before it was refused"))
+
+
+def test_an_interrupt_costs_one_quantity_and_one_line(lesson, ledger_file, capsys):
+    lesson.predict("TPOT", napkin=0.25, unit="s")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        lesson.measure("TPOT", Step(fails=KeyboardInterrupt()))
+    assert caught.value._render_traceback_() == [str(caught.value)]
+    assert capsys.readouterr().out == (
+        "○ 'TPOT' was interrupted and does not count yet; run the cell again.\n")
+    assert read(ledger_file) == []
+    lesson.measure("TPOT", Step())                      # and the lesson goes on
+    assert read(ledger_file)[0].measured == 0.75
+
+
+def test_the_bar_lasts_as_long_as_predicted_and_gives_way_to_the_result(monkeypatch):
+    from clawdemy_infer.lesson import progress
+
+    shown = []
+    monkeypatch.setattr(progress, "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setattr(progress, "display", lambda data, **_: shown.append(data) or
+                        SimpleNamespace(update=lambda data, **_: shown.append(data)))
+    with progress.bar("<TTFT>", 2.34) as end:
+        end("done: 3 s < 4 s")
+    first, last = shown
+    assert "2.34s linear" in first["text/html"] and "measuring &lt;TTFT&gt;" in first["text/html"]
+    assert first["text/plain"] == "measuring <TTFT>, about 2.00 s"
+    assert last == {"text/html": "<div>done: 3 s &lt; 4 s</div>", "text/plain": "done: 3 s < 4 s"}

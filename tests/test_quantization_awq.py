@@ -9,8 +9,6 @@ from tolerances import LOGITS
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.fast.quantized import on_kernels
-from clawdemy_infer.lesson.quality import Reference
-from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.quantization import IntFormat, Quantized, awq, format_named, round_to_nearest
 from clawdemy_infer.quantization.awq import (
@@ -21,6 +19,8 @@ from clawdemy_infer.quantization.awq import (
     fold,
     shared,
 )
+from clawdemy_infer.rigs.quality import Reference
+from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens
 
 NO_SINKS = torch.zeros(200, dtype=torch.bool)
 TOKENS = torch.randint(0, 101, (3, 31), generator=torch.Generator().manual_seed(1))

@@ -15,8 +15,6 @@ from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.quantized import on_kernels
 from clawdemy_infer.files import load_model
-from clawdemy_infer.lesson.quality import Reference, kl_by_layer, mean_and_error, output_errors
-from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens, prose
 from clawdemy_infer.quantization import (
     IntFormat,
     Quantized,
@@ -28,7 +26,9 @@ from clawdemy_infer.quantization import (
     round_to_nearest,
 )
 from clawdemy_infer.quantization.linears import with_matrices
+from clawdemy_infer.rigs.quality import Reference, kl_by_layer, mean_and_error, output_errors
 from clawdemy_infer.rigs.quantization_table import compare_formats, quantization_table
+from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens, prose
 from clawdemy_infer.variants.int8_activations import (
     Int8Activations,
     LLMInt8,

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.cli import main as cli
 from clawdemy_infer.files.directory import destinations, to_hf
-from clawdemy_infer.lesson.quality import Reference
-from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.model import Decoder, ModelConfig
+from clawdemy_infer.rigs.quality import Reference
 from clawdemy_infer.rigs.quantization_grid import cells, through_cache
 from clawdemy_infer.rigs.quantization_table import (
     quantization_table,
@@ -23,6 +22,7 @@ from clawdemy_infer.rigs.quantization_table import (
     shipped_table,
     write_table,
 )
+from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.variants.int4_cache import KiviCache
 
 

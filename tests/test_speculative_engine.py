@@ -18,8 +18,8 @@ from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.batching import Policy, Request, State
 from clawdemy_infer.batching import serving as plain
 from clawdemy_infer.cli import main as cli
-from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
+from clawdemy_infer.rigs.workload import uniform, workload
 from clawdemy_infer.speculative import ModelDraft, PromptLookup
 from clawdemy_infer.speculative.engine import engine
 from clawdemy_infer.variants.self_drafts import EarlyExit

@@ -28,8 +28,8 @@ def add(subparsers) -> None:
 
 
 def run(args: Args) -> int:
-    from clawdemy_infer.files.checkpoint import is_quantized, load_quantized
-    from clawdemy_infer.lesson.quality import Reference
+    from clawdemy_infer.rigs.checkpoint import is_quantized, load_quantized
+    from clawdemy_infer.rigs.quality import Reference
     if args.table is not None:
         return table(args)
     if args.directory is None:
@@ -63,7 +63,7 @@ def run(args: Args) -> int:
 
 def reference(args: Args, name: str, sequences: int):
     """The model to compare with, and the tokens to compare on."""
-    from clawdemy_infer.lesson.text import evaluation_tokens
+    from clawdemy_infer.rigs.text import evaluation_tokens
     text, model = text_file("text", args.text), load(name, "reference")
     with checked():
         return model, evaluation_tokens(model.tokenizer, args.sequences or sequences, args.length,
@@ -74,10 +74,10 @@ def table(args: Args) -> int:
     from tqdm import tqdm
 
     from clawdemy_infer.fast.cpp import cpu_name
-    from clawdemy_infer.lesson.quality import Reference
-    from clawdemy_infer.lesson.text import calibration_tokens
     from clawdemy_infer.rigs import quantization_table as kept
+    from clawdemy_infer.rigs.quality import Reference
     from clawdemy_infer.rigs.quantization_grid import cells
+    from clawdemy_infer.rigs.text import calibration_tokens
 
     # 1. What the file has already, if it is of the same model and text.
     if args.directory is not None:

@@ -105,8 +105,8 @@ def run(args: Args) -> int:
 
 
 def requests_of(args: Args) -> list:
-    from clawdemy_infer.lesson.workload import workload, workload_names
     from clawdemy_infer.rigs.trace import load_trace
+    from clawdemy_infer.rigs.workload import workload, workload_names
     if Path(args.trace).is_file():
         return load_trace(args.trace)
     if args.trace not in workload_names():

@@ -6,32 +6,33 @@ its explanation; and exercises that check themselves.
     lesson.predict("time per token at 512", napkin=machine.napkin(work),
                    predicted=machine.time(work), unit="s")
     lesson.reveal("time per token at 512")          # from here on a guess is late
-    lesson.measure("time per token at 512", step.time(machine), parts=step.parts(machine))
+    lesson.measure("time per token at 512", step)
     lesson.cause("time per token at 512", ...)      # "attention", "launches", ...
     lesson.explain("time per token at 512")
     lesson.table()
 """
 
+import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
-from numbers import Real
+from html import escape
 from types import EllipsisType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from clawdemy_infer.envelope.roofline import Machine, Prediction
-from clawdemy_infer.lesson import ledger, tables
+from clawdemy_infer.lesson import build, ledger, tables
+from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG
 from clawdemy_infer.lesson.ledger import LedgerRow
-from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.progress import bar
+from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.lesson.waterfall import Moment, account, choices, moment, shares
 from clawdemy_infer.timing import Timing
 
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
-            TypeError, ValueError)
-"""What a learner's function raises while it is still wrong. Anything else (Ctrl-C, no memory) is
-not about the exercise."""
+if TYPE_CHECKING:
+    from clawdemy_infer.lesson.parts import StepOf
 
 
 class NotRight(ValueError):
@@ -138,18 +139,35 @@ class Lesson:
 
     # -- measure, name a cause, explain -----------------------------------------------------------
 
-    def measure(self, quantity: str, value: Timing | float,
-                parts: Iterable[dict] = ()) -> None:
-        """Set the measured `value` beside its prediction, in the prediction's unit, and write the
+    def measure(self, quantity: str, value: "StepOf | Callable[[], Timing] | Timing | float",
+                parts: Iterable[dict] | None = None, about_s: float = 1.0) -> None:
+        """Set the measured value beside its prediction, in the prediction's unit, and write the
         row to the ledger.
 
-        `parts` are what a step is made of: `Parts`, or as `LedgerRow` has them. A `Timing` that saw
-        the machine's speed around the run widens the interval; the value itself changes nothing of
-        the prediction. Where noise left nothing (a difference below zero), one line says so and
-        nothing is written. Raises `ValueError` for a quantity that was never predicted: that is
-        the whole game.
+        `value` is a step, which is run now, also part by part unless `parts` is (); or a function
+        that measures for `about_s` seconds; or what was measured already. A bar shows how long it
+        will take, an interrupt costs this quantity alone. `parts` are what a step is made of:
+        `Parts`, or as `LedgerRow` has them. A `Timing` that saw the machine's speed around the run
+        widens the interval; the value itself changes nothing of the prediction. Where noise left
+        nothing (a difference below zero), one line says so and nothing is written. Raises
+        `ValueError` for a quantity that was never predicted: that is the whole game.
         """
-        said, blank = self._predicted(quantity) and self.said[quantity]
+        predicted = self._predicted(quantity)
+        if not callable(getattr(value, "time", value)):
+            return self._measured(quantity, value, parts or ())
+        step = value if hasattr(value, "time") else None
+        if step:
+            seconds = predicted.predicted or predicted.napkin
+            about_s = step.about_s(seconds, watched=parts is None)
+        with bar(quantity, about_s) as end:
+            timing = step.time(self.calibrated) if step else value()
+            if step and parts is None:
+                parts = step.parts(self.calibrated)
+            self._measured(quantity, timing, parts or ())
+            end(self._result(quantity))
+
+    def _measured(self, quantity: str, value: Timing | float, parts: Iterable[dict]) -> None:
+        said, blank = self.said[quantity]
         self.revealed.add(quantity)
         spread = value.spread if isinstance(value, Timing) else None
         around = value.around if isinstance(value, Timing) and isinstance(said, Prediction) else ()
@@ -166,6 +184,15 @@ class Lesson:
         row, parts = self.rows[quantity], shares(parts, value)
         self._write(replace(blank, measured=value, spread=spread, parts=parts,
                             guess=row.guess, late=row.late, cause=row.cause, date=ledger.today()))
+
+    def _result(self, quantity: str) -> str:
+        """One line: what was measured, its spread, and what had been said."""
+        row = self.rows[quantity]
+        if row.measured is None:
+            return f"○ {quantity}: lost in noise"
+        spread = f" ± {tables.percent(row.spread)}" if row.spread else ""
+        said = f", predicted {tables.interval(row.low, row.high, row.unit)}" if row.low else ""
+        return f"{quantity}: {si(row.measured, row.unit)}{spread}{said}"
 
     def cause(self, quantity: str, choice: str | EllipsisType = ...) -> None:
         """What the learner takes for the largest difference between napkin and measured: a part,
@@ -227,7 +254,49 @@ class Lesson:
                              f"measured; predicted so far: {_listed(self.rows) or 'nothing yet'}")
         return self.rows[quantity]
 
-    # -- exercises --------------------------------------------------------------------------------
+    # -- build tasks and exercises ----------------------------------------------------------------
+
+    def build(self, name: str, answer: object) -> object:
+        """Check the learner's `answer` to a build task, say in one line how it stands, and return
+        what the measured runs use: a right answer, else the library's. Raises as `exercise`."""
+        import clawdemy_course
+
+        task = clawdemy_course.task(name)
+        status, text = build.check(task, answer)
+        self._stands(name, status, {
+            RIGHT: f"✓ {name}: {len(task.properties)} properties hold. From here on the measured "
+                   "runs use your code.",
+            WRONG: f"✗ {name}: {text} The lesson goes on with the library's.",
+            OPEN: f"○ {name}: {text or 'open'}; the lesson goes on with the library's "
+                  f"({task.where})"}[status])
+        return task.adapt(answer) if status == RIGHT else task.library
+
+    def show(self, name: str) -> None:
+        """Show the library's version of a build task, folded."""
+        from IPython.display import display
+
+        import clawdemy_course
+
+        task = clawdemy_course.task(name)
+        title = f"library's version: {task.where}"
+        source = "\n\n".join(map(inspect.getsource, task.shown or (task.library,)))
+        display({"text/plain": title, "text/html": f"<details><summary>{title}</summary>"
+                 f"<pre>{escape(source)}</pre></details>"}, raw=True)
+
+    def steps(self, name: str, **answers: object) -> None:
+        """Check each step of an exercise: a number in the step's unit, text with a unit ("16 GB"),
+        or `...`. Raises `ValueError` unless each step has its answer, else as `exercise`."""
+        import clawdemy_course
+
+        exercise = clawdemy_course.exercise(name)
+        if odd := answers.keys() ^ exercise.steps.keys():
+            raise ValueError(f"exercise {name!r}: {_listed(sorted(odd))} is missing or unknown; "
+                             f"its steps are {_listed(exercise.steps)}")
+        found = [build.check_step(each, step, answers[each])
+                 for each, step in exercise.steps.items()]
+        status = next((bad for bad in (WRONG, OPEN) if bad in dict(found)), RIGHT)
+        means = [f"✓ {name}: {exercise.means}"] if status == RIGHT else []
+        self._stands(name, status, "\n".join([line for _, line in found] + means))
 
     def exercise(self, name: str, answer: object, *, cases: Mapping[object, object] | None = None,
                  expected: object = None, rtol: float = 1e-3, nudge: str = "",
@@ -244,82 +313,19 @@ class Lesson:
         if (cases is None) == (expected is None):
             raise ValueError(f"exercise {name!r}: give `cases` for a function or `expected` for a "
                              "value, one of the two")
-        if cases is not None:
-            problem = _try_function(name, answer, cases, rtol)
-        else:
-            problem = _try_value(name, answer, expected, rtol)
-        if problem is None:
-            self.exercises[name], line = "right", f"✓ {name}: {means or 'right.'}"
-        elif problem is OPEN:
-            self.exercises[name] = "open"
-            line = f"○ {name}: not attempted yet. Write over the dots and run the cell again."
-        else:
-            self.exercises[name], line = "wrong", f"✗ {problem} {nudge}".rstrip()
-        if problem is not None and os.environ.get("CLAWDEMY_STRICT") == "1":
+        status, problem = (build.check_value(name, answer, expected, rtol) if cases is None
+                           else build.check_function(name, answer, cases, rtol))
+        self._stands(name, status, {
+            RIGHT: f"✓ {name}: {means or 'right.'}", WRONG: f"✗ {problem} {nudge}".rstrip(),
+            OPEN: f"○ {name}: not attempted yet. Write over the dots and run the cell again.",
+        }[status])
+
+    def _stands(self, name: str, status: str, line: str) -> None:
+        self.exercises[name] = status
+        if status != RIGHT and os.environ.get("CLAWDEMY_STRICT") == "1":
             raise NotRight(line)
         print(line)
 
 
-OPEN = "open"
-
-
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _try_function(name: str, function: object, cases: Mapping[object, object],
-                  rtol: float) -> str | None:
-    """None if `function` is right on every case, `OPEN` if it is still a stub, else a sentence on
-    the first case that it gets wrong."""
-    if function is ...:
-        return OPEN
-    if not callable(function):
-        return f"{name} is {_shown(function)}; a function was asked for."
-    for arguments, expected in cases.items():
-        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-        call = f"{name}({', '.join(map(repr, arguments))})"
-        try:
-            got = function(*arguments)
-        except MISTAKES as error:
-            if "ellipsis" in str(error):                # `2 * ...` is a stub half filled in
-                return OPEN
-            return f"{call} raised {type(error).__name__}: {error}."
-        if got is ...:
-            return OPEN
-        if not _same(got, expected, rtol):
-            return f"{call} gave {_shown(got)}; {_shown(expected)} was asked for."
-    return None
-
-
-def _try_value(name: str, value: object, expected: object, rtol: float) -> str | None:
-    """As `_try_function`. It says how far off a number is and not what was expected: finding that
-    is the exercise."""
-    if value is ...:
-        return OPEN
-    if _same(value, expected, rtol):
-        return None
-    if _is_number(value) and _is_number(expected) and value * expected > 0:
-        ratio = value / expected
-        factor, way = number(max(ratio, 1 / ratio)), "large" if ratio > 1 else "small"
-        return f"{name} = {_shown(value)} is {factor} times too {way}."
-    return f"{name} = {_shown(value)} is not it."
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _shown(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
-
-
-def _same(got: object, expected: object, rtol: float) -> bool:
-    import numpy as np  # here, for whoever wants a table alone
-
-    if isinstance(expected, str):
-        return got == expected
-    try:
-        return np.shape(got) == np.shape(expected) and bool(
-            np.allclose(got, expected, rtol=rtol, atol=0.0))
-    except (TypeError, ValueError):                     # not made of numbers
-        return False

@@ -160,9 +160,17 @@ class StepOf:
 
     # ---- measured ----
 
+    @property
+    def repeats(self) -> int:
+        return 3 if self.batch * self.new > 256 else 11
+
+    def about_s(self, seconds: float, watched: bool) -> float:
+        """How long it is measured if it takes `seconds`: by `time`, and by `parts` too."""
+        return 1.0 + (self.repeats + 1) * seconds + watched * max(PARTS_S, 2 * seconds)
+
     def time(self, machine: Machine, repeats: int | None = None) -> Timing:
         """Seconds of the whole step, unwatched, between two looks at the machine."""
-        return bracketed(machine)(self.run, repeats or (3 if self.batch * self.new > 256 else 11))
+        return bracketed(machine)(self.run, repeats or self.repeats)
 
     def parts(self, machine: Machine, repeats: int | None = None) -> Parts:
         """Each part of the step, from runs that are watched, by turns with runs that are not; by

@@ -18,14 +18,16 @@ from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.tables import si
 from clawdemy_infer.lesson.waterfall import REST, Account
 
-COLOURS = ["#2c5aef", "#eb7807", "#2aaa73", "#d670d7", "#d91633", "#5e5f6c"]
-"""For machines, models and kinds of work, in order: far apart for every kind of colour vision."""
+COLOURS = ["#3f52d6", "#e37700", "#1ca671", "#cb73d2", "#ce122d", "#646271"]
+"""For machines, models and kinds of work, in order: far apart for every kind of colour vision, and
+at a contrast of 3 : 1 on white and on #111111."""
 
-NAPKIN, ROOFLINE, MEASURED = "#9a9a9a", *COLOURS[:2]
+NAPKIN, ROOFLINE, MEASURED = "#8e8e8e", *COLOURS[:2]
 """Grey for the napkin, blue for the prediction, orange for what was measured."""
 
-TEXT = "#777777"
-"""As legible on white as on the black of a dark theme; the background is transparent."""
+TEXT = "#797979"
+"""Text on the transparent background: 4.35 : 1 on white, 4.34 : 1 on JupyterLab's dark #111111.
+No colour does better on both. The two contrasts multiply to 18.9, that of white on #111111."""
 
 
 def use_style() -> None:
@@ -153,6 +155,11 @@ def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
     ax.set_ylim(0, 1.1 * max(start + max(step, 0) for _, start, step, _ in bars))
     ax.grid(visible=False, axis="x")
     units(ax.yaxis, row.unit)
+    if row.guess and row.guess < 2 * ax.get_ylim()[1]:
+        ax.axhline(row.guess, color=COLOURS[2], linestyle="--")
+        ax.annotate(f"you said {si(row.guess, row.unit)}", (len(said) - 1, row.guess), ha="center",
+                    xytext=(0, 3), textcoords="offset points", fontsize=9, color=COLOURS[2])
+        ax.set_ylim(0, max(ax.get_ylim()[1], 1.1 * row.guess))
     clause = found.sentence.partition(": the napkin's")[0].partition(" from napkin")[0]
     ax.set_title(f"{row.quantity}\n{clause}")
     return f"Waterfall of {row.quantity}: {'; '.join(map(' '.join, said))}. {found.sentence}"

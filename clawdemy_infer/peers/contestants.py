@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from clawdemy_infer.files.load import PACKAGED, weights_on_disk
-from clawdemy_infer.lesson.text import prose
+from clawdemy_infer.rigs.text import prose
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".peers"
 """Where `make peers` puts a virtual environment for each engine that needs its own."""

@@ -1,1 +1,2 @@
-"""Benchmarks: the real model on the clock, beside what was predicted; and allocators compared."""
+"""Benchmarks: the real model on the clock, beside what was predicted;
+workloads to serve; quality, judged on texts; quantized checkpoints."""

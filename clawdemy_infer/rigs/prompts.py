@@ -4,8 +4,8 @@ import re
 import statistics
 from inspect import getsource
 
-from clawdemy_infer.lesson.text import prose
 from clawdemy_infer.model import Decoder
+from clawdemy_infer.rigs.text import prose
 
 PROMPTS = {
     "copying": "Repeat word for word: The quick brown fox jumps over the lazy dog while seven "

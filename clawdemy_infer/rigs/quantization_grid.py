@@ -10,9 +10,9 @@ import torch
 
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache
-from clawdemy_infer.lesson.quality import Reference
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.quantization import awq, format_named, gptq, round_to_nearest
+from clawdemy_infer.rigs.quality import Reference
 from clawdemy_infer.rigs.quantization_table import UNQUANTIZED, QuantizationRow, judged_row
 from clawdemy_infer.variants.int4_cache import KiviCache
 from clawdemy_infer.variants.int8_activations import int8_activations, llm_int8

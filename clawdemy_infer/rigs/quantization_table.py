@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from clawdemy_infer.lesson.quality import Quality, Reference
 from clawdemy_infer.lesson.tables import MISSING, Table, si
 from clawdemy_infer.paths import write_atomically
 from clawdemy_infer.quantization.linears import QuantizedModel, linears
+from clawdemy_infer.rigs.quality import Quality, Reference
 
 UNQUANTIZED = MISSING
 """The method of the reference's own row."""

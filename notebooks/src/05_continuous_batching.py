@@ -25,6 +25,7 @@
 from dataclasses import replace
 from fractions import Fraction
 
+from clawdemy_course.timeline import draw_gantt, spans
 from clawdemy_infer.batching import SLO, Engine, Policy, Request, simulate, simulator
 from clawdemy_infer.batching.serving import engine, scheduler_for
 from clawdemy_infer.batching.simulator import RooflineExecutor
@@ -35,10 +36,9 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.tables import Table, number, si
-from clawdemy_infer.lesson.timeline import draw_gantt, spans
-from clawdemy_infer.lesson.workload import uniform, workload
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.present import bracketed, default_device
+from clawdemy_infer.rigs.workload import uniform, workload
 from clawdemy_infer.timing import now
 
 import matplotlib.pyplot as plt

@@ -26,6 +26,15 @@ import math
 from bisect import bisect
 from statistics import mean
 
+from clawdemy_course.allocators import (
+    Buddy,
+    Lengths,
+    Pages,
+    Reservation,
+    doubled_output,
+    serve,
+    sharegpt_like,
+)
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
 from clawdemy_infer.fast.faster import faster
@@ -42,15 +51,6 @@ from clawdemy_infer.machine.present import bracketed, default_device
 from clawdemy_infer.model import Sampling
 from clawdemy_infer.model.sampling import sample
 from clawdemy_infer.published.rows import read as published_runs
-from clawdemy_infer.rigs.allocators import (
-    Buddy,
-    Lengths,
-    Pages,
-    Reservation,
-    doubled_output,
-    serve,
-    sharegpt_like,
-)
 from clawdemy_infer.timing import alternate
 
 import matplotlib.pyplot as plt

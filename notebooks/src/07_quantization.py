@@ -26,15 +26,15 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
-from clawdemy_infer.lesson.quality import Reference
 from clawdemy_infer.lesson.tables import Table, si
-from clawdemy_infer.lesson.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.quantization import Quantized, format_named, linears, observe, round_to_nearest
+from clawdemy_infer.rigs.quality import Reference
 from clawdemy_infer.rigs.quantization_table import (
     compare_formats,
     quantization_table,
 )
+from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.variants.int8_activations import int8_activations, llm_int8
 from clawdemy_infer.variants.smoothquant import smoothquant
 

@@ -1,0 +1,13 @@
+"""Pictures of the mechanisms of the lessons. Every number in them is computed by the library.
+
+    machine      00   three prices on a picture of a machine
+    layer        01   a transformer layer with its bytes and FLOPs, for a decode step and a prompt
+    generation   02   naive generation beside cached generation: which rows are computed
+    cache        02   the KV cache as memory
+"""
+
+from clawdemy_course.diagrams_00 import machine
+from clawdemy_course.diagrams_01 import layer
+from clawdemy_course.diagrams_02 import cache, generation
+
+__all__ = ["cache", "generation", "layer", "machine"]
