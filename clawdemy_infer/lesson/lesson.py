@@ -12,30 +12,27 @@ its explanation; and exercises that check themselves.
     lesson.table()
 """
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
-from numbers import Real
+from html import escape
 from types import EllipsisType
 from typing import TYPE_CHECKING, NamedTuple
 
 from clawdemy_infer.envelope.roofline import Machine, Prediction
-from clawdemy_infer.lesson import ledger, tables
+from clawdemy_infer.lesson import build, ledger, tables
+from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG
 from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.progress import bar
-from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.lesson.waterfall import Moment, account, choices, moment, shares
 from clawdemy_infer.timing import Timing
 
 if TYPE_CHECKING:
     from clawdemy_infer.lesson.parts import StepOf
-
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
-            TypeError, ValueError)
-"""What a learner's function raises while it is still wrong. Anything else (Ctrl-C, no memory) is
-not about the exercise."""
 
 
 class NotRight(ValueError):
@@ -257,7 +254,51 @@ class Lesson:
                              f"measured; predicted so far: {_listed(self.rows) or 'nothing yet'}")
         return self.rows[quantity]
 
-    # -- exercises --------------------------------------------------------------------------------
+    # -- build tasks and exercises ----------------------------------------------------------------
+
+    def build(self, name: str, answer: object) -> object:
+        """Check the learner's `answer` to a build task in a process of its own, say in one line how
+        it stands, and return what the measured runs use: the answer where it is right, else the
+        library's. Raises as `exercise`."""
+        import clawdemy_course
+
+        task = clawdemy_course.task(name)
+        status, text = build.check(task, answer)
+        self._stands(name, status, {
+            RIGHT: f"✓ {name}: {len(task.properties)} properties hold. From here on the measured "
+                   "runs use your code.",
+            WRONG: f"✗ {name}: {text} The lesson goes on with the library's.",
+            OPEN: f"○ {name}: {text or 'open'}; the lesson goes on with the library's "
+                  f"({task.where})"}[status])
+        return task.adapt(answer) if status == RIGHT else task.library
+
+    def show(self, name: str) -> None:
+        """Show the library's version of a build task, folded."""
+        from IPython.display import display
+
+        import clawdemy_course
+
+        task = clawdemy_course.task(name)
+        title = f"library's version: {task.where}"
+        source = "\n\n".join(map(inspect.getsource, task.shown or (task.library,)))
+        display({"text/plain": title, "text/html": f"<details><summary>{title}</summary>"
+                 f"<pre>{escape(source)}</pre></details>"}, raw=True)
+
+    def steps(self, name: str, **answers: object) -> None:
+        """Check an exercise of several steps, a line for each. An answer is a number in the step's
+        unit, or text with a unit ("16 GB"), or `...`. Raises `ValueError` unless each step has one,
+        else as `exercise`."""
+        import clawdemy_course
+
+        exercise = clawdemy_course.exercise(name)
+        if odd := answers.keys() ^ exercise.steps.keys():
+            raise ValueError(f"exercise {name!r}: {_listed(sorted(odd))} is missing or unknown; "
+                             f"its steps are {_listed(exercise.steps)}")
+        found = [build.check_step(each, step, answers[each])
+                 for each, step in exercise.steps.items()]
+        status = next((bad for bad in (WRONG, OPEN) if bad in dict(found)), RIGHT)
+        means = [f"✓ {name}: {exercise.means}"] if status == RIGHT else []
+        self._stands(name, status, "\n".join([line for _, line in found] + means))
 
     def exercise(self, name: str, answer: object, *, cases: Mapping[object, object] | None = None,
                  expected: object = None, rtol: float = 1e-3, nudge: str = "",
@@ -274,82 +315,19 @@ class Lesson:
         if (cases is None) == (expected is None):
             raise ValueError(f"exercise {name!r}: give `cases` for a function or `expected` for a "
                              "value, one of the two")
-        if cases is not None:
-            problem = _try_function(name, answer, cases, rtol)
-        else:
-            problem = _try_value(name, answer, expected, rtol)
-        if problem is None:
-            self.exercises[name], line = "right", f"✓ {name}: {means or 'right.'}"
-        elif problem is OPEN:
-            self.exercises[name] = "open"
-            line = f"○ {name}: not attempted yet. Write over the dots and run the cell again."
-        else:
-            self.exercises[name], line = "wrong", f"✗ {problem} {nudge}".rstrip()
-        if problem is not None and os.environ.get("CLAWDEMY_STRICT") == "1":
+        status, problem = (build.check_value(name, answer, expected, rtol) if cases is None
+                           else build.check_function(name, answer, cases, rtol))
+        self._stands(name, status, {
+            RIGHT: f"✓ {name}: {means or 'right.'}", WRONG: f"✗ {problem} {nudge}".rstrip(),
+            OPEN: f"○ {name}: not attempted yet. Write over the dots and run the cell again.",
+        }[status])
+
+    def _stands(self, name: str, status: str, line: str) -> None:
+        self.exercises[name] = status
+        if status != RIGHT and os.environ.get("CLAWDEMY_STRICT") == "1":
             raise NotRight(line)
         print(line)
 
 
-OPEN = "open"
-
-
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _try_function(name: str, function: object, cases: Mapping[object, object],
-                  rtol: float) -> str | None:
-    """None if `function` is right on every case, `OPEN` if it is still a stub, else a sentence on
-    the first case that it gets wrong."""
-    if function is ...:
-        return OPEN
-    if not callable(function):
-        return f"{name} is {_shown(function)}; a function was asked for."
-    for arguments, expected in cases.items():
-        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-        call = f"{name}({', '.join(map(repr, arguments))})"
-        try:
-            got = function(*arguments)
-        except MISTAKES as error:
-            if "ellipsis" in str(error):                # `2 * ...` is a stub half filled in
-                return OPEN
-            return f"{call} raised {type(error).__name__}: {error}."
-        if got is ...:
-            return OPEN
-        if not _same(got, expected, rtol):
-            return f"{call} gave {_shown(got)}; {_shown(expected)} was asked for."
-    return None
-
-
-def _try_value(name: str, value: object, expected: object, rtol: float) -> str | None:
-    """As `_try_function`. It says how far off a number is and not what was expected: finding that
-    is the exercise."""
-    if value is ...:
-        return OPEN
-    if _same(value, expected, rtol):
-        return None
-    if _is_number(value) and _is_number(expected) and value * expected > 0:
-        ratio = value / expected
-        factor, way = number(max(ratio, 1 / ratio)), "large" if ratio > 1 else "small"
-        return f"{name} = {_shown(value)} is {factor} times too {way}."
-    return f"{name} = {_shown(value)} is not it."
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _shown(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
-
-
-def _same(got: object, expected: object, rtol: float) -> bool:
-    import numpy as np  # here, for whoever wants a table alone
-
-    if isinstance(expected, str):
-        return got == expected
-    try:
-        return np.shape(got) == np.shape(expected) and bool(
-            np.allclose(got, expected, rtol=rtol, atol=0.0))
-    except (TypeError, ValueError):                     # not made of numbers
-        return False
