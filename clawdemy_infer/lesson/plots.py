@@ -18,14 +18,16 @@ from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.tables import si
 from clawdemy_infer.lesson.waterfall import REST, Account
 
-COLOURS = ["#2c5aef", "#eb7807", "#2aaa73", "#d670d7", "#d91633", "#5e5f6c"]
-"""For machines, models and kinds of work, in order: far apart for every kind of colour vision."""
+COLOURS = ["#3f52d6", "#e37700", "#1ca671", "#cc74d3", "#ce122d", "#646271"]
+"""For machines, models and kinds of work, in order: far apart for every kind of colour vision, and
+at a contrast of 3 : 1 on white and on #111111."""
 
-NAPKIN, ROOFLINE, MEASURED = "#9a9a9a", *COLOURS[:2]
+NAPKIN, ROOFLINE, MEASURED = "#8e8e8e", *COLOURS[:2]
 """Grey for the napkin, blue for the prediction, orange for what was measured."""
 
-TEXT = "#777777"
-"""As legible on white as on the black of a dark theme; the background is transparent."""
+TEXT = "#797979"
+"""Text on the transparent background: 4.35 : 1 on white, 4.34 : 1 on JupyterLab's dark #111111.
+No colour does better on both. The two contrasts multiply to 18.9, that of white on #111111."""
 
 
 def use_style() -> None:
