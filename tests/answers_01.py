@@ -32,13 +32,14 @@ ANSWERS = {
     "one layer's cache": RIGHT.replace("2 * L * K * H", "2 * K * H"),
     "one FLOP": RIGHT.replace("2 * weights + attention", "weights + attention / 2"),
     "embedding streamed": RIGHT.replace(
-        "moved = 2 * (weights", "moved = 2 * (weights + V * D * (not config['tie_word_embeddings'])"),
+        "2 * (weights + cached",
+        "2 * (V * D * (not config['tie_word_embeddings']) + weights + cached"),
     "embedding streamed, tied too": RIGHT.replace("moved = 2 * (w", "moved = 2 * (V * D + w"),
     "head forgotten": RIGHT.replace("L * layer + V * D", "L * layer"),
-    "head forgotten in the bytes": RIGHT.replace("moved = 2 * (w", "moved = 2 * (L * layer + 0 * w"),
+    "head forgotten in the bytes": RIGHT.replace("2 * (weights + cached", "2 * (L * layer + cached"),
     "head forgotten where tied": RIGHT.replace(
         "moved = 2 * (w", "moved = 2 * (-V * D * config['tie_word_embeddings'] + w"),
-    "weights times batch": RIGHT.replace("2 * (weights + cached)", "2 * (batch * weights + cached)"),
+    "weights times batch": RIGHT.replace("2 * (weights +", "2 * (batch * weights +"),
     "one cache for all": RIGHT.replace("K * H * batch * context", "K * H * context"),
     "no cache": RIGHT.replace("2 * (weights + cached)", "2 * weights"),
     "head_dim derived": RIGHT.replace('config.get("head_dim", D // N)', "D // N"),

@@ -8,6 +8,7 @@ torch's own counter.
 import math
 from collections.abc import Callable
 
+from clawdemy_infer.arithmetic import Attention, ModelShape, matmul
 from clawdemy_infer.from_config import catalog, from_config
 from clawdemy_infer.lesson.build import Task, Wrong
 from clawdemy_infer.lesson.tables import si
@@ -201,4 +202,6 @@ TASK = Task(
     smoke=smoke,
     library=decode_step,
     where="clawdemy_infer/arithmetic/shape.py",
+    shown=(decode_step, ModelShape.streamed_bytes, ModelShape.kv_bytes, Attention.kept,
+           Attention.of_sequences, matmul),
 )

@@ -11,17 +11,17 @@
 #
 # ## Question
 #
-# A chat user waits for the first token (**TTFT**), then for each next one (**TPOT**). An agent reads
-# 8,000 tokens and writes 30,000 of reasoning. Its bill charges several times more for an output token
-# than for a prompt token, though both pass through the same weights. Why?
+# A chat user waits for the first token (**TTFT**), then for each next one (**TPOT**). An agent
+# reads 8,000 tokens and writes 30,000 of reasoning. Its bill charges several times more for an
+# output token than for a prompt token, though both pass through the same weights. Why?
 #
-# *45 minutes. Before: lesson 00, the ridge point. Afterwards: TTFT, TPOT and a bill from a config.json
-# and a data sheet.*
+# *45 minutes. Before: lesson 00, the ridge point. Afterwards: TTFT, TPOT and a bill from a
+# config.json and a data sheet.*
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Ask the room: which costs more, reading a token or writing one? By what factor? Collect
-# three numbers on the board. Usual wrong answer: "the same, it is the same FLOPs". The FLOPs are the
-# same; that is the point.
+# **2 min.** Ask the room: which costs more, reading a token or writing one? By what factor?
+# Collect three numbers on the board. Usual wrong answer: "the same, it is the same FLOPs". The
+# FLOPs are the same; that is the point.
 
 # %% tags=["core", "hide-input", "nbval-ignore-output"]
 import sympy
@@ -43,24 +43,29 @@ from IPython.display import HTML, Markdown, display
 plots.use_style()
 machine = this_machine()
 lesson = Lesson("01 counting_inference", machine=machine)
+display(Markdown(
+    "**B** batch, **S** context, **T** new tokens of a sequence; **L** layers, **D** model width, "
+    "**F** feed-forward width, **N** query heads, **K** KV heads, **H** head dimension, **V** "
+    "vocabulary. A step has B·T **rows**."))
 lesson.card()
 
 # %% tags=["core", "slide", "hide-input"]
 diagrams.layer(catalog.model("smollm2-135m"))
 
 # %% [markdown] tags=["notes"]
-# **3 min.** One layer of the model that we run later. Name the letters while you point: D model width,
-# F feed-forward width, N query heads, K KV heads, H head dimension, L layers, V vocabulary; B batch,
-# S context, T new tokens. Ask: which of these bytes can two users share? (The weights; never the cache.)
+# **3 min.** One layer of the model that we run later. Name the letters while you point: D model
+# width, F feed-forward width, N query heads, K KV heads, H head dimension, L layers, V
+# vocabulary; B batch, S context, T new tokens. Ask: which of these bytes can two users share?
+# (The weights; never the cache.)
 
 # %% [markdown] tags=["core", "slide"]
 # ## Envelope
 #
-# **A matrix product.** `Y = X @ W`, X of [B·T, D], W of [D, F], 2 bytes a number. B sequences bring T
-# new tokens each: a prompt has many, a decode step one.
+# **A matrix product.** `Y = X @ W`, X of [B·T, D], W of [D, F], 2 bytes a number. B sequences
+# bring T new tokens each: a prompt has many, a decode step one.
 #
-# FLOPs over bytes is the **arithmetic intensity**. In a language model D and F are large beside the
-# rows: let them grow, and see what stays.
+# FLOPs over bytes is the **arithmetic intensity**. In a language model D and F are large beside
+# the rows: let them grow, and see what stays.
 
 # %% tags=["core", "fragment"]
 B, T, D, F = sympy.symbols("B T D F", positive=True)
@@ -77,20 +82,17 @@ assert limit == B * T               # the rows that share one reading of W
 print("intensity", sympy.simplify(flops / bytes), " -> ", limit)
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Let the room say each line before you show it. Usual slips: one FLOP for a multiply-add;
-# reading W once per row. The limit is the whole lesson: the intensity is the number of rows. Prefill
-# has T of them from one user, decode has B, one from each user.
-
-# %% [markdown] tags=["core"]
-# **Attention.** Weights are shared by all sequences; a KV cache is not. Each sequence reads its own.
-# T queries meet S keys and values; G = N/K query heads share a KV head (G = 1 is MHA, more is GQA).
-# Scores stay on chip. Causality halves the FLOPs of a prefill; the argument stays.
+# **4 min.** Let the room say each line before you show it. Usual slips: one FLOP for a
+# multiply-add; reading W once per row. The limit is the whole lesson: the intensity is the number
+# of rows. Prefill has T of them from one user, decode has B, one from each user.
 
 # %% tags=["core", "slide"]
 S, K, H, G = sympy.symbols("S K H G", positive=True)
 
 
 def attention_intensity(N, K):
+    """T queries meet S keys and values. Each sequence reads its own cache; G = N/K
+    query heads share a KV head. (Causality halves a prefill's FLOPs.)"""
     bytes = 2 * B * T * N * H               # read Q
     bytes += 2 * 2 * B * S * K * H          # read K and V, once for each KV head
     flops = 2 * B * T * S * N * H           # scores: Q times K transposed
@@ -100,18 +102,24 @@ def attention_intensity(N, K):
 
 
 mha, gqa = attention_intensity(K, K), attention_intensity(G * K, K)
-assert sympy.simplify(mha - S * T / (S + T)) == 0              # B is gone
-assert mha.subs(T, S) == S / 2                                 # prefill: grows with the prompt
-assert sympy.limit(gqa.subs(T, 1), S, sympy.oo) == G           # decode: G, at any batch
+assert sympy.simplify(mha - S * T / (S + T)) == 0       # B is gone
+assert mha.subs(T, S) == S / 2                          # prefill: grows with the prompt
+assert sympy.limit(gqa.subs(T, 1), S, sympy.oo) == G    # decode: G, at any batch
 print("MHA", mha, "  GQA", gqa)
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Ask before running: what does a larger batch do for attention? Nothing: **B is gone.**
-# Prefill: S/2, thousands. Decode: 1 for MHA, G for GQA, 4 to 8 today, against a ridge point near 300 on
-# an H100. A kernel that reads K and V once per *query* head throws the gain of GQA away.
+# **4 min.** Ask before running: what does a larger batch do for attention? Nothing: **B is
+# gone.** Prefill: S/2, thousands. Decode: 1 for MHA, G for GQA, 4 to 8 today, against a ridge
+# point near 300 on an H100. A kernel that reads K and V once per *query* head throws the gain of
+# GQA away.
 
 # %% tags=["core", "slide", "hide-input"]
-h100 = catalog.machine("h100-sxm")
+h100, llama_3 = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
+display(Markdown(
+    "A product's intensity is the number of rows that share one reading of W: T from one prompt, "
+    "and B from a decode step. In attention **B is gone**: each sequence reads its own cache. Its "
+    f"intensity is S/2 in prefill and G in decode, {llama_3.N // llama_3.K} for {llama_3.name}. An "
+    f"H100 needs {h100.ridge('bf16'):.0f}. **Prefill computes, decode reads.**"))
 shapes = [(catalog.model("llama-2-13b"), batch) for batch in (1, 64, 256)]
 lines = []
 for shape, batch in shapes:
@@ -120,22 +128,22 @@ for shape, batch in shapes:
     step_s = read / h100.bandwidth_at()
     shown = [si(step_s, "s"), f"{batch / step_s:,.0f}"]
     lines.append((str(batch), si(capacity.weight_bytes, "B"), si(capacity.kv_bytes, "B"),
-                  *(["yes", *shown] if capacity else ["**no**".strip("*"), "–", "–"])))
+                  *(["yes", *shown] if capacity else ["no", "–", "–"])))
 Table(("batch", "weights", "KV cache", "fits?", "time per token", "tokens/s"), lines,
       numeric=("batch", "weights", "KV cache", "time per token", "tokens/s"),
-      title=f"Capacity first. {shapes[0][0].name}, 1,024 tokens, one {h100.name} "
-            f"of {si(h100.memory, 'B')}: all bytes, once a step")
+      title=f"Capacity first: {shapes[0][0].name}, 1,024 tokens, an H100 of "
+            f"{si(h100.memory, 'B')}")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** A configuration that does not fit has no speed. From 1 to 64, throughput grows since the
-# weights are shared, and the time per token grows since the caches are not. Ask: what would 8 KV heads
-# instead of 40 do to the last row? (A fifth of the cache: it fits.)
+# **3 min.** A configuration that does not fit has no speed. From 1 to 64, throughput grows since
+# the weights are shared, and the time per token grows since the caches are not. Ask: what would 8
+# KV heads instead of 40 do to the last row? (A fifth of the cache: it fits.)
 
 # %% [markdown] tags=["core", "slide"]
 # ## Guess
 #
-# SmolLM2-135M, on the machine in front of you. How long does a prompt of 256 tokens take? How long one
-# more token at 512 tokens of context, in fp32, and in bf16?
+# SmolLM2-135M, on the machine in front of you. How long does a prompt of 256 tokens take? How
+# long one more token at 512 tokens of context, in fp32, and in bf16?
 #
 # Write over the dots, with a unit: `"20 ms"`.
 
@@ -145,8 +153,9 @@ lesson.guess("time per token, context 512, fp32", ...)
 lesson.guess("time per token, context 512, bf16", ...)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Everybody writes three numbers down. Hint for those who hesitate: 135 million parameters,
-# 4 bytes each, and the bandwidth on the machine card at the top. Do not correct anybody yet.
+# **3 min.** Everybody writes three numbers down. Hint for those who hesitate: 135 million
+# parameters, 4 bytes each, and the bandwidth on the machine card at the top. Do not correct
+# anybody yet.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Build
@@ -159,8 +168,9 @@ lesson.guess("time per token, context 512, bf16", ...)
 # * norms, RoPE and activations are below 1 %: leave them out.
 
 # %% [markdown] tags=["notes"]
-# **2 min.** The rules are those of the envelope. Ask: does it matter whether the head is tied to the
-# embedding? (Not for what a step reads: the head is read either way. It matters for what is stored.)
+# **2 min.** The rules are those of the envelope. Ask: does it matter whether the head is tied to
+# the embedding? (Not for what a step reads: the head is read either way. It matters for what is
+# stored.)
 
 # %% tags=["core", "slide", "build"]
 def my_decode_step(config, batch, context):
@@ -182,19 +192,19 @@ decode_step = lesson.build("decode_step", my_decode_step)
 lesson.show("decode_step")
 
 # %% [markdown] tags=["notes"]
-# **8 min.** Students write; the check names the first property that fails, with an example. Usual wrong
-# answers: N heads in the cache instead of K; one FLOP for a multiply-add; the embedding counted as read;
-# weights times batch; D/N where `head_dim` says otherwise (Qwen3). An open stub is fine: the lesson goes
-# on with the library's count.
+# **8 min.** Students write; the check names the first property that fails, with an example. Usual
+# wrong answers: N heads in the cache instead of K; one FLOP for a multiply-add; the embedding
+# counted as read; weights times batch; D/N where `head_dim` says otherwise (Qwen3). An open stub
+# is fine: the lesson goes on with the library's count.
 
 # %% [markdown] tags=["core"]
 # ## Measure
 #
-# Two predictions for each step. The **napkin** is your count over two numbers of the card: bytes over
-# bandwidth, or FLOPs over peak, whichever is longer. The **calibrated roofline** also knows the rate of a
-# product with M rows, of attention, and what a kernel launch costs; it says an interval. Neither has seen
-# the model run. A prompt of T tokens is T rows of the same products (the library counts its causal
-# attention).
+# Two predictions for each step. The **napkin** is your count over two numbers of the card: bytes
+# over bandwidth, or FLOPs over peak, whichever is longer. The **calibrated roofline** also knows
+# the rate of a product with M rows, of attention, and what a kernel launch costs; it says an
+# interval. Neither has seen the model run. A prompt of T tokens is T rows of the same products
+# (the library counts its causal attention).
 
 # %% tags=["core", "nbval-ignore-output"]
 smollm2 = load_model("smollm2-135m", device=machine.device)
@@ -216,9 +226,9 @@ for name, step in steps.items():
 lesson.reveal()
 
 # %% tags=["core", "measured", "nbval-ignore-output"]
-EXPLAINED = [name for name in steps if name in lesson.guesses or "256" in name or "512" in name]
 for name, step in steps.items():
-    lesson.measure(name, step, parts=None if name in EXPLAINED else ())
+    explained = "prompt 256" in name or "context 512" in name   # these part by part
+    lesson.measure(name, step, parts=None if explained else ())
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 measured = {name: row.measured for name, row in lesson.rows.items()}
@@ -231,46 +241,48 @@ display(Markdown(
 lesson.table()
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Back to the numbers on the board: what is the factor? Compare the first row with the decode
-# rows: a prompt of 8 tokens costs about as much as one output token, since it too waits for the weights.
+# **4 min.** Back to the numbers on the board: what is the factor? Compare the first row with the
+# decode rows: a prompt of 8 tokens costs about as much as one output token, since it too waits
+# for the weights.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Reconcile
 #
-# What is the largest part of what lies between napkin and stopwatch, for a token at context 512 in fp32?
-# Commit yourself first: `"products"`, `"attention"`, `"element-wise"`, `"launches"`, `"memory was slower
-# than calibrated"`, `"memory was faster than calibrated"`, `"not explained"`.
+# What is the largest part of what lies between napkin and stopwatch, for a token at context 512
+# in fp32? Commit yourself first: `"products"`, `"attention"`, `"element-wise"`, `"launches"`,
+# `"memory was slower than calibrated"`, `"memory was faster than calibrated"`, `"not explained"`.
 
 # %% tags=["core", "fragment", "guess"]
 lesson.cause("time per token, context 512, fp32", ...)
 lesson.cause("TTFT, prompt 256, fp32", ...)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Vote by hands, for the token and for the prompt. Ask somebody for the reason. A launch is what
-# an operation costs however small it is.
+# **3 min.** Vote by hands, for the token and for the prompt. Ask somebody for the reason. A
+# launch is what an operation costs however small it is.
 
 # %% tags=["core", "slide", "measured", "nbval-ignore-output"]
 lesson.explain("time per token, context 512, fp32")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Read the waterfall from left to right. Each bar was measured by itself; what is left is called
-# *not explained*. Then the vote. A part's bar is what it took beyond its share of the napkin.
+# **3 min.** Read the waterfall from left to right. Each bar was measured by itself; what is left
+# is called *not explained*. Then the vote. A part's bar is what it took beyond its share of the
+# napkin.
 
 # %% tags=["core", "slide", "measured", "nbval-ignore-output"]
 lesson.explain("TTFT, prompt 256, fp32")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Here the napkin counts FLOPs at the peak. Ask: which part would a longer prompt make worse?
-# (Attention: its FLOPs grow with the square of the prompt.)
+# **2 min.** Here the napkin counts FLOPs at the peak. Ask: which part would a longer prompt make
+# worse? (Attention: its FLOPs grow with the square of the prompt.)
 
 # %% [markdown] tags=["core"]
 # ## On a GPU
 #
-# What others measured for the same two phases, beside the same envelope: data-sheet bandwidth and peak.
-# The intensities carry over, and so does the order of the phases. Two costs look different there. A
-# **kernel launch** costs microseconds on the CPU side, so a small model in eager PyTorch waits for
-# launches; **CUDA graphs** record a step's kernels once and replay them with a single launch. Lesson A1
-# asks some four hundred published runs how good the envelope is.
+# What others measured for the same two phases, beside the same envelope: data-sheet bandwidth and
+# peak. The intensities carry over, and so does the order of the phases. Two costs look different
+# there. A **kernel launch** costs microseconds on the CPU side, so a small model in eager PyTorch
+# waits for launches; **CUDA graphs** record a step's kernels once and replay them with a single
+# launch. Lesson A1 asks some four hundred published runs how good the envelope is.
 
 # %% tags=["core", "slide", "hide-input"]
 IDS = ("r103", "r104", "r154", "r157", "r133", "r144", "r142", "r002")
@@ -279,25 +291,25 @@ lines = []
 for run in map(runs.get, IDS):
     asked = published.demand(run)
     took, prefill = asked.seconds(run.value), run.metric == "ttft_ms"
-    source = run.source.split(" §")[0].replace("docs/source/", "").split(" @")[0]
-    lines.append((f"TTFT, prompt {run.prompt_len:,.0f}" if prefill else "time per token", run.model,
-                  f"{run.hardware.split(' 330W')[0]}, {run.software.split(' (')[0]}",
-                  si(asked.bound, "s"), si(took, "s"), f"{took / asked.bound:.2f}", source))
-Table(("quantity", "model", "on, with", "envelope", "published", "times", "source"), lines,
-      numeric=("envelope", "published", "times"), title="16-bit weights, one sequence, one GPU")
+    what = f"TTFT, prompt {run.prompt_len:,.0f}" if prefill else "time per token"
+    lines.append((f"{run.model}: {what}", run.hardware.split("-80GB")[0], si(asked.bound, "s"),
+                  si(took, "s"), f"{took / asked.bound:.2f} ×",
+                  f"{run.source.split()[0]}, {run.software.split(' (')[0]}"))
+Table(("one sequence, 16-bit weights", "GPU", "envelope", "published", "", "source"), lines,
+      numeric=("envelope", "published", ""))
 
 # %% [markdown] tags=["notes"]
-# **3 min.** The table shows how far real kernels are from the data sheet. Ask which phase is nearer to its
-# bound, and let the room look at the column *times*. The two rows with the same layers on one A100 differ
-# by their software alone.
+# **3 min.** The table shows how far real kernels are from the data sheet. Ask which phase is
+# nearer to its bound, and let the room look at the column with ×. Llama-3-8B and Llama-3.1-8B
+# have the same layers: the last two rows differ by their software alone.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
 #
 # * **Short prompts**: with fewer rows than the ridge, prefill is memory-bound too.
 # * **Large batches, short contexts**: decode becomes compute-bound. Its attention never does.
-# * **Long contexts**: no batch helps; each sequence brings its own bytes. In prefill attention outgrows
-#   the products.
+# * **Long contexts**: no batch helps; each sequence brings its own bytes. In prefill attention
+#   outgrows the products.
 # * **Tiny models**: neither bytes nor FLOPs decide, but launches.
 
 # %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
@@ -310,22 +322,24 @@ batch = next(B for B in range(1, 10_000) if is_compute_bound("llama-3-8b", B, 12
 flops, _ = decode_step(CONFIGS["llama-3-8b"], 1, 1)
 per_token = decode_step(CONFIGS["llama-3-8b"], 1, 2)[0] - flops
 assert not is_compute_bound("llama-3-8b", 10**6, 2048)
-Markdown(f"In numbers: this machine's ridge in fp32 is {2 * machine.ridge('fp32'):.0f} rows; a prompt of 8 "
-         f"took {measured['TTFT, prompt 8, fp32'] / measured['time per token, context 64, fp32']:.1f} times "
-         f"a single token's time. Llama-3-8B on an H100 is compute-bound from batch {batch} at 128 tokens "
-         f"of context, and at 2,048 tokens at no batch. Attention's FLOPs pass the products' in "
-         f"prompts above {2 * flops / per_token:,.0f} tokens.")
+prompt_8 = measured["TTFT, prompt 8, fp32"] / measured["time per token, context 64, fp32"]
+Markdown(
+    f"In numbers: this machine's ridge in fp32 is {2 * machine.ridge('fp32'):.0f} rows; a prompt "
+    f"of 8 took {prompt_8:.1f} times a single token's time. Llama-3-8B on an H100 is compute-bound "
+    f"from batch {batch} at 128 tokens of context, and at 2,048 tokens at no batch. Attention's "
+    f"FLOPs pass the products' in prompts above {2 * flops / per_token:,.0f} tokens.")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Each bullet is an assumption of the envelope that fails. Ask for a workload for each: a
-# classifier with short prompts; offline scoring with short contexts; a coding agent; a draft model.
+# **3 min.** Each bullet is an assumption of the envelope that fails. Ask for a workload for each:
+# a classifier with short prompts; offline scoring with short contexts; a coding agent; a draft
+# model.
 
 # %% [markdown] tags=["core"]
 # ## Play
 #
-# Serve Llama-3-8B with 8,192 tokens of context: **at least 1,500 tokens/s**, each user's token within
-# **20 ms**. Which card, which batch? Something breaks in red: the memory, or the promise. The times come
-# from your count.
+# Serve Llama-3-8B with 8,192 tokens of context: **at least 1,500 tokens/s**, each user's token
+# within **20 ms**. Which card, which batch? Something breaks in red: the memory, or the promise.
+# The times come from your count.
 
 # %% tags=["core", "hide-input", "widget", "nbval-ignore-output"]
 def limits(card, batch, context, promise_ms):
@@ -339,10 +353,11 @@ def limits(card, batch, context, promise_ms):
 
 def gauge(name, value, limit, unit):
     broken = value > limit
-    colour, says = ("#d91633", "✗ over by " + si(value - limit, unit)) if broken else ("#2aaa73", "✓")
+    colour = "#d91633" if broken else "#2aaa73"
+    says = f"✗ over by {si(value - limit, unit)}" if broken else "✓"
     return (f'<div style="margin: 6px 0">{name}: <b>{si(value, unit)}</b> of {si(limit, unit)} '
-            f'<b style="color: {colour}">{says}</b><div style="border: 1px solid #777; width: 420px; '
-            f'height: 14px"><div style="background: {colour}; height: 14px; '
+            f'<b style="color: {colour}">{says}</b><div style="border: 1px solid #777; '
+            f'width: 420px; height: 14px"><div style="background: {colour}; height: 14px; '
             f'width: {min(100, 100 * value / limit):.0f}%"></div></div></div>')
 
 
@@ -360,67 +375,81 @@ widgets.play(design, card=widgets.choose("card", CARDS, "h100-sxm"),
              promise_ms=widgets.powers_of_two("promise, ms", 5, 160, 20))
 
 # %% tags=["core", "slide", "hide-input"]
-batches = [2**i for i in range(9)]
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-names = ("memory, at 8,192 tokens", "time per token")
-for panel, which, unit, title in ((left, 0, "B", names[0]), (right, 1, "s", names[1])):
-    for key, colour, mark in zip(("a100-80gb-sxm", "h100-sxm"), plots.COLOURS, "so", strict=False):
-        values = [limits(key, B, 8192, 20) for B in batches]
-        broken = [any(value > most for value, most in each) for each in values]
-        line = [each[which][0] for each in values]
-        panel.loglog(batches, line, color=colour, linewidth=1.2, zorder=1)
-        for B, value, wrong in zip(batches, line, broken, strict=True):
-            panel.plot(B, value, "x" if wrong else mark, color=plots.COLOURS[4] if wrong else colour,
-                       markersize=8 if wrong else 6, markeredgewidth=2 if wrong else 1)
-        panel.plot([], [], mark + "-", color=colour, label=catalog.machine(key).name)
-    panel.axhline(values[0][which][1], color=plots.COLOURS[4], linestyle="--", linewidth=1.5)
+batches, RED = [2**i for i in range(9)], plots.COLOURS[4]
+cards = dict(zip(("a100-80gb-sxm", "h100-sxm"), (*plots.COLOURS,), strict=False))
+figure, panels = plt.subplots(1, 2, figsize=(9, 3.8))
+titles = ("Weights and cache, 8,192 tokens", "Time per token, 20 ms promised")
+for which, (panel, unit, title) in enumerate(zip(panels, ("B", "s"), titles, strict=True)):
+    for key, colour in list(cards.items())[1 - which:]:         # memory is the same on both
+        found = [limits(key, B, 8192, 20)[which] for B in batches]
+        panel.loglog(batches, [value for value, _ in found], "-", color=colour, zorder=1,
+                     label=catalog.machine(key).name if which else "either card")
+        for B, (value, most) in zip(batches, found, strict=True):
+            panel.plot(B, value, "X" if value > most else "o", markersize=9 if value > most else 6,
+                       color=RED if value > most else colour)
+    panel.axhline(found[0][1], color=RED, linestyle="--", linewidth=1.5)
+    panel.plot([], [], "X", color=RED, markersize=9, label="over the limit")
+    panel.legend(loc="upper left")
     panel.set(title=title, xlabel="batch")
     panel.set_xticks(batches[::2], [str(B) for B in batches[::2]])
+    panel.set_yticks([2e10, 5e10, 1e11, 2e11] if unit == "B" else [5e-3, 0.01, 0.02, 0.05, 0.1])
     panel.minorticks_off()
     plots.units(panel.yaxis, unit)
-left.plot([], [], "x", color=plots.COLOURS[4], markeredgewidth=2, linestyle="none",
-          label="does not fit, or breaks 20 ms")
-left.legend(loc="upper left", fontsize=8)
-plots.show(figure, "Llama-3-8B at 8,192 tokens on an A100 and an H100. Left, memory against the batch "
-                   "with a dashed line at 85.9 GB; right, time per token with a dashed line at the promised "
-                   "20 ms. Red crosses mark batches that break one of the two: from 32 on the A100, from 64 "
-                   "on the H100.")
+plots.show(figure, "Llama-3-8B at 8,192 tokens on an A100 and an H100 of 80 GB. Left, weights and "
+                   "cache against the batch: from 128 on they are over the dashed limit of "
+                   "85.9 GB. Right, the time per token: over the promised 20 ms from batch 32 on "
+                   "the A100, from 64 on the H100. What is over a limit is a red cross.")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** The promise breaks before the memory does, on both cards. Ask: which one number of the data
-# sheet would you improve to serve more users within 20 ms? (Bandwidth.) And what would an 8-bit cache do?
+# **2 min.** The promise breaks before the memory does, on both cards. Ask: which one number of
+# the data sheet would you improve to serve more users within 20 ms? (Bandwidth.) And what would
+# an 8-bit cache do?
 
 # %% [markdown] tags=["core"]
 # ## Check yourself
 #
-# Use `decode_step(config_of(name), batch, context)` and `catalog.machine(name)`. Peak and bandwidth are
-# the data sheet's; weights and cache in bf16; GB are 10^9 bytes.
+# Use `decode_step(config_of(name), batch, context)` and `catalog.machine(name)`. Peak and
+# bandwidth are the data sheet's; weights and cache in bf16; GB are 10^9 bytes.
 #
-# **A turn of an agent.** Qwen3-32B on one H200, rented at $4 an hour. A turn reads 8,000 tokens and
-# writes 30,000. Give its TTFT (products and causal attention), its TPOT at the mean context of the
-# answer, the seconds of the whole turn, its price in dollars alone on the card, and the price of one
-# turn when eight run together.
+# **A turn of an agent.** Qwen3-32B on one H200, rented at $4 an hour. A turn reads 8,000 tokens
+# and writes 30,000. Give its TTFT (products and causal attention), its TPOT at the mean context
+# of the answer, the seconds of the whole turn, its price in dollars alone on the card, and the
+# price of one turn when eight run together.
 #
-# **Compute-bound decode.** Llama-3.1-70B on one MI300X. Leave attention's FLOPs out, not its bytes. What
-# is the longest context at which some batch, however large, reaches the ridge point? At *half* that
-# context, which batch does? How many bytes of cache does it keep? Does it fit beside the weights (`True`
-# or `False`)?
+# **Compute-bound decode.** Llama-3.1-70B on one MI300X. Leave attention's FLOPs out, not its
+# bytes. What is the longest context at which some batch, however large, reaches the ridge point?
+# At *half* that context, which batch does? How many bytes of cache does it keep? Does it fit
+# beside the weights (`True` or `False`)?
 #
-# **A promise.** Qwen3-14B on L40S cards, 3,000 tokens of context, 45 ms a token promised. What is the
-# largest batch that keeps the promise? Does it fit? How many tokens/s does a card give then? How many
-# cards serve 5,000 tokens/s?
+# **A promise.** Qwen3-14B on L40S cards, 3,000 tokens of context, 45 ms a token promised. What is
+# the largest batch that keeps the promise? Does it fit? How many tokens/s does a card give then?
+# How many cards serve 5,000 tokens/s?
 
 # %% tags=["core", "exercise", "exercise:agent_turn"]
 config, card = config_of("qwen3-32b"), catalog.machine("h200-sxm")
-lesson.steps("agent_turn", ttft=..., tpot=..., seconds=..., dollars=..., dollars_of_8=...)
+ttft = ...              # each may be a number, or text with a unit
+tpot = ...
+seconds = ...
+dollars = ...
+dollars_of_8 = ...      # of one turn, when eight run together
+lesson.steps("agent_turn", ttft=ttft, tpot=tpot, seconds=seconds, dollars=dollars,
+             dollars_of_8=dollars_of_8)
 
 # %% tags=["core", "exercise", "exercise:compute_bound"]
 config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
-lesson.steps("compute_bound", longest=..., batch=..., cache=..., fits=...)
+longest = ...           # tokens
+batch = ...             # at half of them
+cache = ...
+fits = ...
+lesson.steps("compute_bound", longest=longest, batch=batch, cache=cache, fits=fits)
 
 # %% tags=["core", "exercise", "exercise:promise"]
 config, card = config_of("qwen3-14b"), catalog.machine("l40s")
-lesson.steps("promise", batch=..., fits=..., tokens_per_s=..., cards=...)
+batch = ...
+fits = ...
+tokens_per_s = ...      # of one card
+cards = ...
+lesson.steps("promise", batch=batch, fits=fits, tokens_per_s=tokens_per_s, cards=cards)
 
 # %% [markdown] tags=["further"]
 # ## Further
@@ -431,8 +460,8 @@ lesson.steps("promise", batch=..., fits=..., tokens_per_s=..., cards=...)
 lesson.explain("time per token, context 512, bf16")
 
 # %% [markdown] tags=["further"]
-# **Where the batch stops helping.** The intensity of a whole decode step against its batch: it rises with
-# the rows of the products, and flattens where the caches outweigh the weights.
+# **Where the batch stops helping.** The intensity of a whole decode step against its batch: it
+# rises with the rows of the products, and flattens where the caches outweigh the weights.
 
 # %% tags=["further", "hide-input"]
 ridge = h100.ridge("bf16")
@@ -450,24 +479,25 @@ ax.set(title="Llama-3-8B: a long context keeps decode memory-bound at any batch"
 ax.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4,096"])
 ax.minorticks_off()
 ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-plots.show(figure, "Intensity of a decode step of Llama-3-8B against the batch, up to 4,096, at four "
-                   "contexts. At 128 tokens it crosses the H100's ridge point near 295; at 2,048 and "
-                   "8,192 tokens it flattens far below.")
+plots.show(figure, "Intensity of a decode step of Llama-3-8B against the batch, up to 4,096, at "
+                   "four contexts. At 128 tokens it crosses the H100's ridge point near 295; at "
+                   "2,048 and 8,192 tokens it flattens far below.")
 
 # %% tags=["further", "hide-input"]
 gptq = runs["r192"]
 weights, cards = 1e9 * gptq.weight_GB, int(gptq.n_devices)
 took, one = gptq.value / 1e3, weights / (1e9 * gptq.peak_bw_GBps_per_device)
-Markdown(f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} in fp16, {si(weights, 'B')} "
-         f"of weights, on {cards} A100s of {gptq.peak_bw_GBps_per_device:,.0f} GB/s: {si(took, 's')} a "
-         f"token. One card's bandwidth would need {si(one, 's')}: {cards} cards did the work of "
-         f"{one / took:.2f}. The layers lie on the cards one after the other, and one card reads at a "
-         "time. A pipeline makes room; it does not make a single token faster.")
+Markdown(
+    f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} in fp16, "
+    f"{si(weights, 'B')} of weights, on {cards} A100s of {gptq.peak_bw_GBps_per_device:,.0f} GB/s: "
+    f"{si(took, 's')} a token. One card's bandwidth would need {si(one, 's')}: {cards} cards did "
+    f"the work of {one / took:.2f}. The layers lie on the cards one after the other, and one card "
+    "reads at a time. A pipeline makes room; it does not make a single token faster.")
 
 # %% [markdown] tags=["further"]
-# **Read on.** Williams, Waterman and Patterson 2009 (the roofline); Pope et al. 2022, *Efficiently Scaling
-# Transformer Inference*; Ainslie et al. 2023 (GQA); Stanford CS336, lecture 10. Lesson A1 judges other
-# people's runs with this arithmetic; lesson 02 builds the cache.
+# **Read on.** Williams, Waterman and Patterson 2009 (the roofline); Pope et al. 2022,
+# *Efficiently Scaling Transformer Inference*; Ainslie et al. 2023 (GQA); Stanford CS336, lecture
+# 10. Lesson A1 judges other people's runs with this arithmetic; lesson 02 builds the cache.
 
 # %% [markdown] tags=["solution", "solution:decode_step"]
 # ## Solutions
@@ -497,14 +527,13 @@ Markdown(f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} i
 # ```python
 # config, card = config_of("qwen3-32b"), catalog.machine("h200-sxm")
 # peak, bandwidth = card.peak("bf16"), card.bandwidth_at()
-# flops, _ = decode_step(config, 8000, 4000)              # 8,000 rows that see 4,000 tokens on average
+# flops, _ = decode_step(config, 8000, 4000)          # 8,000 rows that see 4,000 tokens on average
 # ttft = flops / peak                                     # (the head on each of them: 2 % too much)
 # tpot = decode_step(config, 1, 8000 + 15_000)[1] / bandwidth
 # seconds = ttft + 30_000 * tpot
 # dollars = 4 * seconds / 3600
 # together = 8 * ttft + 30_000 * decode_step(config, 8, 23_000)[1] / bandwidth
-# lesson.steps("agent_turn", ttft=ttft, tpot=tpot, seconds=seconds, dollars=dollars,
-#              dollars_of_8=4 * together / 3600 / 8)
+# dollars_of_8 = 4 * together / 3600 / 8
 # ```
 #
 # </details>
@@ -512,9 +541,9 @@ Markdown(f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} i
 # %% [markdown] tags=["solution", "solution:compute_bound"]
 # <details><summary>compute_bound</summary>
 #
-# With P weights, kv bytes of cache a token and ridge R, a batch B has 2·P·B FLOPs and 2·P + B·S·kv bytes.
-# As B grows the intensity tends to 2·P / (S·kv): equal to R at S = 2·P / (kv·R). At half of that S·kv is
-# P / R, and 2·P·B = R·(2·P + P·B / R) gives B = 2·R.
+# With P weights, kv bytes of cache a token and ridge R, a batch B has 2·P·B FLOPs and 2·P +
+# B·S·kv bytes. As B grows the intensity tends to 2·P / (S·kv): equal to R at S = 2·P / (kv·R). At
+# half of that S·kv is P / R, and 2·P·B = R·(2·P + P·B / R) gives B = 2·R.
 #
 # ```python
 # config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
@@ -524,8 +553,7 @@ Markdown(f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} i
 # longest = weights / (kv * ridge)
 # batch = 2 * ridge
 # cache = batch * longest / 2 * kv
-# lesson.steps("compute_bound", longest=longest, batch=batch, cache=cache,
-#              fits=weights + cache <= card.memory)
+# fits = weights + cache <= card.memory
 # ```
 #
 # </details>
@@ -539,9 +567,9 @@ Markdown(f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} i
 # cache, weights = two - one, 2 * one - two
 # batch = int((0.045 * card.bandwidth_at() - weights) / cache)
 # embedding = 2 * config["vocab_size"] * config["hidden_size"]        # stored, not read
+# fits = weights + embedding + batch * cache <= card.memory
 # tokens_per_s = batch / (weights + batch * cache) * card.bandwidth_at()
-# lesson.steps("promise", batch=batch, fits=weights + embedding + batch * cache <= card.memory,
-#              tokens_per_s=tokens_per_s, cards=-(-5000 // tokens_per_s))
+# cards = -(-5000 // tokens_per_s)                        # rounded up
 # ```
 #
 # </details>
