@@ -36,7 +36,7 @@ ANSWERS = {
         "2 * (V * D * (not config['tie_word_embeddings']) + weights + cached"),
     "embedding streamed, tied too": RIGHT.replace("moved = 2 * (w", "moved = 2 * (V * D + w"),
     "head forgotten": RIGHT.replace("L * layer + V * D", "L * layer"),
-    "head forgotten in the bytes": RIGHT.replace("2 * (weights + cached", "2 * (L * layer + cached"),
+    "head forgotten in the bytes": RIGHT.replace("2 * (weights +", "2 * (L * layer +"),
     "head forgotten where tied": RIGHT.replace(
         "moved = 2 * (w", "moved = 2 * (-V * D * config['tie_word_embeddings'] + w"),
     "weights times batch": RIGHT.replace("2 * (weights +", "2 * (batch * weights +"),
