@@ -23,7 +23,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -45,6 +45,12 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 STAND_IN = ("*Sliders appear here when you run this cell; the figure below shows the same without "
             "them.*")
 LONG_S = FLOOR_S / FACTOR
+PLACES = {"core", "further", "notes", "solution"}
+"""Where a cell belongs, one of them: in the 45 minutes, below the line, beside a slide, at the end.
+"""
+ROLES = {"slide", "fragment", "hide-input", "measured", "guess", "build", "exercise", "widget",
+         "nbval-ignore-output"}
+NAMED = ("exercise:", "solution:")
 LAYOUT = ("cell_marker", "lines_to_end_of_cell_marker", "lines_to_next_cell", "noskipline",
           "skipline")
 """What jupytext notes of a script's blank lines: no metadata of a cell."""
@@ -57,7 +63,8 @@ METADATA = {
 
 def read_source(script: Path) -> NotebookNode:
     """The notebook of a percent script, not yet executed. Ids stay the same for as long as a cell's
-    text does, wherever it moves."""
+    text does, wherever it moves. Code that need not be read is folded. Raises `ValueError` for a
+    wrong tag."""
     notebook = jupytext.read(script, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
@@ -68,7 +75,30 @@ def read_source(script: Path) -> NotebookNode:
         for name in LAYOUT:
             cell.metadata.pop(name, None)
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        if "hide-input" in tags_of(cell):
+            cell.metadata["jupyter"] = {"source_hidden": True}
+    check_tags(notebook, script.name)
     return notebook
+
+
+def tags_of(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def check_tags(notebook: NotebookNode, name: str) -> None:
+    """In a lesson that has a core every cell says where it belongs, and no tag is misspelt."""
+    if not any("core" in tags_of(cell) for cell in notebook.cells):
+        return
+    for cell in notebook.cells:
+        tags, where = set(tags_of(cell)), f"{name}, cell {first_line(cell.source)!r}"
+        if len(tags & PLACES) != 1:
+            raise ValueError(f"{where}: one of the tags {', '.join(sorted(PLACES))} is needed")
+        for tag in tags - PLACES - ROLES:
+            if not tag.startswith(NAMED):
+                raise ValueError(f"{where}: no tag {tag!r}; accepted are "
+                                 f"{', '.join(sorted(PLACES | ROLES))}, and {' '.join(NAMED)}NAME")
+        if {"slide", "fragment"} <= tags:
+            raise ValueError(f"{where}: slide or fragment, not both")
 
 
 def settle(notebook: NotebookNode) -> None:
@@ -79,7 +109,7 @@ def settle(notebook: NotebookNode) -> None:
         if cell.cell_type != "code":
             continue
         widgets = [output for output in cell.outputs if WIDGET in output.get("data", {})]
-        if widgets and not {"widget", "nbval-ignore-output"} <= set(cell.metadata.get("tags", [])):
+        if widgets and not {"widget", "nbval-ignore-output"} <= set(tags_of(cell)):
             raise ValueError("a cell that shows a widget needs the tags `widget` and "
                              f"`nbval-ignore-output`: {cell.source[:60]!r}")
         if widgets:
@@ -125,39 +155,66 @@ def build(script: Path, progress: bool = True) -> Path:
     return target
 
 
-def with_solutions(notebook: NotebookNode) -> NotebookNode:
-    """A copy of `notebook` that asks every exercise once more behind its last cell, answered: what
-    stands above `lesson.exercise(` is there the code of the folded solution, and anything but a
-    right answer raises. So one run shows both that a lesson with nothing attempted comes to its end
-    and that its solutions are right.
+CHECK = re.compile(r"^.*\blesson\.(?:exercise|steps|build)\(", re.MULTILINE)
+"""The call that checks what a learner wrote above it."""
 
-    Raises `ValueError` naming an exercise without its check, or without a solution before the next
-    exercise.
+
+def with_solutions(notebook: NotebookNode) -> NotebookNode:
+    """A copy of `notebook` that asks every exercise and build task once more behind its last cell,
+    answered: what stands above the call that checks it is there the code of the solution, and
+    anything but a right answer raises. So one run shows both that a lesson with nothing attempted
+    comes to its end and that its solutions are right.
+
+    Raises `ValueError` naming what has no check or no solution.
     """
     answered = copy.deepcopy(notebook)
     uncompared = {"tags": ["nbval-ignore-output"]}
     answered.cells.append(new_code_cell("%env CLAWDEMY_STRICT=1", id="strict", metadata=uncompared))
-    for index, cell in enumerate(notebook.cells):
-        tags = cell.metadata.get("tags", [])
-        if "exercise" not in tags:
-            continue
-        name = next((tag.removeprefix("exercise:") for tag in tags if tag.startswith("exercise:")),
-                    first_line(cell.source))
-        _, check, arguments = cell.source.partition("lesson.exercise(")
-        if not check:
-            raise ValueError(f"exercise {name!r}: its cell never calls `lesson.exercise(`")
-        solved = f"{_solution(name, notebook.cells[index + 1:])}\n\n{check}{arguments}"
-        answered.cells.append(new_code_cell(solved, id=f"solved-{index}", metadata=uncompared))
+    for index, source in solved_cells(notebook).items():
+        answered.cells.append(new_code_cell(source, id=f"solved-{index}", metadata=uncompared))
     return answered
 
 
-def _solution(name: str, following: Sequence[NotebookNode]) -> str:
-    for cell in following:
-        tags = cell.metadata.get("tags", [])
-        if "exercise" in tags:
-            break
-        code = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)
-        if "solution" in tags and code:
+def as_answered(notebook: NotebookNode) -> NotebookNode:
+    """A copy of the core of `notebook` as it is for a learner who builds and answers all rightly,
+    each in its place: the measured runs use the learner's code. No output is compared."""
+    answered = copy.deepcopy(notebook)
+    for index, source in solved_cells(notebook).items():
+        answered.cells[index].source = source
+    answered.cells = [cell for cell in answered.cells if "core" in tags_of(cell)]
+    for cell in answered.cells:
+        cell.metadata["tags"] = ["nbval-ignore-output"]
+    strict = new_code_cell("%env CLAWDEMY_STRICT=1", id="strict", metadata=cell.metadata)
+    answered.cells.insert(0, strict)
+    return answered
+
+
+def solved_cells(notebook: NotebookNode) -> dict[int, str]:
+    """The answered source of every cell that asks something, by its place."""
+    found = {}
+    for index, cell in enumerate(notebook.cells):
+        if not {"exercise", "build"} & set(tags_of(cell)):
+            continue
+        check = CHECK.search(cell.source)
+        if not check:
+            name = next((tag[len("exercise:"):] for tag in tags_of(cell)
+                         if tag.startswith("exercise:")), first_line(cell.source))
+            raise ValueError(f"exercise {name!r}: its cell never calls `lesson.exercise(`, "
+                             "`lesson.steps(` or `lesson.build(`")
+        name = re.match(r"\s*[\"'](\w+)", cell.source[check.end():])[1]
+        found[index] = f"{_solution(name, notebook, index)}\n\n{cell.source[check.start():]}"
+    return found
+
+
+def _solution(name: str, notebook: NotebookNode, index: int) -> str:
+    """From the cell tagged with its name, or the first solution before the next exercise."""
+    following = notebook.cells[index + 1:]
+    own = [cell for cell in following if f"solution:{name}" in tags_of(cell)]
+    ends = (place for place, cell in enumerate(following) if "exercise" in tags_of(cell))
+    near = [cell for cell in following[:next(ends, None)]
+            if "solution" in tags_of(cell) and not any(":" in tag for tag in tags_of(cell))]
+    for cell in own or near:
+        if code := re.search(r"```python\n(.*?)```", cell.source, re.DOTALL):
             return code[1].rstrip()
     raise ValueError(f"exercise {name!r}: no cell tagged `solution` with a ```python block "
                      "follows it")
@@ -165,34 +222,49 @@ def _solution(name: str, following: Sequence[NotebookNode]) -> str:
 
 def solve(folder: Path) -> None:
     """Write every notebook to `folder`, its exercises answered at the end, not yet executed: nbval
-    checks all that in one run."""
+    checks all that in one run. One with a build task once more, built by a learner."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(HERE.glob("*.ipynb")):
-        nbformat.write(with_solutions(nbformat.read(path, as_version=4)), folder / path.name)
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.write(with_solutions(notebook), folder / path.name)
+        if any("build" in tags_of(cell) for cell in notebook.cells):
+            nbformat.write(as_answered(notebook), folder / f"{path.stem}-built.ipynb")
 
 
 def lend(folder: Path) -> None:
     """Copy the lessons to `folder`, to work in. A lesson that is newer than its copy replaces a
     copy that nobody has changed; else it becomes NN_name.new.ipynb beside it, which is said.
+    Speaker notes are left out.
 
     What was given out last is known by its digest, in `folder`/.given.json.
     """
     record = folder / ".given.json"
     given = json.loads(record.read_text()) if record.exists() else {}
     for lesson in sorted(HERE.glob("*.ipynb")):
-        own, last, now = folder / lesson.name, given.get(lesson.name), _digest(lesson)
+        content = without_notes(lesson)
+        own, last, now = folder / lesson.name, given.get(lesson.name), _digest(content)
         given[lesson.name] = now
-        if own.exists() and now in (last, _digest(own)):
+        if own.exists() and now in (last, _digest(own.read_bytes())):
             continue
-        free = next(path for path in _copies(own) if not path.exists() or _digest(path) == last)
-        write_atomically(free, lesson.read_bytes())
+        free = next(path for path in _copies(own)
+                    if not path.exists() or _digest(path.read_bytes()) == last)
+        write_atomically(free, content)
         if free != own:
             print(f"{own} has your changes and stays as it is; the newer lesson is {free.name}")
     write_atomically(record, json.dumps(given, indent=1) + "\n")
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def without_notes(lesson: Path) -> bytes:
+    notebook = nbformat.read(lesson, as_version=4)
+    kept = [cell for cell in notebook.cells if "notes" not in tags_of(cell)]
+    if len(kept) == len(notebook.cells):
+        return lesson.read_bytes()
+    notebook.cells = kept
+    return (nbformat.writes(notebook) + "\n").encode()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _copies(path: Path) -> Iterator[Path]:

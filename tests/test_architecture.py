@@ -142,7 +142,7 @@ COURSE = sorted((REPOSITORY / "notebooks" / "course").glob("*.py"))
 
 @pytest.mark.parametrize("path", COURSE, ids=lambda path: path.name)
 def test_what_a_lesson_brings_along_stays_short(path):
-    assert len(path.read_text().splitlines()) <= 250
+    assert len(path.read_text().splitlines()) <= 400
 
 
 CODE = [path for folder in ("clawdemy_infer", "kernels", "notebooks/course", "tests")

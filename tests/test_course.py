@@ -99,20 +99,33 @@ def test_a_cell_keeps_all_the_metadata_of_its_script_and_no_note_of_its_layout(t
 # %% [markdown] tags=["core", "slide"] slideshow={"slide_type": "slide"}
 # Text.
 
-# %% jupyter={"source_hidden": true} tags=["hide-input"] seconds=40
+# %% tags=["core", "hide-input"] seconds=40
 a = 1
 
 
 
-# %% minutes=3
+# %% tags=["further"] minutes=3
 b = 1
-# %%
+# %% tags=["core"]
 c = 1
 ''')
     assert [cell.metadata for cell in build.read_source(script).cells] == [
         {"tags": ["core", "slide"], "slideshow": {"slide_type": "slide"}},
-        {"jupyter": {"source_hidden": True}, "tags": ["hide-input"], "seconds": 40},
-        {"minutes": 3}, {}]
+        {"jupyter": {"source_hidden": True}, "tags": ["core", "hide-input"], "seconds": 40},
+        {"tags": ["further"], "minutes": 3}, {"tags": ["core"]}]
+
+
+@pytest.mark.parametrize("tags, problem", [
+    ([], "one of the tags core, further, notes, solution is needed"),
+    (["core", "further"], "one of the tags"),
+    (["core", "slides"], "no tag 'slides'"),
+    (["core", "slide", "fragment"], "slide or fragment, not both"),
+])
+def test_a_wrong_tag_in_a_lesson_with_a_core_is_named_with_its_cell(tmp_path, tags, problem):
+    script = tmp_path / "lesson.py"
+    script.write_text(f'# %% tags=["core"]\na = 1\n# %% tags={json.dumps(tags)}\nb = 1\n')
+    with pytest.raises(ValueError, match="lesson.py, cell 'b = 1': " + problem):
+        build.read_source(script)
 
 
 def test_a_cell_that_took_long_says_so_in_its_metadata(tmp_path, monkeypatch):
@@ -224,6 +237,39 @@ SOLUTION = new_markdown_cell("```python\nx = 1\n```", metadata={"tags": ["soluti
 def test_an_exercise_that_cannot_be_filled_in_is_named(cells):
     with pytest.raises(ValueError, match="exercise 'x'"):
         build.with_solutions(new_notebook(cells=cells))
+
+
+def asking(name, check, *tags):
+    return new_code_cell(f"x = ...\n\n{check}", metadata={"tags": ["core", *tags]})
+
+
+LESSON = new_notebook(cells=[
+    new_code_cell("y = 1", metadata={"tags": ["core"]}),
+    asking("Cache", "Cache = lesson.build('Cache', x)", "build"),
+    new_markdown_cell("**2 min.** Ask", metadata={"tags": ["notes"]}),
+    new_code_cell("z = 1", metadata={"tags": ["further"]}),
+    asking("chat", "lesson.steps('chat', x=x)", "exercise", "exercise:chat"),
+    *[new_markdown_cell(f"```python\nx = {value}\n```",
+                        metadata={"tags": ["solution", f"solution:{name}"]})
+      for name, value in (("Cache", 2), ("chat", 3))]])
+
+
+def test_solutions_at_the_end_of_a_lesson_answer_tasks_by_their_names():
+    answered = build.with_solutions(LESSON)
+    assert [cell.source for cell in answered.cells[len(LESSON.cells):]] == [
+        "%env CLAWDEMY_STRICT=1", "x = 2\n\nCache = lesson.build('Cache', x)",
+        "x = 3\n\nlesson.steps('chat', x=x)"]
+
+
+def test_a_learner_who_answers_all_runs_the_core_with_what_was_built_in_its_place():
+    assert [cell.source for cell in build.as_answered(LESSON).cells] == [
+        "%env CLAWDEMY_STRICT=1", "y = 1", "x = 2\n\nCache = lesson.build('Cache', x)",
+        "x = 3\n\nlesson.steps('chat', x=x)"]
+
+
+def test_a_task_without_a_solution_of_its_name_is_named():
+    with pytest.raises(ValueError, match="exercise 'chat'"):
+        build.with_solutions(new_notebook(cells=LESSON.cells[:-1]))
 
 
 # -- running --------------------------------------------------------------------------------------
@@ -635,16 +681,27 @@ def test_a_newer_lesson_replaces_what_nobody_edited_and_is_put_beside_what_someb
     (mine / "01_counting.ipynb").write_text("mine")
     for version in ("second", "third"):
         for name in ("00_your_machine.ipynb", "01_counting.ipynb"):
-            (three / name).write_text(version)
-        assert files(lend()) == files(three) | {
-            "01_counting.ipynb": "mine", "01_counting.new.ipynb": version}
+            save(three / name, new_code_cell(version))
+        lessons = files(three)
+        assert files(lend()) == lessons | {
+            "01_counting.ipynb": "mine", "01_counting.new.ipynb": lessons["01_counting.ipynb"]}
         [line] = capsys.readouterr().out.splitlines()
         assert "01_counting.ipynb has your changes" in line and "01_counting.new.ipynb" in line
     (mine / "01_counting.new.ipynb").write_text("mine too")
     before = files(mine)
     assert files(lend()) == before and capsys.readouterr().out == ""
-    (three / "01_counting.ipynb").write_text("fourth")
-    assert files(lend()) == before | {"01_counting.new2.ipynb": "fourth"}
+    save(three / "01_counting.ipynb", new_code_cell("fourth"))
+    assert files(lend()) == before | {
+        "01_counting.new2.ipynb": files(three)["01_counting.ipynb"]}
+
+
+def test_a_learners_copy_has_no_speaker_notes(lend, three):
+    save(three / "01_counting.ipynb", new_code_cell("x = 1"),
+         new_markdown_cell("Ask the room", metadata={"tags": ["notes"]}))
+    for _ in range(2):
+        copied = nbformat.read(lend() / "01_counting.ipynb", as_version=4)
+        assert [cell.source for cell in copied.cells] == ["x = 1"]
+    assert {path.name for path in lend().glob("*.ipynb")} == set(files(three))
 
 
 def test_copies_from_before_are_taken_as_a_learners(lend, three, tmp_path):

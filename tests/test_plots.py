@@ -15,6 +15,7 @@ import pytest
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.lesson import plots
+from clawdemy_infer.lesson.diagrams import contrast
 from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.waterfall import account
 
@@ -134,24 +135,65 @@ def linear(colour: str) -> np.ndarray:
     return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
 
 
-@pytest.mark.parametrize("vision", VISION)
-def test_no_two_colours_look_alike_whatever_cones_one_has(vision):
-    def lab(colour):
-        to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722],
-                           [0.0193, 0.1192, 0.9505]])
-        seen = np.clip(VISION[vision] @ linear(colour), 0, 1)
-        x, y, z = np.cbrt(to_xyz @ seen / [0.9505, 1, 1.089])
-        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+def lab(colour: str, vision: str) -> np.ndarray:
+    """CIELAB of what one sees of `colour`, under D65."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722],
+                       [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(VISION[vision] @ linear(colour), 0, 1) / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
+
+def ciede2000(one, other) -> float:
+    """How different two colours in CIELAB look (CIE 142-2001; Sharma, Wu and Dalal 2005)."""
+    chroma = (np.hypot(*one[1:]) + np.hypot(*other[1:])) / 2
+    stretch = 1.5 - 0.5 * np.sqrt(chroma**7 / (chroma**7 + 25**7))
+    (L1, a1, b1), (L2, a2, b2) = ((L, a * stretch, b) for L, a, b in (one, other))
+    C1, C2 = np.hypot(a1, b1), np.hypot(a2, b2)
+    hue = np.degrees(np.arctan2(b1, a1))
+    turn = (np.degrees(np.arctan2(b2, a2)) - hue + 180) % 360 - 180
+    L, C, h = (L1 + L2) / 2 - 50, (C1 + C2) / 2, np.radians(hue + turn / 2)
+    T = (1 - 0.17 * np.cos(h - np.radians(30)) + 0.24 * np.cos(2 * h)
+         + 0.32 * np.cos(3 * h + np.radians(6)) - 0.20 * np.cos(4 * h - np.radians(63)))
+    light = (L2 - L1) / (1 + 0.015 * L**2 / np.sqrt(20 + L**2))
+    colourful = (C2 - C1) / (1 + 0.045 * C)
+    hued = 2 * np.sqrt(C1 * C2) * np.sin(np.radians(turn / 2)) / (1 + 0.015 * C * T)
+    blue = np.radians(30) * np.exp(-(((np.degrees(h) % 360 - 275) / 25) ** 2))
+    rotation = -2 * np.sqrt(C**7 / (C**7 + 25**7)) * np.sin(2 * blue)
+    return np.sqrt(light**2 + colourful**2 + hued**2 + rotation * colourful * hued)
+
+
+@pytest.mark.parametrize(("one", "other", "difference"), [      # of Sharma's table 1
+    ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+    ((50, 2.5, 0), (73, 25, -18), 27.1492),
+    ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
+    ((90.8027, -2.0831, 1.4410), (91.1528, -1.6435, 0.0447), 1.4441)])
+def test_differences_of_colours_are_those_of_the_published_table(one, other, difference):
+    assert ciede2000(one, other) == pytest.approx(difference, abs=5e-5)
+
+
+@pytest.mark.parametrize(("vision", "least"), [
+    ("all three", 23), ("protanopia", 13.5), ("deuteranopia", 13.5), ("tritanopia", 13.5)])
+def test_no_two_colours_look_alike_whatever_cones_one_has(vision, least):
+    """A difference of 1 is just seen by eyes side by side, one of 10 at a glance."""
     for one, other in combinations(plots.COLOURS, 2):
-        assert np.linalg.norm(lab(one) - lab(other)) > 25, (one, other)
+        assert ciede2000(lab(one, vision), lab(other, vision)) > least, (one, other)
 
 
 @pytest.mark.parametrize("colour", [*plots.COLOURS, plots.NAPKIN, plots.TEXT])
 def test_colours_stand_out_from_a_light_and_from_a_dark_background(colour):
-    light = linear(colour) @ [0.2126, 0.7152, 0.0722] + 0.05
-    need = 4.2 if colour == plots.TEXT else 2.75    # WCAG's contrast; JupyterLab's dark is #111111
-    assert min(1.05 / light, light / (linear("#111111")[0] + 0.05)) > need
+    """WCAG asks of graphics a contrast of 3. It asks of text 4.5, which no colour reaches on both
+    backgrounds: the two contrasts multiply to that of white on black."""
+    on_white, on_dark = contrast(colour, "#ffffff"), contrast(colour, "#111111")
+    assert on_white * on_dark == pytest.approx(contrast("#ffffff", "#111111"))
+    assert contrast("#ffffff", "#111111") < 4.5**2
+    best = contrast("#ffffff", "#111111") ** 0.5                # 4.35
+    assert min(on_white, on_dark) > (best - 0.02 if colour == plots.TEXT else 3)
+
+
+def test_contrast_is_wcags():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#ffffff", "#777777") == pytest.approx(4.48, abs=0.005)    # the known near miss
 
 
 def test_a_frontier_has_a_dot_for_each_batch_that_fits(ax):

@@ -12,7 +12,6 @@ from transformers import AutoConfig, LlamaForCausalLM
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.cli import main as cli
 from clawdemy_infer.fast.quantized import on_kernels
-from clawdemy_infer.files.checkpoint import load_quantized, save_quantized
 from clawdemy_infer.files.directory import destinations, to_hf
 from clawdemy_infer.files.layouts import from_gptq, to_awq, to_gptq
 from clawdemy_infer.model import Decoder, ModelConfig, generate
@@ -26,6 +25,7 @@ from clawdemy_infer.quantization import (
     gptq,
     round_to_nearest,
 )
+from clawdemy_infer.rigs.checkpoint import load_quantized, save_quantized
 
 TOKENS = torch.randint(0, 101, (3, 31), generator=torch.Generator().manual_seed(1))
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.model import Decoder, ModelConfig, Sampling
-from clawdemy_infer.rigs.compare_drafts import (
+from clawdemy_course.compare_drafts import (
     RoundCosts,
     acceptances,
     compare_drafts,
     greedy_rounds,
     measure_costs,
 )
+from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.model import Decoder, ModelConfig, Sampling
 from clawdemy_infer.speculative import ModelDraft, PromptLookup, speculate_batch
 from clawdemy_infer.variants.pruning import without_layers
 from clawdemy_infer.variants.self_drafts import EarlyExit

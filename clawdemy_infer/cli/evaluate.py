@@ -28,7 +28,7 @@ def add(subparsers) -> None:
 
 
 def run(args: Args) -> int:
-    from clawdemy_infer.files.checkpoint import is_quantized, load_quantized
+    from clawdemy_infer.rigs.checkpoint import is_quantized, load_quantized
     from clawdemy_infer.rigs.quality import Reference
     if args.table is not None:
         return table(args)

@@ -85,8 +85,8 @@ def models(args: Args):
     """The model as it was loaded, and the one that generates."""
     from clawdemy_infer.fast.faster import faster
     from clawdemy_infer.fast.quantized import running
-    from clawdemy_infer.files.checkpoint import is_quantized, load_quantized
     from clawdemy_infer.machine.calibrate import default_device
+    from clawdemy_infer.rigs.checkpoint import is_quantized, load_quantized
     if is_quantized(args.model):
         if args.weights != "fp32" or args.compile:
             raise arguments.UsageError(f"weights={args.weights!r}: {args.model} is quantized "

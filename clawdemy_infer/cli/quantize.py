@@ -34,7 +34,7 @@ def add(subparsers) -> None:
 
 def run(args: Args) -> int:
     from clawdemy_infer import quantization
-    from clawdemy_infer.files.checkpoint import can_save, layout_for, save_quantized
+    from clawdemy_infer.rigs.checkpoint import can_save, layout_for, save_quantized
     from clawdemy_infer.rigs.text import calibration_tokens
     from clawdemy_infer.timing import now
 

@@ -1,4 +1,4 @@
-"""Models in files: GGUF, safetensors, quantized checkpoints, tokenizers; `load_model`."""
+"""Models in files: GGUF, safetensors, layouts of quantized matrices, tokenizers; `load_model`."""
 
 from clawdemy_infer.files.load import UnknownModel, load_model
 

@@ -1,10 +1,10 @@
-"""What a learner writes is checked here, and never stops a lesson: build tasks, exercises of
-several steps, functions on cases, values.
+"""Checks what a learner writes: build tasks, exercises of several steps, functions, values.
 
-The answer to a build task runs in a forked child with a limit on its time and its memory: what it
+The answer to a build task runs in a forked child with limits on its time and its memory: what it
 prints, breaks or never ends costs the lesson nothing.
 """
 
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from numbers import Real
 from typing import NamedTuple
+
+import psutil
 
 from clawdemy_infer.lesson.tables import from_si, number, si
 
@@ -82,11 +84,7 @@ def for_all(examples: int = 50, **strategies) -> Callable:
                       report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
             @given(**strategies)
             def holds(**drawn) -> None:
-                try:
-                    f(answer, **drawn)
-                except BaseException as error:
-                    error.example = ", ".join(f"{name}={drawn[name]!r}" for name in drawn)
-                    raise
+                f(answer, **drawn)
 
             configuration.set_hypothesis_home_dir(os.devnull)   # it shall write no files
             holds()
@@ -116,8 +114,8 @@ def check(task: Task, answer: object) -> tuple[str, str]:
         return WRONG, f"{at}. It was still running after {task.seconds:g} s."
     except (EOFError, OSError):
         worker.join()
-        code = worker.exitcode
-        how = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        code = worker.exitcode                          # minus the signal, after a crash
+        how = f"ended with code {code}" if code >= 0 else f"crashed ({signal.Signals(-code).name})"
         return WRONG, f"{at}. Python {how}."
     except KeyboardInterrupt:
         return OPEN, f"stopped at {at!r}"
@@ -129,10 +127,8 @@ def check(task: Task, answer: object) -> tuple[str, str]:
 
 def _in_child(task: Task, answer: object, pipe: Connection) -> None:
     try:
-        import faulthandler
         import resource
 
-        import psutil
         import torch
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent
@@ -185,13 +181,16 @@ def _told(at: str, answer: object, error: BaseException) -> tuple[str, str]:
     elif kind.startswith("Flaky"):
         text = "Used twice in the same way, it did two different things."
     elif not isinstance(error, Wrong):
+        drawn = [f"{name}={value!r}" for frame, _ in traceback.walk_tb(error.__traceback__)
+                 if frame.f_code.co_name == "holds"     # of `for_all`
+                 for name, value in frame.f_locals.get("drawn", {}).items()]
         code = [getattr(each, "__code__", None) for each in (answer, *vars(answer).values())]
         files = {each.co_filename for each in code if each}
-        lines = [f"`{frame.line}`" for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename in files and frame.line]
-        example = getattr(error, "example", "")
-        where = ", with ".join(lines[-1:] + [example] * bool(example))
-        text = f"It raised {kind}{': ' * bool(text)}{text}"[:200] + f" ({where})" * bool(where) + "."
+        lines = [f"`{line.line}`" for line in traceback.extract_tb(error.__traceback__)
+                 if line.filename in files and line.line]
+        where = ", ".join(lines[-1:] + drawn)
+        text = f"It raised {kind}{': ' * bool(text)}{text}"[:200]
+        text += f" ({where})." if where else "."
     return WRONG, f"{at}. {text}"
 
 
@@ -240,9 +239,9 @@ def check_function(name: str, function: object, cases: Mapping[object, object],
         try:
             got = function(*arguments)
         except MISTAKES as error:
-            if "ellipsis" in str(error):
-                return OPEN, ""
-            return WRONG, f"{call} raised {type(error).__name__}: {error}."
+            if "ellipsis" not in str(error):
+                return WRONG, f"{call} raised {type(error).__name__}: {error}."
+            got = ...
         if got is ...:
             return OPEN, ""
         if not _same(got, expected, rtol):
@@ -253,10 +252,9 @@ def check_function(name: str, function: object, cases: Mapping[object, object],
 def check_value(name: str, value: object, expected: object, rtol: float) -> tuple[str, str]:
     """As `check_function`. It says how far off a number is and not what was expected: finding that
     is the exercise."""
-    if value is ...:
-        return OPEN, ""
-    right = _same(value, expected, rtol)
-    return (RIGHT, "") if right else (WRONG, f"{name} = {_shown(value)} {_off(value, expected)}")
+    if value is ... or _same(value, expected, rtol):
+        return OPEN if value is ... else RIGHT, ""
+    return WRONG, f"{name} = {_shown(value)} {_off(value, expected)}"
 
 
 def _off(value: object, expected: object) -> str:

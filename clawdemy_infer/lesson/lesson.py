@@ -257,9 +257,8 @@ class Lesson:
     # -- build tasks and exercises ----------------------------------------------------------------
 
     def build(self, name: str, answer: object) -> object:
-        """Check the learner's `answer` to a build task in a process of its own, say in one line how
-        it stands, and return what the measured runs use: the answer where it is right, else the
-        library's. Raises as `exercise`."""
+        """Check the learner's `answer` to a build task, say in one line how it stands, and return
+        what the measured runs use: a right answer, else the library's. Raises as `exercise`."""
         import clawdemy_course
 
         task = clawdemy_course.task(name)
@@ -285,9 +284,8 @@ class Lesson:
                  f"<pre>{escape(source)}</pre></details>"}, raw=True)
 
     def steps(self, name: str, **answers: object) -> None:
-        """Check an exercise of several steps, a line for each. An answer is a number in the step's
-        unit, or text with a unit ("16 GB"), or `...`. Raises `ValueError` unless each step has one,
-        else as `exercise`."""
+        """Check each step of an exercise: a number in the step's unit, text with a unit ("16 GB"),
+        or `...`. Raises `ValueError` unless each step has its answer, else as `exercise`."""
         import clawdemy_course
 
         exercise = clawdemy_course.exercise(name)

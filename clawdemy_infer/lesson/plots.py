@@ -18,7 +18,7 @@ from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.tables import si
 from clawdemy_infer.lesson.waterfall import REST, Account
 
-COLOURS = ["#3f52d6", "#e37700", "#1ca671", "#cc74d3", "#ce122d", "#646271"]
+COLOURS = ["#3f52d6", "#e37700", "#1ca671", "#cb73d2", "#ce122d", "#646271"]
 """For machines, models and kinds of work, in order: far apart for every kind of colour vision, and
 at a contrast of 3 : 1 on white and on #111111."""
 

@@ -588,6 +588,7 @@ Markdown(f"""And quality is not for free.
 
 - **MQA by averaging** is ruined (KL {kl['MQA']:.1f}): three heads that had learned different things became one. The authors train on for 5 % of the original steps after
   averaging. Without that step it is an honest measurement of *cost* only.
+- **The model** comes from a 4-bit file (Q4_1, lesson 07). A cache is rounded on top of that; a model that was never rounded may lose another share.
 - **Rounding** is nearly free at 8 bits (KL {kl['int8']:.4f}), cheap at 4 ({kl['int4']:.3f}), and not at 2 ({kl['2 bits']:.2f}, for so small a model).
 - **Forgetting** costs {kl['window + sinks']:.2f} with sinks, {kl['window, no sinks']:.2f} without, for the same 256 tokens. Softmax must put its weight
   somewhere; a trained model parks what it has no use for on the first tokens. Drop those four, and it lands on tokens that mean something.

@@ -30,7 +30,6 @@ from textwrap import fill
 from clawdemy_infer.arithmetic.work import matmul, total
 from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.files import load_model
-from clawdemy_infer.files.checkpoint import load_quantized, save_quantized
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.tables import Table
 from clawdemy_infer.machine.calibrate import this_machine
@@ -49,6 +48,7 @@ from clawdemy_infer.quantization import (
 from clawdemy_infer.quantization.awq import RATIOS
 from clawdemy_infer.quantization.gptq import gptq_matrix, hessian_of, inverse_factor, output_error
 from clawdemy_infer.quantization.linears import with_modules
+from clawdemy_infer.rigs.checkpoint import load_quantized, save_quantized
 from clawdemy_infer.rigs.quality import Reference, kl_by_layer, output_errors
 from clawdemy_infer.rigs.quantization_table import quantization_table, shipped_table
 from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens

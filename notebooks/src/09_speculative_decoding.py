@@ -23,6 +23,13 @@
 import shutil
 from fractions import Fraction
 
+from clawdemy_course.compare_drafts import (
+    acceptances,
+    compare_drafts,
+    greedy_rounds,
+    measure_costs,
+    round_parts,
+)
 from clawdemy_infer.batching import Operations, Policy, StepCost, simulate
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.launches import count_ops
@@ -34,13 +41,6 @@ from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.model import Sampling
-from clawdemy_infer.rigs.compare_drafts import (
-    acceptances,
-    compare_drafts,
-    greedy_rounds,
-    measure_costs,
-    round_parts,
-)
 from clawdemy_infer.rigs.prompts import texts_of
 from clawdemy_infer.rigs.workload import uniform, workload
 from clawdemy_infer.speculative import speculate, theory, verify
@@ -284,6 +284,8 @@ Markdown("Note the spread. " + " ".join(
     + " (A lookup drafts only where the last words came before.)")
 
 # %% [markdown]
+# (The target comes from a 4-bit file, Q4_1: lesson 07. A 4-bit copy of a model that was never rounded may agree with its target more or less often.)
+#
 # From α and the prices follows the speed-up. We shall time one text of three kinds, and know what was drafted and accepted in it. A guess?
 
 # %%
