@@ -444,21 +444,19 @@ Markdown(
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
 #
-# Three numbers and a napkin miss in three places. All were measured above:
+# Three numbers and a napkin miss in three places:
 
 # %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 launch_s, in_cache = machine.fixed_s_per_op, max(curve, key=curve.get)
 tiny, by_hand = si(sizes[0], "B"), si(sizes[0] / machine.bandwidth_at(), "s")
 Markdown(
-    f"- **Tiny operations** cost their launch: {tiny} took {si(smallest_s, 's')}, and "
-    f"the napkin says {by_hand}. Between a model's products a launch costs "
-    f"{si(launch_s, 's')}, as long as reading "
+    f"- **Tiny operations** cost their launch: {tiny} took {si(smallest_s, 's')}, on "
+    f"the napkin {by_hand}. Between a model's products a launch takes as long as reading "
     f"**{si(launch_s * machine.bandwidth_at(), 'B')}**.\n"
-    f"- **Data in a cache** comes faster: {si(in_cache, 'B')} took "
+    f"- **Data in a cache** comes faster: {si(in_cache, 'B')} in "
     f"{machine.bandwidth_at() / fastest:.2f} of the napkin's time.\n"
-    "- **Near the ridge** memory and arithmetic are both busy and overlap imperfectly: "
-    f"on the A100, 256 rows took {a100_off[256]:.1f} times the napkin's time, 4,096 "
-    f"rows {a100_off[4096]:.1f} times.")
+    "- **Near the ridge** computing and fetching overlap imperfectly: on the A100, 256 "
+    f"rows took {a100_off[256]:.1f} times the napkin's time.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes a millisecond: small models, fast
@@ -584,8 +582,8 @@ Markdown(
     "token. An agent that thinks for 30,000 tokens, alone on an H100, takes "
     f"{thought_s:.0f} s at least: {dollars:.2f} dollars at a list price of "
     f"{h100.dollars_per_hour} dollars an hour ({h100.priced}). If 64 agents shared "
-    "each reading of the weights, their products would hardly take longer. Lesson 04 does "
-    "that, and finds what it forgets.")
+    "each reading of the weights, their products would hardly take longer. Lesson 04 "
+    "does that, and finds what it forgets.")
 
 # %% [markdown] tags=["further"]
 # ### The same addition in a tight loop
@@ -621,8 +619,8 @@ ax.set_title("Below a certain size, an operation costs its launch")
 ax.legend()
 plots.show(
     fig, f"Time of one addition against its size: flat at {si(added[0], 's')} for "
-    "small ones, then rising with the bytes. The napkin's line, far below, knows nothing of "
-    "the flat part.")
+    "small ones, then rising with the bytes. The napkin's line, far below, knows "
+    "nothing of the flat part.")
 
 # %% [markdown] tags=["further"]
 # ### New arrays
@@ -641,13 +639,6 @@ Table(["", "measured", "÷ napkin"],
 # Where the second line is slower, as on most processors, the operating system is at work: it hands out the new array page by page, wipes each page, and takes
 # the array back afterwards. PyTorch on a GPU keeps freed memory for the next array. No roofline sees this. It is why an inference engine takes all of
 # its memory at the start, as the KV cache of lesson 02 does.
-#
-# ### One row, and the sum
-# The products with one row are a single part: the explanation says at which share of the memory's speed they read. A product can be *faster* than the
-# napkin, where part of its weights is still in a cache; then it says so.
-
-# %% tags=["further", "nbval-ignore-output"]
-lesson.explain("16 products, B = 1")
 
 # %% [markdown] tags=["solution"]
 # ## Solutions
