@@ -33,7 +33,7 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
-from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
 
 import matplotlib.pyplot as plt
@@ -44,9 +44,9 @@ plots.use_style()
 machine = this_machine()
 lesson = Lesson("01 counting_inference", machine=machine)
 display(Markdown(
-    "**B** batch, **S** context, **T** new tokens of a sequence; **L** layers, **D** "
-    "model width, **F** feed-forward width, **N** query heads, **K** KV heads, **H** head "
-    "dimension, **V** vocabulary. A step has B·T **rows**."))
+    "**B** batch, **S** context, **T** new tokens of a sequence; **L** layers, "
+    "**D** model width, **F** feed-forward width, **N** query heads, **K** KV heads, "
+    "**H** head dimension, **V** vocabulary. A step has B·T **rows**."))
 lesson.card()
 
 # %% tags=["core", "slide", "hide-input"]
@@ -239,8 +239,9 @@ prompt_token = measured["TTFT, prompt 1024, fp32"] / 1024
 output_token = measured["time per token, context 1024, fp32"]
 display(Markdown(
     f"A token of a prompt of 1,024 costs **{si(prompt_token, 's')}**, an output token "
-    f"**{si(output_token, 's')}**: **{output_token / prompt_token:.0f} times** as much, "
-    "for the same FLOPs. Decode does not compute; it reads."))
+    f"**{si(output_token, 's')}**: "
+    f"**{output_token / prompt_token:.0f} times** as much, for the same FLOPs. Decode "
+    "does not compute; it reads."))
 lesson.table()
 
 # %% [markdown] tags=["notes"]
@@ -343,11 +344,11 @@ per_token = decode_step(CONFIGS["llama-3-8b"], 1, 2)[0] - flops
 assert not is_compute_bound("llama-3-8b", 10**6, 2048)
 short = measured["TTFT, prompt 8, fp32"] / measured["time per token, context 64, fp32"]
 Markdown(
-    f"In numbers: this machine's ridge in fp32 is {2 * machine.ridge('fp32'):.0f} rows; "
-    f"a prompt of 8 took {short:.1f} times a single token's time. Llama-3-8B on an H100 "
-    f"is compute-bound from batch {batch} at 128 tokens of context, and at 2,048 tokens at "
-    "no batch. Attention's FLOPs pass the products' in prompts above "
-    f"{2 * flops / per_token:,.0f} tokens.")
+    "In numbers: this machine's ridge in fp32 is "
+    f"{2 * machine.ridge('fp32'):.0f} rows; a prompt of 8 took {short:.1f} times a "
+    "single token's time. Llama-3-8B on an H100 is compute-bound from batch "
+    f"{batch} at 128 tokens of context, and at 2,048 tokens at no batch. Attention's "
+    f"FLOPs pass the products' in prompts above {2 * flops / per_token:,.0f} tokens.")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Each bullet is an assumption of the envelope that fails. Ask for a workload for each:
@@ -418,10 +419,9 @@ for which, (panel, unit, title) in enumerate(zip(panels, "Bs", titles, strict=Tr
     panel.minorticks_off()
     plots.units(panel.yaxis, unit)
 plots.show(figure, "Llama-3-8B at 8,192 tokens on an A100 and an H100 of 80 GB. Left, "
-                   "weights and cache against the batch: from 128 on they are over the "
-                   "dashed limit of 85.9 GB. Right, the time per token: over the promised "
-                   "20 ms from batch 32 on the A100, from 64 on the H100. What is over a "
-                   "limit is a red cross.")
+                   "weights and cache against the batch: from 128 on over the dashed "
+                   "limit of 85.9 GB. Right, the time per token: over 20 ms from batch "
+                   "32 on the A100, from 64 on the H100. What is over is a red cross.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** The promise breaks before the memory does, on both cards. Ask: which one number of
@@ -515,7 +515,8 @@ Markdown(
     f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} in fp16, "
     f"{si(weights, 'B')} of weights, on {cards} A100s of "
     f"{gptq.peak_bw_GBps_per_device:,.0f} GB/s: {si(took, 's')} a token. One card's "
-    f"bandwidth would need {si(one, 's')}: {cards} cards did the work of {one / took:.2f}. "
+    f"bandwidth would need {si(one, 's')}: {cards} cards did the work of "
+    f"{one / took:.2f}. "
     "The layers lie on the cards one after the other, and one card reads at a time. A "
     "pipeline makes room; it does not make a single token faster.")
 
