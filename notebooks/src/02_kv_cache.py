@@ -23,7 +23,7 @@
 # numbers on the board; they return at the guess. Usual wrong answer: 256 times. And ask who has
 # seen an out-of-memory error in the middle of a long chat: that was the cache, not the model.
 
-# %% tags=["core", "slide", "hide-input"]
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 import math
 from functools import cache as remembered
 
@@ -171,12 +171,13 @@ for each in map(catalog.model, names):
 display(Markdown("""
 ### What one token leaves in memory
 
-A key and a value, for each KV head, H numbers wide, in each layer: **`KV bytes per
-token = 2 · L · K · H · bytes`**. Two ways to get it wrong:
-N for K (query heads share KV heads; only KV heads are kept), and D/N for H
-(`config.json` may state another `head_dim`).
-From `weight bytes / KV bytes per token` tokens on, of all users together, the cache
-outweighs the weights.
+A key and a value, for each KV head, H numbers wide, in each layer:
+
+**KV bytes per token = 2 · L · K · H · bytes**
+
+Two ways to get it wrong: N for K (query heads share KV heads; only KV heads are kept),
+and D/N for H (`config.json` may state another `head_dim`). From weight bytes over KV
+bytes per token on, in tokens of all users together, the cache outweighs the weights.
 """))
 header = ["model", "N / K", "H / (D/N)", "bytes per token, bf16", "with N for K",
           "with D/N for H", "outweighs the weights at"]
@@ -492,10 +493,11 @@ lesson.table()
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# The counting is the same; the ridge point lies far to the right, so more rows ride along for free
-# and the crossover comes later. Python's launches cost the same while the reading shrinks, so with
-# a cache a small model *waits for launches*. Servers go one step further, **prefix caching**:
-# requests that begin with the same text share its keys and values and skip its prefill (lesson 06).
+# The counting is the same. The ridge point lies far to the right, so more rows ride along for free
+# and the crossover comes later. A launch costs what it costs here, while bytes stream dozens of
+# times as fast: once the cache has removed the computing, launches can be most of what is left
+# (CUDA graphs, lesson 10). Servers go one step further, **prefix caching**: requests that begin with
+# the same text share its keys and values and skip its prefill (lesson 06).
 
 # %% tags=["core", "fragment", "hide-input"]
 h100, t4 = catalog.machine("h100-sxm"), catalog.machine("t4")
@@ -514,17 +516,14 @@ bound = {"with": t4.napkin(gpt2.prefill(1, 5, logits=5, **FP32)) + sum(
          "without": sum(t4.napkin(gpt2.prefill(1, 5 + i, logits=5 + i, **FP32))
                         for i in range(1000))}
 Markdown(f"""
-* **Published** (J. Lages 2023: GPT-2 in fp32, 1,000 tokens on a T4; not measured
-  here): {published["without"]:.1f} s without a cache,
-  {published["with"]:.1f} s with one, **{published["without"] / published["with"]:.1f}
-  times** faster. The envelope says {bound["without"]:.1f} s
-  and {bound["with"]:.1f} s, {bound["without"] / bound["with"]:.1f} times: the runs
-  took {published["without"] / bound["without"]:.1f} and
-  {published["with"] / bound["with"]:.1f} times their bounds. What both runs pay
-  beside bytes and FLOPs pulls the ratio towards 1, here as there.
+* **Published** (J. Lages 2023: GPT-2, fp32, 1,000 tokens on a T4; not measured here):
+  {published["without"]:.1f} s without a cache, {published["with"]:.1f} s with one,
+  **{published["without"] / published["with"]:.1f} times** faster. The envelope:
+  {bound["without"]:.1f} s, {bound["with"]:.1f} s,
+  {bound["without"] / bound["with"]:.1f} times. With a cache a token took
+  {si(published["with"] / 1000, "s")}, and its bytes take {si(bound["with"] / 1000, "s")}.
 * **Envelope** of Llama-3-8B in bf16 on an H100, ridge point {h100.ridge("bf16"):.0f}:
-  a token is twice as fast from
-  **{next(S for S in range(1, 8192) if on_h100(S) >= 2)} tokens** on, and
+  twice as fast from **{next(S for S in range(1, 8192) if on_h100(S) >= 2)} tokens** on,
   {on_h100(8192):.0f} times at 8,192.
 """)
 
@@ -555,9 +554,12 @@ Markdown(f"""
 # ## Play
 #
 # Does it fit? Weights in bf16. The picture turns red where a limit is violated, and names it. Start
-# from 64 users with 8,192 tokens of Llama-3-8B on one H100, and find (1) a single change that makes
-# 128 users fit; (2) the cheapest card for 8 users of Qwen3-4B; (3) a model of less than 1 B
-# parameters that fails where a 70B one has room for the same tokens on the same card.
+# from 64 users with 8,192 tokens of Llama-3-8B on one H100, and find
+#
+# 1. a single change with which 128 users fit;
+# 2. the smallest card for 8 users of Qwen3-4B with 32,768 tokens;
+# 3. a card on which 64 users with 2,048 tokens of Llama-2-70B fit, and those of LLaMA-30B, a model of
+#    half the size, do not. Why?
 
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 FORMATS = ["bf16", "int8", "int4"]
@@ -580,7 +582,8 @@ def draw_memory(model: str, on: str, users: int, context: int, kv: str) -> None:
             hatch=None if found else "//", edgecolor="white", linewidth=0)
     ax.axvline(card.memory, color=red if not found else plots.TEXT, linestyle="--")
     for y, value in enumerate((found.weight_bytes, found.kv_bytes, both)):
-        ax.text(value, y, f" {si(value, 'B')}", va="center")
+        near = 0.8 * card.memory < value < card.memory      # beside the line, not on it
+        ax.text(card.memory if near else value, y, f" {si(value, 'B')}", va="center")
     ax.set(xlim=(0, 1.25 * max(both, card.memory)), ylim=(2.5, -0.5))
     ax.set_yticks([0, 1, 2], ["weights", "KV cache", "together"])
     ax.set_xlabel(f"dashed: memory of the card, {si(card.memory, 'B')}")
@@ -681,7 +684,7 @@ ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 plots.units(ax.yaxis, "FLOP")
 ax.legend(loc="upper left")
 plots.show(fig, "Work of generating n tokens, both axes logarithmic. Without a cache "
-                "matrix products rise with n squared, attention with n cubed; with one, "
+                "matrix products rise with n squared, attention with n cubed; with one "
                 "with n and n squared.")
 
 # %% [markdown] tags=["further"]
