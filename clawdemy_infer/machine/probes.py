@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -53,18 +54,27 @@ class Probe(NamedTuple):
     sample: Callable[[], float]
 
 
-def rate_of(step: Callable[[int], float], sample_s: float | None = None) -> Callable[[], float]:
+def rate_of(step: Callable[[int], float], sample_s: float | None = None,
+            clock: Callable[[], float] = now) -> Callable[[], float]:
     """Samples of units/s of `step(i)`, which does the i-th piece and returns its units."""
     done = 0
 
     def sample() -> float:
         nonlocal done
-        units, start, elapsed = 0.0, now(), 0.0
+        units, start, elapsed = 0.0, clock(), 0.0
         while elapsed < (SAMPLE_S if sample_s is None else sample_s):
             units, done = units + step(done), done + 1
-            elapsed = now() - start
+            elapsed = clock() - start
         return units / elapsed
     return sample
+
+
+def bandwidth(read: Callable[[], object], nbytes: float, clock: Callable[[], float] = now) -> float:
+    """Bytes/s at which `read()` reads its `nbytes` bytes; `clock()` gives seconds, in ticks of 1 ms
+    at most. A first read is cold and does not count; the median of 9 samples of 20 ms does."""
+    read()
+    sample = rate_of(lambda _: (read(), nbytes)[1], 0.02, clock)
+    return median(sample() for _ in range(9))
 
 
 def beyond(more: Callable[[], object], less: Callable[[], object]) -> float:

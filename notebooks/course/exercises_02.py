@@ -40,7 +40,8 @@ LONG_AGENT = Exercise("long_agent", {
         (48e9 - WEIGHTS) / SHARING / (NUMBERS * 2): "48 GiB are 48 · 2**30 bytes, 7 % more than "
                                                     "48 GB.",
     }),
-}, means=f"{AGENTS:.0f} agents fill a card that has room for {MEMORY / WEIGHTS:.0f} times the weights. "
+}, means=f"{AGENTS:.0f} agents fill a card that has room for {MEMORY / WEIGHTS:.0f} times the "
+         "weights. "
          "The past, not the model, limits how many are served: lesson 03 makes each "
          "token smaller, lesson 06 wastes less of the room.")
 
