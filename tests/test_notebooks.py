@@ -95,7 +95,7 @@ def test_no_cause_is_typed_into_a_lesson(notebook):
     """A measurement comes without a reason, an explanation is asked for and never given."""
     for cell in notebook.cells:
         for call in lesson_calls(cell, "measure"):
-            assert {word.arg for word in call.keywords} <= {"parts"}, cell.source
+            assert {word.arg for word in call.keywords} <= {"parts", "about_s"}, cell.source
         for call in lesson_calls(cell, "explain"):
             assert len(call.args) == 1 and not call.keywords, cell.source
         for call in lesson_calls(cell, "cause"):

@@ -118,7 +118,7 @@ def card(machine: Calibrated) -> Table:
     found, (memory, compute, launches, _) = machine.at(Speeds()), map(percent, machine.now)
     peaks = {f"computes in {format}": si(found.peak(format), "FLOP/s")
              for format in ("fp32", "bf16")}
-    header = ["", "reads memory at", *peaks, "starts an operation in"]
+    header = ["", "reads memory at", *peaks, "kernel-launch overhead"]
     rows = [[machine.source, si(found.bandwidth_at(), "B/s"), *peaks.values(),
              si(found.fixed_s_per_op, "s")],
             ["speed at this moment", memory, *[compute] * len(peaks), launches]]

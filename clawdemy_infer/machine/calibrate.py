@@ -124,7 +124,7 @@ def of_machine(device: str) -> list[Probe]:
 
 
 def of_formats(formats: Iterable[str], device: str) -> list[Probe]:
-    """The probes of products with weights in `formats`, and of what it costs to start an operation
+    """The probes of products with weights in `formats`, and of what it costs to launch an operation
     between them."""
     return [probe for format in formats
             for probe in (*probes.gemm_probes(format, device), probes.launch_probe(format, device))]

@@ -1,5 +1,5 @@
 """A machine that was measured: the roofline's `Machine` with a rate for each kernel at its own
-format and number of rows, the price of starting an operation, and how far each may be off."""
+format and number of rows, the price of launching an operation, and how far each may be off."""
 
 from __future__ import annotations
 

@@ -116,6 +116,6 @@ def drift(machine: Calibrated, most: float = 0.2) -> str:
     if all(1 / (1 + most) <= speed <= 1 + most for speed in (memory, compute, launches)):
         return ""
     return (f"The machine is not as it was calibrated ({machine.source}): it reads memory at "
-            f"{memory:.0%}, computes at {compute:.0%} and starts operations at {launches:.0%} of "
+            f"{memory:.0%}, computes at {compute:.0%} and launches operations at {launches:.0%} of "
             "the speed it had. Predictions are made for today's speed; `clawdemy-infer calibrate` "
             "measures it anew.")
