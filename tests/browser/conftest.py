@@ -57,10 +57,12 @@ def answers(url: str) -> bool:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """Copies of the lessons, marked as not yet run."""
+    """The copies that `make lab` makes of the lessons, marked as not yet run."""
     folder = tmp_path_factory.mktemp("lessons")
+    subprocess.run([sys.executable, REPOSITORY / "notebooks" / "build.py", "--lab", folder],
+                   check=True)
     for path in lessons():
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.read(folder / path.name, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.execution_count = None
