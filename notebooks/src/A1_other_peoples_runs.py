@@ -151,7 +151,7 @@ display(aims_table(verdicts, simpler))
 Markdown(
     f"The envelope alone misses by {missed['decode at batch 1']:.0%} in decode and "
     f"{missed['prefill']:.0%} in prefill, in the median, and always to the same side: "
-    f"it is a bound. On several devices it misses by {missed['tensor parallel']:.0%}, "
+    f"it is a bound. On several devices it misses by {missed['tensor parallel']:.0%}: "
     "it counts neither launches nor all-reduces.")
 
 # %% [markdown] tags=["core"]
