@@ -4,7 +4,7 @@ const OUTPUTS = ".jp-OutputArea .widget-output .jp-OutputArea-output";
 const lab = {
     notebook: () => jupyterapp.shell.currentWidget.content,
     cell: (index) => lab.notebook().widgets[index].node,
-    contents: () => lab.notebook().model.toJSON(),
+    contents: () => JSON.parse(JSON.stringify(lab.notebook().model)),
     session: () => jupyterapp.shell.currentWidget.sessionContext.session,
 
     ready: () => Boolean(window.jupyterapp?.shell.currentWidget?.content?.model?.cells.length

@@ -1,5 +1,5 @@
 // What is wrong on the slide that reveal.js shows, a line each.
-function look([smallest, smallestScale]) {
+window.look = ([smallest, smallestScale]) => {
     const slide = Reveal.getCurrentSlide(), body = slide.querySelector(".body"), found = [];
     const clip = (text) => JSON.stringify(text.trim().slice(0, 40));
     const seen = (node) => node.checkVisibility({ opacityProperty: true, visibilityProperty: true });
@@ -38,4 +38,4 @@ function look([smallest, smallestScale]) {
             found.push(`${clip(texts.currentNode.data)} is ${size.toFixed(1)} px high`);
     }
     return [...new Set(found)].slice(0, 6);
-}
+};
