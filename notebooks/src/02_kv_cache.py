@@ -6,33 +6,37 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] tags=["core", "slide"]
 # # 02 · What does remembering cost, and save?
+#
 # ## Question
-# A language model writes one token at a time, and each new token looks back at all the others. Does it have to *read* them all
-# again, every time?
 #
-# The plainest program does: after each token it runs the whole text through the model anew. Every engine you have ever used
-# keeps something instead, the **KV cache**, and computes only what is new.
+# A chat answers with 300 words. An agent thinks for 30,000 tokens before it acts. Each new token
+# looks back at all the others: must the model *compute* them all again, every time? The plainest
+# program does. Every engine keeps a **KV cache** instead, and then runs out of memory.
 #
-# So two questions. How much time does remembering save, and from which length on? And how much memory does it cost, until
-# the memory itself is the problem?
-#
-# Before you go on, write three numbers on a piece of paper: at 256 tokens, how many times faster is a token with a cache? At
-# how few tokens does the cache stop being worth it? And how many bytes does it keep for one token of a 70B model?
+# **45 minutes.** Before: lesson 01 (prefill, decode, the letters). Afterwards: you have built a KV
+# cache, know what it saves, and can say how many users fit on a card.
 
-# %% tags=["nbval-ignore-output"]
+# %% [markdown] tags=["notes"]
+# **2 min.** Ask: "at 256 tokens, how many times faster is a token with a cache?" Collect three
+# numbers on the board; they return at the guess. Usual wrong answer: 256 times. And ask who has
+# seen an out-of-memory error in the middle of a long chat: that was the cache, not the model.
+
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 import math
 from functools import cache as remembered
 
-from clawdemy_infer.arithmetic import total
+from clawdemy_course import diagrams
+from clawdemy_course.build_02 import CatCache, adapt
+from clawdemy_infer.arithmetic import Work, total
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
-from clawdemy_infer.lesson.steps import filled_cache, random_tokens
+from clawdemy_infer.lesson.steps import filled_cache
 from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.present import bracketed
@@ -42,272 +46,187 @@ from clawdemy_infer.variants.named_caches import CACHES
 
 import matplotlib.pyplot as plt
 import numpy as np
-import sympy
 import torch
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 from matplotlib.ticker import FixedLocator, NullLocator
 
 plots.use_style()
-plt.rcParams["savefig.dpi"] = 80                    # many figures, and the file stays small
 machine = this_machine()
 lesson = Lesson("02 kv_cache", machine=machine)
-decoder = faster(load_model("smollm2-135m", device=machine.device), "fp32")   # matrices as this machine's kernels like them
-lesson.card()
-
-# %% [markdown]
-# ## Envelope: what the past leaves behind
-# In a layer, the new token's *query* is compared with the *keys* of all tokens so far, and the answer is a weighted sum of
-# their *values*. So of an old token we need its key and its value, in every layer. Its query we never need again: nobody asks
-# an old token what it is looking for.
-#
-# And an old token's key cannot change. Attention is causal: token 5 sees tokens 1 to 5, whatever is written after them. Let us
-# not take that on trust. We run a sentence whole, and its first five tokens alone, and compare what the two caches hold.
-
-# %%
-sentence = "The past does not change. It only becomes longer."
-tokens = torch.tensor([decoder.tokenizer.encode(sentence)], device=decoder.device)
-whole, first_five = (ContiguousCache.for_model(decoder, batch=1, capacity=tokens.shape[1]) for _ in range(2))
-decoder(tokens, whole)
-decoder(tokens[:, :5], first_five)
-
-for ours, theirs in ((whole.keys, first_five.keys), (whole.values, first_five.values)):     # [L, B, K, S, H]
-    torch.testing.assert_close(ours[:, :, :, :5], theirs[:, :, :, :5], rtol=1e-3, atol=1e-3)
-f"the first 5 of {tokens.shape[1]} tokens left the same keys and values in all {decoder.config.shape.L} layers"
-
-# %% [markdown]
-# That is the whole idea: **keep the keys and values, compute only the new token**. The code that keeps them is short enough to
-# read now: `clawdemy_infer/kv_cache/contiguous.py`.
-#
-# ### The work without a cache
-# We generate `n` tokens after a prompt of `P`. Without a cache each step is a whole prefill of everything so far. We count
-# FLOPs for SmolLM2-135M, step by step, in the letters of lesson 01: L layers, D width, N query heads, K KV heads, H head
-# dimension, F feed-forward width, V vocabulary.
-
-# %%
+# The matrices as this machine's kernels like them best.
+decoder = faster(load_model("smollm2-135m", device=machine.device), "fp32")
 shape = catalog.model("smollm2-135m")
 L, D, N, K, H, F, V = (getattr(shape, letter) for letter in "LDNKHFV")
-P, n = 26, 24
-W = D * (N + 2 * K) * H + N * H * D + 3 * D * F     # the matrices of one layer: Q K V, output, gate up down
+diagrams.generation()
 
-rows = pairs = flops = 0
-for i in range(n):
-    S = P + i                                       # tokens so far, all of which go through the model again
-    rows += S                                       # each is a row in every matrix product
-    pairs += S * (S + 1) // 2                       # token 1 sees 1 token, token 2 sees 2, … token S sees S
-    flops += L * 2 * S * W                          # a multiply and an add per row and weight
-    flops += L * 4 * N * H * S * (S + 1) // 2       # scores, then sum of values: 2 + 2 per pair and dimension
-    flops += 2 * D * V                              # the head: only the last position has to name a word
-without_cache = flops
+# %% [markdown] tags=["notes"]
+# **3 min.** Show the left side first and count rows aloud: 1, 2, 3, 4, 5. Ask what is red. (Rows
+# that were computed before, with the same result.) Then the right side: one row a step. Usual
+# objection: "but the new token still looks at all of them". It does: it *reads* their keys and
+# values, and does not compute them.
 
-S = P + n - 1                                       # the length of the last step
+# %% [markdown] tags=["core", "slide"]
+# ## Envelope
+#
+# In each layer the new token's *query* meets the *keys* of all tokens so far; the answer is a
+# weighted sum of their *values*. Of an old token we need its key and its value. Its query is never
+# used again.
+#
+# An old token's key cannot change: attention is causal, so token 5 sees tokens 1 to 5, whatever is
+# written after them. Not on trust: we run a sentence whole, and its first five tokens alone.
+
+# %% tags=["core", "fragment"]
+ids = decoder.tokenizer.encode("The past does not change. It only becomes longer.")
+tokens = torch.tensor([ids], device=decoder.device)
+whole, first_five = (ContiguousCache.for_model(decoder, batch=1, capacity=len(ids))
+                     for _ in range(2))
+decoder(tokens, whole)
+decoder(tokens[:, :5], first_five)
+for ours, theirs in ((whole.keys, first_five.keys), (whole.values, first_five.values)):
+    torch.testing.assert_close(ours[..., :5, :], theirs[..., :5, :],
+                               rtol=1e-3, atol=1e-3)
+print(f"the first 5 of {len(ids)} tokens: the same keys and values in all {L} layers")
+
+# %% [markdown] tags=["notes"]
+# **3 min.** Ask: "which of Q, K and V of token 5 does token 9 need?" Usual wrong answer: all three.
+# Ask what would break the argument: a bidirectional model such as BERT, where token 5 sees token 9.
+# There is no KV cache for it.
+
+# %% tags=["core", "slide"]
+P, n = 26, 24                           # tokens of the prompt, tokens generated
+W = D * (N + 2 * K) * H + N * H * D + 3 * D * F     # weights of a layer: QKV, out, MLP
+
+
+def flops(rows, pairs, steps):          # a pair: q·k and p·v; a step: the head
+    return L * (2 * W * rows + 4 * N * H * pairs) + steps * 2 * D * V
+
+
+rows, pairs = 0, 0                      # without a cache: all of the text in each step
+for S in range(P, P + n):               # S tokens so far:
+    rows += S                           # each is a row in every matrix product
+    pairs += S * (S + 1) // 2           # and looks back at all tokens up to itself
+without = flops(rows, pairs, n)
 assert rows == n * (2 * P + n - 1) // 2
 assert pairs == (S * (S + 1) * (S + 2) - (P - 1) * P * (P + 1)) // 6
-assert flops == L * 2 * W * rows + L * 4 * N * H * pairs + n * 2 * D * V
-assert flops == sum(shape.prefill(1, P + i).flops for i in range(n))
-f"{n} tokens after {P}, without a cache: {si(without_cache, 'FLOP')}"
 
-# %% [markdown]
-# ### The work with a cache
-# The first step still reads the prompt. After it, each step sends *one* row through the matrices, and that row looks back at
-# everything kept.
+rows, pairs = P, P * (P + 1) // 2       # with one: the prompt once, and then
+for S in range(P + 1, P + n):
+    rows += 1                           # one row a step,
+    pairs += S                          # which looks back at all that is kept
+with_cache = flops(rows, pairs, n)
+assert (rows, pairs) == (S, S * (S + 1) // 2)   # the last step alone, without a cache
 
-# %%
-rows, pairs = P, P * (P + 1) // 2                   # prefill: all of the prompt, once
-flops = L * 2 * P * W + L * 4 * N * H * P * (P + 1) // 2 + 2 * D * V
-for i in range(1, n):
-    S = P + i                                       # the cache holds S - 1 tokens, and the new one sees itself too
-    rows += 1
-    pairs += S
-    flops += L * 2 * W + L * 4 * N * H * S + 2 * D * V
-with_cache = flops
+# %% [markdown] tags=["notes"]
+# **4 min.** Cover the asserts. Let the room count rows and pairs line by line, without a cache and
+# then with one. Then uncover the last assert and wait: who sees what it says? Usual wrong answer
+# for pairs: S² a step. The mask halves it: token t looks back at t tokens.
 
-assert rows == P + n - 1
-assert pairs == S * (S + 1) // 2
-assert flops == L * 2 * W * rows + L * 4 * N * H * pairs + n * 2 * D * V
-assert flops == shape.prefill(1, P).flops + sum(shape.decode(1, P + i).flops for i in range(1, n))
+# %% tags=["core", "slide", "hide-input"]
+assert without == sum(shape.prefill(1, P + i).flops for i in range(n))
+assert with_cache == shape.prefill(1, P).flops + sum(
+    shape.decode(1, P + i).flops for i in range(1, n))
+assert with_cache - n * 2 * D * V == shape.prefill(1, S).flops - 2 * D * V
 
-# Every row and every pair is computed once: just what the *last* step without a cache does on its own.
-assert flops - n * 2 * D * V == shape.prefill(1, S).flops - 2 * D * V
-f"{n} tokens after {P}, with a cache: {si(with_cache, 'FLOP')}, {without_cache / with_cache:.1f} times less"
-
-# %% [markdown]
-# The last assertion is the one to remember. **A whole generation with a cache does no more work than one step without it, the
-# last** (the head aside, which each step needs).
-#
-# Let us see the powers. From one token on, P = 1, how do the sums grow with n?
-
-# %%
-i, m = sympy.symbols("i n", integer=True, positive=True)
-sums = {
-    "matrix rows, without": sympy.summation(i, (i, 1, m)),
-    "matrix rows, with": sympy.summation(1, (i, 1, m)),
-    "attention pairs, without": sympy.summation(i * (i + 1) / 2, (i, 1, m)),
-    "attention pairs, with": sympy.summation(i, (i, 1, m)),
-}
-assert sympy.limit(sums["matrix rows, without"] / m**2, m, sympy.oo) == sympy.Rational(1, 2)
-assert sympy.limit(sums["attention pairs, without"] / m**3, m, sympy.oo) == sympy.Rational(1, 6)
-rows = [f"| {name} | ${sympy.latex(sympy.factor(value))}$ | ${sympy.latex(m ** sympy.degree(value, m))}$ |"
-        for name, value in sums.items()]
-Markdown("| | after n tokens | grows as |\n|:--|:--|:--|\n" + "\n".join(rows))
-
-# %% [markdown]
-# Without a cache the matrix products are **quadratic** and attention is **cubic**. With it they are linear and quadratic: the
-# cache takes one power off each.
-
-# %%
-lengths = np.geomspace(1, 8192, 100)
-matrices, attention = L * 2 * W, L * 4 * N * H
-
-square, cube = lengths * (lengths + 1) / 2, lengths * (lengths + 1) * (lengths + 2) / 6
-
-fig, ax = plt.subplots(figsize=(6.2, 3.3))
-for label, powers, style in (("without", (square, cube), "-"), ("with", (lengths, square), "--")):
-    ax.loglog(lengths, matrices * powers[0], style, color=plots.COLOURS[0], label=f"matrix products, {label}")
-    ax.loglog(lengths, attention * powers[1], style, color=plots.COLOURS[1], label=f"attention, {label}")
-for power, x, y, shift, side in (("n²", 200, matrices * 200**2 / 2, (-7, 7), "right"),
-                                 ("n³", 400, attention * 400**3 / 6, (-7, 5), "right"),
-                                 ("n", 40, matrices * 40, (-5, 9), "right"),
-                                 ("n²", 600, attention * 600**2 / 2, (9, -9), "left")):
-    ax.annotate(f"∝ {power}", (x, y), xytext=shift, textcoords="offset points", ha=side, va="center")
-ax.set(xlabel="tokens generated, n", ylabel="work in all", xlim=(1, 8192), ylim=(1e5, 1e17),
-       title="A cache takes one power of n off the work (SmolLM2-135M)")
-ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-plots.units(ax.yaxis, "FLOP")
-ax.legend(loc="upper left")
-plots.show(fig, "Work of generating n tokens, both axes logarithmic. Without a cache matrix products rise with the square of n and attention with "
-                "its cube; with a cache they rise with n and with its square.")
-
-# %% [markdown]
-# ### FLOPs are half of the story
-# FLOPs fell, but what about bytes? We count what one token at a length of 256 must read, in fp32 as we shall run it: the weights, and the keys
-# and values of all that it looks back at. (What passes between the operations comes on top.)
-
-# %%
 S = 256
-flops_without = L * 2 * S * W + L * 4 * N * H * S * (S + 1) // 2 + 2 * D * V
-flops_with = L * 2 * W + L * 4 * N * H * S + 2 * D * V
-assert (flops_without, flops_with) == (shape.prefill(1, S).flops, shape.decode(1, S).flops)
+many, one = shape.prefill(1, S).flops, shape.decode(1, S).flops
+assert (many, one) == (flops(S, S * (S + 1) // 2, 1), flops(1, S, 1))
+read = (L * W + V * D) * 4 + L * 2 * K * H * S * 4  # weights, and keys and values
+Markdown(f"""
+**A whole generation with a cache does no more work than one step without it, the
+last.** (The head aside, which names one token a step.)
+Every row and every pair is computed once. {n} tokens after {P}: {si(without, "FLOP")}
+without a cache, {si(with_cache, "FLOP")} with one,
+**{without / with_cache:.0f} times** less.
 
-bytes_with = L * W * 4 + V * D * 4              # every matrix, and the head, whether for one row or for a thousand
-bytes_with += L * 2 * K * H * S * 4             # keys and values, kept from before
-bytes_without = bytes_with                      # the same matrices, and the same keys and values, freshly computed
+**One power of n less.** Rows: n² becomes n. Pairs: n³ becomes n².
 
-Table(["the 256th token", "FLOPs", "bytes", "FLOPs per byte"],
-      [["without a cache", si(flops_without, "FLOP"), si(bytes_without, "B"), f"{flops_without / bytes_without:.1f}"],
-       ["with a cache", si(flops_with, "FLOP"), si(bytes_with, "B"), f"{flops_with / bytes_with:.1f}"]],
-      numeric=["FLOPs", "bytes", "FLOPs per byte"])
+**And bytes?** The 256th token reads {si(read, "B")} of weights, keys and values
+either way (fp32). Without a cache:
+{many / read:.0f} FLOPs per byte. With one: {one / read:.1f}. The cache turns a
+compute-bound step into a **memory-bound** one. It saves what the
+computing cost *above* the reading, and at a few tokens that is nothing.
+""")
 
-# %%
-Markdown(f"The cache divides the FLOPs by {flops_without / flops_with:.0f}, and the bytes not at all. "
-         "It does not make a compute-bound step a little cheaper: it turns it into a *memory-bound* one. "
-         "So it saves what the computing cost *above* the reading. "
-         "Where there was nothing above it, at a few tokens, it saves nothing.")
+# %% [markdown] tags=["notes"]
+# **4 min.** The bold sentence is the one to remember; let somebody say it in their own words. Then
+# ask: "FLOPs fell by two hundred at 256 tokens. Does the time?" Usual wrong answer: yes. Bytes did
+# not fall at all. Draw the roofline of lesson 00 and move the dot to the left, below the slope.
 
-# %% [markdown]
-# ### What one token leaves in memory
-# A key and a value, for each KV head, each H numbers wide, in each layer. Per token and layer that is **2·K·H·bytes**, and
+# %% tags=["core", "slide", "hide-input"]
+names = ["llama-2-7b", "llama-3-8b", "llama-2-70b", "qwen3-0.6b", "qwen3-4b"]
+
+
+def beside(wrong: float, right: float) -> str:
+    return f"{wrong:,.0f} (× {wrong / right:g})" if wrong != right else "the same"
+
+
+lines = []
+for each in map(catalog.model, names):
+    right = 2 * each.L * each.K * each.H * 2
+    assert right == each.kv_bytes_per_token("bf16")
+    lines.append([each.name, f"{each.N} / {each.K}", f"{each.H} / {each.D / each.N:g}",
+                  f"{right:,}", beside(2 * each.L * each.N * each.H * 2, right),
+                  beside(2 * each.L * each.K * (each.D / each.N) * 2, right),
+                  f"{each.stored_bytes('bf16') / right:,.0f}"])
+display(Markdown("""
+### What one token leaves in memory
+
+A key and a value, for each KV head, H numbers wide, in each layer:
+
+**KV bytes per token = 2 · L · K · H · bytes**
+
+Two ways to get it wrong: N for K (query heads share KV heads; only KV heads are kept),
+and D/N for H (`config.json` may state another `head_dim`). From weight bytes over KV
+bytes per token on, in tokens of all users together, the cache outweighs the weights.
+"""))
+header = ["model", "N / K", "H / (D/N)", "bytes per token, bf16", "with N for K",
+          "with D/N for H", "outweighs the weights at"]
+Table(header, lines, header[1:])
+
+# %% [markdown] tags=["notes"]
+# **4 min.** Cover the last three columns. Let the room compute Llama-3-8B in the head: 2 · 32 · 8 ·
+# 128 · 2 = 128 KiB. Then ask which model keeps *least* per token for its size: the 70B one keeps
+# less than the 7B one. On Llama-2-7B both mistakes give the right answer, which is how they survive
+# a test. Last column: one long chat is enough for Qwen3-0.6B.
+
+# %% [markdown] tags=["core", "slide"]
+# ## Guess
 #
-# $$\text{KV bytes per token} = 2 \cdot L \cdot K \cdot H \cdot \text{bytes per number}$$
+# SmolLM2-135M on this machine, fp32, 256 tokens so far. How long does the next token take
+# **without** a cache? And **with** one? How many times faster is that? And the crossover: at 1
+# token both steps are the same step, so ask instead **from which length on the cache makes a token
+# twice as fast**.
 #
-# It looks too simple to get wrong. There are two ways:
-#
-# - **N instead of K.** In grouped-query attention (Ainslie et al. 2023) several query heads share one KV head. Only KV heads are kept.
-# - **D/N instead of H.** In many models the head dimension happens to be the width over the heads. Where it is not, `config.json`
-#   says so in `head_dim`.
+# Write over the dots, as text with a unit: `"500 ms"`, `"3 times"`, `"100 tokens"`. The machine's
+# numbers are in the card.
 
-# %%
-models = {name: catalog.model(name) for name in ("llama-2-7b", "llama-3-8b", "llama-2-70b", "qwen3-0.6b", "qwen3-4b")}
-
-
-def beside_right(wrong: float, right: float) -> str:
-    return f"{wrong:,.0f}  (× {wrong / right:g})" if wrong != right else "the same"
-
-
-rows = []
-for s in models.values():
-    right = 2 * s.L * s.K * s.H * 2
-    assert right == s.kv_bytes_per_token("bf16")
-    heads, width = 2 * s.L * s.N * s.H * 2, 2 * s.L * s.K * (s.D / s.N) * 2
-    rows.append([s.name, *map(str, (s.L, s.N, s.K, s.H)), f"{s.D / s.N:g}", f"{right:,}",
-                 beside_right(heads, right), beside_right(width, right)])
-columns = ["model", "L", "N", "K", "H", "D/N", "bytes per token, bf16", "with N for K", "with D/N for H"]
-Table(columns, rows, numeric=columns[1:])
-
-# %% [markdown]
-# On Llama-2-7B both mistakes give the right answer, which is how they survive a test. And look down the right column of bytes:
-# a 70B model keeps *less* per token than a 7B one. Memory per token is a matter of KV heads, not of size.
-#
-# ### When the cache outweighs the weights
-# Weights are paid once. KV is paid for every token of every sequence in flight, B·S tokens in all. The two are equal at
-#
-# $$B \cdot S = \frac{\text{weight bytes}}{2 \cdot L \cdot K \cdot H \cdot \text{bytes}}$$
-
-# %%
-names = ["qwen3-0.6b", "smollm2-135m", "llama-2-7b", "qwen3-4b", "llama-3.2-1b", "llama-3-8b", "llama-2-70b"]
-shapes = [catalog.model(name) for name in names]
-even = sorted((s.stored_bytes("bf16") / s.kv_bytes_per_token("bf16"), s.name) for s in shapes)
-
-fig, ax = plt.subplots(figsize=(6.2, 3.3))
-bars = ax.barh([name for _, name in even], [tokens for tokens, _ in even], color=plots.COLOURS[0], height=0.6)
-ax.bar_label(bars, [f"{tokens:,.0f}" for tokens, _ in even], padding=4, bbox={"color": "white", "pad": 1})
-for batch, context in ((1, 8192), (16, 4096), (64, 8192)):
-    ax.axvline(batch * context, color=plots.COLOURS[1], linestyle=":", zorder=0)
-    ax.text(batch * context, 0.99, f" {batch} × {context:,}", color=plots.COLOURS[1],
-            transform=ax.get_xaxis_transform(), va="top")
-ax.set(xscale="log", xlim=(3e3, 1.6e6), ylim=(-0.6, len(even) + 0.1), xlabel="tokens in flight, batch × context",
-       title="The KV cache weighs as much as the weights at … (both bf16)")
-ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-ax.grid(axis="y", visible=False)
-plots.show(fig, "Tokens in flight at which the KV cache weighs as much as the weights, both in bf16: " + ", ".join(
-    f"{name} {tokens:,.0f}" for tokens, name in even) + ".")
-
-# %% [markdown]
-# Small models are outweighed first: their weights are few, their KV is not. One user with one long chat is enough for Qwen3-0.6B. And every
-# KV head counts: Llama-2-7B keeps one for each query head, and is outweighed long before Llama-3-8B, which keeps one for four.
-#
-# ## Prediction
-# Now SmolLM2 on this machine, in fp32. Two predictions of the time for one token at length S, and neither has seen the runs below.
-#
-# **The napkin**, with three numbers: peak FLOP/s, bandwidth, and the size of the model.
-# - *without*: 2·L·W·S FLOPs at peak or the weights once from memory, whichever is longer;
-# - *with*: the weights once from memory. (At S = 256 the cache is a fraction of them, and the napkin drops it.)
-#
-# **The calibrated roofline** knows more about the machine: how fast a product of M rows really runs, attention's own rate,
-# and what each launch of a step costs. It says an interval, as wide as its measurements were unsteady.
-#
-# Where is the **crossover**, the length below which the cache does not pay? Honestly: nowhere. At length 1 the two steps are the same
-# step, and from there on the one without a cache can only do more. But "more" starts out as nearly nothing, because a few
-# rows ride along while the weights are read. A better question has a definite answer: **at which length is the cache twice as
-# fast?** We scan the predictions for it.
-#
-# Write your own guesses over the dots, if you like, with a unit: `"500 ms"`, `"3 times"`, `"100 tokens"`. The last one asks how much longer a step takes
-# that looks back at 2,048 tokens instead of 64.
-
-# %% tags=["guess"]
+# %% tags=["core", "fragment", "guess", "nbval-ignore-output"]
 lesson.guess("a token without a cache, at 256", ...)
 lesson.guess("a token with a cache, at 256", ...)
 lesson.guess("speed-up at 256", ...)
 lesson.guess("length where it is twice as fast", ...)
-lesson.guess("attention to 2,048 tokens adds, over 64", ...)
+lesson.card()
 
-# %% [markdown]
-# A `StepOf` the model knows how many operations it launches. For other lengths these are the same, and the work is counted as above.
+# %% [markdown] tags=["notes"]
+# **3 min.** Everybody writes four numbers before you go on. A napkin helps: 135 M weights of 4
+# bytes over the bandwidth; 2 FLOPs a weight and row over the peak. Usual wrong answers: a speed-up
+# of 256 or of 200 (rows, or FLOPs), and a crossover at 2.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
-prefill, decode = (StepOf(decoder, phase, context=256) for phase in ("prefill", "decode"))
+# The launches of a step do not depend on its length.
+prefill = StepOf(decoder, "prefill", context=256)
+decode = StepOf(decoder, "decode", context=256)
 
 
 def napkin_without(S: int) -> float:
+    """2 · L · W · S FLOPs at peak, or the weights once from memory."""
     return max(L * 2 * W * S / machine.peak("fp32"), napkin_with(S))
 
 
 def napkin_with(S: int) -> float:
+    """The weights once from memory; the cache, a fraction of them, is dropped."""
     return shape.streamed_bytes("fp32") / machine.bandwidth_at()
-
-
-def napkin_added(S: int) -> float:
-    return (S - 64) * shape.kv_bytes_per_token("fp32") / machine.bandwidth_at()
 
 
 def without_cache(S: int):
@@ -315,7 +234,7 @@ def without_cache(S: int):
     return machine.time(shape.prefill(1, S, **FP32), prefill.ops)
 
 
-def with_cache(S: int):
+def with_cache_at(S: int):
     """Predicted: a decode step at context S."""
     return machine.time(shape.decode(1, S, **FP32), decode.ops)
 
@@ -323,541 +242,612 @@ def with_cache(S: int):
 @remembered
 def predicted_speedup(S: int) -> tuple[float, float]:
     """The ratio of both, and its half-width: two errors that are not the same one."""
-    more, less = without_cache(S), with_cache(S)
+    more, less = without_cache(S), with_cache_at(S)
     return more.seconds / less.seconds, 1 + math.hypot(more.spread, less.spread)
 
 
 def doubling(speedup) -> int:
-    """The first length, at most the model's context, at which a step without a cache takes twice as long."""
-    return next((S for S in range(1, shape.max_context) if speedup(S) >= 2), shape.max_context)
+    """The first length at which a step without a cache takes twice as long."""
+    return next((S for S in range(1, shape.max_context) if speedup(S) >= 2),
+                shape.max_context)
 
 
-lesson.predict("a token without a cache, at 256", napkin_without(256), without_cache(256), unit="s")
-lesson.predict("a token with a cache, at 256", napkin_with(256), with_cache(256), unit="s")
-for S in (32, 64, 128, 256):
+lesson.predict("a token without a cache, at 256",
+               napkin_without(256), without_cache(256), "s")
+for whose in ("a cache", "the library's cache"):
+    lesson.predict(f"a token with {whose}, at 256",
+                   napkin_with(256), with_cache_at(256), "s")
+for S in (64, 256):
     ratio, half = predicted_speedup(S)
-    lesson.predict(f"speed-up at {S}", napkin_without(S) / napkin_with(S), ratio, unit="×", interval=(ratio / half, ratio * half))
-
-twice = doubling(lambda S: predicted_speedup(S)[0])
-lesson.predict("length where it is twice as fast", doubling(lambda S: napkin_without(S) / napkin_with(S)), twice, unit="tokens",
-               interval=(doubling(lambda S: math.prod(predicted_speedup(S))), doubling(lambda S: predicted_speedup(S)[0] / predicted_speedup(S)[1])))
-
-prompt_step, later = shape.prefill(1, P, **FP32), [shape.decode(1, P + i, **FP32) for i in range(1, n)]
-whole_prefills = [shape.prefill(1, P + i, **FP32) for i in range(n)]
-lesson.predict(f"all of {n} tokens after {P}, without", sum(napkin_without(P + i) for i in range(n)),
-               machine.time(total("without", whole_prefills), n * prefill.ops), unit="s")
-lesson.predict(f"all of {n} tokens after {P}, with", napkin_without(P) + sum(napkin_with(P + i) for i in range(1, n)),
-               machine.time(total("with", [prompt_step, *later]), prefill.ops + (n - 1) * decode.ops), unit="s")
-added_by_attention = with_cache(2048) - with_cache(64)
-lesson.predict("attention to 2,048 tokens adds, over 64", napkin_added(2048), added_by_attention, unit="s")
+    lesson.predict(f"speed-up at {S}", napkin_without(S) / napkin_with(S), ratio, "×",
+                   (ratio / half, ratio * half))
+lesson.predict("length where it is twice as fast",
+               doubling(lambda S: napkin_without(S) / napkin_with(S)),
+               doubling(lambda S: predicted_speedup(S)[0]), "tokens",
+               (doubling(lambda S: math.prod(predicted_speedup(S))),
+                doubling(lambda S: predicted_speedup(S)[0] / predicted_speedup(S)[1])))
+later = range(1, n)
+lesson.predict(f"all of {n} tokens after {P}, without",
+               sum(napkin_without(P + i) for i in range(n)),
+               machine.time(total("without", [shape.prefill(1, P + i, **FP32)
+                                              for i in range(n)]),
+                            n * prefill.ops), "s")
+lesson.predict(f"all of {n} tokens after {P}, with",
+               napkin_without(P) + sum(napkin_with(P + i) for i in later),
+               machine.time(total("with", [shape.prefill(1, P, **FP32), *(
+                   shape.decode(1, P + i, **FP32) for i in later)]),
+                   prefill.ops + (n - 1) * decode.ops), "s")
 lesson.reveal()
 
-# %% [markdown]
-# The last row looks further: a step that looks back at 2,048 tokens instead of 64 has more keys and values to read. On the
-# napkin that is their bytes over the bandwidth. The calibrated prediction is the *difference* of two, part by part: all that both steps do alike,
-# and all that is wrong about it, falls out.
+# %% [markdown] tags=["notes"]
+# **2 min.** The *napkin* knows three numbers: peak, bandwidth, model size. *Predicted* is the
+# calibrated roofline: how fast a product of M rows really runs here, attention's own rate, the
+# price of each launch. Ask where they disagree most, and why the crossover lies near twice the
+# ridge point of lesson 00.
+
+# %% [markdown] tags=["core", "slide"]
+# ## Build
 #
-# ## Measurement: with and without
-# First the same story twice. Greedy, so that both must write the *same tokens*: a cache may change the time and nothing else.
+# **A KV cache for one sequence.** The decoder calls `append` and then `read` once in each layer of
+# a step, layer 0 first. So in the middle of a step layer 0 has one token more than layer 29: each
+# layer counts its own.
+#
+# Preallocated or grown with `torch.cat`: both are right. A full cache raises `ValueError` and stays
+# as it was. The caller may write over `k` and `v` afterwards; what `read` returns is only looked
+# at.
 
-# %%
-story = ("Once upon a time, in a small town by the sea, there lived an old clockmaker who never forgot anything. "
-         "One day")
-prompt = decoder.tokenizer.encode(story)
-assert len(prompt) == P
-outputs, generating = {}, {}
+# %% [markdown] tags=["notes"]
+# **1 min.** Say the contract, not the solution. Ask: "who calls `truncate`?" Somebody who
+# regenerates the last answer, or speculative decoding, when draft tokens are rejected (lesson 09).
+
+# %% tags=["core", "slide", "hide-input"]
+diagrams.cache(layers=30, kv_heads=3, head_dim=64, length=5, capacity=12, kv="fp32")
+
+# %% [markdown] tags=["notes"]
+# **2 min.** One sheet for each layer, a row for each KV head, a column for each token. `append`
+# fills the next column in *one* layer; `truncate(2)` moves the end to the left in *all* layers. Ask
+# what must be erased by `truncate`. (Nothing: what lies beyond the end is never read.)
+
+# %% tags=["core", "slide", "build"]
+class MyCache:
+    """Keys and values of one sequence in all layers: fp32, [K, tokens, H].
+
+    cache = MyCache(layers=2, kv_heads=1, head_dim=4, capacity=8)
+    cache.append(0, k, v)       # k, v [1, 3, 4]: three tokens, in layer 0
+    cache.append(0, k2, v2)     # k2, v2 [1, 1, 4]: a fourth
+    cache.read(0)               # (keys [1, 4, 4], values [1, 4, 4])
+    cache.truncate(2)           # every layer forgets all but its first 2
+    cache.read(0)               # (keys [1, 2, 4], values [1, 2, 4])
+    """
+
+    def __init__(self, layers, kv_heads, head_dim, capacity):
+        self.capacity = ...
+
+    def append(self, layer, k, v):      # ValueError beyond the capacity
+        return ...
+
+    def read(self, layer):
+        return ...
+
+    def truncate(self, length):
+        return ...
 
 
-def tell(kind: str) -> None:
-    outputs[kind] = generate(decoder, prompt, max_tokens=n, cache="contiguous" if kind == "with" else "none")
+Cache = lesson.build("KVCache", MyCache)
 
+# %% [markdown] tags=["notes"]
+# **9 min.** Eight minutes in pairs, about twenty lines. Usual wrong answers, and the checker names
+# each with its smallest example: only the last chunk is kept; one length for all layers; `[[]] *
+# layers`, which is one list many times; `truncate` in layer 0 only; the caller's tensor kept
+# instead of copied; a full cache that silently drops the token (a preallocated slice of width 0
+# takes it without an error). Show one student's cache; it runs in the next cell.
 
-for kind in ("without", "with"):
-    generating[kind] = bracketed(machine)(lambda kind=kind: tell(kind), repeats=1, warmup=0)
+# %% [markdown] tags=["core"]
+# ## Measure
+#
+# The same story three times: without a cache, with yours (`Cache`), with the library's. Greedy, so
+# all three must write the *same tokens*: a cache may change the time and nothing else. Then single
+# steps.
 
-assert outputs["without"].tokens == outputs["with"].tokens and len(outputs["with"].tokens) == n
-print(outputs["with"].text)
+# %% tags=["core", "slide", "measured", "nbval-ignore-output"]
+lesson.show("KVCache")                          # the library's version, folded
+story = ("Once upon a time, in a small town by the sea, there lived an old clockmaker "
+         "who never forgot anything. One day")
+caches = {"none": "none", "yours": Cache.for_model(decoder, batch=1, capacity=P + n),
+          "library": ContiguousCache.for_model(decoder, batch=1, capacity=P + n)}
+told = {whose: generate(decoder, story, max_tokens=n, cache=cache)
+        for whose, cache in caches.items()}
+assert told["none"].tokens == told["yours"].tokens == told["library"].tokens
+print(told["yours"].text)
 
-# %% tags=["nbval-ignore-output"]
-for kind in outputs:
-    lesson.measure(f"all of {n} tokens after {P}, {kind}", generating[kind])
-Table(["", "first token", "each later token", "all"],
-      [[f"{kind} a cache", *(si(value, "s") for value in (outputs[kind].ttft_s, outputs[kind].tpot_s, generating[kind].median))]
-       for kind in outputs],
-      numeric=["first token", "each later token", "all"])
+with_yours = StepOf(decoder, "decode", context=256,
+                    cache=filled_cache(decoder, batch=1, tokens=255, kind=Cache))
+lesson.measure("a token without a cache, at 256", prefill)
+lesson.measure("a token with a cache, at 256", with_yours)
+lesson.measure("a token with the library's cache, at 256", decode)
 
-# %% [markdown]
-# Now single steps, at one length after another. We take them in turn, so that a busy moment of the machine falls on all of them alike, and look
-# at the machine's speed right before and right after.
-# One cache of 2,048 tokens serves every length: to be shorter, only its counter moves.
+# %% [markdown] tags=["notes"]
+# **2 min.** Run it live. Read the story, then the two lines with their spreads. Ask: "why must the
+# three stories agree to the token, and not only nearly?" Greedy decoding takes the largest logit; a
+# cache changes no arithmetic that could move it by more than rounding.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
+# 1. The whole story, and single steps in turn: a busy moment falls on all of them alike.
+assert (len(told["none"].prompt_tokens), len(told["none"].tokens)) == (P, n)
+for kind, whose in (("without", "none"), ("with", "yours")):
+    lesson.measure(f"all of {n} tokens after {P}, {kind}",
+                   told[whose].ttft_s + (n - 1) * told[whose].tpot_s)
 LENGTHS = [1, 8, 16, 32, 64, 128, 256]
-cache = ContiguousCache.for_model(decoder, batch=1, capacity=2048)
-part = filled_cache(decoder, batch=1, tokens=256)
-for all_of_it, real in ((cache.keys, part.keys), (cache.values, part.values)):          # [L, B, K, S, H] each
-    all_of_it[:] = real[:, :, :, :256].repeat(1, 1, 1, 8, 1)    # a step costs the same, whatever its keys say
-token = random_tokens(decoder, 1, 1)
-
-
-def step_without(S: int) -> None:
-    decoder(random_tokens(decoder, 1, S), None, last_only=True)
-
-
-def step_with(S: int) -> None:
-    cache.length = S - 1                            # the bytes beyond stay where they are
-    decoder(token, cache, last_only=True)
-
-
-works = {(kind, S): lambda step=step, S=S: step(S)
-         for S in LENGTHS for kind, step in (("without", step_without), ("with", step_with))}
-times = bracketed(machine)(works, repeats=4)
-steps = {kind: {S: times[kind, S].median for S in LENGTHS} for kind in ("without", "with")}
-speedup = {S: steps["without"][S] / steps["with"][S] for S in LENGTHS}
-
-# The step without a cache has the parts of a prefill: it computes the same keys and values, and does not keep them.
-lesson.measure("a token without a cache, at 256", times["without", 256], parts=prefill.parts(machine))
-lesson.measure("a token with a cache, at 256", times["with", 256], parts=decode.parts(machine))
-for S in (32, 64, 128, 256):
+steps = {("without", S): StepOf(decoder, "prefill", context=S) for S in LENGTHS} | {
+    ("with", S): StepOf(decoder, "decode", context=S,
+                        cache=filled_cache(decoder, 1, S - 1, kind=Cache))
+    for S in LENGTHS}
+times = bracketed(machine)({key: step.run for key, step in steps.items()}, repeats=4)
+took = {kind: {S: times[kind, S].median for S in LENGTHS}
+        for kind in ("without", "with")}
+speedup = {S: took["without"][S] / took["with"][S] for S in LENGTHS}
+for S in (64, 256):
     lesson.measure(f"speed-up at {S}", speedup[S])
-Table(["length", "without", "with", "speed-up", "predicted", "napkin"],
-      [[str(S), si(steps["without"][S], "s"), si(steps["with"][S], "s"), f"{speedup[S]:.1f} ×",
-        f"{predicted_speedup(S)[0]:.1f} ×", f"{napkin_without(S) / napkin_with(S):.1f} ×"]
-       for S in LENGTHS],
-      numeric=["length", "without", "with", "speed-up", "predicted", "napkin"])
 
-# %% [markdown]
-# The length of the doubling lies between two of these; we draw a straight line between them on log-log axes.
-
-# %% tags=["nbval-ignore-output"]
-above = next((k for k, S in enumerate(LENGTHS) if speedup[S] >= 2), None)
-if above is None:
-    print(f"On this machine the cache does not double the speed within {LENGTHS[-1]} tokens.")
-elif above == 0:
-    print("A token of one is twice as fast with a cache: that is noise, and no length can be found in it.")
-else:
+# 2. Between two lengths a straight line on logarithmic axes.
+above = next((k for k, S in enumerate(LENGTHS) if speedup[S] >= 2), 0)
+if above:
     pair = LENGTHS[above - 1: above + 1]
-    measured_doubling = float(np.exp(np.interp(np.log(2), np.log([speedup[S] for S in pair]), np.log(pair))))
-    lesson.measure("length where it is twice as fast", measured_doubling)
-    print(f"With a cache, a token is twice as fast from {measured_doubling:.0f} tokens on.")
+    twice = np.interp(np.log(2), np.log([speedup[S] for S in pair]), np.log(pair))
+    lesson.measure("length where it is twice as fast", float(np.exp(twice)))
 
-# %% tags=["nbval-ignore-output"]
-fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.2))
-for kind, napkin, predicted, shift in (("without", napkin_without, without_cache, (-34, 10)),
-                                       ("with", napkin_with, with_cache, (0, 9))):
+# 3. Draw.
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
+for kind, napkin, predicted, shift in (
+        ("without", napkin_without, without_cache, (-38, 8)),
+        ("with", napkin_with, with_cache_at, (0, 9))):
     said = [predicted(S) for S in LENGTHS]
     left.plot(LENGTHS, [napkin(S) for S in LENGTHS], "--", color=plots.NAPKIN)
     left.plot(LENGTHS, [each.seconds for each in said], color=plots.ROOFLINE)
-    left.fill_between(LENGTHS, [each.low_s for each in said], [each.high_s for each in said], color=plots.ROOFLINE, alpha=0.12, linewidth=0)
-    left.plot(LENGTHS, list(steps[kind].values()), "o", color=plots.MEASURED)
-    left.annotate(f"{kind} a cache", (190, predicted(190).seconds), xytext=shift, textcoords="offset points", ha="center")
+    left.fill_between(LENGTHS, [each.low_s for each in said],
+                      [each.high_s for each in said],
+                      color=plots.ROOFLINE, alpha=0.12, linewidth=0)
+    left.plot(LENGTHS, list(took[kind].values()), "o", color=plots.MEASURED)
+    left.annotate(f"{kind} a cache", (190, predicted(190).seconds), xytext=shift,
+                  ha="center", textcoords="offset points")
 left.set(xlabel="length, tokens", ylabel="time for one token", ylim=(0, None),
          title="With a cache the time stays flat …")
 plots.units(left.yaxis, "s")
-right.plot(LENGTHS, [napkin_without(S) / napkin_with(S) for S in LENGTHS], "--", color=plots.NAPKIN, label="napkin")
+right.plot(LENGTHS, [napkin_without(S) / napkin_with(S) for S in LENGTHS], "--",
+           color=plots.NAPKIN, label="napkin")
 right.plot(LENGTHS, [predicted_speedup(S)[0] for S in LENGTHS], color=plots.ROOFLINE,
            label="calibrated roofline")
 right.plot(LENGTHS, list(speedup.values()), "o", color=plots.MEASURED, label="measured")
-right.axhline(1, color="black", linewidth=0.8)
-right.set(xscale="log", yscale="log", xlabel="length, tokens", ylabel="times faster with a cache",
-          title="… and at a few tokens it saves little")
+right.axhline(2, color=plots.TEXT, linewidth=0.8, linestyle=":")
+right.annotate("twice as fast", (1, 2), xytext=(0, 3), textcoords="offset points",
+               fontsize=9)
+right.set(xscale="log", yscale="log", xlabel="length, tokens",
+          ylabel="times faster with a cache",
+          title="… and at a few tokens it saves nothing")
 right.legend(loc="upper left")
 for axis, ticks in ((right.xaxis, LENGTHS), (right.yaxis, [1, 2, 4, 8, 16, 32])):
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}")
-plots.show(fig, f"Left, time for one token against the length: at 256 tokens {si(steps['without'][256], 's')} without a cache and "
-                f"{si(steps['with'][256], 's')} with. Right, the speed-up: " + ", ".join(f"{speedup[S]:.1f} at {S}" for S in LENGTHS) + ".")
+plots.show(fig, "Left, time for one token against the length: at 256 tokens "
+                f"{si(took['without'][256], 's')} without a cache, "
+                f"{si(took['with'][256], 's')} with one. Right, the speed-up: "
+                + ", ".join(f"{speedup[S]:.1f} at {S}" for S in LENGTHS) + ".")
 
-# %% [markdown]
-# ### Where the time goes as the context grows
-# "Flat" was too strong. The new token looks at every key and value kept, so attention's part of a step must grow. We measure it as the
-# *difference* to a step at 64 tokens, round by round; all else in the step is the same.
+# %% [markdown] tags=["notes"]
+# **2 min.** Left: one line rises with the length, the other is flat. Right: the same as a ratio.
+# Ask: "the first 16 rows or more cost nothing. Why?" They share one reading of the weights. That is
+# the room that batching (lesson 04) and speculative decoding (lesson 09) use. Go back to the
+# guesses on the board.
 
-# %% tags=["nbval-ignore-output"]
-CONTEXTS = [64, 512, 1024, 1536, 2048]
-long = bracketed(machine)({S: lambda S=S: step_with(S) for S in CONTEXTS}, repeats=15)
-added = {S: Timing(tuple(more - less for more, less in zip(long[S].seconds, long[64].seconds, strict=True)), long[S].around)
-         for S in CONTEXTS[1:]}
+# %% [markdown] tags=["core", "slide"]
+# ## Reconcile
+#
+# A token with your cache, at 256: napkin and stopwatch differ. **What is the largest part of the
+# difference?** Commit yourself first: `"products"`, `"attention"`, `"element-wise"`, `"launches"`,
+# `"memory was slower than calibrated"`, `"memory was faster than calibrated"`, or `"not
+# explained"`.
 
-attending = {}                                      # seconds of attention alone, from steps that are watched
-for S in (2048, 64):
-    cache.length = S
-    attending[S] = StepOf(decoder, "decode", context=S, cache=cache).parts(machine).measured["attention"]
-lesson.measure("attention to 2,048 tokens adds, over 64", added[2048], parts=[{
-    "name": "attention", "napkin_s": napkin_added(2048), "predicted_s": added_by_attention.seconds,
-    "measured_s": max(attending[2048] - attending[64], 0.0)}])
+# %% tags=["core", "fragment", "guess"]
+lesson.cause("a token with a cache, at 256", ...)
 
-fig, ax = plt.subplots(figsize=(6.2, 3.0))
-said = [(with_cache(S) - with_cache(64)).seconds for S in CONTEXTS[1:]]
-plots.beside(ax, CONTEXTS[1:], [napkin_added(S) for S in CONTEXTS[1:]], said, [each.median for each in added.values()])
-ax.set(xlabel="context, tokens", ylabel="added to one step",
-       title="What looking back adds to a step, over a context of 64")
-ax.xaxis.set_major_locator(FixedLocator(CONTEXTS[1:]))
+# %% [markdown] tags=["notes"]
+# **1 min.** Count hands for each cause before the next cell. Usual wrong answer: "attention",
+# because the lesson is about it. At 256 tokens the cache is a small part of what a step reads.
+
+# %% tags=["core", "slide", "nbval-ignore-output"]
+lesson.explain("a token with a cache, at 256")
+
+# %% [markdown] tags=["notes"]
+# **2 min.** From left to right: the napkin, each part by what it took beyond its share, then
+# measured. Every bar was measured by itself; what none accounts for is called "not explained". Who
+# named the largest bar?
+
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
+def part_s(quantity: str, name: str) -> float:
+    return sum(part["measured_s"] for part in lesson.rows[quantity].parts
+               if part["name"] == name)
+
+
+yours, theirs = (f"a token with {whose} cache, at 256"
+                 for whose in ("a", "the library's"))
+beside_ours = "\n".join(
+    f"* {name}: {si(part_s(yours, name), 's')}; the library's "
+    f"{si(part_s(theirs, name), 's')}" for name in ("attention", "launches"))
+whose = (f"A step with your cache has {with_yours.ops:,} launches, with the library's "
+         f"{decode.ops:,}")
+if Cache is ContiguousCache:
+    whose = "Your cache is still open, so both runs are the library's"
+display(Markdown(f"""
+{whose}. **{si(lesson.rows[yours].measured, "s")}** a token; the library's
+**{si(lesson.rows[theirs].measured, "s")}**.
+{beside_ours}
+"""))
+lesson.table()
+
+# %% [markdown] tags=["notes"]
+# **2 min.** The room's guesses stand beside napkin, prediction and stopwatch. Compare the student's
+# cache with the library's: attention reads the same bytes, the launches differ by how many slices
+# and copies each makes. A step of one row is so short that Python shows.
+
+# %% [markdown] tags=["core", "slide"]
+# ## On a GPU
+#
+# The counting is the same. The ridge point lies far to the right, so more rows ride along for free
+# and the crossover comes later. A launch costs what it costs here, while bytes stream dozens of
+# times as fast: once the cache has removed the computing, launches can be most of what is left
+# (CUDA graphs, lesson 10). Servers go one step further, **prefix caching**: requests that begin with
+# the same text share its keys and values and skip its prefill (lesson 06).
+
+# %% tags=["core", "fragment", "hide-input"]
+h100, t4 = catalog.machine("h100-sxm"), catalog.machine("t4")
+llama, gpt2 = catalog.model("llama-3-8b"), catalog.model("gpt2-124m")
+
+
+def on_h100(S: int) -> float:
+    return h100.napkin(llama.prefill(1, S)) / h100.napkin(llama.decode(1, S))
+
+
+# Lages 2023, "Transformers KV caching explained": GPT-2, 1,000 tokens after a question of
+# 5, on a T4; transformers, which computed the logits of all rows. Mean of ten runs.
+published = {"with": 11.885, "without": 56.197}
+bound = {"with": t4.napkin(gpt2.prefill(1, 5, logits=5, **FP32)) + sum(
+             t4.napkin(gpt2.decode(1, 5 + i, **FP32)) for i in range(1, 1000)),
+         "without": sum(t4.napkin(gpt2.prefill(1, 5 + i, logits=5 + i, **FP32))
+                        for i in range(1000))}
+Markdown(f"""
+* **Published** (J. Lages 2023: GPT-2, fp32, 1,000 tokens on a T4; not measured here):
+  {published["without"]:.1f} s without a cache, {published["with"]:.1f} s with one,
+  **{published["without"] / published["with"]:.1f} times** faster. The envelope:
+  {bound["without"]:.1f} s, {bound["with"]:.1f} s,
+  {bound["without"] / bound["with"]:.1f} times. With a cache a token took
+  {si(published["with"] / 1000, "s")}, and its bytes take {si(bound["with"] / 1000, "s")}.
+* **Envelope** of Llama-3-8B in bf16 on an H100, ridge point {h100.ridge("bf16"):.0f}:
+  twice as fast from **{next(S for S in range(1, 8192) if on_h100(S) >= 2)} tokens** on,
+  {on_h100(8192):.0f} times at 8,192.
+""")
+
+# %% [markdown] tags=["notes"]
+# **2 min.** Ask before you show it: "is the cache worth more or less on a GPU?" Usual wrong answer:
+# more, because it is faster. Per token it is worth *less* at short lengths, since the GPU has FLOPs
+# to waste, and as much at long ones. Say what nobody here measured: how much of the T4's 12 ms a
+# token is launches. Lesson 10 has the tools.
+
+# %% [markdown] tags=["core", "slide"]
+# ## When does it lose?
+#
+# - **One token of output.** Classify a text, or embed it: one prefill, and nothing after it. The
+#   cache is written and never read.
+# - **Memory.** Without a cache nothing grows. With one, each user needs room for all of their
+#   tokens, and that room limits how many share a card (lessons 04 and 06).
+# - **Long contexts.** A step reads the weights *and* all of the cache. Beyond the length in the
+#   last column of the table above, the cache is the larger read (lesson 03 shrinks it).
+# - **A cache that copies.** `torch.cat` writes everything anew for each token. *Further* measures
+#   it.
+
+# %% [markdown] tags=["notes"]
+# **2 min.** Let the room find the first two. Then ask: "a batch of eight: are the weights read
+# eight times? And the caches?" Weights once for all, each cache for its own sequence. So a batch
+# brings the length at which the cache is the larger read nearer, by its factor.
+
+# %% [markdown] tags=["core"]
+# ## Play
+#
+# Does it fit? Weights in bf16. The picture turns red where a limit is violated, and names it. Start
+# from 64 users with 8,192 tokens of Llama-3-8B on one H100, and find
+#
+# 1. a single change with which 128 users fit;
+# 2. the smallest card for 8 users of Qwen3-4B with 32,768 tokens;
+# 3. a card on which 64 users with 2,048 tokens of Llama-2-70B fit, and those of LLaMA-30B, a model of
+#    half the size, do not. Why?
+
+# %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
+FORMATS = ["bf16", "int8", "int4"]
+
+
+def draw_memory(model: str, on: str, users: int, context: int, kv: str) -> None:
+    """Weights and cache against a card's memory and the model's trained context."""
+    s, card = catalog.model(model), catalog.machine(on)
+    found = s.fits(card.memory, users, context, "bf16", kv)
+    both, red = found.weight_bytes + found.kv_bytes, plots.COLOURS[4]
+    limits = [] if found else [f"memory: {si(both, 'B')} of {si(card.memory, 'B')}"]
+    if s.max_context and context > s.max_context:
+        limits.append(f"context: {context:,} of {s.max_context:,}")
+    fig = plt.figure(figsize=(7.2, 2.3), layout="none")
+    ax = fig.add_axes((0.12, 0.24, 0.85, 0.52))
+    blue, orange = plots.COLOURS[0], red if not found else plots.COLOURS[1]
+    ax.barh([0, 2], found.weight_bytes, color=blue, height=0.62)
+    ax.barh([1], found.kv_bytes, color=orange, height=0.62)
+    ax.barh([2], found.kv_bytes, left=found.weight_bytes, color=orange, height=0.62,
+            hatch=None if found else "//", edgecolor="white", linewidth=0)
+    ax.axvline(card.memory, color=red if not found else plots.TEXT, linestyle="--")
+    for y, value in enumerate((found.weight_bytes, found.kv_bytes, both)):
+        near = 0.8 * card.memory < value < card.memory      # beside the line, not on it
+        ax.text(card.memory if near else value, y, f" {si(value, 'B')}", va="center")
+    ax.set(xlim=(0, 1.25 * max(both, card.memory)), ylim=(2.5, -0.5))
+    ax.set_yticks([0, 1, 2], ["weights", "KV cache", "together"])
+    ax.set_xlabel(f"dashed: memory of the card, {si(card.memory, 'B')}")
+    plots.units(ax.xaxis, "B")
+    ax.grid(visible=False, axis="y")
+    verdict = ("DOES NOT FIT: " + "; ".join(limits) if limits else
+               f"fits, and so do up to {found.max_batch:,} users")
+    fig.text(0.01, 0.97, f"{s.name} on {card.name}: {users:,} × {context:,} tokens, "
+             f"{kv} cache\n{verdict}", va="top", weight="bold",
+             color=red if limits else plots.TEXT)
+    plots.show(fig, f"{s.name} on {card.name}, {users:,} users of {context:,} tokens, "
+                    f"{kv} cache: {verdict}. Weights {si(found.weight_bytes, 'B')}, "
+                    f"KV cache {si(found.kv_bytes, 'B')}, together {si(both, 'B')}.")
+
+
+widgets.play(draw_memory,
+             model=widgets.choose("model", catalog.model_names(), "llama-3-8b"),
+             on=widgets.choose("card", catalog.machine_names(), "h100-sxm"),
+             users=widgets.powers_of_two("users", 1, 512, 64),
+             context=widgets.powers_of_two("context", 256, 131072, 8192),
+             kv=widgets.choose("KV format", FORMATS))
+
+# %% tags=["core", "slide", "hide-input"]
+draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
+
+# %% [markdown] tags=["notes"]
+# **2 min.** Move to 128 users: red, and the limit is named. Ask for the single change before
+# anybody touches a slider. (An int8 cache; half the context does it too.) Usual wrong answer: a
+# smaller model. The weights are a fifth of what is used.
+
+# %% [markdown] tags=["core"]
+# ## Check yourself
+#
+# Plain numbers, or text with a unit (`"16 GB"`). Solutions are at the end.
+#
+# **1 · A long agent.** Qwen3-4B in bf16: L = 36, D = 2,560, N = 32, K = 8, head_dim = 128; 8.04 GB
+# of weights; a bf16 cache. Each agent keeps 30,000 tokens. How many bytes does a *token* keep, and
+# an *agent*? How many *agents* fit on a card with 48 GiB? If 8 agents share the card, what is the
+# *longest* context, in tokens, of each?
+#
+# **2 · A summary.** An 8B model (7·10⁹ weights in its layers, bf16) reads P = 4,000 tokens and
+# writes n = 200, alone on a GPU that reaches 400 TFLOP/s and 2.7 TB/s. Count only the layers'
+# matrices. How many *rows* go through them without and with a cache? How many *seconds* does each
+# take: without one, every step is compute-bound; with one, only the prefill is. How many *times
+# faster* is the cache?
+#
+# **3 · Yesterday's prompt.** The cache of a 4,000-token prompt of Llama-2-7B (L = 32, K = N = 32, H
+# = 128, bf16) was moved to another machine, over 100 Gbit/s. *Fetch* it back, or *compute* it anew,
+# at 14 GFLOP a token and 400 TFLOP/s: how many seconds does either take? From which bandwidth on
+# are they *even*? For Llama-3-8B (K = 8, the same FLOPs)? What is *better* here for Llama-2-7B,
+# `"fetch"` or `"compute"`?
+
+# %% tags=["core", "exercise", "exercise:long_agent"]
+lesson.steps("long_agent", per_token=..., agent=..., agents=..., longest=...)
+
+# %% tags=["core", "exercise", "exercise:summary"]
+lesson.steps("summary", rows_without=..., rows_with=...,
+             s_without=..., s_with=..., times_faster=...)
+
+# %% tags=["core", "exercise", "exercise:fetch_or_compute"]
+lesson.steps("fetch_or_compute", fetch=..., compute=...,
+             even=..., even_gqa=..., better=...)
+
+# %% [markdown] tags=["further"]
+# ## Further
+#
+# **To take away.** A cache takes one power of n off the work: a whole generation with it does the
+# work of one last step without it. It turns computing into reading, so it saves nothing at a few
+# tokens and nearly everything at a few hundred. It costs 2·L·K·H·bytes a token, and with many users
+# or long contexts that, not the weights, fills the card. Which leaves a question: can one remember
+# with fewer bytes? That is lesson 03.
+#
+# ### The powers
+# From one token on, n tokens. On both axes logarithmic a power is a slope.
+
+# %% tags=["further", "hide-input"]
+lengths = np.geomspace(1, 8192, 100)
+matrices, attention = L * 2 * W, L * 4 * N * H
+square, cube = lengths * (lengths + 1) / 2, lengths * (lengths + 1) * (lengths + 2) / 6
+fig, ax = plt.subplots(figsize=(6.4, 3.4))
+for label, powers, style in (("without", (square, cube), "-"),
+                             ("with", (lengths, square), "--")):
+    ax.loglog(lengths, matrices * powers[0], style, color=plots.COLOURS[0],
+              label=f"matrix products, {label}")
+    ax.loglog(lengths, attention * powers[1], style, color=plots.COLOURS[1],
+              label=f"attention, {label}")
+for power, x, y, shift, side in (
+        ("n²", 200, matrices * 200**2 / 2, (-7, 7), "right"),
+        ("n³", 400, attention * 400**3 / 6, (-7, 5), "right"),
+        ("n", 40, matrices * 40, (-5, 9), "right"),
+        ("n²", 600, attention * 600**2 / 2, (9, -9), "left")):
+    ax.annotate(f"∝ {power}", (x, y), xytext=shift, textcoords="offset points", ha=side,
+                va="center")
+ax.set(xlabel="tokens generated, n", ylabel="work in all",
+       xlim=(1, 8192), ylim=(1e5, 1e17),
+       title="A cache takes one power of n off the work (SmolLM2-135M)")
 ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-plots.show(fig, "Time added to a step against its context, over one at 64 tokens; measured: "
-                + ", ".join(f"{si(added[S].median, 's')} at {S:,}" for S in CONTEXTS[1:]) + ".")
-Table(["context", "whole step", "added by attention", "its share", "predicted", "napkin"],
-      [[f"{S:,}", si(long[S].median, "s"), si(added[S].median, "s"), f"{added[S].median / long[S].median:.1%}",
-        f"{(with_cache(S) - with_cache(64)).seconds / with_cache(S).seconds:.1%}", f"{napkin_added(S) / (napkin_with(S) + napkin_added(S)):.1%}"]
-       for S in CONTEXTS[1:]],
-      numeric=["context", "whole step", "added by attention", "its share", "predicted", "napkin"])
+plots.units(ax.yaxis, "FLOP")
+ax.legend(loc="upper left")
+plots.show(fig, "Work of generating n tokens, both axes logarithmic. Without a cache "
+                "matrix products rise with n squared, attention with n cubed; with one "
+                "with n and n squared.")
 
-# %% [markdown]
-# ### And the bytes?
-# Those need no stopwatch. Three sequences, room for 777 tokens each:
+# %% [markdown] tags=["further"]
+# ### What the step without a cache waits for
+# The same account for the other step. Its napkin is FLOPs over peak.
 
-# %%
-kept = ContiguousCache.for_model(decoder, batch=3, capacity=777)
-assert kept.allocated_bytes == 3 * 777 * 2 * L * K * H * 4 == shape.kv_bytes(3, 777, "fp32")
-Markdown(f"Predicted and allocated, to the byte: **{kept.allocated_bytes:,}**. "
-         f"That is {si(kept.allocated_bytes / 3 / 777, 'B')} a token in fp32, "
-         f"beside {si(shape.stored_bytes('fp32'), 'B')} of weights.")
+# %% tags=["further", "nbval-ignore-output"]
+lesson.explain("a token without a cache, at 256")
 
-# %% [markdown]
+# %% [markdown] tags=["further"]
+# ### A long context, and a cache that copies
+# "Flat" was too strong: the new token looks at every key and value kept. How much longer is a step
+# that looks back at 2,048 tokens instead of 64? And how much longer is one whose cache grows by
+# `torch.cat`, which reads and writes all of it anew for each token, at 2,048? On the napkin the
+# first is the bytes of 1,984 tokens over the bandwidth; the second moves all 2,047 twice, once in
+# and once out. Each is measured as a difference, round by round; all else in the two steps is
+# alike.
+
+# %% tags=["further", "guess"]
+lesson.guess("attention to 2,048 tokens adds, over 64", ...)
+lesson.guess("growing by torch.cat adds, at 2,048", ...)
+
+# %% tags=["further", "hide-input", "measured", "nbval-ignore-output"]
+per_token = shape.kv_bytes_per_token("fp32")
+copied = Work(0, 2 * 2047 * per_token, "element-wise", "fp32")
+attends, copies = ("attention to 2,048 tokens adds, over 64",
+                   "growing by torch.cat adds, at 2,048")
+lesson.predict(attends, 1984 * per_token / machine.bandwidth_at(),
+               with_cache_at(2048) - with_cache_at(64), "s")
+lesson.predict(copies, machine.napkin(copied), machine.time(copied), "s")
+display(lesson.reveal(attends, copies))
+
+kinds = {"short": (64, ContiguousCache), "long": (2048, ContiguousCache),
+         "cat": (2048, adapt(CatCache))}
+contexts = {name: StepOf(decoder, "decode", context=S,
+                         cache=filled_cache(decoder, 1, S - 1, kind=kind))
+            for name, (S, kind) in kinds.items()}
+runs = bracketed(machine)({name: step.run for name, step in contexts.items()},
+                          repeats=15)
+
+
+def added(more: str, less: str) -> Timing:
+    pairs = zip(runs[more].seconds, runs[less].seconds, strict=True)
+    return Timing(tuple(a - b for a, b in pairs), runs[more].around)
+
+
+attending = {name: contexts[name].parts(machine).measured["attention"]
+             for name in ("short", "long")}
+lesson.measure(attends, added("long", "short"), parts=[{
+    "name": "attention", "napkin_s": lesson.rows[attends].napkin,
+    "predicted_s": lesson.rows[attends].predicted,
+    "measured_s": max(attending["long"] - attending["short"], 0.0)}])
+lesson.measure(copies, added("cat", "long"))
+Table(["a step at 2,048 tokens", "bytes moved for the cache", "whole step"],
+      [["preallocated", si(2048 * per_token, "B"), si(runs["long"].median, "s")],
+       ["torch.cat", si(2048 * per_token + copied.bytes, "B"),
+        si(runs["cat"].median, "s")]],
+      ["bytes moved for the cache", "whole step"])
+
+# %% tags=["further", "nbval-ignore-output"]
+lesson.explain("attention to 2,048 tokens adds, over 64")
+
+# %% tags=["further", "nbval-ignore-output"]
+lesson.table()
+
+# %% [markdown] tags=["further"]
 # ### Five caches, one interface
-# The decoder does not care where the bytes lie. It hands a layer's keys and values to the cache, and gets back what attention makes of them. So they can
-# be kept in other ways: in *pages* of 16 tokens that are handed out as they are needed (lesson 06); as a *window* of the newest 256 tokens and the first
-# 4; in *8 or 4 bits* (lesson 03). The same three sequences of 777 tokens, counted by hand before anything is allocated:
+# The decoder does not care where the bytes lie. They can be kept in *pages* of 16 tokens that are
+# handed out as they are needed (lesson 06); as a *window* of the newest 256 tokens and the first 4;
+# in *8 or 4 bits* (lesson 03, with what that costs in quality). Three sequences of 777 tokens,
+# counted by hand before anything is allocated:
 
-# %%
-numbers = 2 * L * K * H                                                 # of one token: a key and a value, in all layers
+# %% tags=["further"]
+numbers = 2 * L * K * H                             # of one token: a key and a value
 by_hand = {
-    "contiguous": 3 * 777 * numbers * 4,                                # room for every token from the start
-    "paged": 3 * 49 * 16 * numbers * 4,                                 # 49 blocks of 16 tokens each
-    "window": 3 * (256 + 4) * numbers * 4,                              # whatever the length
-    "int8": 3 * 777 * 2 * L * K * (H + 2),                              # a byte each, and a 16-bit scale for each head
-    "int4": 3 * numbers * (768 * (0.5 + 4 / 32) + 32 * 4),              # half a byte, scale and zero point for 32; the last 32 in fp32
+    "contiguous": 3 * 777 * numbers * 4,        # room for every token from the start
+    "paged": 3 * 49 * 16 * numbers * 4,         # 49 blocks of 16 tokens each
+    "window": 3 * (256 + 4) * numbers * 4,      # whatever the length
+    "int8": 3 * 777 * 2 * L * K * (H + 2),      # a byte each, a 16-bit scale a head
+    # half a byte, scale and zero point for 32 numbers; the last 32 tokens in fp32
+    "int4": 3 * numbers * (768 * (0.5 + 4 / 32) + 32 * 4),
 }
 for name, bytes in by_hand.items():
     assert CACHES[name](decoder, 3, 777).allocated_bytes == bytes
 Table(["cache", "bytes", "of contiguous, fp32"],
-      [[name, f"{bytes:,.0f}", f"{bytes / by_hand['contiguous']:.0%}"] for name, bytes in by_hand.items()],
-      numeric=["bytes", "of contiguous, fp32"])
+      [[name, f"{bytes:,.0f}", f"{bytes / by_hand['contiguous']:.0%}"]
+       for name, bytes in by_hand.items()], ["bytes", "of contiguous, fp32"])
 
-# %% [markdown]
-# Counted and allocated, to the byte. And what do they make of the story? Pages move bytes and change none of them, and a window changes nothing as long as all
-# still fits into it: the same tokens. Rounding does change the keys and values, and whether that shows within sixteen tokens is chance. What 8 and 4 bits cost in
-# quality takes a measure and many more tokens: lesson 03.
-
-# %%
-told = {name: generate(decoder, prompt, max_tokens=16, cache=CACHES[name](decoder, 1, 1024)).tokens
-        for name in ("contiguous", "paged", "window")}
-assert all(tokens == outputs["with"].tokens[:16] for tokens in told.values())
-f"the same {len(told['paged'])} tokens from {', '.join(told)}"
-
-# %% [markdown]
-# ## Reconciliation: who was wrong, and why
-# Commit yourself first: of what is between the napkin and the stopwatch, for a token with a cache at 256, what is the largest part? Write one of the causes
-# over the dots.
-
-# %% tags=["guess"]
-# "products", "attention", "element-wise", "launches", "memory was slower than calibrated", "memory was faster than calibrated", "not explained"
-lesson.cause("a token with a cache, at 256", ...)
-
-# %% [markdown]
-# From the napkin to what was measured, step by step. Each bar was measured by itself: the machine's speed around the run, then each part, by what it took
-# beyond its share of the napkin.
-
-# %% tags=["nbval-ignore-output"]
-lesson.explain("a token with a cache, at 256")
-
-# %% tags=["nbval-ignore-output"]
-lesson.explain("a token without a cache, at 256")
-
-# %% [markdown]
-# And the difference of two steps. Its attention was measured by itself, in steps that were watched; the whole difference in others, that were not.
-
-# %% tags=["nbval-ignore-output"]
-lesson.explain("attention to 2,048 tokens adds, over 64")
-
-# %% tags=["nbval-ignore-output"]
-lesson.table()
-
-# %% tags=["nbval-ignore-output"]
-cached = {part["name"]: part["measured_s"] for part in lesson.rows["a token with a cache, at 256"].parts}
-products = sum(seconds for name, seconds in cached.items() if name not in ("attention", "element-wise", "launches"))
-early, late = (doubling(lambda S, off=off: predicted_speedup(S)[0] * off) for off in (1.1, 1 / 1.1))
-read = (2048 - 64) * shape.kv_bytes_per_token("fp32")
-attention = ("was lost in the noise of this run" if added[2048].median <= 0 else
-             f"took {si(added[2048].median, 's')}: {si(read / added[2048].median, 'B/s')}, or "
-             f"{read / added[2048].median / machine.bandwidth_at():.0%} of the bandwidth")
-Markdown(f"""
-What was measured of it:
-
-* **The cached step.** The napkin lets the weights stream past at the bandwidth that a plain sum reaches, {si(machine.bandwidth_at(), "B/s")}. The
-  products with one row read them at {si(shape.streamed_bytes("fp32") / products, "B/s")}; {decode.ops:,.0f} launches took
-  {si(cached["launches"], "s")}, whether they carry one row or thirty. Launch overhead is not a defect of the cache. It is what remains when the work is gone.
-* **The speed-up.** At 256 tokens a step without a cache took {steps["without"][256] / napkin_without(256):.1f} times its napkin, one with a cache
-  {steps["with"][256] / napkin_with(256):.1f} times its own; so the speed-up is {speedup[256]:.1f} ×, where the napkin says {napkin_without(256) / napkin_with(256):.1f} ×. What both steps pay alike,
-  such as launches, pulls it towards 1. The length of the doubling is a touchy number besides: a tenth more or less of the speed-up moves the predicted
-  crossing from {twice} tokens to {early} or {late}.
-* **Attention.** Reading {si(read, "B")} more of keys and values {attention}. Lesson 10 is about kernels that come close to the bandwidth.
-""")
-
-# %% [markdown]
-# A shared or warm machine is not always as fast as it was. Plain seconds show that in full. A speed-up is a ratio of two steps that ran side by side, so it
-# minds less; yet one of the two computes and the other reads, and a machine can lose one without the other.
-#
-# ### When remembering loses
-# - **One token of output.** To classify a text, or to embed it, there is one prefill and nothing after it. The cache is written and never read.
-# - **Memory.** Without a cache nothing grows. With one, each user needs room for all of their tokens, and that room, more than speed,
-#   is what limits how many users share a machine (lesson 04).
-# - **Long contexts.** A cached step reads the weights *and* all of the cache. From some length on the cache is the larger read, and
-#   a token costs twice what it did. It is still far better than computing everything anew; but the cache itself has become the thing to shrink (lesson 03).
-
-# %%
-even_at = shape.streamed_bytes("fp32") / shape.kv_bytes_per_token("fp32")
-Markdown(f"For SmolLM2-135M and one sequence, reading the cache overtakes reading the weights at "
-         f"**{even_at:,.0f} tokens**, "
-         f"{'beyond' if even_at > shape.max_context else 'within'} the {shape.max_context:,} it was trained for. "
-         f"With a batch of 8 that is at {even_at / 8:,.0f}: "
-         "the weights are read once for all, each cache for its own sequence.")
-
-# %% [markdown]
-# ## Play and exercises
-# Does it fit? Choose a model with 16-bit weights, a machine, how many sequences, how long, and the format of the cache.
-# Try to find: a setting in which the cache is ten times the weights; one that only fits with an 8-bit cache; a small model that needs more memory than
-# a large one.
-
-# %%
-def draw_memory(model: str, on: str, batch: int, context: int, kv: str) -> None:
-    """Weights and cache, in bytes, against the memory of a machine."""
-    s, memory = catalog.model(model), catalog.machine(on).memory
-    capacity = s.fits(memory, batch, context, "bf16", kv)
-    weights, cache, both = capacity.weight_bytes, capacity.kv_bytes, capacity.weight_bytes + capacity.kv_bytes
-    fig, ax = plt.subplots(figsize=(7.0, 2.6))
-    blue, orange = plots.COLOURS[:2]
-    ax.barh(["weights", "KV cache", "together"], [weights, cache, weights], color=[blue, orange, blue], height=0.62)
-    ax.barh(["together"], [cache], left=[weights], color=orange, height=0.62)
-    ax.axvline(memory, color="black", linestyle="--", linewidth=1.4)
-    for y, value in enumerate((weights, cache, both)):
-        ax.annotate(si(value, "B"), (value, y), xytext=(5, 0), textcoords="offset points", va="center",
-                    bbox={"color": "white", "pad": 1})
-    side, shift = ("left", 6) if memory < 0.75 * both else ("right", -6)
-    ax.annotate(f"memory {si(memory, 'B')}", (memory, -0.72), xytext=(shift, 0), textcoords="offset points",
-                ha=side, va="center")
-    verdict = "fits" if capacity else "does not fit"
-    ax.set_title(f"{s.name} on {catalog.machine(on).name}: {verdict}; the most is batch {capacity.max_batch:,}",
-                 color="black" if capacity else orange)
-    ax.set(xlim=(0, 1.16 * max(both, memory)), ylim=(2.5, -0.95))
-    plots.units(ax.xaxis, "B")
-    ax.grid(axis="y", visible=False)
-    if s.max_context < context:
-        ax.set_xlabel(f"(the model was trained for contexts up to {s.max_context:,})")
-    plots.show(fig, f"{ax.get_title(loc='left')}. Weights {si(weights, 'B')}, KV cache {si(cache, 'B')}, together {si(both, 'B')}.")
-
-
-# %% tags=["widget", "nbval-ignore-output"]
-widgets.play(draw_memory,
-             model=widgets.choose("model", catalog.model_names(), "llama-3-8b"),
-             on=widgets.choose("machine", catalog.machine_names(), "h100-sxm"),
-             batch=widgets.powers_of_two("batch", 1, 256, 64),
-             context=widgets.powers_of_two("context", 256, 131072, 8192),
-             kv=widgets.choose("KV format", ["bf16", "int8", "int4"], "bf16"))
-
-# %%
-draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
-
-# %% [markdown]
-# ### 1 · Bytes of one token
-# Write the formula. It is checked on eight published models, the two traps among them.
-
-# %% tags=["exercise", "exercise:kv_bytes_per_token"]
-def kv_bytes_per_token(L, K, H, bytes):
-    return ...
-
-
-lesson.exercise(
-    "kv_bytes_per_token", kv_bytes_per_token,
-    cases={
-        (40, 40, 128, 2): 819_200,      # OPT-13B: the "800 KB" of the PagedAttention paper are KiB
-        (32, 32, 128, 2): 524_288,      # Llama-2-7B
-        (80, 8, 128, 2): 327_680,       # Llama-2-70B
-        (32, 8, 128, 2): 131_072,       # Llama-3-8B, and Mixtral 8x7B: experts keep no keys
-        (28, 8, 128, 2): 114_688,       # Qwen3-0.6B, of width 1,024 and 16 heads
-        (36, 8, 128, 2): 147_456,       # Qwen3-4B, of width 2,560 and 32 heads
-        (28, 16, 256, 2): 458_752,      # GPT-J-6B
-        (80, 8, 64, 1): 81_920,         # Falcon-180B with an 8-bit cache
-    },
-    nudge="Count what one token leaves in one layer, then the layers.",
-    means="the one formula of this lesson to know by heart.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# A key *and* a value; for each KV head; of H numbers each; in each layer.
-#
-# </details>
+# %% [markdown] tags=["further"]
+# Further reading: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (grouped queries); Kwon et
+# al. 2023, section 3 (the memory that a cache takes in a server); Pope et al. 2022 (inference cost
+# with a cache, at scale).
 
 # %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
+# ## Solutions
+
+# %% [markdown] tags=["solution", "solution:KVCache"]
+# <details><summary>KVCache</summary>
 #
 # ```python
-# def kv_bytes_per_token(L, K, H, bytes):
-#     return 2 * L * K * H * bytes
+# class MyCache:
+#     def __init__(self, layers, kv_heads, head_dim, capacity):
+#         self.capacity = capacity
+#         self.keys = torch.zeros(layers, kv_heads, capacity, head_dim)
+#         self.values = torch.zeros(layers, kv_heads, capacity, head_dim)
+#         self.lengths = [0] * layers
+#
+#     def append(self, layer, k, v):
+#         start = self.lengths[layer]
+#         end = start + k.shape[1]
+#         if end > self.capacity:
+#             raise ValueError(f"{end} tokens, but the capacity is {self.capacity}")
+#         self.keys[layer, :, start:end] = k          # copies, so the caller may reuse k
+#         self.values[layer, :, start:end] = v
+#         self.lengths[layer] = end
+#
+#     def read(self, layer):
+#         end = self.lengths[layer]
+#         return self.keys[layer, :, :end], self.values[layer, :, :end]   # views: no copy
+#
+#     def truncate(self, length):
+#         self.lengths = [min(length, each) for each in self.lengths]
 # ```
 #
 # </details>
 
-# %% [markdown]
-# ### 2 · How many users?
-# `memory` bytes, of which the weights take `weights`; each user needs room for `context` tokens at `per_token` bytes. How many whole users fit?
-
-# %% tags=["exercise", "exercise:largest_batch"]
-def largest_batch(memory, weights, per_token, context):
-    return ...
-
-
-lesson.exercise(
-    "largest_batch", largest_batch,
-    cases={
-        (80 * 2**30, 16_060_522_496, 131_072, 8_192): 65,       # Llama-3-8B on an 80 GiB card
-        (80 * 2**30, 26_031_728_640, 819_200, 4_096): 17,       # Llama-2-13B: half the context, a quarter of the users
-        (24 * 2**30, 26_031_728_640, 819_200, 4_096): 0,        # and on 24 GiB not even the weights fit
-        (24 * 2**30, 1_192_099_840, 114_688, 40_960): 5,        # Qwen3-0.6B: 1.2 GB of weights, and yet five users
-    },
-    nudge="Users come whole, and never less than none.",
-    means="note how little the size of the model has to do with it.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# What the weights leave, divided by what one user needs, rounded down (`//`). And if the weights alone are too much?
-#
-# </details>
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
+# %% [markdown] tags=["solution", "solution:long_agent"]
+# <details><summary>A long agent</summary>
 #
 # ```python
-# def largest_batch(memory, weights, per_token, context):
-#     return max(0, (memory - weights) // (per_token * context))
+# per_token = 2 * 36 * 8 * 128 * 2                    # neither N = 32 nor D/N = 80
+# agent = 30_000 * per_token
+# free = 48 * 2**30 - 8.04e9                          # one copy of the weights for all
+# lesson.steps("long_agent", per_token=per_token, agent=agent, agents=free // agent,
+#              longest=free / 8 / per_token)
 # ```
 #
 # </details>
 
-# %% [markdown]
-# ### 3 · What a long prompt leaves to save
-# After a prompt of P tokens, generate n. Counting rows through the matrices only: how many times more go through without a cache than with one?
-
-# %% tags=["exercise", "exercise:rows_saved"]
-def rows_saved(P, n):
-    return ...
-
-
-lesson.exercise(
-    "rows_saved", rows_saved,
-    cases={
-        (1, 1): 1.0,            # one row either way
-        (1, 4): 2.5,            # 1 + 2 + 3 + 4 rows, or 4
-        (1_000, 1): 1.0,        # one token of output: nothing to save, however long the prompt
-        (6, 3): 2.625,          # 6 + 7 + 8 rows, or 6 + 1 + 1
-        (512, 512): 392_960 / 1_023,
-    },
-    nudge="With a cache each of the P + n - 1 tokens goes through once: the last one written is never read.",
-    means="for a prompt much longer than the answer it is just n.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# Without: step i sends P + i rows, for i from 0 to n - 1. The mean of the first and the last, times n.
-#
-# </details>
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
+# %% [markdown] tags=["solution", "solution:summary"]
+# <details><summary>A summary</summary>
 #
 # ```python
-# def rows_saved(P, n):
-#     return (n * (2 * P + n - 1) / 2) / (P + n - 1)
+# P, n, weights = 4_000, 200, 7e9
+# rows_without = n * (2 * P + n - 1) / 2              # P, P + 1, ... P + n - 1
+# rows_with = P + n - 1                               # nobody reads the last token
+# s_without = 2 * weights * rows_without / 400e12
+# s_with = 2 * weights * P / 400e12 + (n - 1) * 2 * weights / 2.7e12     # FLOPs, then bytes
+# lesson.steps("summary", rows_without=rows_without, rows_with=rows_with,
+#              s_without=s_without, s_with=s_with, times_faster=s_without / s_with)
 # ```
 #
 # </details>
 
-# %% [markdown]
-# ### 4 · When the cache is the larger read
-# A decode step of `batch` sequences streams `weights` bytes once, and `per_token` bytes for each token of each sequence. At which context do the two weigh the same?
-
-# %% tags=["exercise", "exercise:even_context"]
-def even_context(weights, per_token, batch):
-    return ...
-
-
-lesson.exercise(
-    "even_context", even_context,
-    cases={
-        (16_000_000_000, 128_000, 1): 125_000,
-        (16_000_000_000, 128_000, 25): 5_000,       # a batch brings the day forward
-        (4_000_000_000, 128_000, 25): 1_250,        # 4-bit weights, 16-bit cache: four times sooner still
-    },
-    nudge="One weight read serves the whole batch; a cache serves its own sequence only.",
-    means="quantize the weights, and the cache is next. Lesson 03 shrinks it.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# Solve weights = batch · context · per_token.
-#
-# </details>
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
+# %% [markdown] tags=["solution", "solution:fetch_or_compute"]
+# <details><summary>Yesterday's prompt</summary>
 #
 # ```python
-# def even_context(weights, per_token, batch):
-#     return weights / (batch * per_token)
+# per_token, link = 2 * 32 * 32 * 128 * 2, 100e9 / 8  # bits are not bytes
+# computing = 14e9 / 400e12                           # seconds a token
+# lesson.steps("fetch_or_compute", fetch=4_000 * per_token / link, compute=4_000 * computing,
+#              even=per_token / computing, even_gqa=per_token / 4 / computing,
+#              better="compute")
 # ```
 #
 # </details>
-
-# %% [markdown]
-# ### 5 · Harder: fetch it or compute it again?
-# A user comes back to yesterday's chat. Its cache was moved out of the card's memory, to a disk or to another machine. You can fetch it, `per_token` bytes for
-# each token; or drop it, and run the prefill again at `flops_per_token` FLOPs a token and `peak` FLOP/s. (Take the prefill as compute-bound, and
-# leave attention's pairs aside.) From which bandwidth on, in bytes per second, is fetching the faster?
-
-# %% tags=["exercise", "exercise:worth_fetching"]
-def worth_fetching(per_token, flops_per_token, peak):
-    return ...
-
-
-lesson.exercise(
-    "worth_fetching", worth_fetching,
-    cases={
-        (100_000, 10e9, 100e12): 1e9,                   # 100 µs of computing for 100 kB
-        (131_072, 15e9, 400e12): 3_495_253_333,         # Llama-3-8B at 400 TFLOP/s: a fast SSD is about even
-        (524_288, 13.2e9, 400e12): 15_887_515_152,      # Llama-2-7B: four times the bytes, so it takes four SSDs
-        (327_680, 138e9, 400e12): 949_797_101,          # Llama-2-70B: costly to compute, small to keep
-    },
-    nudge="Compare seconds per token with seconds per token.",
-    means="the larger the model and the fewer its KV heads, the more a kept cache is worth.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# Computing one token takes flops_per_token / peak seconds. In that time, how many bytes must arrive?
-#
-# </details>
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def worth_fetching(per_token, flops_per_token, peak):
-#     return per_token * peak / flops_per_token
-# ```
-#
-# </details>
-
-# %% [markdown]
-# **To take away.** The cache takes one power of n off the work: a whole generation with it does the work of one last step without it. It turns compute into memory,
-# so it saves nothing at a few tokens and nearly everything at a few hundred. It costs 2·L·K·H·bytes a token, KV heads and the stated head dimension, and at many users
-# or long contexts that, not the weights, is what fills the machine. Which leaves a question: can one remember with fewer bytes? That is lesson 03.
-#
-# Further reading: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (grouped queries); Kwon et al. 2023, section 3 (the memory a cache takes in a server).
