@@ -12,8 +12,8 @@
 # ## Question
 #
 # A chat user waits for the first token (**TTFT**), then for each next one (**TPOT**). An agent
-# reads 8,000 tokens and writes 30,000. Its bill charges several times more for an output token
-# than for a prompt token, though both pass through the same weights. Why?
+# reads 8,000 tokens and writes 30,000. An output token costs it several times a prompt token,
+# though both pass through the same weights. Why?
 #
 # *45 minutes. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from a config.json and a data
 # sheet.*
@@ -189,7 +189,6 @@ def my_decode_step(config, batch, context):
 
 
 decode_step = lesson.build("decode_step", my_decode_step)
-lesson.show("decode_step")
 
 # %% [markdown] tags=["notes"]
 # **8 min.** Students write; the check names the first property that fails, with an example. Usual
@@ -203,13 +202,14 @@ lesson.show("decode_step")
 # Two predictions for each step. The **napkin** is your count over two numbers of the card: bytes
 # over bandwidth, or FLOPs over peak, whichever is longer. The **calibrated roofline** also knows
 # the rate of a product with M rows, of attention, and what a kernel launch costs; it says an
-# **interval**. Neither has seen the model run. A prompt of T tokens is T rows of the same products
-# (the library counts its causal attention).
+# **interval**. Neither has seen the model run. A prompt of T tokens is T rows of the same
+# products (the library counts its causal attention).
 #
 # Each measurement is kept in the **ledger**. Three steps are also measured part by part; the
 # **explained share** says how much of the difference to the napkin the parts account for.
 
 # %% tags=["core", "nbval-ignore-output"]
+lesson.show("decode_step")               # the library's count, folded
 smollm2 = load_model("smollm2-135m", device=machine.device)
 models = {dtype: faster(smollm2, dtype) for dtype in ("fp32", "bf16")}
 BF16S = {"fp32": 2, "bf16": 1}          # a number's size, in numbers of bf16
@@ -232,22 +232,6 @@ lesson.reveal()
 for name, step in steps.items():
     explained = "prompt 256" in name or "context 512" in name   # these part by part
     lesson.measure(name, step, parts=None if explained else ())
-
-# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
-measured = {name: row.measured for name, row in lesson.rows.items()}
-prompt_token = measured["TTFT, prompt 1024, fp32"] / 1024
-output_token = measured["time per token, context 1024, fp32"]
-display(Markdown(
-    f"A token of a prompt of 1,024 costs **{si(prompt_token, 's')}**, an output token "
-    f"**{si(output_token, 's')}**: "
-    f"**{output_token / prompt_token:.0f} times** as much, for the same FLOPs. Decode "
-    "does not compute; it reads."))
-lesson.table()
-
-# %% [markdown] tags=["notes"]
-# **4 min.** Back to the numbers on the board: what is the factor? Compare the first row with the
-# decode rows: a prompt of 8 tokens costs about as much as one output token, since it too waits
-# for the weights.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Reconcile
@@ -279,6 +263,22 @@ lesson.explain("TTFT, prompt 256, fp32")
 # **2 min.** Here the napkin counts FLOPs at the peak. Ask: which part would a longer prompt make
 # worse? (Attention: its FLOPs grow with the square of the prompt.)
 
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
+measured = {name: row.measured for name, row in lesson.rows.items()}
+prompt_token = measured["TTFT, prompt 1024, fp32"] / 1024
+output_token = measured["time per token, context 1024, fp32"]
+display(Markdown(
+    f"A token of a prompt of 1,024 costs **{si(prompt_token, 's')}**, an output token "
+    f"**{si(output_token, 's')}**: "
+    f"**{output_token / prompt_token:.0f} times** as much, for the same FLOPs. Decode "
+    "does not compute; it reads."))
+lesson.table()
+
+# %% [markdown] tags=["notes"]
+# **4 min.** Back to the numbers on the board: what is the factor? Compare the first row with the
+# decode rows: a prompt of 8 tokens costs about as much as one output token, since it too waits
+# for the weights.
+
 # %% [markdown] tags=["core"]
 # ## On a GPU
 #
@@ -286,7 +286,7 @@ lesson.explain("TTFT, prompt 256, fp32")
 # peak. The intensities carry over, and so does the order of the phases. Two costs look different
 # there. A **kernel launch** costs microseconds on the CPU side, so a small model in eager PyTorch
 # waits for launches; **CUDA graphs** record a step's kernels once and replay them with a single
-# launch. Lesson A1 asks some four hundred published runs how good the envelope is.
+# launch. Lesson A1 asks hundreds of published runs how good the envelope is.
 
 # %% tags=["core", "slide", "hide-input"]
 IDS = ("r103", "r104", "r154", "r157", "r133", "r144", "r142", "r002")
@@ -312,16 +312,16 @@ ax.set(title="Real kernels take longer than the envelope, in both phases", xscal
 ax.set_yticks(range(len(IDS)), names, fontsize=9)
 ax.set_xticks([0.005, 0.02, 0.1, 0.5])
 ax.minorticks_off()
-ax.legend(loc="upper right")
+ax.legend(loc="lower right", bbox_to_anchor=(1, 0.2))
 plots.units(ax.xaxis, "s")
 plots.show(figure, "Envelope and published time of eight runs, 16-bit weights, one "
                    "sequence on one GPU. Published over envelope: "
                    f"{'; '.join(said)}.")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** The table shows how far real kernels are from the data sheet. Ask which phase is
-# nearer to its bound, and let the room look at the column with ×. Llama-3-8B and Llama-3.1-8B
-# have the same layers: the last two rows differ by their software alone.
+# **3 min.** How far are real kernels from the data sheet? Ask which phase is nearer to its bound.
+# Llama-3-8B and Llama-3.1-8B have the same layers: the last two rows differ by their software
+# alone.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
