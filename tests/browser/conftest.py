@@ -37,8 +37,10 @@ def lessons() -> list[Path]:
     """The notebooks that LESSONS names ("00 02"); without it, those of the course's second form."""
     names = tuple(os.environ.get("LESSONS", "").split())
     found = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-    return [path for path in found
-            if (path.name.startswith(names) if names else '"core"' in path.read_text())]
+    asked = [path for path in found
+             if (path.name.startswith(names) if names else '"core"' in path.read_text())]
+    assert asked, f"no notebook for LESSONS={' '.join(names)}; it takes numbers like 00 02"
+    return asked
 
 
 def free_port() -> int:
