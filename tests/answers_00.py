@@ -78,6 +78,7 @@ ANSWERS = {
     "median of single calls": SINGLE_CALLS.replace("SUMMARY", "median"),
     "best of single calls": SINGLE_CALLS.replace("SUMMARY", "min"),
     "a thousand calls": A_THOUSAND,
+    "forgets to return": RIGHT.replace("    return median(rates)", "    median(rates)"),
     "one sample of doubled calls": UNTIL_IT_IS_LONG,
 }
 MESSAGES = {
@@ -90,9 +91,10 @@ MESSAGES = {
     "counts bits": "bits, not bytes",
     "is upside down": "seconds per byte",
     "forgets how many calls": "times as much",
-    "times one call": "ZeroDivisionError",
-    "median of single calls": "ZeroDivisionError",
-    "best of single calls": "ZeroDivisionError",
+    "times one call": "in the same tick",
+    "median of single calls": "in the same tick",
+    "best of single calls": "in the same tick",
     "a thousand calls": "it is done after 5 seconds",
+    "forgets to return": "returned None",
     "one sample of doubled calls": "one interrupted call does not count",
 }

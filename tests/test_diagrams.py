@@ -2,6 +2,7 @@
 
 import base64
 import xml.etree.ElementTree as ET
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
 from clawdemy_course import diagrams
+from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache.contiguous import ContiguousCache
 from clawdemy_infer.lesson.diagrams import (
@@ -208,9 +210,24 @@ def test_prices_of_a_product_are_counted_by_hand():
     said = texts(PICTURES["machine"])
     assert "1 row: 33.6 MB, 33.6 MFLOP" in said and "1,024 rows: 50.3 MB, 34.4 GFLOP" in said
     times = [each for each in said if each.endswith(("µs", "ns")) and each[0].isdigit()]
-    assert times == ["10.0 µs", "33.9 ns", "10.0 µs", "15.0 µs", "34.7 µs", "10.0 µs"]
+    assert times == ["10.0 µs", "33.9 ns", "4.00 µs", "15.0 µs", "34.7 µs", "4.00 µs"]
     assert said[-1] == "compute-bound" and "memory-bound" in said
-    assert "max(bytes, FLOPs) + launch = 44.7 µs" in said
+    assert "max(bytes, FLOPs, launch) = 10.0 µs" in said
+    assert "max(bytes, FLOPs, launch) = 34.7 µs" in said
+    assert "H100, data sheet" in said and "launch overhead: 4.00 µs each (assumed)" in said
+
+
+@dataclass(frozen=True)
+class OnCpu(Machine):
+    device: str = "cpu"
+
+
+def test_on_a_cpu_the_launch_adds_to_what_is_launched():
+    cpu = OnCpu("CPU of two cores", ((1, 10e9),), {"fp32": 100e9}, 8e9, 10e-6)
+    said = texts(diagrams.machine(cpu, "fp32", 1024, (1, 64)))      # 4.2 MB, 134 MFLOP
+    assert "max(bytes, FLOPs) + launch = 430 µs" in said and "this machine" in said
+    assert "max(bytes, FLOPs) + launch = 1.35 ms" in said
+    assert "launch overhead: 10.0 µs each" in said
 
 
 def test_what_is_launched_longer_than_it_runs_is_launch_bound():

@@ -45,9 +45,21 @@ class Simulated:
             raise Wrong(f"The probe looked at the clock more than {MOST_LOOKS:,} times.")
         return self.time_s // self.tick_s * self.tick_s if self.tick_s else self.time_s
 
+    def answered(self, answer, told: str) -> float:
+        """What `answer` returns on this machine. `Wrong`, beginning with `told`, if it returns
+        nothing, or divides by a time of zero."""
+        try:
+            got = answer(self.read, self.nbytes, self.clock)
+        except ZeroDivisionError:
+            raise Wrong(f"{told} You divided by zero: both readings of the clock fell in the same "
+                        "tick, so it saw no time pass.") from None
+        if got is None:
+            raise Wrong("It returned None: is there a `return` at its end?")
+        return float(got)
+
     def asked(self, answer, within: float, told: str) -> None:
         """`Wrong`, beginning with `told`, if `answer` is off by more than `within`."""
-        got, speed = float(answer(self.read, self.nbytes, self.clock)), self.nbytes / self.read_s
+        got, speed = self.answered(answer, told), self.nbytes / self.read_s
         if not speed / (1 + within) <= got <= speed * (1 + within):
             raise Wrong(f"{told} So the memory reads {si(speed, 'B/s')}; you returned "
                         f"{got:.4g}, {got / speed:.3g} times as much.")
@@ -55,7 +67,7 @@ class Simulated:
 
 def the_answer_is_in_bytes_per_second(answer):
     machine = Simulated(8e6)
-    got = float(answer(machine.read, machine.nbytes, machine.clock))
+    got = machine.answered(answer, "Reading 8,000,000 bytes took 0.8 ms.")
     for factor, unit in UNITS.items():
         if abs(got / (SPEED * factor) - 1) < 0.02:
             raise Wrong(f"Reading 8,000,000 bytes took 0.8 ms, so 1e10 bytes per second; you "

@@ -13,7 +13,7 @@ from clawdemy_infer.lesson.diagrams import (
 )
 from clawdemy_infer.lesson.tables import si
 
-LAUNCH_S = 10e-6
+LAUNCH_S = 4e-6
 """Seconds to launch an operation from Python, where the machine does not say."""
 
 
@@ -31,12 +31,17 @@ def legend(d: Diagram, y: float, *entries: tuple[float, str, str, bool]) -> None
 
 def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 4096,
             rows: tuple[int, int] = (1, 1024)) -> Diagram:
-    """Memory, bus, caches and cores, the launch, and what two products X[M, size] @ W[size, size]
+    """Memory, bus, caches and cores, the launch, and what two products X[B, size] @ W[size, size]
     cost at each of the three prices. Without `machine`, an H100 as on its data sheet, and
-    an assumed launch overhead."""
+    an assumed launch overhead. A CPU launches an operation and then runs it; a GPU, as any data
+    sheet is taken for, runs while its host launches the next."""
     machine = machine or catalog.machine("h100-sxm")
+    device = getattr(machine, "device", "")             # a data sheet has none
     launch = machine.fixed_s_per_op or LAUNCH_S
-    works = [matmul(M, size, size, of(M, "row"), dtype, dtype) for M in rows]
+    assumed = "" if machine.fixed_s_per_op else " (assumed)"
+    sheet = machine.name.removeprefix("NVIDIA ").split()[0] + ", data sheet"
+    title = "this machine" if device else sheet
+    works = [matmul(B, size, size, of(B, "row"), dtype, dtype) for B in rows]
     bandwidth = machine.bandwidth_at(works[0].bytes)
     prices = [si(bandwidth, "B/s"), si(machine.peak(dtype), "FLOP/s"), si(launch, "s")]
     costs = {work.name: [work.bytes / bandwidth, work.flops / machine.peak(dtype), launch]
@@ -45,13 +50,15 @@ def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 409
                      for name, (a, b, c) in costs.items())
     d = Diagram(800, 430, "A machine and its three prices. Weights lie in memory and cross a "
                 f"narrow bus at {prices[0]} into the caches of the processor; its cores compute at "
-                f"{prices[1]}; a program launches each operation, in {prices[2]}. The same weights "
+                f"{prices[1]}; a program launches each operation, in {prices[2]}{assumed}. {title}. "
+                "X is read and Y is written over the same bus. The same weights "
                 f"meet {works[0].name} or {works[1].name}: {said}.")
     # 1. the machine
     d.box(20, 66, 190, 164, edge=MEMORY)
     d.text(115, 84, "memory", 15, "middle", bold=True)
     d.box(36, 104, 158, 74, f"weights\n{size:,} × {size:,}", WEIGHTS)
     d.box(36, 186, 158, 30, "activations", ACTIVATIONS)
+    d.text(720, 27, title, 13, "middle", bold=True)
     d.box(390, 66, 390, 164, edge=MEMORY)
     d.text(585, 84, "processor", 15, "middle", bold=True)
     d.box(406, 104, 96, 112, "caches,\nregisters", MEMORY)
@@ -61,7 +68,8 @@ def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 409
     # 2. bandwidth
     d.step()
     d.arrow((210, 141), (390, 141), colour=WEIGHTS, width=5)
-    d.arrow((390, 201), (210, 201), colour=ACTIVATIONS, width=2)
+    d.arrow((210, 194), (390, 194), colour=ACTIVATIONS, width=2)
+    d.arrow((390, 208), (210, 208), colour=ACTIVATIONS, width=2)
     d.text(298, 106, f"bandwidth\n{prices[0]}", 14, "middle", bold=True)
     # 3. arithmetic
     d.step()
@@ -71,17 +79,19 @@ def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 409
     d.step()
     d.box(20, 10, 190, 34, "program", MEMORY)
     d.arrow((210, 27), (646, 27), (646, 66), colour=LAUNCH, width=3)
-    d.text(428, 44, f"launch overhead: {prices[2]} an operation", 14, "middle", bold=True)
+    d.text(428, 44, f"launch overhead: {prices[2]} each{assumed}", 14, "middle", bold=True)
     # 5., 6. the same weights for few rows and for many
     longest = max(seconds for each in costs.values() for seconds in each)
     for left, work in zip((20, 410), works, strict=True):
         d.step()
-        _three_prices(d, left, work, costs[work.name], longest)
+        _three_prices(d, left, work, costs[work.name], longest, ahead=device != "cpu")
     return d
 
 
-def _three_prices(d: Diagram, left: float, work: Work, costs: list[float], longest: float) -> None:
-    """Three bars, as long as what each price comes to, from `left` to 370 units further."""
+def _three_prices(d: Diagram, left: float, work: Work, costs: list[float], longest: float,
+                  ahead: bool) -> None:
+    """Three bars, as long as what each price comes to, from `left` to 370 units further. The launch
+    adds to the larger of the others, unless the host launches `ahead` of them."""
     d.text(left, 276, f"{work.name}: {si(work.bytes, 'B')}, {si(work.flops, 'FLOP')}", bold=True)
     for row, (name, seconds, colour) in enumerate(zip(
             ("bytes / bandwidth", "FLOPs / peak", "launch"), costs, (WEIGHTS, COMPUTE, LAUNCH),
@@ -92,6 +102,7 @@ def _three_prices(d: Diagram, left: float, work: Work, costs: list[float], longe
         d.text(end + 6, y + 10, si(seconds, "s"), 13)
     memory, compute, launch = costs
     bound = max((memory, "memory-bound"), (compute, "compute-bound"), (launch, "launch-bound"))[1]
-    total = si(max(memory, compute) + launch, "s")
-    d.text(left, 388, f"max(bytes, FLOPs) + launch = {total}", 14)
+    total = max(costs) if ahead else max(memory, compute) + launch
+    formula = "max(bytes, FLOPs, launch)" if ahead else "max(bytes, FLOPs) + launch"
+    d.text(left, 388, f"{formula} = {si(total, 's')}", 14)
     d.text(left, 410, bound, 14, bold=True)

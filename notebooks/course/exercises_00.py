@@ -88,7 +88,8 @@ COPY_AND_LAUNCH = Exercise("copy_and_launch", {
         30e9 / _HBM: "A GiB is 7 % more than a GB.",
         2000 * _READ_S: "That is in ms; a plain number is in s."}, unit="s"),
     "share": Step(_LAUNCHES_S / (_LAUNCHES_S + _READ_S), {
-        _LAUNCHES_S / _READ_S: "That is launches over reading; the step has both.",
+        _LAUNCHES_S / _READ_S: "That is launches over reading; here nothing overlaps, so the step "
+                               "takes both.",
         _READ_S / (_LAUNCHES_S + _READ_S): "That is the share of reading.",
         _LAUNCHES_S / (_LAUNCHES_S + 2 * _READ_S): "A step reads the weights and does not copy."}),
     "too_small": Step(LAUNCH_S * _HBM, {
@@ -96,6 +97,7 @@ COPY_AND_LAUNCH = Exercise("copy_and_launch", {
         LAUNCH_S * _HBM * 8: "Bytes were asked for, not bits.",
         LAUNCH_S * _HBM * LAUNCHES: "That is for all 500; one operation was asked for.",
         LAUNCH_S * _PCIE: "The operation reads the GPU's own memory."}, unit="B"),
-}, means="Below 13 MB, an operation on this GPU costs its launch: fusing and recording them pays.")
+}, means="Below 13 MB, an operation on this GPU takes longer to launch than to read: fusing operations "
+         "and recording them pays.")
 
 EXERCISES = {each.name: each for each in (UNKNOWN_MACHINE, ROWS_NEEDED, COPY_AND_LAUNCH)}

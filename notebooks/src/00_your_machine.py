@@ -9,9 +9,9 @@
 # %% [markdown] tags=["core", "slide"]
 # # 00 · How fast could anything run here?
 #
-# > Based on the structure of Stanford CS336, 'Language Modeling from Scratch,' by Tatsunori Hashimoto and Percy Liang (cs336.stanford.edu). This is an independent structural mirror in original prose; it reproduces no course materials, and Stanford does not endorse it.
-#
 # An agent that thinks for 30,000 tokens reads its model's weights 30,000 times, and somebody pays. How fast can a machine be?
+#
+# > Based on the structure of Stanford CS336, 'Language Modeling from Scratch,' by Tatsunori Hashimoto and Percy Liang (cs336.stanford.edu). This is an independent structural mirror in original prose; it reproduces no course materials, and Stanford does not endorse it.
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Say what every lesson does: guess, build, measure, explain. Today: four guesses, a probe of about ten lines, and the machine that it
@@ -23,14 +23,32 @@
 # Three small jobs. Which takes longest, and by what factor?
 #
 # 1. Add up 67 million numbers.
-# 2. Multiply **1 row** of 1,024 numbers with each of 16 matrices, 1,024 × 1,024.
+# 2. Multiply **1 row** of 1,024 numbers with each of 64 matrices, 1,024 × 1,024. They have 67 million numbers too.
 # 3. The same with **64 rows**: 64 times the arithmetic.
 #
-# **40 minutes.** Before: Python, the matrix product. Afterwards: you predict such jobs on any machine, from three numbers.
+# **45 minutes**, exercises extra. Before: Python, the matrix product. Afterwards: you predict such jobs on any machine, from three numbers.
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Let the room vote on paper: 1, 2 or 3, and the ratio of job 3 to job 2. The usual wrong answer is job 3, "64 times as long",
-# because people count arithmetic. Do not give the answer now; the stopwatch gives it after the build task. Keep the votes on the board.
+# **2 min.** Let the room vote on paper: the order of the three jobs, and the ratio of job 3 to job 2. The wrong part is usually
+# "64 times", because people count arithmetic. Job 3 may well be the slowest: by how much depends on peak over bandwidth.
+# Do not give the answer now; the stopwatch gives it after the build task. Keep the votes on the board.
+
+# %% [markdown] tags=["core", "slide"]
+# ## Envelope
+#
+# Three prices: **bandwidth** (bytes/s from memory), **peak** (FLOP/s), **launch overhead** (s for an operation, however small).
+#
+# > time = max( FLOPs / peak , bytes / bandwidth ) + launches × launch overhead
+#
+# So on a CPU. A GPU's host runs ahead: there, about the *larger* of GPU time and launches.
+#
+# **Napkin**: the max alone. **Predicted**: an interval, from a calibration. **Inside?**: was it met? **Explained** = 1 − |not explained| / |measured − napkin|.
+
+# %% [markdown] tags=["notes"]
+# **3 min.** Why the maximum and not the sum? Fetching and computing overlap. Why is the launch outside? A CPU launches, then works, one after the
+# other. The host of a GPU queues the next kernel while one runs, so a step takes the larger of the two. A FLOP is one multiplication or one
+# addition. Ask: "a card is sold with 80 GB; how many GiB?" GB is 10⁹ bytes, GiB is 2³⁰, 7 % more. For an H100 the
+# answer is 80: for the size of a memory, and only for that, vendors write GB and mean GiB.
 
 # %% tags=["core", "slide", "hide-input"]
 import math
@@ -43,10 +61,10 @@ from clawdemy_infer.fast import PackedLinear
 from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
-from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.tables import Table, ledger_table, number, si
 from clawdemy_infer.machine.calibrate import fingerprint, this_machine
 from clawdemy_infer.machine.present import bracketed, default_device
-from clawdemy_infer.machine.probes import bandwidth_probes
+from clawdemy_infer.machine.probes import bandwidth_probes, launch_probe
 from clawdemy_infer.published import read as published
 from clawdemy_infer.timing import alternate, now, stopwatch
 
@@ -64,51 +82,36 @@ h100, l4, a100, laptop = map(
 diagrams.machine()
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Build the picture step by step. Ask at each arrow: "what is the price here, and in which unit?" Let the room compare the two
-# products at the foot of the picture: the same weights cross the bus for 1 row and for 1,024 rows. Usual wrong answer: "more rows, more
-# bytes". Some think that the launch is free on a GPU; it is the price that a GPU does not lower.
-
-# %% [markdown] tags=["core", "slide"]
-# ## Envelope
-#
-# A machine has three prices:
-#
-# - **bandwidth**, bytes/s: numbers come from memory
-# - **peak**, FLOP/s: arithmetic on numbers that are there
-# - **launch overhead**, s: to launch an operation, however small
-#
-# > time = max( FLOPs / peak , bytes / bandwidth ) + launches × launch overhead
-#
-# A FLOP is one multiplication or one addition. GB is 10⁹ bytes, GiB is 2³⁰: 7 % apart.
-
-# %% [markdown] tags=["notes"]
-# **3 min.** Why the maximum and not the sum? Fetching and computing overlap. Why is the launch outside? Python must decide what runs before
-# it runs. Ask: "a card is sold with 80 GB; how many GiB?" For an H100 the answer is 80: vendors write GB and mean GiB. Seven per cent is
-# the difference between a model that fits and one that does not.
+# **2 min.** Build the picture step by step. Ask at each arrow: "what is the price here, and in which unit?" X is read and Y is written, beside the
+# weights. Let the room compare the two products at the foot: the same weights cross the bus for 1 row and for 1,024 rows. Usual wrong
+# answer: "more rows, more *weights* read". Rows add only the bytes of X and Y. Some think that the launch is free on a GPU; it is
+# hidden behind longer kernels, and no cheaper.
 
 # %% tags=["core", "slide"]
-fp32 = 4                                        # bytes in a number
-n = 2**26                                       # count: the sum of n numbers
+fp32 = 4                        # bytes in a number (32 bits); one in bf16 has 2
+n = 2**26                       # count: the sum of n numbers, in one launch of a kernel
 flops, bytes = 0, 0
-bytes += n * fp32                               # read each number once
-flops += n - 1                                  # one addition for all but the first
-bytes += fp32                                   # write one result
+bytes += n * fp32               # read each number once
+flops += n - 1                  # one addition for all but the first
+bytes += fp32                   # write one result
 assert math.isclose(flops / bytes, 1 / 4, rel_tol=1e-6)
 
-B, D, F = 4096, 4096, 4096                      # count: X[B, D] @ W[D, F]
+B = D = 4096                    # count: X[B, D] @ W[D, D], in one launch of another kernel
 flops, bytes = 0, 0
-bytes += B * D * fp32                           # read X
-bytes += D * F * fp32                           # read W
-flops += B * F * 2 * D                          # B·F results: D multiplies, D adds each
-bytes += B * F * fp32                           # write Y
-assert flops / bytes == D / 6                   # square: 2D³ / (3D² · 4 bytes)
-wide = matmul(64, 2**20, 2**20)                 # 64 rows, D and F without end:
-assert math.isclose(wide.intensity, 64 / 2, rel_tol=1e-3)      # tends to B / 2
+bytes += B * D * fp32           # read X
+bytes += D * D * fp32           # read W
+flops += B * D * 2 * D          # B·D results: D multiplies, D adds each
+bytes += B * D * fp32           # write Y
+assert flops / bytes == D / 6   # square: 2D³ / (3D² · 4 bytes)
+wide = matmul(64, 2**20, 2**20)                                 # 64 rows, D without end:
+assert math.isclose(wide.intensity, 64 / 2, rel_tol=1e-3)       # tends to B / 2
+# In bf16 each intensity doubles: the sum has 0.5, B rows have about B.
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Cover the asserts. Let the room count the bytes of the product aloud, one line at a time. Usual wrong answers: D FLOPs for a result
-# instead of 2D, and Y forgotten. Then ask for the two limits: square (D/6) and few rows (B/2). Ask what bf16 does to both: half the
-# bytes, twice the intensity. The sum stays at 1/4 whatever its length: it uses each number once.
+# **3 min.** A kernel is the compiled routine that a launch runs. Let the room count the bytes of the product aloud, one line at a time. Usual wrong
+# answers: D FLOPs for a result instead of 2D, and Y forgotten. Then the two limits: square (D/6) and few rows (B/2). The sum
+# stays at 1/4 whatever its length: it uses each number once. Ask before you go on: "from how many rows on is an H100's
+# arithmetic busy, in bf16?"
 
 # %% tags=["core", "slide", "hide-input"]
 ridge = h100.peak("bf16") / h100.bandwidth_at()
@@ -135,22 +138,27 @@ peak, reads = si(h100.peak("bf16"), "FLOP/s"), si(h100.bandwidth_at(), "B/s")
 Markdown(
     "**Arithmetic intensity** = FLOPs / bytes of a job. **Ridge point** = peak / "
     f"bandwidth of a machine: {peak} / {reads} = **{ridge:.0f} FLOPs per byte**. "
-    f"One row has {intensities['1 row']}, 64 rows have {intensities['64 rows']}.")
+    f"With D = 4,096 in bf16, 1 row has {intensities['1 row']}, 64 rows have "
+    f"{intensities['64 rows']}.")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Ask before you show it: "from how many rows on is the H100's arithmetic busy?" Usual wrong answers: 1, because it is a
+# **3 min.** Compare with what the room said: from how many rows on is the arithmetic busy? Usual wrong answers: 1, because it is a
 # matrix product, and 64, because it is many. In bf16 each row is worth about one FLOP per byte, so it takes about as many rows as the
 # ridge says. The intensity belongs to the job, the ridge point to the machine.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Guess
 #
-# Now the machine in front of you. How fast does it read main memory? How many fp32 FLOPs does it do in a second? What does it cost
-# to launch one operation from Python? And how many times as long as 1 row do 64 rows take?
+# The machine in front of you:
+#
+# 1. How fast does it read main memory?
+# 2. How many fp32 FLOPs does it do in a second?
+# 3. What does it cost to launch one operation from Python?
+# 4. How many times as long as 1 row do 64 rows take?
 #
 # Write over the dots, as text with a unit: `"20 GB/s"`, `"300 GFLOP/s"`, `"5 µs"`, `"10 times"`.
 
-# %% tags=["core", "guess"]
+# %% tags=["core", "guess", "fragment"]
 lesson.guess("main memory, reading", ...)
 lesson.guess("peak in fp32", ...)
 lesson.guess("kernel-launch overhead", ...)
@@ -167,7 +175,7 @@ else:                                           # from what stands on a box
     reads = 2 * 8 * 3.2e9       # DDR4-3200: channels · bytes · transfers/s
     per_cycle = 2 * 8 * 2       # units · fp32 numbers in each · multiply and add
     computes = torch.get_num_threads() * 3e9 * per_cycle    # cores · cycles/s
-launch_s = 10e-6                                # hundreds of bytecodes and a dispatcher
+launch_s = 10e-6                                # some bytecodes, PyTorch's search for the kernel
 box = Machine("box", ((1, reads),), {"fp32": computes}, 8e9, launch_s)
 one, many = (box.time(matmul(B, 1024, 1024), ops=1).seconds for B in (1, 64))
 
@@ -183,16 +191,16 @@ lesson.reveal()
 # A **bandwidth probe**: how many bytes a second does `read()` read? Real calls look like this:
 #
 # ```text
-# calls   ██████████ █ █ █ █ █ ██████████████████ █ █ ▏ █ █
-#         cold: page            a neighbour has       lucky:
-#         faults                the core              in a cache
+# calls   ██████████ █ █ █ █ █ ██████████████████ █ █ | █ █
+#         the first,            a neighbour has       lucky:
+#         cold                  the core              in a cache
 # clock   |       |       |       |       |       |       |
 # ```
 #
 # One call may be shorter than a tick of the clock (up to 1 ms). Give the *typical* call, within 5 seconds. An open probe stops nothing.
 
 # %% [markdown] tags=["notes"]
-# **7 min.** Give the room five minutes in pairs. Ask first: "which of these calls should count?" Usual wrong answers, in order: one call timed alone
+# **2 min.** Ask: "which of these calls should count?" Then pairs. Usual wrong answers, in order: one call timed alone
 # (division by zero on the coarse clock), the mean, the best, the first call counted, a fixed number of calls (minutes for a large
 # array). The checker answers each with the smallest example. Whoever has nothing yet goes on with the library's probe.
 
@@ -204,7 +212,7 @@ def my_bandwidth(read, nbytes, clock):
     """Bytes per second at which `read()` reads its `nbytes`; `clock()` gives seconds.
 
     If reading 8,000,000 bytes typically takes 0.8 ms, the answer is 1e10.
-    1. The first call is cold: it does not count.
+    1. The first call is cold: it must not move the answer.
     2. A sample lasts many ticks: call until 20 ms have passed, and count the calls.
     3. Of several samples, which one number says what is typical?
     """
@@ -214,86 +222,23 @@ def my_bandwidth(read, nbytes, clock):
 bandwidth = lesson.build("bandwidth", my_bandwidth)
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Show one student's probe, then the library's (folded, further down). Both are about ten lines. Ask: "why the median and not the mean,
-# why not the best?" One interruption moves the mean; one cache hit makes the best. From here on the measured runs use the student's code.
+# **6 min.** Four minutes in pairs. Then show one student's probe, and the library's (folded, under Further). Both are about ten lines. Ask: "why the
+# median and not the mean, why not the best?" One interruption moves the mean; one cache hit makes the best. From here on the
+# measured runs use the student's code.
 
 # %% [markdown] tags=["core"]
 # ## Measure
 #
 # Run lessons on a quiet machine: neighbours show up in every number. `this_machine()` takes the kept calibration, or makes one in at most 20
-# seconds; all later lessons stand on it, and its card is at their top. Here are the jobs. A `PackedLinear` is PyTorch's `F.linear` with the weight laid
-# out as the fastest kernel of your processor likes it.
+# seconds; all later lessons stand on it, and its card is at their top.
 
-# %% tags=["core", "nbval-ignore-output"]
-D = 1024
-x = torch.randn(n, device=device)
-rows = {B: torch.randn(B, D, device=device) for B in (1, 64)}
-toy_row = torch.randn(1, 640, device=device)
-
-
-def layers(count, D):
-    made = [torch.randn(D, D, device=device) for _ in range(count)]
-    return [PackedLinear("fp32", W) for W in made]
-
-
-weights, toy_weights = layers(16, D), layers(48, 640)
-
-
-def products(B):                            # 16 times X[B, D] @ W[D, D]
-    for W in weights:
-        W(rows[B])
-
-
-def toy_products():
-    for W in toy_weights:
-        W(toy_row)
-
-
-def toy_step():                             # a caricature of a model's step for a token
-    y = toy_row
-    for W in toy_weights:
-        y = W(y)
-        size = y.square().mean(-1, keepdim=True)
-        y = y * torch.rsqrt(size + 1e-5)    # a norm: 5 launches
-        y = silu(y) * toy_row + y           # a gate: 3 launches
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
+def binary(size):
+    return f"{size >> 20} MiB" if size >= 2**20 else f"{size >> 10} KiB"
 
 
 machine = lesson.calibrated = this_machine(device)
-lesson.show("bandwidth")                    # the library's probe, folded
-lesson.card()
-
-# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
-# 1. What the jobs cost, and what they are predicted to take. A product's rate has its launch.
-jobs = {"sum of 67 M numbers": x.sum, "16 products, B = 1": partial(products, 1),
-        "16 products, B = 64": partial(products, 64), "toy step": toy_step}
-tiny = Work(640, 2 * 640 * fp32, "element-wise") * (48 * 8)
-works = {"sum of 67 M numbers": Work(n - 1, (n + 1) * fp32, "sum"),
-         "16 products, B = 1": matmul(1, D, D, "products") * 16,
-         "16 products, B = 64": matmul(64, D, D, "products") * 16,
-         "toy step": total("toy step", [matmul(1, 640, 640, "products") * 48, tiny])}
-launches = {"sum of 67 M numbers": 1,
-            "toy step": count_ops(toy_step) - count_ops(toy_products)}
-said = {name: machine.time(work, launches.get(name, 0)) for name, work in works.items()}
-for name, work in works.items():
-    lesson.predict(name, napkin=machine.napkin(work), predicted=said[name], unit="s")
-
-
-def parts_of(timings):
-    """The parts of the toy step: its products, timed in turn with it, its launches."""
-    whole_s = timings["toy step"].median
-    products_s = min(timings["its products"].median, whole_s)
-    between_s = max(whole_s - products_s, 1e-9)
-    matrices, others = map(machine.napkin, works["toy step"].parts)
-    expected = {name: part.seconds for name, part in said["toy step"].parts.items()}
-    return [{"name": "products", "napkin_s": matrices,
-             "predicted_s": expected["products"], "measured_s": products_s},
-            {"name": "launches", "napkin_s": others,
-             "predicted_s": expected["launches"] + expected["element-wise"],
-             "measured_s": between_s, "reached": launches["toy step"] / between_s,
-             "unit": "launches/s"}]
-
-
-# 2. The student's probe over arrays of many sizes, in turn with the calibration's.
+# The student's probe over arrays of many sizes, in turn with the calibration's.
 sizes = [2**p for p in range(15, 29)]
 data = torch.ones(sizes[-1] // 4, device=device)
 kept, again, curve = dict(machine.bandwidth), {}, {}
@@ -312,7 +257,7 @@ lesson.measure("main memory, reading", main_memory)
 lesson.measure("peak in fp32", machine.peak("fp32"))
 lesson.measure("kernel-launch overhead", machine.fixed_s_per_op)
 
-# 3. The figure, and whether the kept points agree.
+# The figure, and whether the kept points agree.
 fig, ax = plt.subplots()
 ax.set_xscale("log", base=2)
 ax.plot(*zip(*curve.items(), strict=True), "o-", color=plots.MEASURED, markersize=4,
@@ -323,14 +268,15 @@ ax.plot(*zip(*again.items(), strict=True), "s", color=plots.ROOFLINE, markersize
         markerfacecolor="none", label="the calibration's probe, again just now")
 ax.set_ylim(bottom=0)
 plots.units(ax.yaxis, "B/s")
-ax.set_xticks(sizes[::3], ["32 KiB", "256 KiB", "2 MiB", "16 MiB", "128 MiB"])
+ax.set_xticks(sizes[::3], map(binary, sizes[::3]))
 ax.set_xlabel("bytes read, again and again")
 ax.set_ylabel("read bandwidth")
-factor = f"{fastest / main_memory:.1f} times as fast"
-ax.set_title(f"Caches read up to {factor} as main memory")
+factor = fastest / main_memory
+ax.set_title(f"Arrays that fit a cache are read up to {factor:.1f} times as fast"
+             if factor > 1.15 else "No array is read much faster than main memory")
 ax.legend()
 plots.show(fig, "Read bandwidth against the bytes read: " + ", ".join(
-    f"{si(rate, 'B/s')} at {si(size, 'B')}" for size, rate in list(curve.items())[::3])
+    f"{si(rate, 'B/s')} at {binary(size)}" for size, rate in list(curve.items())[::3])
     + ". Squares: kept by the calibration, and its own probe run again just now.")
 
 
@@ -341,65 +287,124 @@ def apart(other):
 
 
 (off, at), (off_now, _) = apart(kept), apart(again)
-sentence = f"The kept points agree with it within {off:.0%}."
-if off > 0.15:
-    changed = "the machine has changed, not the method" if off_now < off / 2 else (
-        "the two probes differ too")
-    sentence = (
-        f"The kept points differ by up to {off:.0%}, at {si(at, 'B')}; the "
-        f"calibration's probe, run again just now, by {off_now:.0%}: {changed}.")
-smallest_s, not_reading = sizes[0] / curve[sizes[0]], 1 - curve[sizes[0]] / fastest
+smallest_s = sizes[0] / curve[sizes[0]]
 display(Markdown(
-    f"Main memory: **{si(main_memory, 'B/s')}**, the number for a model's weights. "
-    f"The sum of the smallest array takes {si(smallest_s, 's')}; {not_reading:.0%} of "
-    f"it is not reading, but *launch*. {sentence}"))
+    f"Main memory by your probe, now: **{si(main_memory, 'B/s')}**; predictions use what "
+    f"the calibration kept, {si(machine.bandwidth_at(), 'B/s')}. Today's probe differs "
+    f"from the kept calibration by up to {off:.0%} (at {binary(at)}), but from the "
+    f"calibration's own probe, run now, by {off_now:.0%}."))
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Read the curve from the right: main memory, the last cache, the near caches, and the fall at the far left. Ask: "why does it fall for
-# the smallest arrays?" Usual wrong answer: "small arrays are slow to read". It is the launch. (A dip at 256 KiB: from there on PyTorch splits a sum over threads,
-# which must be woken.) Ask which of the numbers a language model's
-# weights get. If the squares are off the curve, the sentence under the figure says whether the machine or the method has changed.
+# **3 min.** Runs about a minute: meanwhile ask who guessed lowest. If it fails or drags, stay on the slide: its numbers are a whole run's, on the machine
+# that built the deck. Read the curve from the right: main memory, the last cache, the near caches, the fall at the far left. Usual
+# wrong answer: "small arrays are slow to read". Part of it is the launch. A dip in between, if any, is not explained here. If both differences
+# are large, the method differs; if only the kept one is, the machine has changed.
 
-# %% tags=["core", "slide", "measured", "nbval-ignore-output"]
+# %% tags=["core", "slide", "nbval-ignore-output"]
+D = 1024
+x = torch.randn(n, device=device)
+rows = {B: torch.randn(B, D, device=device) for B in (1, 64)}
+weights = [PackedLinear("fp32", torch.randn(D, D, device=device)) for _ in range(64)]
+toy_row = torch.randn(1, 640, device=device)
+toy_weights = [PackedLinear("fp32", torch.randn(640, 640, device=device))
+               for _ in range(48)]          # PyTorch's F.linear, its weight laid out well
+
+
+def products(rows, weights):                # one product for each matrix
+    return [W(rows) for W in weights]
+
+
+def toy_step():                             # a caricature of a model's step for a token
+    y = toy_row
+    for W in toy_weights:
+        y = W(y)
+        size = y.square().mean(-1, keepdim=True)
+        y = y * torch.rsqrt(size + 1e-5)    # norm: makes a row's size 1; 5 launches
+        y = silu(y) * toy_row + y           # gate, silu(y) = y / (1 + e⁻ʸ): 3 launches
+
+# %% [markdown] tags=["notes"]
+# **1 min.** The jobs. The first three are those of the vote. The last is new: 48 small products, between them 8 launches each, as
+# in a small model. Ask: "what will it mostly pay?" Nobody answers yet; there is a vote on it.
+
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
+# What the jobs cost, and what they are predicted to take. A product's rate has its launch.
+SUM, ONE, MANY, TOY = ("sum of 67 M numbers", "64 products, B = 1", "64 products, B = 64",
+                       "toy step")
+toy_products = partial(products, toy_row, toy_weights)
+jobs = {SUM: x.sum, ONE: partial(products, rows[1], weights),
+        MANY: partial(products, rows[64], weights)}
+tiny = Work(640, 2 * 640 * fp32, "element-wise") * (48 * 8)
+works = {SUM: Work(n - 1, (n + 1) * fp32, "sum"),
+         ONE: matmul(1, D, D, "products") * 64, MANY: matmul(64, D, D, "products") * 64,
+         TOY: total(TOY, [matmul(1, 640, 640, "products") * 48, tiny])}
+launches = {SUM: 1, TOY: count_ops(toy_step) - count_ops(toy_products)}
+said = {name: machine.time(work, launches.get(name, 0)) for name, work in works.items()}
+for name, work in works.items():
+    lesson.predict(name, napkin=machine.napkin(work), predicted=said[name], unit="s")
+
 watch = bracketed(machine)              # a stopwatch, between two looks at the machine
-for name in ("sum of 67 M numbers", "16 products, B = 1", "16 products, B = 64"):
-    lesson.measure(name, partial(watch, jobs[name], repeats=9))
-took = {name: row.measured for name, row in lesson.rows.items()}
-ratio = took["16 products, B = 64"] / took["16 products, B = 1"]
+for name, job in jobs.items():
+    lesson.measure(name, partial(watch, job, repeats=9))
+took = {name: lesson.rows[name].measured for name in jobs}
+ratio = took[MANY] / took[ONE]
 lesson.measure("64 rows over 1 row", lambda: ratio)
 
-in_turn = watch({"toy step": toy_step, "its products": toy_products}, repeats=9)
-lesson.measure("toy step", lambda: in_turn["toy step"], parts=parts_of(in_turn))
+# The toy step in turn with its products, and with the price of a launch between products.
+price, prices = launch_probe("fp32", device).sample, []
+in_turn = watch({TOY: toy_step, "its products": toy_products,
+                 "price": lambda: prices.append(price())}, repeats=15)
+launch_now_s = median(prices)
+napkins = map(machine.napkin, works[TOY].parts)
+parts = {name: part.seconds for name, part in said[TOY].parts.items()}
+lesson.measure(TOY, lambda: in_turn[TOY], parts=[
+    {"name": "products", "napkin_s": next(napkins), "predicted_s": parts["products"],
+     "measured_s": in_turn["its products"].median},
+    {"name": "launches", "napkin_s": next(napkins),
+     "predicted_s": parts["launches"] + parts["element-wise"],
+     "measured_s": launches[TOY] * launch_now_s, "reached": 1 / launch_now_s,
+     "unit": "launches/s"}])
+times = ", ".join(f"job {1 + i} {si(each, 's')}" for i, each in enumerate(took.values()))
+slowest = 1 + list(took.values()).index(max(took.values()))
+Markdown(f"Slowest was job {slowest}: {times}. **64 times the arithmetic took {ratio:.1f} "
+         f"times as long.** Job 3 has {number(works[MANY].intensity)} FLOPs per byte; the "
+         f"ridge point here is {number(machine.ridge('fp32'))} in fp32.")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Run it live and go back to the votes. The ratio of 64 rows to 1 row is far below 64, and the sum, with the fewest FLOPs per
-# byte, is the slowest or nearly so. Ask: "which price does each job pay?" Sum: bandwidth. One row: bandwidth. 64 rows: on most
-# processors the peak, on most GPUs still the bandwidth.
+# **3 min.** Run it live and go back to the votes. The wrong part is usually "64 times". Which of jobs 1 and 3 is the slowest depends on peak over
+# bandwidth: above about 28 FLOPs per byte all three read for about as long, below it job 3 computes longer. Ask: "which price does each
+# job pay?" The sum pays bandwidth, one row mostly bandwidth. On an H100 both rows pay mostly the launch: a matrix of 4 MB is read in
+# 1.3 µs.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Reconcile
 #
-# The toy step does as little arithmetic and reads about as many bytes as the 16 products with one row. **What is the largest part of the difference
-# between napkin and measured?** Commit yourself: `"products"`, `"launches"`, `"memory was slower than calibrated"`, `"memory was faster
-# than calibrated"`, or `"not explained"`.
+# The toy step: 48 small products, 8 launches after each. **What is the largest part of the difference between its napkin and measured?** Commit
+# yourself:
+#
+# 1. `"products"`
+# 2. `"launches"`
+# 3. `"memory was slower than calibrated"`
+# 4. `"memory was faster than calibrated"`
+# 5. `"not explained"`
 
 # %% tags=["core", "guess"]
 lesson.cause("toy step", ...)
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Count hands for each cause before you run the next cell. Which one is right depends on the machine:
-# on a quiet one usually the launches, where the threads must be woken for each small product the products. The usual wrong answer is "memory": the
-# bytes are the napkin's already. An answer counts only before the waterfall is drawn.
+# on a quiet one usually the launches, where threads must be woken for each small product the products. The usual wrong answer is
+# "memory": the bytes are the napkin's already. An answer counts only before the waterfall is drawn.
 
-# %% tags=["core", "slide", "nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 lesson.explain("toy step")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Read the waterfall from left to right: the napkin, then each part by what it took beyond its share, then what was measured. Every bar was
-# measured by itself; what no bar accounts for is called "not explained". Then show the hands again: who named the largest bar?
+# **2 min.** Read the waterfall from left to right: the napkin, then each part by what it took beyond its share, then what was measured. The products
+# were clocked alone, in turn with the step; the launches are a count times a price, sampled in the same turns. What both leave is "not
+# explained". Then show the hands again: who named the largest bar?
 
-# %% tags=["core", "slide", "nbval-ignore-output"]
-lesson.table()
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
+ledger_table(lesson.rows[name] for name in (*works, "64 rows over 1 row"))
 
 # %% [markdown] tags=["notes"]
 # **2 min.** The room's guesses stand beside the napkin and the stopwatch. Ask which prediction missed its interval, in which direction, and what that
@@ -408,15 +413,11 @@ lesson.table()
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# The same formula, other prices. A GPU's ridge point lies far to the right: it takes hundreds of rows to keep its arithmetic busy. Python
-# launches on both, while a GPU reads dozens of times as fast: there a launch of the same price hurts *more*. CUDA graphs
-# exist for that reason (lesson 10).
+# The same prices, two differences. In 16 bits, a data-centre GPU needs hundreds of rows to keep its arithmetic busy. And its host launches ahead: a step
+# takes about the larger of GPU time and launches × overhead. **That is when small kernels hurt**: the GPU waits for Python. CUDA graphs
+# record many launches and replay them as one (lesson 10).
 
-# %% [markdown] tags=["notes"]
-# **1 min.** Ask: "is a launch cheaper on a GPU?" The usual wrong answer is yes. Python and the driver run on the processor; what shrinks is the
-# work behind the launch.
-
-# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
+# %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 found = {int(run.batch): run.value * 1e-3 for run in published()
          if run.category == "gemm_profile" and run.notes.startswith("o: ")
          and (run.model, run.hardware) == ("Llama-2-7B", "A100-80GB SXM")}
@@ -437,9 +438,9 @@ Markdown(
     f"per byte: {', '.join(ridges)}.")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Cover the last two columns and ask for the time at 64 rows. Usual wrong answer: 64 times 25 µs. Point at the row of 256: the ridge. Say what was
-# *not* measured here: your own cells on a GPU; anybody with one can run this notebook on it. A data sheet does not state the launch
-# overhead at all.
+# **3 min.** Ask: "is a launch cheaper on a GPU?" The usual wrong answer is yes: Python and the driver run on the processor; what shrinks is the
+# work behind the launch. Before the table appears, ask for the time at 64 rows, if 1 row takes 25 µs. Usual wrong answer: 64 times as long. Say what was *not*
+# measured here: your own cells on a GPU; anybody with one can run this notebook on it. A data sheet does not state the launch overhead at all.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
@@ -448,19 +449,23 @@ Markdown(
 
 # %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 launch_s, in_cache = machine.fixed_s_per_op, max(curve, key=curve.get)
-tiny, by_hand = si(sizes[0], "B"), si(sizes[0] / machine.bandwidth_at(), "s")
+worst = max(a100_off, key=a100_off.get)
+tiles = math.ceil(worst / 128) * 4096 // 128
+faster = fastest / machine.bandwidth_at()
+cached = (f"was read {faster:.1f} times as fast as the napkin says"
+          if faster > 1.1 else "can be read faster; here it was not")
 Markdown(
-    f"- **Tiny operations** cost their launch: {tiny} took {si(smallest_s, 's')}, on "
-    f"the napkin {by_hand}. Between a model's products a launch takes as long as "
-    f"reading **{si(launch_s * machine.bandwidth_at(), 'B')}**.\n"
-    f"- **Data in a cache** comes faster: {si(in_cache, 'B')} in "
-    f"{machine.bandwidth_at() / fastest:.2f} of the napkin's time.\n"
-    "- **Near the ridge** computing and fetching overlap imperfectly: on the A100, 256 "
-    f"rows took {a100_off[256]:.1f} times the napkin's time.")
+    f"- **Tiny operations**: {binary(sizes[0])} took {si(smallest_s, 's')}, part of it "
+    f"the launch; napkin {si(sizes[0] / machine.bandwidth_at(), 's')}. Between products, "
+    f"a launch is worth **{si(launch_s * machine.bandwidth_at(), 'B')}** of reading.\n"
+    f"- **Data in a cache** ({binary(in_cache)}) {cached}.\n"
+    f"- **Uneven work**: on the A100, {worst} rows are furthest off, "
+    f"{a100_off[worst]:.1f} times the napkin (published to 1 µs). One reason is tiles: "
+    f"{tiles} tiles of 128 × 128 for 108 multiprocessors.")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes a millisecond: small models, fast
-# GPUs. The usual wrong answer is "never, microseconds are nothing". On an H100 a launch of 4 µs is worth 13 MB of reading.
+# **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes about as long: small models, fast
+# GPUs. The usual wrong answer is "never, microseconds are nothing". On an H100 a launch of 4 µs (assumed) is worth 13 MB of reading.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Play
@@ -468,12 +473,8 @@ Markdown(
 # A service runs 32 products `X[B, D] @ W[D, D]` in bf16 for a token and promised it in **20 ms**. A red bar breaks the promise.
 #
 # - Which is the largest batch that each machine can promise?
-# - Which price breaks it at B = 1, and which at B = 16,384?
-# - Find a width D at which the laptop fails with any batch.
-
-# %% [markdown] tags=["notes"]
-# **1 min.** Let the room write down the largest batch of an L4 and of an H100 before you touch a slider. Usual wrong
-# answer: in the ratio of their bandwidths. A large batch is compute-bound, so the ratio of the peaks decides.
+# - Which price breaks the promise at B = 16,384?
+# - Raise D until a machine fails at B = 1. Which price is it now, and does any batch help?
 
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 machines = {"L4": l4, "H100": h100, "MacBook Air M2": laptop, "this machine": machine}
@@ -516,51 +517,62 @@ widgets.play(promise, name=widgets.choose("machine", list(machines)),
              D=widgets.powers_of_two("D", 1024, 16384, 4096),
              B=widgets.powers_of_two("B", 1, 16384, 1024))
 
-# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
+# %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 promise("L4", 4096, 1024)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Let one student drive. Ask for the largest batch of each machine before moving the slider. Usual surprise: the L4's bars stay flat
-# up to hundreds of rows, so users up to there cost nothing. Then raise D until the laptop fails at B = 1: no batch helps against
-# bandwidth. Homework: the three exercises.
+# **3 min.** Switch to the notebook; the slide is the fallback. Let the room write down the largest batch of an L4 and of an H100 before anybody
+# touches a slider; then one student drives. Usual wrong answer: in the ratio of their bandwidths. A large batch is
+# compute-bound, so the ratio of the peaks decides. Surprise: the L4's bars stay flat up to hundreds of rows, so users up to there cost nothing.
 
-# %% [markdown] tags=["core"]
+# %% [markdown] tags=["core", "slide"]
 # ## Check yourself
 #
-# Replace the dots; numbers, or text with a unit (`"8 µs"`). Solutions are at the end of the notebook.
+# ### Take with you
 #
-# **1. Three stopwatch readings** of an unknown machine, in fp32: adding two single numbers, 8 µs; the sum of 16 MiB in main memory, 91.9 µs; a
-# product 2,048 × 2,048 times 2,048 × 2,048, 1.726 ms. Every operation is one launch. What are the launch overhead, the bandwidth, the peak, and the ridge point? How long
-# do 64 rows through a 2,048 × 2,048 matrix take?
+# - Three prices predict a job: bandwidth, peak, launch overhead.
+# - A job's FLOPs per byte against the machine's ridge point say which of them it pays.
+# - Weights that are read once serve many rows: 64 rows do not take 64 times as long.
 #
-# **2. Enough rows?** `X[B, D] @ W[D, D]` in bf16; count X and Y too. From which B (as a number with a fraction) is it compute-bound with D = 4,096 on
-# an H100 (ridge 295.34) and on an L4 (403.33)? To which intensity does it tend for D = 512 as B grows, and is it `"always"` or `"never"` compute-bound on an H100 with
-# enough rows? Which is the narrowest D that can be?
-#
-# **3. Copy and launch.** 15 GiB of weights. How long does it take to load them into a GPU over a link of 64 GB/s, and to copy them within its memory of 3.35 TB/s?
-# A step reads them once and launches 500 operations, 4 µs each, one after the other: which share of the step is launches? Up to how many bytes does one operation cost its launch rather than
-# its reading?
+# **Next:** what does a *model's* step for a token read and compute? **Homework:** three exercises. Replace the dots: numbers in the unit stated, or text (`"8 µs"`).
+
+# %% [markdown] tags=["notes"]
+# **1 min.** Let three students say one sentence each before you show yours. Each step of an exercise is checked by itself, and solutions are at the end
+# of the notebook. A step that is wrong says what was probably forgotten.
 
 # %% tags=["core", "exercise", "exercise:unknown_machine", "nbval-ignore-output"]
-launch = ...
-bytes_per_second = ...
-flops_per_second = ...
+# Three stopwatch readings of an unknown machine, in fp32, each of one launch: adding two
+# numbers, 8 µs; the sum of 16 MiB in main memory, 91.9 µs; a product 2,048 × 2,048 times
+# 2,048 × 2,048, 1.726 ms. One is done before the next is launched. What are the three
+# prices? How long do 64 rows through a 2,048 × 2,048 matrix take?
+launch = ...                    # seconds
+bytes_per_second = ...          # bytes/s
+flops_per_second = ...          # FLOP/s
 ridge = ...                     # FLOPs per byte
-rows_64 = ...
+rows_64 = ...                   # seconds
 lesson.steps("unknown_machine", launch=launch, bytes_per_second=bytes_per_second,
              flops_per_second=flops_per_second, ridge=ridge, rows_64=rows_64)
 
 # %% tags=["core", "exercise", "exercise:rows_needed", "nbval-ignore-output"]
-h100_4096, l4_4096 = ..., ...
+# X[B, D] @ W[D, D] in bf16; count X and Y too. From which B on is it compute-bound with
+# D = 4,096 on an H100 (ridge 295.34) and on an L4 (403.33)? To which intensity does it
+# tend for D = 512 as B grows? Is it compute-bound on an H100 with enough rows? Which is
+# the narrowest D that can be?
+h100_4096, l4_4096 = ..., ...   # rows, with a fraction
 most_512 = ...                  # FLOPs per byte
 h100_512 = ...                  # "always" or "never"
-narrowest = ...
+narrowest = ...                 # D, with a fraction
 lesson.steps("rows_needed", h100_4096=h100_4096, l4_4096=l4_4096, most_512=most_512,
              h100_512=h100_512, narrowest=narrowest)
 
 # %% tags=["core", "exercise", "exercise:copy_and_launch", "nbval-ignore-output"]
-load, copy = ..., ...
-share = ...                     # as a fraction, or "12 %"
+# 15 GiB of weights. How long does it take to load them into a GPU over a link of 64 GB/s,
+# and to copy them within its memory of 3.35 TB/s? A step reads them once and launches
+# 500 operations, 4 µs each; each waits for the one before (no overlap). Which share of
+# the step is launches? Up to how many bytes does an operation take longer to launch than
+# to read?
+load, copy = ..., ...           # seconds
+share = ...                     # a fraction, or "12 %"
 too_small = ...                 # bytes
 lesson.steps("copy_and_launch", load=load, copy=copy, share=share, too_small=too_small)
 
@@ -571,19 +583,28 @@ lesson.steps("copy_and_launch", load=load, copy=copy, share=share, too_small=too
 # (continuous batching) · Kwon et al. 2023, *PagedAttention* · Frantar et al. 2022, *GPTQ* · Lin et al. 2023, *AWQ* · Leviathan et al. 2023,
 # *speculative decoding*.
 #
+# ### The library's probe, and all numbers of this lesson
+
+# %% tags=["further", "nbval-ignore-output"]
+lesson.show("bandwidth")
+lesson.table()
+
+# %% [markdown] tags=["further"]
 # ### What one thought costs
 
 # %% tags=["further", "hide-input"]
-weights_8b = 2 * 8.03e9
-thought_s = 30_000 * weights_8b / h100.bandwidth_at()
+llama = catalog.model("llama-3.1-8b")
+first, middle = llama.decode(1, 1).bytes, llama.decode(1, 15_000).bytes
+thought_s = 30_000 * middle / h100.bandwidth_at()      # the cache grows from 0 to 30,000
 dollars = thought_s / 3600 * h100.dollars_per_hour
 Markdown(
-    f"A model of 8.03 billion weights in bf16 reads {si(weights_8b, 'B')} for each "
-    "token. An agent that thinks for 30,000 tokens, alone on an H100, takes "
-    f"{thought_s:.0f} s at least: {dollars:.2f} dollars at a list price of "
-    f"{h100.dollars_per_hour} dollars an hour ({h100.priced}). If 64 agents shared "
-    "each reading of the weights, their products would hardly take longer. Lesson 04 "
-    "does that, and finds what it forgets.")
+    f"A step of Llama-3.1-8B in bf16 reads {si(first, 'B')} of weights for each token "
+    "(of the embedding, one row), and the keys and values of all tokens before, in the "
+    f"middle of 30,000 tokens {si(middle - first, 'B')}. An agent that thinks for 30,000 "
+    f"tokens, alone on an H100, takes {thought_s:.0f} s at least: {dollars:.2f} dollars at "
+    f"{h100.dollars_per_hour} dollars an hour (PRICE, {h100.priced}). If 64 "
+    "agents shared each reading of the weights, their products would hardly take longer. "
+    "Lesson 04 does that, and finds what it forgets.")
 
 # %% [markdown] tags=["further"]
 # ### The same addition in a tight loop
@@ -636,9 +657,10 @@ Table(["", "measured", "÷ napkin"],
        for name in (into_z, into_new)], ["measured", "÷ napkin"])
 
 # %% [markdown] tags=["further"]
-# Where the second line is slower, as on most processors, the operating system is at work: it hands out the new array page by page, wipes each page, and takes
-# the array back afterwards. PyTorch on a GPU keeps freed memory for the next array. No roofline sees this. It is why an inference engine takes all of
-# its memory at the start, as the KV cache of lesson 02 does.
+# Two things make the second line slower, as on most processors. The operating system hands out the new array page by page, wipes each page, and takes
+# the array back afterwards. And on many processors either line moves four numbers instead of three: a store to a line that is not in a cache
+# reads it first (write-allocate). No roofline sees either. PyTorch on a GPU keeps freed memory for the next array. An inference engine
+# reserves all of its memory at the start for another reason: it must know how many sequences it may admit.
 
 # %% [markdown] tags=["solution"]
 # ## Solutions
