@@ -50,8 +50,8 @@ def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 409
                      for name, (a, b, c) in costs.items())
     d = Diagram(800, 430, "A machine and its three prices. Weights lie in memory and cross a "
                 f"narrow bus at {prices[0]} into the caches of the processor; its cores compute at "
-                f"{prices[1]}; a program launches each operation, in {prices[2]}{assumed}. {title}. "
-                "X is read and Y is written over the same bus. The same weights "
+                f"{prices[1]}; a program launches each operation, in {prices[2]}{assumed}. "
+                f"{title}. X is read and Y is written over the same bus. The same weights "
                 f"meet {works[0].name} or {works[1].name}: {said}.")
     # 1. the machine
     d.box(20, 66, 190, 164, edge=MEMORY)

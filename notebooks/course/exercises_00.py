@@ -97,7 +97,7 @@ COPY_AND_LAUNCH = Exercise("copy_and_launch", {
         LAUNCH_S * _HBM * 8: "Bytes were asked for, not bits.",
         LAUNCH_S * _HBM * LAUNCHES: "That is for all 500; one operation was asked for.",
         LAUNCH_S * _PCIE: "The operation reads the GPU's own memory."}, unit="B"),
-}, means="Below 13 MB, an operation on this GPU takes longer to launch than to read: fusing operations "
-         "and recording them pays.")
+}, means="Below 13 MB, an operation on this GPU takes longer to launch than to read: fusing "
+         "operations and recording them pays.")
 
 EXERCISES = {each.name: each for each in (UNKNOWN_MACHINE, ROWS_NEEDED, COPY_AND_LAUNCH)}

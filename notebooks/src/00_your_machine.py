@@ -96,15 +96,15 @@ flops += n - 1                  # one addition for all but the first
 bytes += fp32                   # write one result
 assert math.isclose(flops / bytes, 1 / 4, rel_tol=1e-6)
 
-B = D = 4096                    # count: X[B, D] @ W[D, D], in one launch of another kernel
+B = D = 4096                    # count: X[B, D] @ W[D, D], in one launch too
 flops, bytes = 0, 0
 bytes += B * D * fp32           # read X
 bytes += D * D * fp32           # read W
 flops += B * D * 2 * D          # B·D results: D multiplies, D adds each
 bytes += B * D * fp32           # write Y
 assert flops / bytes == D / 6   # square: 2D³ / (3D² · 4 bytes)
-wide = matmul(64, 2**20, 2**20)                                 # 64 rows, D without end:
-assert math.isclose(wide.intensity, 64 / 2, rel_tol=1e-3)       # tends to B / 2
+wide = matmul(64, 2**20, 2**20)                               # 64 rows, D without end:
+assert math.isclose(wide.intensity, 64 / 2, rel_tol=1e-3)     # tends to B / 2
 # In bf16 each intensity doubles: the sum has 0.5, B rows have about B.
 
 # %% [markdown] tags=["notes"]
@@ -175,7 +175,7 @@ else:                                           # from what stands on a box
     reads = 2 * 8 * 3.2e9       # DDR4-3200: channels · bytes · transfers/s
     per_cycle = 2 * 8 * 2       # units · fp32 numbers in each · multiply and add
     computes = torch.get_num_threads() * 3e9 * per_cycle    # cores · cycles/s
-launch_s = 10e-6                                # some bytecodes, PyTorch's search for the kernel
+launch_s = 10e-6                                # a few bytecodes, and PyTorch's choice
 box = Machine("box", ((1, reads),), {"fp32": computes}, 8e9, launch_s)
 one, many = (box.time(matmul(B, 1024, 1024), ops=1).seconds for B in (1, 64))
 
@@ -241,7 +241,8 @@ machine = lesson.calibrated = this_machine(device)
 # The student's probe over arrays of many sizes, in turn with the calibration's.
 sizes = [2**p for p in range(15, 29)]
 data = torch.ones(sizes[-1] // 4, device=device)
-kept, again, curve = dict(machine.bandwidth), {}, {}
+calibrated = machine.at(machine.now._replace(memory=1))     # not at today's speed
+kept, again, curve = dict(calibrated.bandwidth), {}, {}
 for size in sizes:
     read = data[:size // 4].sum
     turns = [bandwidth(read, size, now)]
@@ -289,10 +290,11 @@ def apart(other):
 (off, at), (off_now, _) = apart(kept), apart(again)
 smallest_s = sizes[0] / curve[sizes[0]]
 display(Markdown(
-    f"Main memory by your probe, now: **{si(main_memory, 'B/s')}**; predictions use what "
-    f"the calibration kept, {si(machine.bandwidth_at(), 'B/s')}. Today's probe differs "
-    f"from the kept calibration by up to {off:.0%} (at {binary(at)}), but from the "
-    f"calibration's own probe, run now, by {off_now:.0%}."))
+    f"Main memory by your probe, now: **{si(main_memory, 'B/s')}**; predictions use the "
+    f"calibration's at the speed of this lesson's start, "
+    f"{si(machine.bandwidth_at(), 'B/s')}. Today's probe differs from the kept "
+    f"calibration by up to {off:.0%} (at {binary(at)}), but from the calibration's own "
+    f"probe, run now, by {off_now:.0%}."))
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Runs about a minute: meanwhile ask who guessed lowest. If it fails or drags, stay on the slide: its numbers are a whole run's, on the machine
@@ -307,7 +309,7 @@ rows = {B: torch.randn(B, D, device=device) for B in (1, 64)}
 weights = [PackedLinear("fp32", torch.randn(D, D, device=device)) for _ in range(64)]
 toy_row = torch.randn(1, 640, device=device)
 toy_weights = [PackedLinear("fp32", torch.randn(640, 640, device=device))
-               for _ in range(48)]          # PyTorch's F.linear, its weight laid out well
+               for _ in range(48)]          # F.linear, its weight laid out well
 
 
 def products(rows, weights):                # one product for each matrix
@@ -320,7 +322,7 @@ def toy_step():                             # a caricature of a model's step for
         y = W(y)
         size = y.square().mean(-1, keepdim=True)
         y = y * torch.rsqrt(size + 1e-5)    # norm: makes a row's size 1; 5 launches
-        y = silu(y) * toy_row + y           # gate, silu(y) = y / (1 + e⁻ʸ): 3 launches
+        y = silu(y) * toy_row + y           # gate: silu(y) = y·sigmoid(y); 3
 
 # %% [markdown] tags=["notes"]
 # **1 min.** The jobs. The first three are those of the vote. The last is new: 48 small products, between them 8 launches each, as
@@ -328,8 +330,8 @@ def toy_step():                             # a caricature of a model's step for
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 # What the jobs cost, and what they are predicted to take. A product's rate has its launch.
-SUM, ONE, MANY, TOY = ("sum of 67 M numbers", "64 products, B = 1", "64 products, B = 64",
-                       "toy step")
+SUM, TOY = "sum of 67 M numbers", "toy step"
+ONE, MANY = "64 products, B = 1", "64 products, B = 64"
 toy_products = partial(products, toy_row, toy_weights)
 jobs = {SUM: x.sum, ONE: partial(products, rows[1], weights),
         MANY: partial(products, rows[64], weights)}
@@ -363,11 +365,10 @@ lesson.measure(TOY, lambda: in_turn[TOY], parts=[
      "predicted_s": parts["launches"] + parts["element-wise"],
      "measured_s": launches[TOY] * launch_now_s, "reached": 1 / launch_now_s,
      "unit": "launches/s"}])
-times = ", ".join(f"job {1 + i} {si(each, 's')}" for i, each in enumerate(took.values()))
 slowest = 1 + list(took.values()).index(max(took.values()))
-Markdown(f"Slowest was job {slowest}: {times}. **64 times the arithmetic took {ratio:.1f} "
-         f"times as long.** Job 3 has {number(works[MANY].intensity)} FLOPs per byte; the "
-         f"ridge point here is {number(machine.ridge('fp32'))} in fp32.")
+Markdown(f"Slowest: job {slowest}. **64 : 1 in arithmetic, {ratio:.1f} : 1 in time.** "
+         f"Ridge point {number(machine.ridge('fp32'))}, job 3 "
+         f"{number(works[MANY].intensity)} FLOPs per byte.")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Run it live and go back to the votes. The wrong part is usually "64 times". Which of jobs 1 and 3 is the slowest depends on peak over
@@ -413,9 +414,8 @@ ledger_table(lesson.rows[name] for name in (*works, "64 rows over 1 row"))
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# The same prices, two differences. In 16 bits, a data-centre GPU needs hundreds of rows to keep its arithmetic busy. And its host launches ahead: a step
-# takes about the larger of GPU time and launches × overhead. **That is when small kernels hurt**: the GPU waits for Python. CUDA graphs
-# record many launches and replay them as one (lesson 10).
+# In 16 bits, a data-centre GPU needs hundreds of rows. Its host launches ahead: a step takes about the larger
+# of GPU time and launches × overhead. **That is when small kernels hurt.** CUDA graphs replay many launches as one.
 
 # %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 found = {int(run.batch): run.value * 1e-3 for run in published()
@@ -433,9 +433,8 @@ sheets = {"H100": h100, "A100": a100, "L4": l4, "MacBook Air M2": laptop,
           "this machine": machine}
 ridges = [f"{name} {sheet.ridge('bf16'):.0f}" for name, sheet in sheets.items()]
 Markdown(
-    "Published by the Vidur project; not measured here. **64 rows take "
-    f"{found[64] / found[1]:.2f} times as long as one.** Ridge points in bf16, FLOPs "
-    f"per byte: {', '.join(ridges)}.")
+    f"Published (Vidur). **64 rows: {found[64] / found[1]:.2f} times as long as one.** "
+    f"Ridge points: {', '.join(ridges)}.")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Ask: "is a launch cheaper on a GPU?" The usual wrong answer is yes: Python and the driver run on the processor; what shrinks is the
@@ -445,23 +444,23 @@ Markdown(
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
 #
-# Three numbers and a napkin miss in three places:
+# The napkin misses:
 
 # %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 launch_s, in_cache = machine.fixed_s_per_op, max(curve, key=curve.get)
 worst = max(a100_off, key=a100_off.get)
 tiles = math.ceil(worst / 128) * 4096 // 128
 faster = fastest / machine.bandwidth_at()
-cached = (f"was read {faster:.1f} times as fast as the napkin says"
-          if faster > 1.1 else "can be read faster; here it was not")
+cached = (f"came {faster:.1f} times as fast as on the napkin"
+          if faster > 1.1 else "can come faster; here it did not")
 Markdown(
-    f"- **Tiny operations**: {binary(sizes[0])} took {si(smallest_s, 's')}, part of it "
-    f"the launch; napkin {si(sizes[0] / machine.bandwidth_at(), 's')}. Between products, "
-    f"a launch is worth **{si(launch_s * machine.bandwidth_at(), 'B')}** of reading.\n"
+    f"- **Tiny operations**: {binary(sizes[0])} took {si(smallest_s, 's')} with their "
+    f"launch. Between products, a launch is worth reading "
+    f"**{si(launch_s * machine.bandwidth_at(), 'B')}**.\n"
     f"- **Data in a cache** ({binary(in_cache)}) {cached}.\n"
     f"- **Uneven work**: on the A100, {worst} rows are furthest off, "
-    f"{a100_off[worst]:.1f} times the napkin (published to 1 µs). One reason is tiles: "
-    f"{tiles} tiles of 128 × 128 for 108 multiprocessors.")
+    f"{a100_off[worst]:.1f} times (± 1 µs). One reason: {tiles} tiles of 128 × 128 for "
+    "108 multiprocessors.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes about as long: small models, fast
@@ -531,10 +530,10 @@ promise("L4", 4096, 1024)
 # ### Take with you
 #
 # - Three prices predict a job: bandwidth, peak, launch overhead.
-# - A job's FLOPs per byte against the machine's ridge point say which of them it pays.
+# - FLOPs per byte, against the ridge point, say which one a job pays.
 # - Weights that are read once serve many rows: 64 rows do not take 64 times as long.
 #
-# **Next:** what does a *model's* step for a token read and compute? **Homework:** three exercises. Replace the dots: numbers in the unit stated, or text (`"8 µs"`).
+# **Next:** what does a *model's* step read and compute? **Homework:** three exercises: numbers in the unit stated, or text (`"8 µs"`).
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Let three students say one sentence each before you show yours. Each step of an exercise is checked by itself, and solutions are at the end
@@ -595,16 +594,16 @@ lesson.table()
 # %% tags=["further", "hide-input"]
 llama = catalog.model("llama-3.1-8b")
 first, middle = llama.decode(1, 1).bytes, llama.decode(1, 15_000).bytes
-thought_s = 30_000 * middle / h100.bandwidth_at()      # the cache grows from 0 to 30,000
+thought_s = 30_000 * middle / h100.bandwidth_at()     # the cache grows from 0 to 30,000
 dollars = thought_s / 3600 * h100.dollars_per_hour
 Markdown(
     f"A step of Llama-3.1-8B in bf16 reads {si(first, 'B')} of weights for each token "
     "(of the embedding, one row), and the keys and values of all tokens before, in the "
-    f"middle of 30,000 tokens {si(middle - first, 'B')}. An agent that thinks for 30,000 "
-    f"tokens, alone on an H100, takes {thought_s:.0f} s at least: {dollars:.2f} dollars at "
-    f"{h100.dollars_per_hour} dollars an hour (PRICE, {h100.priced}). If 64 "
-    "agents shared each reading of the weights, their products would hardly take longer. "
-    "Lesson 04 does that, and finds what it forgets.")
+    f"middle of 30,000 tokens {si(middle - first, 'B')}. An agent that thinks for "
+    f"30,000 tokens, alone on an H100, takes {thought_s:.0f} s at least: {dollars:.2f} "
+    f"dollars at {h100.dollars_per_hour} dollars an hour (Google Cloud, on demand, "
+    f"{h100.priced}). If 64 agents shared each reading of the weights, their products "
+    "would hardly take longer. Lesson 04 does that, and finds what it forgets.")
 
 # %% [markdown] tags=["further"]
 # ### The same addition in a tight loop
