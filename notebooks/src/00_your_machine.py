@@ -290,8 +290,8 @@ def apart(other):
 (off, at), (off_now, _) = apart(kept), apart(again)
 smallest_s = sizes[0] / curve[sizes[0]]
 display(Markdown(
-    f"Main memory by your probe, now: **{si(main_memory, 'B/s')}**; predictions use the "
-    f"calibration's at the speed of this lesson's start, "
+    f"Main memory by your probe, now: **{si(main_memory, 'B/s')}**; predictions use "
+    f"the calibration's at the speed of this lesson's start, "
     f"{si(machine.bandwidth_at(), 'B/s')}. Today's probe differs from the kept "
     f"calibration by up to {off:.0%} (at {binary(at)}), but from the calibration's own "
     f"probe, run now, by {off_now:.0%}."))
@@ -329,7 +329,7 @@ def toy_step():                             # a caricature of a model's step for
 # in a small model. Ask: "what will it mostly pay?" Nobody answers yet; there is a vote on it.
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
-# What the jobs cost, and what they are predicted to take. A product's rate has its launch.
+# What the jobs cost and are predicted to take. A product's rate has its launch.
 SUM, TOY = "sum of 67 M numbers", "toy step"
 ONE, MANY = "64 products, B = 1", "64 products, B = 64"
 toy_products = partial(products, toy_row, toy_weights)
@@ -346,25 +346,30 @@ for name, work in works.items():
 
 watch = bracketed(machine)              # a stopwatch, between two looks at the machine
 for name, job in jobs.items():
-    lesson.measure(name, partial(watch, job, repeats=9))
+    lesson.measure(name, watch(job, repeats=9))
 took = {name: lesson.rows[name].measured for name in jobs}
 ratio = took[MANY] / took[ONE]
-lesson.measure("64 rows over 1 row", lambda: ratio)
+lesson.measure("64 rows over 1 row", ratio)
 
-# The toy step in turn with its products, and with the price of a launch between products.
+# The toy step in turn with its products, and with a launch's price between products.
 price, prices = launch_probe("fp32", device).sample, []
 in_turn = watch({TOY: toy_step, "its products": toy_products,
                  "price": lambda: prices.append(price())}, repeats=15)
 launch_now_s = median(prices)
 napkins = map(machine.napkin, works[TOY].parts)
 parts = {name: part.seconds for name, part in said[TOY].parts.items()}
-lesson.measure(TOY, lambda: in_turn[TOY], parts=[
+lesson.measure(TOY, in_turn[TOY], parts=[
     {"name": "products", "napkin_s": next(napkins), "predicted_s": parts["products"],
      "measured_s": in_turn["its products"].median},
     {"name": "launches", "napkin_s": next(napkins),
      "predicted_s": parts["launches"] + parts["element-wise"],
      "measured_s": launches[TOY] * launch_now_s, "reached": 1 / launch_now_s,
      "unit": "launches/s"}])
+numbers = ["bytes", "FLOPs", "napkin", "took"]
+display(Table(["job", *numbers], [
+    [f"{i}. {name}", si(works[name].bytes, "B"), si(works[name].flops, "FLOP"),
+     si(lesson.rows[name].napkin, "s"), si(took[name], "s")]
+    for i, name in enumerate(took, 1)], numbers))
 slowest = 1 + list(took.values()).index(max(took.values()))
 Markdown(f"Slowest: job {slowest}. **64 : 1 in arithmetic, {ratio:.1f} : 1 in time.** "
          f"Ridge point {number(machine.ridge('fp32'))}, job 3 "
@@ -540,10 +545,10 @@ promise("L4", 4096, 1024)
 # of the notebook. A step that is wrong says what was probably forgotten.
 
 # %% tags=["core", "exercise", "exercise:unknown_machine", "nbval-ignore-output"]
-# Three stopwatch readings of an unknown machine, in fp32, each of one launch: adding two
-# numbers, 8 µs; the sum of 16 MiB in main memory, 91.9 µs; a product 2,048 × 2,048 times
-# 2,048 × 2,048, 1.726 ms. One is done before the next is launched. What are the three
-# prices? How long do 64 rows through a 2,048 × 2,048 matrix take?
+# Three stopwatch readings of an unknown machine, in fp32, each of one launch: adding
+# two numbers, 8 µs; the sum of 16 MiB in main memory, 91.9 µs; a product 2,048 × 2,048
+# times 2,048 × 2,048, 1.726 ms. One is done before the next is launched. What are the
+# three prices? How long do 64 rows through a 2,048 × 2,048 matrix take?
 launch = ...                    # seconds
 bytes_per_second = ...          # bytes/s
 flops_per_second = ...          # FLOP/s
@@ -565,11 +570,11 @@ lesson.steps("rows_needed", h100_4096=h100_4096, l4_4096=l4_4096, most_512=most_
              h100_512=h100_512, narrowest=narrowest)
 
 # %% tags=["core", "exercise", "exercise:copy_and_launch", "nbval-ignore-output"]
-# 15 GiB of weights. How long does it take to load them into a GPU over a link of 64 GB/s,
-# and to copy them within its memory of 3.35 TB/s? A step reads them once and launches
-# 500 operations, 4 µs each; each waits for the one before (no overlap). Which share of
-# the step is launches? Up to how many bytes does an operation take longer to launch than
-# to read?
+# 15 GiB of weights. How long does it take to load them into a GPU over a link of
+# 64 GB/s, and to copy them within its memory of 3.35 TB/s? A step reads them once and
+# launches 500 operations, 4 µs each; each waits for the one before (no overlap). Which
+# share of the step is launches? Up to how many bytes does an operation take longer to
+# launch than to read?
 load, copy = ..., ...           # seconds
 share = ...                     # a fraction, or "12 %"
 too_small = ...                 # bytes
