@@ -297,7 +297,7 @@ display(Markdown(
     f"probe, run now, by {off_now:.0%}."))
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Runs about a minute: meanwhile ask who guessed lowest. If it fails or drags, stay on the slide: its numbers are a whole run's, on the machine
+# **3 min.** Runs some ten seconds, up to half a minute where nothing was calibrated: meanwhile ask who guessed lowest. If it fails or drags, stay on the slide: its numbers are a whole run's, on the machine
 # that built the deck. Read the curve from the right: main memory, the last cache, the near caches, the fall at the far left. Usual
 # wrong answer: "small arrays are slow to read". Part of it is the launch. A dip in between, if any, is not explained here. If both differences
 # are large, the method differs; if only the kept one is, the machine has changed.
@@ -372,8 +372,8 @@ display(Table(["job", *numbers], [
     for i, name in enumerate(took, 1)], numbers))
 slowest = 1 + list(took.values()).index(max(took.values()))
 Markdown(f"Slowest: job {slowest}. **64 : 1 in arithmetic, {ratio:.1f} : 1 in time.** "
-         f"Ridge point {number(machine.ridge('fp32'))}, job 3 "
-         f"{number(works[MANY].intensity)} FLOPs per byte.")
+         f"The ridge point here is {number(machine.ridge('fp32'))} FLOPs per byte; job "
+         f"3 has {number(works[MANY].intensity)}.")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Run it live and go back to the votes. The wrong part is usually "64 times". Which of jobs 1 and 3 is the slowest depends on peak over
