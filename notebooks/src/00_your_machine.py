@@ -451,8 +451,8 @@ launch_s, in_cache = machine.fixed_s_per_op, max(curve, key=curve.get)
 tiny, by_hand = si(sizes[0], "B"), si(sizes[0] / machine.bandwidth_at(), "s")
 Markdown(
     f"- **Tiny operations** cost their launch: {tiny} took {si(smallest_s, 's')}, on "
-    f"the napkin {by_hand}. Between a model's products a launch takes as long as reading "
-    f"**{si(launch_s * machine.bandwidth_at(), 'B')}**.\n"
+    f"the napkin {by_hand}. Between a model's products a launch takes as long as "
+    f"reading **{si(launch_s * machine.bandwidth_at(), 'B')}**.\n"
     f"- **Data in a cache** comes faster: {si(in_cache, 'B')} in "
     f"{machine.bandwidth_at() / fastest:.2f} of the napkin's time.\n"
     "- **Near the ridge** computing and fetching overlap imperfectly: on the A100, 256 "

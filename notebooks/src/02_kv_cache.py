@@ -11,12 +11,12 @@
 #
 # ## Question
 #
-# A chat answers with 300 words. An agent thinks for 30,000 tokens before it acts. Each new token
-# looks back at all the others: must the model *compute* them all again, every time? The plainest
-# program does. Every engine keeps a **KV cache** instead, and then runs out of memory.
+# A chat answers in 300 words; an agent thinks for 30,000 tokens. Each new token looks back at all
+# others. Must the model *compute* them again, every time? The plainest program does. Engines keep a
+# **KV cache** instead, and run out of memory.
 #
-# **45 minutes.** Before: lesson 01 (prefill, decode, the letters). Afterwards: you have built a KV
-# cache, know what it saves, and can say how many users fit on a card.
+# **45 minutes.** Before: lesson 01. Afterwards: you have built a KV cache, and know what it saves
+# and how many users fit.
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "at 256 tokens, how many times faster is a token with a cache?" Collect three
@@ -60,7 +60,7 @@ L, D, N, K, H, F, V = (getattr(shape, letter) for letter in "LDNKHFV")
 diagrams.generation()
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Show the left side first and count rows aloud: 1, 2, 3, 4, 5. Ask what is red. (Rows
+# **2 min.** Show the left side first and count rows aloud: 1, 2, 3, 4, 5. Ask what is red. (Rows
 # that were computed before, with the same result.) Then the right side: one row a step. Usual
 # objection: "but the new token still looks at all of them". It does: it *reads* their keys and
 # values, and does not compute them.
@@ -69,11 +69,10 @@ diagrams.generation()
 # ## Envelope
 #
 # In each layer the new token's *query* meets the *keys* of all tokens so far; the answer is a
-# weighted sum of their *values*. Of an old token we need its key and its value. Its query is never
-# used again.
+# weighted sum of their *values*. An old token's query is never used again.
 #
-# An old token's key cannot change: attention is causal, so token 5 sees tokens 1 to 5, whatever is
-# written after them. Not on trust: we run a sentence whole, and its first five tokens alone.
+# Its key and value cannot change: attention is causal, so token 5 sees tokens 1 to 5, whatever
+# follows. Not on trust: we run a sentence whole, and its first five tokens alone.
 
 # %% tags=["core", "fragment"]
 ids = decoder.tokenizer.encode("The past does not change. It only becomes longer.")
@@ -96,10 +95,8 @@ print(f"the first 5 of {len(ids)} tokens: the same keys and values in all {L} la
 P, n = 26, 24                           # tokens of the prompt, tokens generated
 W = D * (N + 2 * K) * H + N * H * D + 3 * D * F     # weights of a layer: QKV, out, MLP
 
-
 def flops(rows, pairs, steps):          # a pair: q·k and p·v; a step: the head
     return L * (2 * W * rows + 4 * N * H * pairs) + steps * 2 * D * V
-
 
 rows, pairs = 0, 0                      # without a cache: all of the text in each step
 for S in range(P, P + n):               # S tokens so far:
@@ -133,22 +130,17 @@ assert (many, one) == (flops(S, S * (S + 1) // 2, 1), flops(1, S, 1))
 read = (L * W + V * D) * 4 + L * 2 * K * H * S * 4  # weights, and keys and values
 Markdown(f"""
 **A whole generation with a cache does no more work than one step without it, the
-last.** (The head aside, which names one token a step.)
-Every row and every pair is computed once. {n} tokens after {P}: {si(without, "FLOP")}
-without a cache, {si(with_cache, "FLOP")} with one,
-**{without / with_cache:.0f} times** less.
+last** (the head aside). {n} tokens after {P}: {si(without, "FLOP")} without a cache,
+{si(with_cache, "FLOP")} with one. **One power of n less:** rows n² → n, pairs n³ → n².
 
-**One power of n less.** Rows: n² becomes n. Pairs: n³ becomes n².
-
-**And bytes?** The 256th token reads {si(read, "B")} of weights, keys and values
-either way (fp32). Without a cache:
-{many / read:.0f} FLOPs per byte. With one: {one / read:.1f}. The cache turns a
-compute-bound step into a **memory-bound** one. It saves what the
-computing cost *above* the reading, and at a few tokens that is nothing.
+**The bytes stay:** {si(read, "B")} for the 256th token, either way.
+{many / read:.0f} FLOPs per byte without a cache, {one / read:.1f} with one: a
+compute-bound step becomes **memory-bound**. Only what computing cost *above* the
+reading is saved.
 """)
 
 # %% [markdown] tags=["notes"]
-# **4 min.** The bold sentence is the one to remember; let somebody say it in their own words. Then
+# **3 min.** The bold sentence is the one to remember; let somebody say it in their own words. Then
 # ask: "FLOPs fell by two hundred at 256 tokens. Does the time?" Usual wrong answer: yes. Bytes did
 # not fall at all. Draw the roofline of lesson 00 and move the dot to the left, below the slope.
 
@@ -175,16 +167,16 @@ A key and a value, for each KV head, H numbers wide, in each layer:
 
 **KV bytes per token = 2 · L · K · H · bytes**
 
-Two ways to get it wrong: N for K (query heads share KV heads; only KV heads are kept),
-and D/N for H (`config.json` may state another `head_dim`). From weight bytes over KV
-bytes per token on, in tokens of all users together, the cache outweighs the weights.
+Two ways to get it wrong: N for K (only KV heads are kept), and D/N for H
+(`config.json` may state a `head_dim`). Last column: from that many tokens on, of all
+users together, the cache outweighs the weights.
 """))
 header = ["model", "N / K", "H / (D/N)", "bytes per token, bf16", "with N for K",
           "with D/N for H", "outweighs the weights at"]
 Table(header, lines, header[1:])
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Cover the last three columns. Let the room compute Llama-3-8B in the head: 2 · 32 · 8 ·
+# **3 min.** Cover the last three columns. Let the room compute Llama-3-8B in the head: 2 · 32 · 8 ·
 # 128 · 2 = 128 KiB. Then ask which model keeps *least* per token for its size: the 70B one keeps
 # less than the 7B one. On Llama-2-7B both mistakes give the right answer, which is how they survive
 # a test. Last column: one long chat is enough for Qwen3-0.6B.
@@ -192,13 +184,12 @@ Table(header, lines, header[1:])
 # %% [markdown] tags=["core", "slide"]
 # ## Guess
 #
-# SmolLM2-135M on this machine, fp32, 256 tokens so far. How long does the next token take
-# **without** a cache? And **with** one? How many times faster is that? And the crossover: at 1
-# token both steps are the same step, so ask instead **from which length on the cache makes a token
-# twice as fast**.
+# SmolLM2-135M on this machine, fp32, at 256 tokens. How long does the next token take **without** a
+# cache, and **with** one? How many times faster is that? At 1 token both steps are the same step:
+# from which **length** on does the cache make a token twice as fast?
 #
-# Write over the dots, as text with a unit: `"500 ms"`, `"3 times"`, `"100 tokens"`. The machine's
-# numbers are in the card.
+# Text with a unit, over the dots: `"500 ms"`, `"3 times"`, `"100 tokens"`. The machine's numbers
+# are in the card.
 
 # %% tags=["core", "fragment", "guess", "nbval-ignore-output"]
 lesson.guess("a token without a cache, at 256", ...)
@@ -280,7 +271,7 @@ lesson.predict(f"all of {n} tokens after {P}, with",
 lesson.reveal()
 
 # %% [markdown] tags=["notes"]
-# **2 min.** The *napkin* knows three numbers: peak, bandwidth, model size. *Predicted* is the
+# **1 min.** The *napkin* knows three numbers: peak, bandwidth, model size. *Predicted* is the
 # calibrated roofline: how fast a product of M rows really runs here, attention's own rate, the
 # price of each launch. Ask where they disagree most, and why the crossover lies near twice the
 # ridge point of lesson 00.
@@ -288,13 +279,12 @@ lesson.reveal()
 # %% [markdown] tags=["core", "slide"]
 # ## Build
 #
-# **A KV cache for one sequence.** The decoder calls `append` and then `read` once in each layer of
-# a step, layer 0 first. So in the middle of a step layer 0 has one token more than layer 29: each
-# layer counts its own.
+# **A KV cache for one sequence.** In each layer of a step, layer 0 first, the decoder calls
+# `append`, then `read`. So in mid-step layer 0 has one token more than layer 29: each layer counts
+# its own.
 #
-# Preallocated or grown with `torch.cat`: both are right. A full cache raises `ValueError` and stays
-# as it was. The caller may write over `k` and `v` afterwards; what `read` returns is only looked
-# at.
+# Preallocated or grown by `torch.cat`: both are right. A full cache raises `ValueError` and stays
+# as it was. The caller may write over `k` and `v` later, never into what `read` returns.
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Say the contract, not the solution. Ask: "who calls `truncate`?" Somebody who
@@ -311,19 +301,16 @@ diagrams.cache(layers=30, kv_heads=3, head_dim=64, length=5, capacity=12, kv="fp
 # %% tags=["core", "slide", "build"]
 class MyCache:
     """Keys and values of one sequence in all layers: fp32, [K, tokens, H].
-
     cache = MyCache(layers=2, kv_heads=1, head_dim=4, capacity=8)
-    cache.append(0, k, v)       # k, v [1, 3, 4]: three tokens, in layer 0
-    cache.append(0, k2, v2)     # k2, v2 [1, 1, 4]: a fourth
-    cache.read(0)               # (keys [1, 4, 4], values [1, 4, 4])
-    cache.truncate(2)           # every layer forgets all but its first 2
-    cache.read(0)               # (keys [1, 2, 4], values [1, 2, 4])
+    cache.append(0, k, v)           # k, v [1, 3, 4]: three tokens, in layer 0
+    cache.append(0, k2, v2)         # k2, v2 [1, 1, 4]: a fourth
+    keys, values = cache.read(0)    # [1, 4, 4] each
+    cache.truncate(2)               # every layer forgets all but its first 2
     """
-
     def __init__(self, layers, kv_heads, head_dim, capacity):
         self.capacity = ...
 
-    def append(self, layer, k, v):      # ValueError beyond the capacity
+    def append(self, layer, k, v):  # ValueError beyond the capacity
         return ...
 
     def read(self, layer):
@@ -331,8 +318,6 @@ class MyCache:
 
     def truncate(self, length):
         return ...
-
-
 Cache = lesson.build("KVCache", MyCache)
 
 # %% [markdown] tags=["notes"]
@@ -372,7 +357,7 @@ lesson.measure("a token with the library's cache, at 256", decode)
 # cache changes no arithmetic that could move it by more than rounding.
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
-# 1. The whole story, and single steps in turn: a busy moment falls on all of them alike.
+# 1. The whole story, and single steps in turn: a busy moment falls on all alike.
 assert (len(told["none"].prompt_tokens), len(told["none"].tokens)) == (P, n)
 for kind, whose in (("without", "none"), ("with", "yours")):
     lesson.measure(f"all of {n} tokens after {P}, {kind}",
@@ -486,20 +471,26 @@ display(Markdown(f"""
 lesson.table()
 
 # %% [markdown] tags=["notes"]
-# **2 min.** The room's guesses stand beside napkin, prediction and stopwatch. Compare the student's
+# **1 min.** The room's guesses stand beside napkin, prediction and stopwatch. Compare the student's
 # cache with the library's: attention reads the same bytes, the launches differ by how many slices
 # and copies each makes. A step of one row is so short that Python shows.
 
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# The counting is the same. The ridge point lies far to the right, so more rows ride along for free
-# and the crossover comes later. A launch costs what it costs here, while bytes stream dozens of
-# times as fast: once the cache has removed the computing, launches can be most of what is left
-# (CUDA graphs, lesson 10). Servers go one step further, **prefix caching**: requests that begin with
-# the same text share its keys and values and skip its prefill (lesson 06).
+# The counting is the same. The ridge point lies far to the right: more rows ride along for free,
+# and the crossover comes later. A launch costs about the same, while bytes stream dozens of times
+# as fast: launches can be most of what is left (CUDA graphs, lesson 10).
+#
+# **Prefix caching** goes one step further: requests that begin alike share keys and values (lesson
+# 06).
 
-# %% tags=["core", "fragment", "hide-input"]
+# %% [markdown] tags=["notes"]
+# **1 min.** Ask before you go on: "is the cache worth more or less on a GPU?" Usual wrong answer:
+# more, because it is faster. For a short text it is worth *less*, since a GPU has FLOPs to waste;
+# for a long one as much.
+
+# %% tags=["core", "slide", "hide-input"]
 h100, t4 = catalog.machine("h100-sxm"), catalog.machine("t4")
 llama, gpt2 = catalog.model("llama-3-8b"), catalog.model("gpt2-124m")
 
@@ -508,8 +499,8 @@ def on_h100(S: int) -> float:
     return h100.napkin(llama.prefill(1, S)) / h100.napkin(llama.decode(1, S))
 
 
-# Lages 2023, "Transformers KV caching explained": GPT-2, 1,000 tokens after a question of
-# 5, on a T4; transformers, which computed the logits of all rows. Mean of ten runs.
+# Lages 2023, "Transformers KV caching explained": GPT-2, 1,000 tokens after a question
+# of 5, on a T4; transformers, which computed the logits of all rows. Mean of ten runs.
 published = {"with": 11.885, "without": 56.197}
 bound = {"with": t4.napkin(gpt2.prefill(1, 5, logits=5, **FP32)) + sum(
              t4.napkin(gpt2.decode(1, 5 + i, **FP32)) for i in range(1, 1000)),
@@ -518,32 +509,30 @@ bound = {"with": t4.napkin(gpt2.prefill(1, 5, logits=5, **FP32)) + sum(
 Markdown(f"""
 * **Published** (J. Lages 2023: GPT-2, fp32, 1,000 tokens on a T4; not measured here):
   {published["without"]:.1f} s without a cache, {published["with"]:.1f} s with one,
-  **{published["without"] / published["with"]:.1f} times** faster. The envelope:
+  **{published["without"] / published["with"]:.1f} times** faster. Envelope:
   {bound["without"]:.1f} s, {bound["with"]:.1f} s,
-  {bound["without"] / bound["with"]:.1f} times. With a cache a token took
-  {si(published["with"] / 1000, "s")}, and its bytes take {si(bound["with"] / 1000, "s")}.
-* **Envelope** of Llama-3-8B in bf16 on an H100, ridge point {h100.ridge("bf16"):.0f}:
-  twice as fast from **{next(S for S in range(1, 8192) if on_h100(S) >= 2)} tokens** on,
-  {on_h100(8192):.0f} times at 8,192.
+  {bound["without"] / bound["with"]:.1f} times. A cached token took
+  {si(published["with"] / 1000, "s")}; its bytes take
+  {si(bound["with"] / 1000, "s")}.
+* **Envelope** of Llama-3-8B, bf16, H100: twice as fast from
+  **{next(S for S in range(1, 8192) if on_h100(S) >= 2)} tokens** on (ridge point
+  {h100.ridge("bf16"):.0f}), {on_h100(8192):.0f} times at 8,192.
 """)
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Ask before you show it: "is the cache worth more or less on a GPU?" Usual wrong answer:
-# more, because it is faster. Per token it is worth *less* at short lengths, since the GPU has FLOPs
-# to waste, and as much at long ones. Say what nobody here measured: how much of the T4's 12 ms a
-# token is launches. Lesson 10 has the tools.
+# **1 min.** Read the first line, then compare with this machine's own speed-up. Say what nobody
+# here measured: what the T4 did in the milliseconds beyond its bytes. Lesson 10 has the tools to
+# find out.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
 #
-# - **One token of output.** Classify a text, or embed it: one prefill, and nothing after it. The
-#   cache is written and never read.
-# - **Memory.** Without a cache nothing grows. With one, each user needs room for all of their
-#   tokens, and that room limits how many share a card (lessons 04 and 06).
-# - **Long contexts.** A step reads the weights *and* all of the cache. Beyond the length in the
-#   last column of the table above, the cache is the larger read (lesson 03 shrinks it).
-# - **A cache that copies.** `torch.cat` writes everything anew for each token. *Further* measures
-#   it.
+# - **One token of output.** Classify or embed a text: the cache is written and never read.
+# - **Memory.** Each user needs room for all of their tokens; that limits how many share a card
+#   (lessons 04 and 06).
+# - **Long contexts.** Each step reads *all* of the cache; at last it outweighs the weights (lesson
+#   03).
+# - **A cache that copies.** `torch.cat` writes everything anew for each token; see Further.
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Let the room find the first two. Then ask: "a batch of eight: are the weights read
@@ -558,8 +547,8 @@ Markdown(f"""
 #
 # 1. a single change with which 128 users fit;
 # 2. the smallest card for 8 users of Qwen3-4B with 32,768 tokens;
-# 3. a card on which 64 users with 2,048 tokens of Llama-2-70B fit, and those of LLaMA-30B, a model of
-#    half the size, do not. Why?
+# 3. a card on which 64 users with 2,048 tokens of Llama-2-70B fit, and those of LLaMA-30B, a model
+#    of half the size, do not. Why?
 
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 FORMATS = ["bf16", "int8", "int4"]
