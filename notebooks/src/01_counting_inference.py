@@ -305,7 +305,7 @@ for place, run in enumerate(map(runs.get, IDS)):
     ax.text(took * 1.06, place + 0.2, f"{si(took, 's')}, {took / bound:.2f} ×",
             va="center", fontsize=9)
     said.append(f"{run.model}, {what}, {gpu}: {took / bound:.2f}")
-ax.barh(0, 0, color=plots.NAPKIN, label="envelope: the data sheet's bandwidth and peak")
+ax.barh(0, 0, color=plots.NAPKIN, label="envelope, by the data sheet")
 ax.barh(0, 0, color=plots.MEASURED, label="published")
 ax.set(title="Real kernels take longer than the envelope, in both phases", xscale="log",
        xlim=(0.003, 0.6), ylim=(len(IDS) - 0.4, -0.6))
