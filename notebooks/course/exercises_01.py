@@ -44,7 +44,7 @@ def _agent_turn() -> Exercise:
                                                       "compare with the bytes.",
         }, "s"),
         "seconds": Step(seconds, {
-            ttft + 15_000 * tpot: "15,000 is the mean of the answer's tokens; 30,000 steps are run.",
+            ttft + 15_000 * tpot: "15,000 is the mean of what is written; 30,000 steps run.",
             (prompt + written) * tpot: "The prompt is not written token by token: TTFT, then "
                                        "30,000 steps.",
             ttft + prompt * tpot: "The answer has 30,000 tokens; the prompt had 8,000.",

@@ -33,12 +33,12 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
-from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.lesson.tables import Table, interval, si
 from clawdemy_infer.machine.calibrate import this_machine
 
 import matplotlib.pyplot as plt
 import sympy
-from IPython.display import HTML, Markdown, clear_output, display
+from IPython.display import Markdown, clear_output, display
 
 plots.use_style()
 machine = this_machine()
@@ -182,13 +182,13 @@ lesson.guess("time per token, context 512, bf16", ...)
 # %% [markdown] tags=["core", "slide"]
 # ## Build
 #
-# Count a decode step of the Llama family (gated MLP, full attention) from its config.json:
+# Count a decode step of the Llama family (gated MLP, full attention):
 #
 # * a multiply and an add are 2 FLOPs, a number is 2 bytes (bf16);
-# * a gated MLP has three matrices: gate, up (both D x F) and down (F x D);
-# * each weight matrix is read once a step, the LM head (D x V) too; the embedding is a look-up;
-# * each sequence reads its keys and values of all `context` tokens;
-# * norms, RoPE and activations: small at small batches; assumed to stay on the chip.
+# * the MLP has three D x F matrices: gate, up, down;
+# * each matrix is read once a step, the LM head too; the embedding is a look-up;
+# * each sequence reads its own keys and values;
+# * leave out norms, RoPE, activations: small at small batches, assumed on the chip.
 
 # %% [markdown] tags=["notes"]
 # **1 min.** The rules are those of the envelope. Ask: does it matter whether the LM head is tied
@@ -260,10 +260,13 @@ for name, step in steps.items():
     lesson.measure(name, step, parts=None if explained else ())
 clear_output()                                          # all eight are in a table below
 for name, row in lesson.rows.items():
-    if "prompt 256" in name or "context 512" in name and row.measured:
+    if row.measured and ("prompt 256" in name or "context 512" in name):
         spread = f" ± {row.spread:.0%}" if row.spread else ""
+        told = lesson.said[name][1]
+        before, after = (interval(each.low, each.high, "s") for each in (told, row))
+        after = f", widened to {after}" if after != before else ""
         print(f"{name}:\n    napkin {si(row.napkin, 's')}, measured "
-              f"{si(row.measured, 's')}{spread}")
+              f"{si(row.measured, 's')}{spread}\n    predicted {before}{after}")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Runs about a minute: meanwhile ask who guessed lowest. If it fails or drags, stay on
@@ -423,8 +426,13 @@ def gauge(name, value, limit, unit):
 def design(card, batch, context, promise_ms):
     memory, time = limits(card, batch, context, promise_ms)
     rate = batch / time[0] if memory[0] <= memory[1] else 0
-    display(HTML(gauge("memory", *memory, "B") + gauge("time per token", *time, "s")
-                 + f"<div>{batch} sequences: <b>{rate:,.0f} tokens/s</b></div>"))
+    said = f"{catalog.machine(card).name}, {batch} sequences of {context:,} tokens"
+    html = (f"<div>{said}</div>" + gauge("memory", *memory, "B")
+            + gauge("time per token", *time, "s")
+            + f"<div><b>{rate:,.0f} tokens/s</b></div>")
+    plain = (f"{said}: {si(memory[0], 'B')} of {si(memory[1], 'B')}, {si(time[0], 's')} of "
+             f"{si(time[1], 's')} a token, {rate:,.0f} tokens/s")
+    display({"text/html": html, "text/plain": plain}, raw=True)
 
 
 CARDS = ["l4", "l40s", "rtx-4090", "a100-80gb-sxm", "h100-sxm", "h200-sxm", "mi300x"]
@@ -520,7 +528,8 @@ short = measured["TTFT, prompt 8, fp32"] / measured["time per token, context 64,
 Markdown(
     f"This machine's ridge in fp32 is {machine.ridge('fp32'):.1f} FLOPs per byte, "
     f"that is {2 * machine.ridge('fp32'):.0f} rows (a number has 4 bytes and "
-    "brings 2 FLOPs a row); a prompt of 8 took {short:.1f} times a "
+    "brings 2 FLOPs a row); "
+    f"a prompt of 8 took {short:.1f} times a "
     "single token's time. Llama-3-8B on an H100 is compute-bound from batch "
     f"{batch} at 128 tokens of context, and at 2,048 tokens at no batch. (One maximum "
     "for a whole step: reading and computing overlap perfectly.) Attention's "
@@ -595,8 +604,8 @@ took, one = gptq.value / 1e3, weights / (1e9 * gptq.peak_bw_GBps_per_device)
 Markdown(
     f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} in fp16, "
     f"{si(weights, 'B')} of weights, on {cards} A100s of "
-    f"{gptq.peak_bw_GBps_per_device:,.0f} GB/s, assuming SXM cards: {si(took, 's')} a token. "
-    f"One card's bandwidth would need {si(one, 's')}: {cards} cards did the work of "
+    f"{gptq.peak_bw_GBps_per_device:,.0f} GB/s, assuming SXM cards: "
+    f"{si(took, 's')} a token. One card's bandwidth would need {si(one, 's')}: {cards} cards did the work of "
     f"{one / took:.2f}. "
     "The layers lie on the cards one after the other, and one card reads at a time. A "
     "pipeline makes room; it does not make a single token faster.")
@@ -650,8 +659,8 @@ Markdown(
 # <details><summary>compute_bound</summary>
 #
 # With n weights, kv bytes of cache a token and ridge R, a batch B has 2·n·B FLOPs and 2·n +
-# B·S·kv bytes. As B grows the intensity tends to 2·n / (S·kv): equal to R at S = 2·n / (kv·R). At
-# half of that S·kv is n / R, and 2·n·B = R·(2·n + n·B / R) gives B = 2·R.
+# B·S·kv bytes. As B grows the intensity tends to 2·n / (S·kv): equal to R at S = 2·n / (kv·R).
+# At half of that S·kv is n / R, and 2·n·B = R·(2·n + n·B / R) gives B = 2·R.
 #
 # ```python
 # config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
