@@ -17,8 +17,8 @@ Answer = Callable[[dict, int, int], tuple[float, float]]
 
 NAMES = ("smollm2-135m", "qwen3-0.6b", "tinyllama-1.1b", "llama-3.2-1b", "qwen3-4b", "llama-2-7b",
          "llama-3-8b", "llama-2-13b", "yi-34b", "llama-3.1-70b")
-"""Decoders of the Llama family, in which all layers see all tokens: heads shared and not, H equal to
-D/N and not, LM heads tied to the embedding and not."""
+"""Decoders of the Llama family, in which all layers see all tokens: heads shared and not, H equal
+to D/N and not, LM heads tied to the embedding and not."""
 RTOL = 0.01
 """Room for norms, biases, and a step's activations."""
 

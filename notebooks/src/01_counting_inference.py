@@ -430,8 +430,8 @@ def design(card, batch, context, promise_ms):
     html = (f"<div>{said}</div>" + gauge("memory", *memory, "B")
             + gauge("time per token", *time, "s")
             + f"<div><b>{rate:,.0f} tokens/s</b></div>")
-    plain = (f"{said}: {si(memory[0], 'B')} of {si(memory[1], 'B')}, {si(time[0], 's')} of "
-             f"{si(time[1], 's')} a token, {rate:,.0f} tokens/s")
+    plain = (f"{said}: {si(memory[0], 'B')} of {si(memory[1], 'B')}, "
+             f"{si(time[0], 's')} of {si(time[1], 's')} a token, {rate:,.0f} tokens/s")
     display({"text/html": html, "text/plain": plain}, raw=True)
 
 
@@ -605,8 +605,8 @@ Markdown(
     f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} in fp16, "
     f"{si(weights, 'B')} of weights, on {cards} A100s of "
     f"{gptq.peak_bw_GBps_per_device:,.0f} GB/s, assuming SXM cards: "
-    f"{si(took, 's')} a token. One card's bandwidth would need {si(one, 's')}: {cards} cards did the work of "
-    f"{one / took:.2f}. "
+    f"{si(took, 's')} a token. One card's bandwidth would need "
+    f"{si(one, 's')}: {cards} cards did the work of {one / took:.2f}. "
     "The layers lie on the cards one after the other, and one card reads at a time. A "
     "pipeline makes room; it does not make a single token faster.")
 
