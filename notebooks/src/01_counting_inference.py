@@ -56,7 +56,8 @@ lesson.card()
 
 # %% tags=["core", "slide", "hide-input"]
 display(Markdown(
-    "**SmolLM2-135M, bf16, 512 tokens.** *Below the line: another scale.*"))
+    "**SmolLM2-135M, bf16, 512 tokens.** Each half of a layer reads the *residual stream* "
+    "and adds to it. *Below the line: another scale.*"))
 diagrams.layer(catalog.model("smollm2-135m"))
 
 # %% [markdown] tags=["notes"]
@@ -182,12 +183,12 @@ lesson.guess("time per token, context 512, bf16", ...)
 # %% [markdown] tags=["core", "slide"]
 # ## Build
 #
-# Count a decode step of the Llama family (gated MLP, full attention):
+# A decode step of the Llama family (gated MLP, full attention):
 #
 # * a multiply and an add are 2 FLOPs, a number is 2 bytes (bf16);
 # * the MLP has three D x F matrices: gate, up, down;
-# * each matrix is read once a step, the LM head too; the embedding is a look-up;
-# * each sequence reads its own keys and values;
+# * each matrix is read once a step, the LM head too; the embedding is not;
+# * each sequence reads its cache;
 # * leave out norms, RoPE, activations: small at small batches, assumed on the chip.
 
 # %% [markdown] tags=["notes"]
@@ -500,7 +501,8 @@ lesson.steps("promise", batch=batch, fits=fits, tokens_per_s=tokens_per_s, cards
 # %% [markdown] tags=["further", "slide"]
 # ### Take with you
 #
-# * A product's intensity is its number of rows: a prompt has many, a decode step one a user.
+# * A product's intensity is its number of rows, while they are few beside D and F: a prompt has
+#   many, a decode step one a user.
 # * Attention's intensity does not grow with the batch: each sequence reads its own cache.
 # * So bytes over bandwidth give TPOT, FLOPs over peak give TTFT, capacity comes before both.
 #
