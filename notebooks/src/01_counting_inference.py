@@ -56,8 +56,8 @@ lesson.card()
 
 # %% tags=["core", "slide", "hide-input"]
 display(Markdown(
-    "**SmolLM2-135M, bf16, 512 tokens.** Each half of a layer reads the *residual stream* "
-    "and adds to it. *Below the line: another scale.*"))
+    "**SmolLM2-135M, bf16, 512 tokens.** Each half of a layer reads the *residual "
+    "stream* and adds to it. *Below the line: another scale.*"))
 diagrams.layer(catalog.model("smollm2-135m"))
 
 # %% [markdown] tags=["notes"]
@@ -501,10 +501,10 @@ lesson.steps("promise", batch=batch, fits=fits, tokens_per_s=tokens_per_s, cards
 # %% [markdown] tags=["further", "slide"]
 # ### Take with you
 #
-# * A product's intensity is its number of rows, while they are few beside D and F: a prompt has
-#   many, a decode step one a user.
-# * Attention's intensity does not grow with the batch: each sequence reads its own cache.
-# * So bytes over bandwidth give TPOT, FLOPs over peak give TTFT, capacity comes before both.
+# * A product's intensity is its number of rows, while they are few: a prompt has many, a decode
+#   step one a user.
+# * Attention's does not grow with the batch: each sequence reads its own cache.
+# * Bytes over bandwidth give TPOT, FLOPs over peak give TTFT; capacity comes first.
 #
 # **Next**: what does remembering cost, and save? **Homework**: the three exercises above.
 
