@@ -587,10 +587,11 @@ lesson.steps("copy_and_launch", load=load, copy=copy, share=share, too_small=too
 # (continuous batching) · Kwon et al. 2023, *PagedAttention* · Frantar et al. 2022, *GPTQ* · Lin et al. 2023, *AWQ* · Leviathan et al. 2023,
 # *speculative decoding*.
 #
-# ### The library's probe, and all numbers of this lesson
+# ### The library's probe, this machine's card, and all numbers of this lesson
 
 # %% tags=["further", "nbval-ignore-output"]
 lesson.show("bandwidth")
+display(lesson.card())
 lesson.table()
 
 # %% [markdown] tags=["further"]
