@@ -12,11 +12,11 @@
 # ## Question
 #
 # A chat answers in 300 words; an agent thinks for 30,000 tokens. Each new token looks back at all
-# others. Must the model *compute* them again, every time? The plainest program does. Engines keep a
-# **KV cache** instead, and run out of memory.
+# others. Must the model *compute* them again? The plainest program does. Engines keep a **KV
+# cache** instead, and run out of memory.
 #
-# **45 minutes.** Before: lesson 01. Afterwards: you have built a KV cache, and know what it saves
-# and how many users fit.
+# **45 minutes.** Before: lesson 01. Afterwards: you have built a KV cache and know how many users
+# fit.
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "at 256 tokens, how many times faster is a token with a cache?" Collect three
@@ -131,12 +131,11 @@ read = (L * W + V * D) * 4 + L * 2 * K * H * S * 4  # weights, and keys and valu
 Markdown(f"""
 **A whole generation with a cache does no more work than one step without it, the
 last** (the head aside). {n} tokens after {P}: {si(without, "FLOP")} without a cache,
-{si(with_cache, "FLOP")} with one. **One power of n less:** rows n² → n, pairs n³ → n².
+{si(with_cache, "FLOP")} with. **One power of n less:** rows n² → n, pairs n³ → n².
 
-**The bytes stay:** {si(read, "B")} for the 256th token, either way.
-{many / read:.0f} FLOPs per byte without a cache, {one / read:.1f} with one: a
-compute-bound step becomes **memory-bound**. Only what computing cost *above* the
-reading is saved.
+**The bytes stay.** At 256 tokens {many / read:.0f} FLOPs per byte become
+{one / read:.1f}: a compute-bound step turns **memory-bound**. Saved is only what
+computing cost *above* the reading.
 """)
 
 # %% [markdown] tags=["notes"]
@@ -279,9 +278,8 @@ lesson.reveal()
 # %% [markdown] tags=["core", "slide"]
 # ## Build
 #
-# **A KV cache for one sequence.** In each layer of a step, layer 0 first, the decoder calls
-# `append`, then `read`. So in mid-step layer 0 has one token more than layer 29: each layer counts
-# its own.
+# **A KV cache for one sequence.** In each layer, layer 0 first, the decoder calls `append`, then
+# `read`. So in mid-step layer 0 has one token more than layer 29: each layer counts its own.
 #
 # Preallocated or grown by `torch.cat`: both are right. A full cache raises `ValueError` and stays
 # as it was. The caller may write over `k` and `v` later, never into what `read` returns.
@@ -459,8 +457,8 @@ yours, theirs = (f"a token with {whose} cache, at 256"
 beside_ours = "\n".join(
     f"* {name}: {si(part_s(yours, name), 's')}; the library's "
     f"{si(part_s(theirs, name), 's')}" for name in ("attention", "launches"))
-whose = (f"A step with your cache has {with_yours.ops:,} launches, with the library's "
-         f"{decode.ops:,}")
+whose = (f"A step with your cache has {with_yours.ops:,.0f} launches, with the library's "
+         f"{decode.ops:,.0f}")
 if Cache is ContiguousCache:
     whose = "Your cache is still open, so both runs are the library's"
 display(Markdown(f"""
@@ -527,7 +525,7 @@ Markdown(f"""
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
 #
-# - **One token of output.** Classify or embed a text: the cache is written and never read.
+# - **One token of output.** Classify a text: the cache is written, never read.
 # - **Memory.** Each user needs room for all of their tokens; that limits how many share a card
 #   (lessons 04 and 06).
 # - **Long contexts.** Each step reads *all* of the cache; at last it outweighs the weights (lesson
