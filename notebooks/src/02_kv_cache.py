@@ -298,13 +298,12 @@ diagrams.cache(layers=30, kv_heads=3, head_dim=64, length=5, capacity=12, kv="fp
 
 # %% tags=["core", "slide", "build"]
 class MyCache:
-    """Keys and values of one sequence in all layers: fp32, [K, tokens, H].
+    """Keys and values [K, tokens, H] of one sequence in all layers, fp32.
     cache = MyCache(layers=2, kv_heads=1, head_dim=4, capacity=8)
     cache.append(0, k, v)           # k, v [1, 3, 4]: three tokens, in layer 0
     cache.append(0, k2, v2)         # k2, v2 [1, 1, 4]: a fourth
     keys, values = cache.read(0)    # [1, 4, 4] each
-    cache.truncate(2)               # every layer forgets all but its first 2
-    """
+    cache.truncate(2)               # every layer forgets all but its first 2"""
     def __init__(self, layers, kv_heads, head_dim, capacity):
         self.capacity = ...
 
@@ -316,6 +315,7 @@ class MyCache:
 
     def truncate(self, length):
         return ...
+
 Cache = lesson.build("KVCache", MyCache)
 
 # %% [markdown] tags=["notes"]
