@@ -3,6 +3,7 @@
 #   make lab         open copies of the lessons in JupyterLab; they are in my-lessons/, and stay yours
 #   make test        lint, tests, and every notebook against its committed outputs, with the exercises answered at its end
 #   make notebooks   make notebooks/*.ipynb afresh from notebooks/src/*.py
+#   make test-browser  every lesson in JupyterLab, by keyboard, and every slide, in Chromium; of some: make test-browser LESSONS="00 02"
 #   make slides      make a deck of every lesson in build/slides/, to present without a network; of one: make slides LESSON=02
 #   make peers       set up llama.cpp and vLLM, each in an environment of its own, for `clawdemy-infer bench --peers`
 # With another Python: make course PYTHON=python3.13
@@ -11,13 +12,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 REVEAL := .venv/.slides
+BROWSER := .venv/.browser
 
 # After set-up nothing needs the network, and none of these may quietly use it.
-course test notebooks slides: export HF_HUB_OFFLINE := 1
+course test test-browser notebooks slides: export HF_HUB_OFFLINE := 1
 # A figure backend that is set for the shell would keep the figures out of the notebooks.
 unexport MPLBACKEND
 
-.PHONY: course lab test notebooks slides setup peers peer-llama peer-vllm
+.PHONY: course lab test test-browser notebooks slides setup peers peer-llama peer-vllm
 
 course: $(READY)
 	$(BIN)/clawdemy-infer course
@@ -36,6 +38,10 @@ test: $(READY) $(REVEAL)
 	rm -rf build/solved && $(BIN)/python notebooks/build.py --solved build/solved
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-kernel-startup-timeout 300 \
 		--nbval-sanitize-with notebooks/nbval.cfg build/solved
+
+# Pictures of all that was seen are left in build/browser/.
+test-browser: $(BROWSER) slides
+	$(BIN)/pytest tests/browser
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/build.py
@@ -74,6 +80,13 @@ $(READY): pyproject.toml constraints.txt requirements-model.txt
 # reveal.js, with which the slides move. Of the package that carries it only the files are wanted, and not the Sphinx that it asks for.
 $(REVEAL): $(READY) constraints.txt
 	$(BIN)/pip install --no-deps sphinx-revealjs -c constraints.txt
+	@touch $@
+
+# Playwright moves a Chromium; Debian's own does.
+$(BROWSER): $(READY)
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } \
+		|| { echo "make test-browser needs the command chromium. Install the package chromium (on Debian: sudo apt install chromium) and try again."; exit 1; }
+	$(BIN)/pip install playwright==1.65.2
 	@touch $@
 
 # Debian keeps a part of Python, the one that makes virtual environments, in a package of its own.

@@ -69,6 +69,13 @@ def test_a_faster_run_is_explained_with_its_own_sign():
     assert found.steps == {"peak at that moment": -5, "not explained": 3}
 
 
+def test_a_step_against_the_difference_is_no_share_of_it():
+    """The machine was faster, and the run slower: -70 % of a difference says nothing."""
+    found = account(row(12.0, [part("qkv", 10, 12)]), Moment("memory", 2.0, 2.0))
+    assert found.steps == {"bandwidth at that moment": -5, "qkv": 7, "not explained": 0}
+    assert "+7.00 s, and +2.00 s from napkin to measured in all" in found.sentence
+
+
 def test_launches_are_told_by_number_and_price():
     launches = part("launches", 0, 5, reached=200.0, unit="launches/s")
     found = account(row(15.0, [part("down", 10, 10), launches]))

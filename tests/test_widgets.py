@@ -47,8 +47,9 @@ def test_the_function_runs_at_once_and_again_with_every_move(box, calls):
 
 
 def test_controls_stand_in_rows_of_two_above_what_they_move(box):
-    *rows, output = box.children
+    *rows, output, script = box.children
     assert [[type(control)
              for control in row.children]
             for row in rows] == [[Dropdown, SelectionSlider], [SelectionSlider]]
     assert isinstance(output, Output)
+    assert "application/javascript" in script.outputs[0]["data"]    # for keys and screen readers

@@ -106,8 +106,10 @@ def account(row: LedgerRow, at: Moment = AS_CALIBRATED) -> Account:
                        f"measured{within}.")
 
     # 3. Else the largest step, and what was measured of it.
-    sentence = (f"{causes[0]}: {change(steps[largest])}, {percent(steps[largest] / difference)} of "
-                f"the {change(difference)} from napkin to measured")
+    share = steps[largest] / difference
+    beside = (f", {percent(share)} of the {change(difference)} from napkin to measured"
+              if 0 < share < 2 else f", and {change(difference)} from napkin to measured in all")
+    sentence = f"{causes[0]}: {change(steps[largest])}{beside}"
     if largest in parts:
         sentence += _reached(parts[largest], at, limit)
     elif largest != REST:

@@ -6,10 +6,26 @@ where no kernel runs.
 
 from collections.abc import Callable
 
-from ipywidgets import Dropdown, HBox, SelectionSlider, VBox, interactive_output
+from ipywidgets import Dropdown, HBox, Output, SelectionSlider, VBox, interactive_output
 
 LAYOUT = {"width": "340px"}
 STYLE = {"description_width": "90px"}
+# JupyterLab takes the arrow keys from a list, and ipywidgets reads out a slider's index.
+ACCESS = """(function mend() {
+  const box = element.closest(".widget-vbox"), find = (part) => [...box.querySelectorAll(part)];
+  if (!box || find(".widget-slider").some((one) => !one.querySelector(".noUi-handle")))
+    return setTimeout(mend, 50);                            // not all of it is on the page yet
+  find("select").forEach((list) => list.setAttribute("data-lm-suppress-shortcuts", "true"));
+  find(".widget-slider").forEach((one) => {
+    const [name, handle, readout] = [".widget-label", ".noUi-handle", ".widget-readout"].map(
+      (part) => one.querySelector(part));
+    const tell = () => handle.ariaValueText === readout.textContent
+      || (handle.ariaValueText = readout.textContent);
+    handle.ariaLabel = name.textContent;
+    new MutationObserver(tell).observe(one, {subtree: true, childList: true, attributes: true});
+    tell();
+  });
+})();"""
 
 
 def choose(description: str, options: list[str], value: str | None = None) -> Dropdown:
@@ -33,4 +49,6 @@ def play(function: Callable[..., object], columns: int = 2, **controls) -> VBox:
     displays."""
     widgets = list(controls.values())
     rows = [HBox(widgets[i: i + columns]) for i in range(0, len(widgets), columns)]
-    return VBox([*rows, interactive_output(function, controls)])
+    script = {"output_type": "display_data", "data": {"application/javascript": ACCESS},
+              "metadata": {}}
+    return VBox([*rows, interactive_output(function, controls), Output(outputs=(script,))])

@@ -55,9 +55,9 @@ class Probe(NamedTuple):
 
 
 def rate_of(step: Callable[[int], float], sample_s: float | None = None,
-            clock: Callable[[], float] = now) -> Callable[[], float]:
+            clock: Callable[[], float] | None = None) -> Callable[[], float]:
     """Samples of units/s of `step(i)`, which does the i-th piece and returns its units."""
-    done = 0
+    done, clock = 0, clock or now
 
     def sample() -> float:
         nonlocal done

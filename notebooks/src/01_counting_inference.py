@@ -12,11 +12,11 @@
 # ## Question
 #
 # A chat user waits for the first token (**TTFT**), then for each next one (**TPOT**). An agent
-# reads 8,000 tokens and writes 30,000 of reasoning. Its bill charges several times more for an
-# output token than for a prompt token, though both pass through the same weights. Why?
+# reads 8,000 tokens and writes 30,000. An output token costs it several times a prompt token,
+# though both pass through the same weights. Why?
 #
-# *45 minutes. Before: lesson 00, the ridge point. Afterwards: TTFT, TPOT and a bill from a
-# config.json and a data sheet.*
+# *45 minutes. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from a config.json and a data
+# sheet.*
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask the room: which costs more, reading a token or writing one? By what factor?
@@ -24,7 +24,6 @@
 # FLOPs are the same; that is the point.
 
 # %% tags=["core", "hide-input", "nbval-ignore-output"]
-import sympy
 from clawdemy_course import diagrams
 from clawdemy_course.build_01 import CONFIGS, config_of
 from clawdemy_infer import published
@@ -34,19 +33,20 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
-from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
 
 import matplotlib.pyplot as plt
+import sympy
 from IPython.display import HTML, Markdown, display
 
 plots.use_style()
 machine = this_machine()
 lesson = Lesson("01 counting_inference", machine=machine)
 display(Markdown(
-    "**B** batch, **S** context, **T** new tokens of a sequence; **L** layers, **D** model width, "
-    "**F** feed-forward width, **N** query heads, **K** KV heads, **H** head dimension, **V** "
-    "vocabulary. A step has B·T **rows**."))
+    "**B** batch, **S** context, **T** new tokens of a sequence; **L** layers, "
+    "**D** model width, **F** feed-forward width, **N** query heads, **K** KV heads, "
+    "**H** head dimension, **V** vocabulary. A step has B·T **rows**."))
 lesson.card()
 
 # %% tags=["core", "slide", "hide-input"]
@@ -91,8 +91,9 @@ S, K, H, G = sympy.symbols("S K H G", positive=True)
 
 
 def attention_intensity(N, K):
-    """T queries meet S keys and values. Each sequence reads its own cache; G = N/K
-    query heads share a KV head. (Causality halves a prefill's FLOPs.)"""
+    """T queries meet S keys and values. Each sequence reads its own cache. In
+    grouped-query attention (GQA) G = N/K query heads share a KV head; G = 1 is MHA.
+    (Causality halves a prefill's FLOPs.)"""
     bytes = 2 * B * T * N * H               # read Q
     bytes += 2 * 2 * B * S * K * H          # read K and V, once for each KV head
     flops = 2 * B * T * S * N * H           # scores: Q times K transposed
@@ -115,24 +116,23 @@ print("MHA", mha, "  GQA", gqa)
 
 # %% tags=["core", "slide", "hide-input"]
 h100, llama_3 = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
+llama_2 = catalog.model("llama-2-13b")
 display(Markdown(
-    "A product's intensity is the number of rows that share one reading of W: T from one prompt, "
-    "and B from a decode step. In attention **B is gone**: each sequence reads its own cache. Its "
-    f"intensity is S/2 in prefill and G in decode, {llama_3.N // llama_3.K} for {llama_3.name}. An "
-    f"H100 needs {h100.ridge('bf16'):.0f}. **Prefill computes, decode reads.**"))
-shapes = [(catalog.model("llama-2-13b"), batch) for batch in (1, 64, 256)]
+    "A product's intensity is the number of rows that share one reading of W: T from a "
+    "prompt, B from a decode step. In attention **B is gone**: each sequence reads its "
+    f"own cache. S/2 in prefill; G in decode, {llama_3.N // llama_3.K} for "
+    f"{llama_3.name}. The ridge point of an H100 is {h100.ridge('bf16'):.0f}. "
+    "**Prefill computes, decode reads.**"))
 lines = []
-for shape, batch in shapes:
-    capacity = shape.fits(h100.memory, batch, 1024)
-    read = capacity.weight_bytes + capacity.kv_bytes
-    step_s = read / h100.bandwidth_at()
-    shown = [si(step_s, "s"), f"{batch / step_s:,.0f}"]
-    lines.append((str(batch), si(capacity.weight_bytes, "B"), si(capacity.kv_bytes, "B"),
-                  *(["yes", *shown] if capacity else ["no", "–", "–"])))
-Table(("batch", "weights", "KV cache", "fits?", "time per token", "tokens/s"), lines,
-      numeric=("batch", "weights", "KV cache", "time per token", "tokens/s"),
-      title=f"Capacity first: {shapes[0][0].name}, 1,024 tokens, an H100 of "
-            f"{si(h100.memory, 'B')}")
+for batch in (1, 64, 256):
+    fits = llama_2.fits(h100.memory, batch, 1024)
+    step_s = (fits.weight_bytes + fits.kv_bytes) / h100.bandwidth_at()
+    shown = si(step_s, "s"), f"{batch / step_s:,.0f}"
+    lines.append((str(batch), si(fits.weight_bytes, "B"), si(fits.kv_bytes, "B"),
+                  *(("yes", *shown) if fits else ("no", "–", "–"))))
+columns = ("batch", "weights", "KV cache", "fits?", "time per token", "tokens/s")
+Table(columns, lines, [name for name in columns if name != "fits?"],
+      f"Capacity first: {llama_2.name}, 1,024 tokens, H100 of {si(h100.memory, 'B')}")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** A configuration that does not fit has no speed. From 1 to 64, throughput grows since
@@ -189,7 +189,6 @@ def my_decode_step(config, batch, context):
 
 
 decode_step = lesson.build("decode_step", my_decode_step)
-lesson.show("decode_step")
 
 # %% [markdown] tags=["notes"]
 # **8 min.** Students write; the check names the first property that fails, with an example. Usual
@@ -203,10 +202,14 @@ lesson.show("decode_step")
 # Two predictions for each step. The **napkin** is your count over two numbers of the card: bytes
 # over bandwidth, or FLOPs over peak, whichever is longer. The **calibrated roofline** also knows
 # the rate of a product with M rows, of attention, and what a kernel launch costs; it says an
-# interval. Neither has seen the model run. A prompt of T tokens is T rows of the same products
-# (the library counts its causal attention).
+# **interval**. Neither has seen the model run. A prompt of T tokens is T rows of the same
+# products (the library counts its causal attention).
+#
+# Each measurement is kept in the **ledger**. Three steps are also measured part by part; the
+# **explained share** says how much of the difference to the napkin the parts account for.
 
 # %% tags=["core", "nbval-ignore-output"]
+lesson.show("decode_step")               # the library's count, folded
 smollm2 = load_model("smollm2-135m", device=machine.device)
 models = {dtype: faster(smollm2, dtype) for dtype in ("fp32", "bf16")}
 BF16S = {"fp32": 2, "bf16": 1}          # a number's size, in numbers of bf16
@@ -229,21 +232,6 @@ lesson.reveal()
 for name, step in steps.items():
     explained = "prompt 256" in name or "context 512" in name   # these part by part
     lesson.measure(name, step, parts=None if explained else ())
-
-# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
-measured = {name: row.measured for name, row in lesson.rows.items()}
-prompt_token = measured["TTFT, prompt 1024, fp32"] / 1024
-output_token = measured["time per token, context 1024, fp32"]
-display(Markdown(
-    f"A token of a prompt of 1,024 costs **{si(prompt_token, 's')}**, an output token "
-    f"**{si(output_token, 's')}**: **{output_token / prompt_token:.0f} times** as much, for the "
-    "same FLOPs. Decode does not compute; it reads."))
-lesson.table()
-
-# %% [markdown] tags=["notes"]
-# **4 min.** Back to the numbers on the board: what is the factor? Compare the first row with the
-# decode rows: a prompt of 8 tokens costs about as much as one output token, since it too waits
-# for the weights.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Reconcile
@@ -275,6 +263,22 @@ lesson.explain("TTFT, prompt 256, fp32")
 # **2 min.** Here the napkin counts FLOPs at the peak. Ask: which part would a longer prompt make
 # worse? (Attention: its FLOPs grow with the square of the prompt.)
 
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
+measured = {name: row.measured for name, row in lesson.rows.items()}
+prompt_token = measured["TTFT, prompt 1024, fp32"] / 1024
+output_token = measured["time per token, context 1024, fp32"]
+display(Markdown(
+    f"A token of a prompt of 1,024 costs **{si(prompt_token, 's')}**, an output token "
+    f"**{si(output_token, 's')}**: "
+    f"**{output_token / prompt_token:.0f} times** as much, for the same FLOPs. Decode "
+    "does not compute; it reads."))
+lesson.table()
+
+# %% [markdown] tags=["notes"]
+# **4 min.** Back to the numbers on the board: what is the factor? Compare the first row with the
+# decode rows: a prompt of 8 tokens costs about as much as one output token, since it too waits
+# for the weights.
+
 # %% [markdown] tags=["core"]
 # ## On a GPU
 #
@@ -282,26 +286,42 @@ lesson.explain("TTFT, prompt 256, fp32")
 # peak. The intensities carry over, and so does the order of the phases. Two costs look different
 # there. A **kernel launch** costs microseconds on the CPU side, so a small model in eager PyTorch
 # waits for launches; **CUDA graphs** record a step's kernels once and replay them with a single
-# launch. Lesson A1 asks some four hundred published runs how good the envelope is.
+# launch. Lesson A1 asks hundreds of published runs how good the envelope is.
 
 # %% tags=["core", "slide", "hide-input"]
 IDS = ("r103", "r104", "r154", "r157", "r133", "r144", "r142", "r002")
 runs = {run.id: run for run in published.read()}
-lines = []
-for run in map(runs.get, IDS):
+figure, ax = plt.subplots(figsize=(9, 4.6))
+names, said = [], []
+for place, run in enumerate(map(runs.get, IDS)):
     asked = published.demand(run)
-    took, prefill = asked.seconds(run.value), run.metric == "ttft_ms"
-    what = f"TTFT, prompt {run.prompt_len:,.0f}" if prefill else "time per token"
-    lines.append((f"{run.model}: {what}", run.hardware.split("-80GB")[0], si(asked.bound, "s"),
-                  si(took, "s"), f"{took / asked.bound:.2f} ×",
-                  f"{run.source.split()[0]}, {run.software.split(' (')[0]}"))
-Table(("one sequence, 16-bit weights", "GPU", "envelope", "published", "", "source"), lines,
-      numeric=("envelope", "published", ""))
+    took, bound = asked.seconds(run.value), asked.bound
+    prefill = run.metric == "ttft_ms"
+    gpu, software = run.hardware.split("-80GB")[0], run.software.split(" (")[0]
+    what = f"TTFT of {run.prompt_len:,.0f}" if prefill else "a token"
+    names.append(f"{run.model}, {what}, {gpu}\n{software} ({run.source.split()[0]})")
+    ax.barh(place - 0.2, bound, 0.38, color=plots.NAPKIN)
+    ax.barh(place + 0.2, took, 0.38, color=plots.MEASURED)
+    ax.text(took * 1.06, place + 0.2, f"{si(took, 's')}, {took / bound:.2f} ×",
+            va="center", fontsize=9)
+    said.append(f"{run.model}, {what}, {gpu}: {took / bound:.2f}")
+ax.barh(0, 0, color=plots.NAPKIN, label="envelope: the data sheet's bandwidth and peak")
+ax.barh(0, 0, color=plots.MEASURED, label="published")
+ax.set(title="Real kernels take longer than the envelope, in both phases", xscale="log",
+       xlim=(0.003, 0.6), ylim=(len(IDS) - 0.4, -0.6))
+ax.set_yticks(range(len(IDS)), names, fontsize=9)
+ax.set_xticks([0.005, 0.02, 0.1, 0.5])
+ax.minorticks_off()
+ax.legend(loc="lower right", bbox_to_anchor=(1, 0.2))
+plots.units(ax.xaxis, "s")
+plots.show(figure, "Envelope and published time of eight runs, 16-bit weights, one "
+                   "sequence on one GPU. Published over envelope: "
+                   f"{'; '.join(said)}.")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** The table shows how far real kernels are from the data sheet. Ask which phase is
-# nearer to its bound, and let the room look at the column with ×. Llama-3-8B and Llama-3.1-8B
-# have the same layers: the last two rows differ by their software alone.
+# **3 min.** How far are real kernels from the data sheet? Ask which phase is nearer to its bound.
+# Llama-3-8B and Llama-3.1-8B have the same layers: the last two rows differ by their software
+# alone.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
@@ -312,7 +332,7 @@ Table(("one sequence, 16-bit weights", "GPU", "envelope", "published", "", "sour
 #   outgrows the products.
 # * **Tiny models**: neither bytes nor FLOPs decide, but launches.
 
-# %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
+# %% tags=["core", "hide-input", "nbval-ignore-output"]
 def is_compute_bound(name, batch, context):
     flops, bytes = decode_step(CONFIGS[name], batch, context)
     return flops / h100.peak("bf16") > bytes / h100.bandwidth_at()
@@ -322,11 +342,12 @@ batch = next(B for B in range(1, 10_000) if is_compute_bound("llama-3-8b", B, 12
 flops, _ = decode_step(CONFIGS["llama-3-8b"], 1, 1)
 per_token = decode_step(CONFIGS["llama-3-8b"], 1, 2)[0] - flops
 assert not is_compute_bound("llama-3-8b", 10**6, 2048)
-prompt_8 = measured["TTFT, prompt 8, fp32"] / measured["time per token, context 64, fp32"]
+short = measured["TTFT, prompt 8, fp32"] / measured["time per token, context 64, fp32"]
 Markdown(
-    f"In numbers: this machine's ridge in fp32 is {2 * machine.ridge('fp32'):.0f} rows; a prompt "
-    f"of 8 took {prompt_8:.1f} times a single token's time. Llama-3-8B on an H100 is compute-bound "
-    f"from batch {batch} at 128 tokens of context, and at 2,048 tokens at no batch. Attention's "
+    "In numbers: this machine's ridge in fp32 is "
+    f"{2 * machine.ridge('fp32'):.0f} rows; a prompt of 8 took {short:.1f} times a "
+    "single token's time. Llama-3-8B on an H100 is compute-bound from batch "
+    f"{batch} at 128 tokens of context, and at 2,048 tokens at no batch. Attention's "
     f"FLOPs pass the products' in prompts above {2 * flops / per_token:,.0f} tokens.")
 
 # %% [markdown] tags=["notes"]
@@ -355,9 +376,10 @@ def gauge(name, value, limit, unit):
     broken = value > limit
     colour = "#d91633" if broken else "#2aaa73"
     says = f"✗ over by {si(value - limit, unit)}" if broken else "✓"
-    return (f'<div style="margin: 6px 0">{name}: <b>{si(value, unit)}</b> of {si(limit, unit)} '
-            f'<b style="color: {colour}">{says}</b><div style="border: 1px solid #777; '
-            f'width: 420px; height: 14px"><div style="background: {colour}; height: 14px; '
+    return (f'<div style="margin: 6px 0">{name}: <b>{si(value, unit)}</b> of '
+            f'{si(limit, unit)} <b style="color: {colour}">{says}</b>'
+            '<div style="border: 1px solid #777; width: 420px; height: 14px">'
+            f'<div style="background: {colour}; height: 14px; '
             f'width: {min(100, 100 * value / limit):.0f}%"></div></div></div>')
 
 
@@ -379,26 +401,27 @@ batches, RED = [2**i for i in range(9)], plots.COLOURS[4]
 cards = dict(zip(("a100-80gb-sxm", "h100-sxm"), (*plots.COLOURS,), strict=False))
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.8))
 titles = ("Weights and cache, 8,192 tokens", "Time per token, 20 ms promised")
-for which, (panel, unit, title) in enumerate(zip(panels, ("B", "s"), titles, strict=True)):
-    for key, colour in list(cards.items())[1 - which:]:         # memory is the same on both
+for which, (panel, unit, title) in enumerate(zip(panels, "Bs", titles, strict=True)):
+    for key, colour in list(cards.items())[1 - which:]:     # memory is the same on both
         found = [limits(key, B, 8192, 20)[which] for B in batches]
-        panel.loglog(batches, [value for value, _ in found], "-", color=colour, zorder=1,
-                     label=catalog.machine(key).name if which else "either card")
+        name = catalog.machine(key).name if which else "either card"
+        panel.loglog(batches, [value for value, _ in found], color=colour, label=name)
         for B, (value, most) in zip(batches, found, strict=True):
-            panel.plot(B, value, "X" if value > most else "o", markersize=9 if value > most else 6,
-                       color=RED if value > most else colour)
+            over = value > most
+            panel.plot(B, value, "X" if over else "o", color=RED if over else colour,
+                       markersize=9 if over else 6)
     panel.axhline(found[0][1], color=RED, linestyle="--", linewidth=1.5)
     panel.plot([], [], "X", color=RED, markersize=9, label="over the limit")
     panel.legend(loc="upper left")
     panel.set(title=title, xlabel="batch")
     panel.set_xticks(batches[::2], [str(B) for B in batches[::2]])
-    panel.set_yticks([2e10, 5e10, 1e11, 2e11] if unit == "B" else [5e-3, 0.01, 0.02, 0.05, 0.1])
+    panel.set_yticks([(2e10, 5e10, 1e11, 2e11), (5e-3, 0.01, 0.02, 0.05, 0.1)][which])
     panel.minorticks_off()
     plots.units(panel.yaxis, unit)
-plots.show(figure, "Llama-3-8B at 8,192 tokens on an A100 and an H100 of 80 GB. Left, weights and "
-                   "cache against the batch: from 128 on they are over the dashed limit of "
-                   "85.9 GB. Right, the time per token: over the promised 20 ms from batch 32 on "
-                   "the A100, from 64 on the H100. What is over a limit is a red cross.")
+plots.show(figure, "Llama-3-8B at 8,192 tokens on an A100 and an H100 of 80 GB. Left, "
+                   "weights and cache against the batch: from 128 on over the dashed "
+                   "limit of 85.9 GB. Right, the time per token: over 20 ms from batch "
+                   "32 on the A100, from 64 on the H100. What is over is a red cross.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** The promise breaks before the memory does, on both cards. Ask: which one number of
@@ -470,18 +493,19 @@ batches = [2**i for i in range(13)]
 for context, colour in zip((128, 512, 2048, 8192), plots.COLOURS, strict=False):
     counts = [decode_step(CONFIGS["llama-3-8b"], B, context) for B in batches]
     ax.loglog(batches, [flops / bytes for flops, bytes in counts], color=colour)
-    ax.annotate(f"{context:,} tokens", (batches[-1], counts[-1][0] / counts[-1][1]), xytext=(4, -3),
-                textcoords="offset points", color=colour, fontsize=9, annotation_clip=False)
+    ax.annotate(f"{context:,} tokens", (batches[-1], counts[-1][0] / counts[-1][1]),
+                xytext=(4, -3), textcoords="offset points", color=colour, fontsize=9,
+                annotation_clip=False)
 ax.axhline(ridge, color=plots.NAPKIN, linestyle="--")
-ax.text(1, ridge * 1.1, f"ridge point of an H100: {ridge:.0f}", color=plots.TEXT, fontsize=9)
-ax.set(title="Llama-3-8B: a long context keeps decode memory-bound at any batch", xlabel="batch",
-       ylabel="FLOPs per byte", xlim=(0.9, 4096 * 4))
+ax.text(1, ridge * 1.1, f"ridge point of an H100: {ridge:.0f}", fontsize=9)
+ax.set(title="A long context keeps decode memory-bound at any batch", xlabel="batch",
+       ylabel="FLOPs per byte, Llama-3-8B", xlim=(0.9, 4096 * 4))
 ax.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4,096"])
 ax.minorticks_off()
 ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-plots.show(figure, "Intensity of a decode step of Llama-3-8B against the batch, up to 4,096, at "
-                   "four contexts. At 128 tokens it crosses the H100's ridge point near 295; at "
-                   "2,048 and 8,192 tokens it flattens far below.")
+plots.show(figure, "Intensity of a decode step of Llama-3-8B against the batch, up to "
+                   "4,096, at four contexts. At 128 tokens it crosses the H100's ridge "
+                   "point near 295; at 2,048 and 8,192 tokens it flattens far below.")
 
 # %% tags=["further", "hide-input"]
 gptq = runs["r192"]
@@ -489,19 +513,22 @@ weights, cards = 1e9 * gptq.weight_GB, int(gptq.n_devices)
 took, one = gptq.value / 1e3, weights / (1e9 * gptq.peak_bw_GBps_per_device)
 Markdown(
     f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} in fp16, "
-    f"{si(weights, 'B')} of weights, on {cards} A100s of {gptq.peak_bw_GBps_per_device:,.0f} GB/s: "
-    f"{si(took, 's')} a token. One card's bandwidth would need {si(one, 's')}: {cards} cards did "
-    f"the work of {one / took:.2f}. The layers lie on the cards one after the other, and one card "
-    "reads at a time. A pipeline makes room; it does not make a single token faster.")
+    f"{si(weights, 'B')} of weights, on {cards} A100s of "
+    f"{gptq.peak_bw_GBps_per_device:,.0f} GB/s: {si(took, 's')} a token. One card's "
+    f"bandwidth would need {si(one, 's')}: {cards} cards did the work of "
+    f"{one / took:.2f}. "
+    "The layers lie on the cards one after the other, and one card reads at a time. A "
+    "pipeline makes room; it does not make a single token faster.")
 
 # %% [markdown] tags=["further"]
 # **Read on.** Williams, Waterman and Patterson 2009 (the roofline); Pope et al. 2022,
 # *Efficiently Scaling Transformer Inference*; Ainslie et al. 2023 (GQA); Stanford CS336, lecture
 # 10. Lesson A1 judges other people's runs with this arithmetic; lesson 02 builds the cache.
 
-# %% [markdown] tags=["solution", "solution:decode_step"]
+# %% [markdown] tags=["solution"]
 # ## Solutions
-#
+
+# %% [markdown] tags=["solution", "solution:decode_step"]
 # <details><summary>decode_step</summary>
 #
 # ```python
