@@ -457,8 +457,8 @@ yours, theirs = (f"a token with {whose} cache, at 256"
 beside_ours = "\n".join(
     f"* {name}: {si(part_s(yours, name), 's')}; the library's "
     f"{si(part_s(theirs, name), 's')}" for name in ("attention", "launches"))
-whose = (f"A step with your cache has {with_yours.ops:,.0f} launches, with the library's "
-         f"{decode.ops:,.0f}")
+whose = (f"A step with your cache has {with_yours.ops:,.0f} launches, "
+         f"with the library's {decode.ops:,.0f}")
 if Cache is ContiguousCache:
     whose = "Your cache is still open, so both runs are the library's"
 display(Markdown(f"""
