@@ -1,4 +1,4 @@
-"""Lesson 01: other ways to count right are right too; its exercises end where a sum by hand does."""
+"""Lesson 01: other right ways to count pass; its exercises end where a sum by hand does."""
 
 import pytest
 from answers_01 import ALSO_RIGHT

@@ -1,8 +1,5 @@
-"""Sliders over a function: move one, and the function draws or prints anew.
-
-Every widget in a lesson is followed by a cell that draws the same with fixed values, for the places
-where no kernel runs.
-"""
+"""Sliders over a function: move one, and the function draws or prints anew. In a lesson, a cell
+that draws the same with fixed values follows, for the places where no kernel runs."""
 
 from collections.abc import Callable
 
@@ -16,13 +13,12 @@ ACCESS = """(function mend() {
   if (!box || find(".widget-slider").some((one) => !one.querySelector(".noUi-handle")))
     return setTimeout(mend, 50);                            // not all of it is on the page yet
   find("select").forEach((list) => list.setAttribute("data-lm-suppress-shortcuts", "true"));
-  find(".widget-slider").forEach((one) => {
-    const [name, handle, readout] = [".widget-label", ".noUi-handle", ".widget-readout"].map(
-      (part) => one.querySelector(part));
-    const tell = () => handle.ariaValueText === readout.textContent
-      || (handle.ariaValueText = readout.textContent);
-    handle.ariaLabel = name.textContent;
-    new MutationObserver(tell).observe(one, {subtree: true, childList: true, attributes: true});
+  find(".noUi-handle").forEach((handle) => {
+    const row = handle.closest(".widget-slider"), shown = row.querySelector(".widget-readout");
+    const tell = () => handle.ariaValueText === shown.textContent
+      || (handle.ariaValueText = shown.textContent);
+    handle.ariaLabel = row.querySelector(".widget-label").textContent;
+    new MutationObserver(tell).observe(row, {subtree: true, childList: true, attributes: true});
     tell();
   });
 })();"""

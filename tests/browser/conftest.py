@@ -37,8 +37,10 @@ def lessons() -> list[Path]:
     """The notebooks that LESSONS names ("00 02"); without it, those of the course's second form."""
     names = tuple(os.environ.get("LESSONS", "").split())
     found = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-    return [path for path in found
-            if (path.name.startswith(names) if names else '"core"' in path.read_text())]
+    asked = [path for path in found
+             if (path.name.startswith(names) if names else '"core"' in path.read_text())]
+    assert asked, f"no notebook for LESSONS={' '.join(names)}; it takes numbers like 00 02"
+    return asked
 
 
 def free_port() -> int:
@@ -57,10 +59,12 @@ def answers(url: str) -> bool:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """Copies of the lessons, marked as not yet run."""
+    """The copies that `make lab` makes of the lessons, marked as not yet run."""
     folder = tmp_path_factory.mktemp("lessons")
+    subprocess.run([sys.executable, REPOSITORY / "notebooks" / "build.py", "--lab", folder],
+                   check=True)
     for path in lessons():
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.read(folder / path.name, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.execution_count = None
