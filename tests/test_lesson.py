@@ -1,5 +1,6 @@
 """What a notebook sees: predict before you measure, and exercises that never stop a run."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -379,3 +380,15 @@ def test_the_bar_lasts_as_long_as_predicted_and_gives_way_to_the_result(monkeypa
     assert "2.34s linear" in first["text/html"] and "measuring &lt;TTFT&gt;" in first["text/html"]
     assert first["text/plain"] == "measuring <TTFT>, about 2.00 s"
     assert last == {"text/html": "<div>done: 3 s &lt; 4 s</div>", "text/plain": "done: 3 s < 4 s"}
+
+
+def test_an_interval_that_the_machine_widened_is_shown_as_told_and_as_widened(lesson):
+    """Judged by the wider one; the learner sees both."""
+    lesson.predict("TPOT", napkin=1.0, predicted=2.0, interval=(1.5, 2.5), unit="s")
+    lesson.measure("TPOT", 2.6)
+    assert lesson.table().title == "" and "widened" not in lesson._result("TPOT")
+    lesson.rows["TPOT"] = replace(lesson.rows["TPOT"], low=1.2, high=3.0)
+    assert lesson.table().title.startswith("predicted: each interval is widened")
+    assert lesson._result("TPOT") == (
+        "TPOT: 2.60 s, predicted 1.50 – 2.50 s; widened to 1.20 – 3.00 s by the speeds around the "
+        "run")

@@ -56,6 +56,9 @@ def test_a_table_lines_up_as_text_and_escapes_as_html():
     ("50 GB/s", 50e9, "B/s"), ("3 GiB", 3 * 2**30, "B"), ("1,024 KiB", 2**20, "B"),
     ("2 TFLOP/s", 2e12, "FLOP/s"), ("2 TFLOPS", 2e12, "FLOP/s"), ("1e-3 s", 1e-3, "s"),
     ("64", 64.0, ""), ("1,024 tokens", 1024.0, "tokens"), ("3 ×", 3.0, "×"), ("3x", 3.0, "×"),
+    ("7.5 min", 450.0, "s"), ("2 hours", 7200.0, "s"), ("120 Gbit/s", 15e9, "B/s"),
+    ("4.42e9 bytes", 4.42e9, "B"), ("$0.49", 0.49, "$"), ("50 FLOPs per byte", 50.0,
+                                                           "FLOPs per byte"),
     (".5 B", 0.5, "B"), ("12 %", 12.0, "%"), ("9 sequences", 9.0, "sequences"),
 ])
 def test_a_quantity_is_read_as_one_writes_it(text, value, unit):

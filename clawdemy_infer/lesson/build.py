@@ -30,6 +30,7 @@ MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameEr
             TypeError, ValueError)
 """What a learner's function raises while it is still wrong. Anything else (Ctrl-C, no memory) is
 not about the exercise."""
+UNITS = ("s", "B", "B/s", "FLOP", "FLOP/s")
 MEMORY = 2**30                                          # bytes that a check may take
 FORKS = sys.platform == "linux"     # macOS can, but there a child's matrix products may crash
 
@@ -213,7 +214,11 @@ def check_step(name: str, step: Step, answer: object) -> tuple[str, str]:
 
 
 def _plain(answer: object, step: Step) -> object:
-    """A number in the unit of `step`, or lower-case text. ValueError where it has another unit."""
+    """A number in the unit of `step`, yes or no, or lower-case text. ValueError where it has
+    another unit. What is counted may be named: "9 users"."""
+    if isinstance(step.right, bool):
+        said = {"yes": True, "true": True, "no": False, "false": False}
+        return said.get(str(answer).strip().lower(), answer)
     if isinstance(step.right, str):
         return str(answer).strip().lower()
     if not isinstance(answer, str):
@@ -221,7 +226,8 @@ def _plain(answer: object, step: Step) -> object:
     value, unit = from_si(answer)
     if unit in ("%", "×") and not step.unit:
         return value / 100 if unit == "%" else value
-    if unit and step.unit not in (unit, unit + "s"):
+    counted = not step.unit and unit not in UNITS
+    if unit and step.unit not in (unit, unit + "s") and not counted:
         raise ValueError(f"{answer} is in {unit}; this step asks for {step.unit or 'a number'}")
     return value
 

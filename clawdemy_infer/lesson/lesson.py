@@ -192,6 +192,10 @@ class Lesson:
             return f"○ {quantity}: lost in noise"
         spread = f" ± {tables.percent(row.spread)}" if row.spread else ""
         said = f", predicted {tables.interval(row.low, row.high, row.unit)}" if row.low else ""
+        told = self.said[quantity][1]
+        if (told.low, told.high) != (row.low, row.high):
+            said = (f", predicted {tables.interval(told.low, told.high, row.unit)}; widened to "
+                    f"{tables.interval(row.low, row.high, row.unit)} by the speeds around the run")
         return f"{quantity}: {si(row.measured, row.unit)}{spread}{said}"
 
     def cause(self, quantity: str, choice: str | EllipsisType = ...) -> None:
@@ -238,7 +242,10 @@ class Lesson:
     def table(self) -> Table:
         """Predicted beside measured, as far as this lesson has come."""
         self.revealed |= self.rows.keys()
-        return tables.ledger_table(self.rows.values())
+        widened = any(self.said[quantity][1].low != row.low or self.said[quantity][1].high
+                      != row.high for quantity, row in self.rows.items())
+        return replace(tables.ledger_table(self.rows.values()), title="predicted: each interval is "
+                       "widened by the machine's speeds right around its run" * widened)
 
     def scoreboard(self) -> Table:
         """How good predictions, guesses and causes were, in all lessons of the ledger so far."""

@@ -1,6 +1,7 @@
 """How the course draws: one style, and the same colour for the same thing in every figure."""
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from io import BytesIO
@@ -145,13 +146,17 @@ def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
     for place, (name, start, step, colour) in enumerate([*bars, ("measured", 0.0, level, NAPKIN)]):
         ax.bar(place, step, bottom=start, color="none" if name == REST else colour, width=0.7,
                edgecolor=colour, hatch="//" if name == REST else None)
-        value = "+" * (start > 0 and step > 0) + si(step, row.unit)
+        moment = {"bandwidth at that moment": "memory", "peak at that moment": "compute"}.get(name)
+        name = f"{moment} was {'slower' if step > 0 else 'faster'}" if moment else name
+        shown = 0.0 if abs(step) < 1e-3 * level else step
+        value = "+" * (start > 0 and shown > 0) + si(shown, row.unit)
         ax.annotate(value, (place, max(start, start + step)), xytext=(0, 3), ha="center",
                     textcoords="offset points", fontsize=9)
         if place:
             ax.plot([place - 0.65, place - 0.35], [start or level] * 2, color=TEXT, linewidth=0.8)
         said.append((name, value))
-    ax.set_xticks(range(len(said)), [name.replace(" ", "\n", 1) for name, _ in said], fontsize=9)
+    ax.set_xticks(range(len(said)), fontsize=9, labels=[
+        re.sub("[ -]", lambda hit: hit[0].strip() + "\n", name, count=1) for name, _ in said])
     ax.set_ylim(0, 1.1 * max(start + max(step, 0) for _, start, step, _ in bars))
     ax.grid(visible=False, axis="x")
     units(ax.yaxis, row.unit)

@@ -51,21 +51,32 @@ def interval(low: float, high: float, unit: str = "") -> str:
     return f"{value if said == last.partition(' ')[2] else first} – {last}"
 
 
+ALIASES = {"byte": ("B", 1), "bytes": ("B", 1), "bit": ("B", 1 / 8), "bits": ("B", 1 / 8),
+           "bit/s": ("B/s", 1 / 8), "bytes/s": ("B/s", 1), "min": ("s", 60), "minutes": ("s", 60),
+           "seconds": ("s", 1), "h": ("s", 3600), "hours": ("s", 3600), "x": ("×", 1),
+           "times": ("×", 1)}
+"""Other ways to say a unit, and how much of ours it is."""
+
+
 def from_si(text: str) -> tuple[float, str]:
     """What `text` says, in plain units: "20 ms" is (0.02, "s"), "3 GiB" is (3 * 2**30, "B"), "64"
-    is (64.0, ""). Raises `ValueError` for what is no number with or without a unit."""
-    found = re.fullmatch(r"(\d*\.?\d+(?:e[+-]?\d+)?) *"
-                         r"(?:(|[KMGT]i|[numµμkKMGTPE])(s|B|FLOP)(S|/s)?|([^\d.,]*))",
-                         re.sub(r",(?=\d{3}\b)", "", text.strip()))
+    is (64.0, ""), "2 min" (120.0, "s"), "$3" (3.0, "$"). Raises `ValueError` for what is no number
+    with or without a unit."""
+    said = re.sub(r",(?=\d{3}\b)", "", text.strip())
+    found = re.fullmatch(r"(\$?)(\d*\.?\d+(?:e[+-]?\d+)?) *"
+                         r"(?:(|[KMGT]i|[numµμkKMGTPE])(s|B|FLOP|bits?(?=/|$))(S|/s)?|([^\d.,]*))",
+                         said)
     if not found:
         raise ValueError(f"{text!r} is no number, nor one with a unit like 20 ms or 50 GB/s")
-    value, prefix, base, per, other = found.groups()
+    dollar, value, prefix, base, per, other = found.groups()
     if base is None:
-        return float(value), {"x": "×", "times": "×"}.get(other, other)
-    if prefix.endswith("i"):
-        return float(value) * 1024.0 ** (1 + "KMGT".index(prefix[0])), base + "/s" * bool(per)
+        unit, factor = ALIASES.get(other, (dollar or other, 1))
+        return float(value) * factor, unit
     exponents = {said: exponent for exponent, said in PREFIXES.items()} | {"u": -6, "μ": -6, "K": 3}
-    return float(value) * 10.0 ** exponents[prefix], base + "/s" * bool(per)
+    scale = (1024.0 ** (1 + "KMGT".index(prefix[0])) if prefix.endswith("i") else
+             10.0 ** exponents[prefix])
+    unit, factor = ALIASES.get(base, (base, 1))
+    return float(value) * scale * factor, unit + "/s" * bool(per)
 
 
 @dataclass(frozen=True)
@@ -119,8 +130,8 @@ def card(machine: Calibrated) -> Table:
     peaks = {f"computes in {format}": si(found.peak(format), "FLOP/s")
              for format in ("fp32", "bf16")}
     header = ["", "reads memory at", *peaks, "kernel-launch overhead"]
-    rows = [[machine.source, si(found.bandwidth_at(), "B/s"), *peaks.values(),
-             si(found.fixed_s_per_op, "s")],
+    rows = [[machine.source[:25].replace("T", " "), si(found.bandwidth_at(), "B/s"),
+             *peaks.values(), si(found.fixed_s_per_op, "s")],
             ["speed at this moment", memory, *[compute] * len(peaks), launches]]
     return Table(header, rows, header[1:], f"This machine: {machine.name}")
 
