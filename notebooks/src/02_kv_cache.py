@@ -94,7 +94,7 @@ print(f"the first 5 of {len(ids)} tokens: the same keys and values in all {L} la
 # There is no KV cache for it.
 
 # %% tags=["core", "slide"]
-# Letters as in lesson 01: L layers, D width, N heads, K KV heads, H a head's width, V.
+# Lesson 01: L layers, width D, N heads, K for KV, of width H; MLP F, vocabulary V
 P, n = 26, 24                           # tokens of the prompt, tokens generated
 weights = D * (N + 2 * K) * H + N * H * D + 3 * D * F       # of a layer: QKV, out, MLP
 
@@ -161,12 +161,12 @@ for each in map(catalog.model, names):
 display(Markdown("""
 ### What one token leaves in memory
 
-A key and a value of H numbers, for each KV head and layer:
+A key and a value for each KV head and layer:
 
 **KV bytes per token = 2 · L · K · H · bytes**
 
 When all users together keep more tokens than (streamed weight bytes / KV bytes per
-token), the cache is larger than these weights: last column.
+token), the cache is larger: last column.
 """))
 header = ["model", "N / K", "KiB per token, bf16", "outweighs at, tokens"]
 Table(header, lines, header[1:])
@@ -286,7 +286,7 @@ lesson.reveal("a token without a cache, at 256", "a token with a cache, at 256",
               "speed-up at 256", "length where it is twice as fast")
 
 # %% [markdown] tags=["notes"]
-# **1 min.** The *napkin* knows three numbers: peak, bandwidth, model size. *Predicted* is the
+# **2 min.** The *napkin* knows three numbers: peak, bandwidth, model size. *Predicted* is the
 # calibrated roofline: how fast a product of that many rows really runs here, attention's own rate,
 # the price of each launch. Ask where they disagree most, and why the crossover lies near twice the
 # ridge in *rows*. (At the ridge in rows computing takes as long as reading, at twice as many rows
@@ -296,7 +296,8 @@ lesson.reveal("a token without a cache, at 256", "a token with a cache, at 256",
 # %% [markdown] tags=["core", "slide"]
 # ## Build
 #
-# **A KV cache for one sequence.** In each layer, from 0 on, the decoder calls `append`, then `read`. So in mid-step layer 0 has one token more than layer 29: each layer counts its own.
+# **A KV cache for one sequence.** In each layer, from 0 on, the decoder calls `append`, then
+# `read`. So in mid-step layer 0 has one token more than layer 29: each layer counts its own.
 #
 # Preallocated or grown by `torch.cat`: both are right. Where a chunk does not fit, `append` raises
 # `ValueError` and changes nothing. The caller may write over `k` and `v` later, never into what
@@ -358,7 +359,7 @@ caches = {"none": "none", "yours": Cache.for_model(decoder, batch=1, capacity=P 
 told = {whose: generate(decoder, story, max_tokens=n, cache=cache)
         for whose, cache in caches.items()}
 assert told["none"].tokens == told["yours"].tokens == told["library"].tokens
-display(Markdown(f"> … One day{told['yours'].text}".replace("\n", " ") + " …"))
+display(Markdown(f"> One day{told['yours'].text.split('.')[0]} …"))
 
 with_yours = StepOf(decoder, "decode", context=256,
                     cache=filled_cache(decoder, batch=1, tokens=255, kind=Cache))
@@ -414,19 +415,21 @@ for kind, napkin, predicted, marker in (
                       color=plots.ROOFLINE, alpha=0.12, linewidth=0)
     left.plot(LENGTHS, list(took[kind].values()), marker, color=plots.MEASURED,
               label=f"measured, {kind}")
-    left.annotate(f"{kind}\na cache", (256, said[-1].seconds), xytext=(9, 0), va="center",
-                  textcoords="offset points", fontsize=9)
+    left.annotate(f"{kind}\na cache", (256, said[-1].seconds), xytext=(9, 0),
+                  va="center", textcoords="offset points", fontsize=9)
 left.legend(loc="upper left", fontsize=8)
 left.set(xlabel="length, tokens", ylabel="time for one token", ylim=(0, None),
-         xlim=(0, 330), xticks=[1, 64, 128, 256], title="With a cache the time stays flat …")
+         xlim=(0, 330), xticks=[1, 64, 128, 256],
+         title="With a cache the time stays flat …")
 plots.units(left.yaxis, "s")
 right.plot(LENGTHS, [napkin_without(S) / napkin_with(S) for S in LENGTHS], "--",
            color=plots.NAPKIN)
 right.plot(LENGTHS, [predicted_speedup(S)[0] for S in LENGTHS], color=plots.ROOFLINE)
 right.plot(LENGTHS, list(speedup.values()), "D", color=plots.MEASURED)
 right.axvline(ridge_rows, color=plots.TEXT, linewidth=0.8, linestyle=":")
-right.annotate(f"ridge:\n{ridge_rows:.0f} rows", (ridge_rows, 1), xytext=(4, 2),
-               textcoords="offset points", fontsize=9)
+right.annotate(f"ridge:\n{ridge_rows:.0f} rows", (ridge_rows, 0.98), xytext=(-4, 0),
+               xycoords=("data", "axes fraction"), textcoords="offset points",
+               fontsize=9, ha="right", va="top")
 right.axhline(2, color=plots.TEXT, linewidth=0.8, linestyle=":")
 right.annotate("twice as fast", (1, 2), xytext=(0, 3), textcoords="offset points",
                fontsize=9)
@@ -440,8 +443,8 @@ for axis, ticks in ((right.xaxis, LENGTHS), (right.yaxis, [1, 2, 4, 8, 16, 32]))
 plots.show(fig, "Left, time for one token against the length: at 256 tokens "
                 f"{si(took['without'][256], 's')} without a cache, "
                 f"{si(took['with'][256], 's')} with one. Right, the speed-up: "
-                + ", ".join(f"{speedup[S]:.1f} at {S}" for S in LENGTHS) + ". The ridge "
-                f"lies at {ridge_rows:.0f} rows.")
+                + ", ".join(f"{speedup[S]:.1f} at {S}" for S in LENGTHS)
+                + f". The ridge lies at {ridge_rows:.0f} rows.")
 print("Times in the figure: both kinds in turn. Those above: one after the other, at "
       "other moments.\nThe ratio of those may differ; the speed-up that counts is the "
       "figure's.")
@@ -490,8 +493,8 @@ else:
     print(f"Your cache: {si(lesson.rows[yours].measured, 's')} a token, the library's: "
           f"{si(lesson.rows[theirs].measured, 's')}.\nAttention "
           f"{si(part_s(yours, 'attention'), 's')}, the library's "
-          f"{si(part_s(theirs, 'attention'), 's')}; launches {with_yours.ops:,.0f}, the "
-          f"library's {decode.ops:,.0f}.")
+          f"{si(part_s(theirs, 'attention'), 's')}; launches {with_yours.ops:,.0f}, "
+          f"the library's {decode.ops:,.0f}.")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** From left to right: the napkin, each part by what it took beyond its share, then
@@ -506,9 +509,9 @@ else:
 #
 # The counting is the same. On a data-centre GPU:
 #
-# - The **ridge point** lies far to the right: more rows are free, the crossover comes later.
+# - The **ridge point** lies far to the right: more rows are free; crossover comes later.
 # - **Bytes** stream dozens of times as fast. A **launch** costs time of the host, which runs ahead
-#   of the GPU; in short steps it may fall behind (CUDA graphs, lesson 10).
+#   of it; in short steps it may fall behind (CUDA graphs, lesson 10).
 # - **Prefix caching**: requests that begin alike share keys and values (lesson 06).
 
 # %% [markdown] tags=["notes"]
@@ -597,7 +600,7 @@ def draw_memory(model: str, on: str, users: int, context: int, kv: str) -> None:
             hatch=None if found else "//", edgecolor="white", linewidth=0)
     ax.axvline(card.memory, color=red if not found else plots.TEXT, linestyle="--")
     for y, value in enumerate((found.weight_bytes, found.kv_bytes, both)):
-        inside = 0.8 * card.memory < value < card.memory    # the line is near: in the bar
+        inside = 0.8 * card.memory < value < card.memory    # not on the line
         ax.text(value, y, f" {si(value, 'B')} ", va="center", weight="bold",
                 ha="right" if inside else "left",
                 color="white" if inside else plots.TEXT)
