@@ -277,6 +277,9 @@ ANSWERS = {"weights": 16e9, "users": 12, "share": 0.25, "limit": "memory", "fits
     ("limit", "compute", "✗ limit = 'compute': Few FLOPs a byte."),
     ("limit", 3, "✗ limit = '3' is not it."),
     ("fits", False, "✗ fits = False: It does."),
+    ("fits", "no", "✗ fits = False: It does."),
+    ("weights", "16e9 bytes", "✓ weights = 16.0 GB"),
+    ("share", "0.25 FLOPs per byte", "✓ share = 0.250"),
 ])  # fmt: skip
 def test_each_step_gets_a_line(toys, capsys, monkeypatch, step, given, line):
     toys.steps("chat", **ANSWERS | {step: given})

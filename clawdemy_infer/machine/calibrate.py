@@ -142,7 +142,9 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     ranked.sort(key=lambda each: each[0])
     samples: dict[tuple, list[float]] = {}
     start = shown = time.perf_counter()
-    with tqdm(total=max(deadline - start, 0.1), desc=what, leave=False, file=sys.stderr,
+    in_notebook = type(sys.stdout).__module__.startswith("ipykernel")   # there stderr is red
+    with tqdm(total=max(deadline - start, 0.1), desc=what, leave=False,
+              file=sys.stdout if in_notebook else sys.stderr,
               bar_format="{desc}: {bar:30} {n:.0f} of at most {total:.0f} s") as bar:
         while time.perf_counter() < deadline or not samples:
             for rank, probe in ranked:

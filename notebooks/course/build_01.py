@@ -17,8 +17,8 @@ Answer = Callable[[dict, int, int], tuple[float, float]]
 
 NAMES = ("smollm2-135m", "qwen3-0.6b", "tinyllama-1.1b", "llama-3.2-1b", "qwen3-4b", "llama-2-7b",
          "llama-3-8b", "llama-2-13b", "yi-34b", "llama-3.1-70b")
-"""Dense decoders in which all layers see all tokens: heads shared and not, H equal to D/N and not,
-heads tied to the embedding and not."""
+"""Decoders of the Llama family, in which all layers see all tokens: heads shared and not, H equal
+to D/N and not, LM heads tied to the embedding and not."""
 RTOL = 0.01
 """Room for norms, biases, and a step's activations."""
 
@@ -90,6 +90,14 @@ def it_returns_flops_and_bytes(answer: Answer) -> None:
     _count(answer, "llama-3-8b")
 
 
+def flops_come_first_and_bytes_second(answer: Answer) -> None:
+    """At a batch of 1,024 the FLOPs are hundreds of times the bytes."""
+    flops, moved = _count(answer, "llama-3-8b", batch=1024)
+    if moved > 100 * flops:
+        raise Wrong("(flops, bytes) are swapped: for Llama-3-8B, batch 1,024, one token of "
+                    f"context, it returned {flops:.3g} as FLOPs and {moved:.3g} as bytes.")
+
+
 def weights_are_read_once_whatever_the_batch(answer: Answer) -> None:
     one, two = (_count(answer, "llama-3-8b", batch)[1] for batch in (1, 2))
     if two > 1.01 * one:
@@ -109,22 +117,33 @@ def the_cache_grows_with_batch_and_context(answer: Answer) -> None:
                     "own cache.")
 
 
-def a_multiply_and_an_add_are_two_flops(answer: Answer) -> None:
+def each_row_meets_every_weight_for_two_flops(answer: Answer) -> None:
     shape, (flops, _) = catalog.model("llama-3-8b"), _count(answer, "llama-3-8b")
     head, layers = shape.V * shape.D, shape.matrix_parameters()
     _recognise(flops, 2 * (layers + head), "Llama-3-8B, one row: 2 FLOPs for each of "
                f"{(layers + head) / 1e9:.2f}e9 weights", "FLOP", {
                    layers + head: "You count one FLOP for a multiply and an add.",
-                   2 * layers: "The head is missing: D x V weights meet each row too.",
+                   2 * layers: _missing(answer),
                    2 * (layers + 2 * head): "The embedding computes nothing: it looks up a row.",
                    2 * (layers - shape.L * shape.D * shape.F + head): "The MLP has three matrices: "
                                                                       "gate, up and down.",
                    2 * (layers + 2 * shape.L * shape.D * (shape.N - shape.K) * shape.H + head):
                        "The matrices of K and V are D x K·H: they have the KV heads alone."})
-    four, _ = _count(answer, "llama-3-8b", batch=4)
-    if not _near(four, 4 * flops):
-        raise Wrong(f"Llama-3-8B: from batch 1 to 4 your FLOPs grow {four / flops:.2f} times, not "
-                    "4 times. Every row meets every weight.")
+    for_four, _ = _count(answer, "llama-3-8b", batch=4)
+    if not _near(for_four, 4 * flops):
+        raise Wrong(f"Llama-3-8B: from batch 1 to 4 your FLOPs grow {for_four / flops:.2f} times, "
+                    "not 4 times. Every row meets every weight.")
+
+
+def _missing(answer: Answer) -> str:
+    """Which of two: in Llama-3-8B the LM head and all output matrices are nearly as large, in
+    Llama-2-7B they are not."""
+    other = catalog.model("llama-2-7b")
+    flops, _ = _count(answer, "llama-2-7b")
+    outputs = other.L * other.N * other.H * other.D
+    if _near(flops, 2 * (other.matrix_parameters() + other.V * other.D - outputs)):
+        return "The output matrix of attention is missing: N·H x D weights in each layer."
+    return "The LM head is missing: D x V weights meet each row too."
 
 
 def the_cache_holds_kv_heads(answer: Answer) -> None:
@@ -166,11 +185,12 @@ def the_head_is_read_and_the_embedding_is_not(answer: Answer) -> None:
     for name in ("llama-3-8b", "llama-3.2-1b"):
         shape, (_, moved) = catalog.model(name), _count(answer, name)
         head, layers = 2 * shape.V * shape.D, 2 * shape.matrix_parameters()
-        tied = "tied: the embedding table is the head" if shape.tied else "not tied"
+        tied = "tied: the embedding table is the LM head" if shape.tied else "not tied"
         _recognise(moved, layers + head, f"{shape.name} ({tied}), bytes at one token of context",
-                   "B", {layers: "The head is missing: every step reads D x V numbers for it.",
+                   "B", {layers: "The LM head is missing: every step reads D x V numbers "
+                                 "for it.",
                          layers + 2 * head: "The embedding table is not read: a step looks up one "
-                                            "row of it. Only the head is read whole.",
+                                            "row of it. Only the LM head is read whole.",
                          (layers + head) / 2: "A number in bf16 has 2 bytes.",
                          2 * (layers + head): "A number in bf16 has 2 bytes."})
 
@@ -190,9 +210,10 @@ TASK = Task(
     student="my_decode_step",
     properties=(
         it_returns_flops_and_bytes,
+        flops_come_first_and_bytes_second,
         weights_are_read_once_whatever_the_batch,
         the_cache_grows_with_batch_and_context,
-        a_multiply_and_an_add_are_two_flops,
+        each_row_meets_every_weight_for_two_flops,
         the_cache_holds_kv_heads,
         every_query_head_scores_the_context,
         head_dim_is_read_where_it_is_stated,

@@ -38,11 +38,13 @@ def _agent_turn() -> Exercise:
         "tpot": Step(tpot, {
             weights / bandwidth: "The cache is missing.",
             tpot_of(1, prompt + written): "That is the last token's. Take the mean context.",
+            tpot_of(1, written // 2): "The prompt is in the cache too: 8,000 + 15,000 tokens.",
             tpot_of(heads, context): f"The cache holds {shape.K} KV heads, not {shape.N}.",
             2 * (numbers + shape.V * shape.D) / peak: "At batch 1 the FLOPs are the lesser part: "
                                                       "compare with the bytes.",
         }, "s"),
         "seconds": Step(seconds, {
+            ttft + 15_000 * tpot: "15,000 is the mean of what is written; 30,000 steps run.",
             (prompt + written) * tpot: "The prompt is not written token by token: TTFT, then "
                                        "30,000 steps.",
             ttft + prompt * tpot: "The answer has 30,000 tokens; the prompt had 8,000.",
@@ -64,6 +66,9 @@ def _compute_bound() -> Exercise:
     numbers, kv, ridge = shape.streamed_bytes() / 2, shape.kv_bytes_per_token(), card.ridge("bf16")
     longest, batch = 2 * numbers / kv / ridge, 2 * ridge
     cache = batch * longest / 2 * kv
+    # R·2·n / (2·n - R·S·kv) sequences reach the ridge at S; their caches fill what is left at S:
+    room = card.memory - shape.stored_bytes()
+    both = 2 * numbers * room / (ridge * kv * (2 * numbers + room))
     heads = shape.N / shape.K
     assert shape.stored_bytes() + cache > card.memory
     return Exercise("compute_bound", {
@@ -77,15 +82,15 @@ def _compute_bound() -> Exercise:
             ridge: "That would do if no sequence had a cache. At this context half of the bytes "
                    "that a sequence may cost are its cache.",
             4 * ridge: "At half the longest context a sequence's FLOPs outweigh its cache twice: "
-                       "2·P·B / (2·P + P·B / R) = R."}),
+                       "2·n·B / (2·n + n·B / R) = R, with n weights and ridge R."}),
         "cache": Step(cache, {
             cache / batch: "That is one sequence's.",
             cache * 2: "Take half of the longest context.",
             cache * heads: f"The cache holds {shape.K} KV heads, not {shape.N}."}, "B", rtol=0.03),
         "fits": Step(False, {True: "Add the weights: they and this cache are more than the card "
                                    "has."}),
-    }, means="even at a short context the memory ends before the batch is large enough: on this "
-             "card, decode of this model is memory-bound.")
+    }, means=f"at {longest / 2:.0f} tokens the memory ends first. A batch that reaches the ridge "
+             f"fits only up to some {both:.0f} tokens.")
 
 
 def _promise() -> Exercise:

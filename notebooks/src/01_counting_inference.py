@@ -15,15 +15,15 @@
 # reads 8,000 tokens and writes 30,000. An output token costs it several times a prompt token,
 # though both pass through the same weights. Why?
 #
-# *45 minutes. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from a config.json and a data
-# sheet.*
+# *45 minutes, exercises extra. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from a
+# config.json and a data sheet.*
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask the room: which costs more, reading a token or writing one? By what factor?
 # Collect three numbers on the board. Usual wrong answer: "the same, it is the same FLOPs". The
-# FLOPs are the same; that is the point.
+# products' FLOPs are the same; that is the point.
 
-# %% tags=["core", "hide-input", "nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 from clawdemy_course import diagrams
 from clawdemy_course.build_01 import CONFIGS, config_of
 from clawdemy_infer import published
@@ -33,12 +33,12 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
-from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.lesson.tables import Table, interval, si
 from clawdemy_infer.machine.calibrate import this_machine
 
 import matplotlib.pyplot as plt
 import sympy
-from IPython.display import HTML, Markdown, display
+from IPython.display import Markdown, clear_output, display
 
 plots.use_style()
 machine = this_machine()
@@ -46,17 +46,27 @@ lesson = Lesson("01 counting_inference", machine=machine)
 display(Markdown(
     "**B** batch, **S** context, **T** new tokens of a sequence; **L** layers, "
     "**D** model width, **F** feed-forward width, **N** query heads, **K** KV heads, "
-    "**H** head dimension, **V** vocabulary. A step has B·T **rows**."))
+    "**H** head dimension, **V** vocabulary; **G** = N/K query heads share a KV head. "
+    "A step has B·T **rows**."))
 lesson.card()
 
+# %% [markdown] tags=["notes"]
+# **1 min.** The letters of the whole course, and the machine that we shall time. They come back in
+# the picture: do not explain each of them now.
+
 # %% tags=["core", "slide", "hide-input"]
+display(Markdown(
+    "**SmolLM2-135M, bf16, 512 tokens.** Each half of a layer reads the *residual "
+    "stream* and adds to it. *Below the line: another scale.*"))
 diagrams.layer(catalog.model("smollm2-135m"))
 
 # %% [markdown] tags=["notes"]
-# **3 min.** One layer of the model that we run later. Name the letters while you point: D model
-# width, F feed-forward width, N query heads, K KV heads, H head dimension, L layers, V
-# vocabulary; B batch, S context, T new tokens. Ask: which of these bytes can two users share?
-# (The weights; never the cache.)
+# **2 min.** One layer of the model that we run later. Point at the residual stream: the sum that
+# each half of a layer reads and adds to. The MLP has three matrices, gate, up and down. The LM
+# head is the last D x V matrix. The bars below the line are the whole step, on another scale. Ask:
+# which of these bytes can two users share? (The weights; of the cache only a common beginning:
+# lesson 06.) With 512 rows the intensity is 125, not 512: D is 576, no larger than the rows, and
+# activations count.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Envelope
@@ -64,8 +74,8 @@ diagrams.layer(catalog.model("smollm2-135m"))
 # **A matrix product.** `Y = X @ W`, X of [B·T, D], W of [D, F], 2 bytes a number. B sequences
 # bring T new tokens each: a prompt has many, a decode step one.
 #
-# FLOPs over bytes is the **arithmetic intensity**. In a language model D and F are large beside
-# the rows: let them grow, and see what stays.
+# FLOPs over bytes is the **arithmetic intensity**. What stays of it while the rows are few beside
+# D and F? (With many rows it stops at D·F / (D + F).)
 
 # %% tags=["core", "fragment"]
 B, T, D, F = sympy.symbols("B T D F", positive=True)
@@ -79,12 +89,15 @@ c = sympy.symbols("c", positive=True)
 wide = (flops / bytes).subs({D: c * D, F: c * F})
 limit = sympy.limit(wide, c, sympy.oo)
 assert limit == B * T               # the rows that share one reading of W
+many = sympy.limit(flops / bytes, T, sympy.oo)
+assert sympy.simplify(many - D * F / (D + F)) == 0
 print("intensity", sympy.simplify(flops / bytes), " -> ", limit)
 
 # %% [markdown] tags=["notes"]
 # **4 min.** Let the room say each line before you show it. Usual slips: one FLOP for a
 # multiply-add; reading W once per row. The limit is the whole lesson: the intensity is the number
-# of rows. Prefill has T of them from one user, decode has B, one from each user.
+# of rows, while they are few beside D and F. Prefill has T of them from one user, decode has B,
+# one from each user.
 
 # %% tags=["core", "slide"]
 S, K, H, G = sympy.symbols("S K H G", positive=True)
@@ -93,7 +106,7 @@ S, K, H, G = sympy.symbols("S K H G", positive=True)
 def attention_intensity(N, K):
     """T queries meet S keys and values. Each sequence reads its own cache. In
     grouped-query attention (GQA) G = N/K query heads share a KV head; G = 1 is MHA.
-    (Causality halves a prefill's FLOPs.)"""
+    A fused kernel (FlashAttention) never writes the scores to memory."""
     bytes = 2 * B * T * N * H               # read Q
     bytes += 2 * 2 * B * S * K * H          # read K and V, once for each KV head
     flops = 2 * B * T * S * N * H           # scores: Q times K transposed
@@ -101,41 +114,51 @@ def attention_intensity(N, K):
     bytes += 2 * B * T * N * H              # write the output
     return sympy.simplify(flops / bytes)
 
-
-mha, gqa = attention_intensity(K, K), attention_intensity(G * K, K)
-assert sympy.simplify(mha - S * T / (S + T)) == 0       # B is gone
-assert mha.subs(T, S) == S / 2                          # prefill: grows with the prompt
-assert sympy.limit(gqa.subs(T, 1), S, sympy.oo) == G    # decode: G, at any batch
-print("MHA", mha, "  GQA", gqa)
-
 # %% [markdown] tags=["notes"]
-# **4 min.** Ask before running: what does a larger batch do for attention? Nothing: **B is
-# gone.** Prefill: S/2, thousands. Decode: 1 for MHA, G for GQA, 4 to 8 today, against a ridge
-# point near 300 on an H100. A kernel that reads K and V once per *query* head throws the gain of
-# GQA away.
+# **3 min.** Let the room say each line. Then ask: what does a larger batch do for attention? Take
+# votes; the next slide answers.
 
 # %% tags=["core", "slide", "hide-input"]
+mha, gqa = attention_intensity(K, K), attention_intensity(G * K, K)
+causal = sympy.simplify(gqa.subs(T, S) / 2)             # half of the pairs are seen
+assert sympy.simplify(mha - S * T / (S + T)) == 0       # B is gone
+assert causal.subs(G, 1) == S / 4
+assert sympy.limit(gqa.subs(T, 1), S, sympy.oo) == G    # decode: G, at any batch
+print("MHA", mha, "  GQA", gqa)
 h100, llama_3 = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
+shared = llama_3.N // llama_3.K
+Markdown(
+    "* A **product**: the rows that share one reading of W. T from a prompt, B from a "
+    "decode step.\n"
+    "* **Attention**: B is gone. Each sequence reads its own cache.\n"
+    f"* Causal prefill: S/4 in MHA, {float(causal.subs({G: shared, S: 1})):.1f}·S in "
+    f"{llama_3.name}.\n"
+    f"* Decode: 1 in MHA, G in GQA, {shared} in {llama_3.name}.\n"
+    f"* The ridge point of an H100: {h100.ridge('bf16'):.0f}.\n\n"
+    "**Prefill is compute-bound, decode is memory-bound.**")
+
+# %% [markdown] tags=["notes"]
+# **2 min.** A larger batch does nothing for attention: **B is gone.** In prefill it grows with the
+# prompt, to thousands. A kernel that reads K and V once per *query* head throws the gain of GQA
+# away.
+
+# %% tags=["core", "slide", "hide-input"]
 llama_2 = catalog.model("llama-2-13b")
-display(Markdown(
-    "A product's intensity is the number of rows that share one reading of W: T from a "
-    "prompt, B from a decode step. In attention **B is gone**: each sequence reads its "
-    f"own cache. S/2 in prefill; G in decode, {llama_3.N // llama_3.K} for "
-    f"{llama_3.name}. The ridge point of an H100 is {h100.ridge('bf16'):.0f}. "
-    "**Prefill computes, decode reads.**"))
 lines = []
 for batch in (1, 64, 256):
     fits = llama_2.fits(h100.memory, batch, 1024)
-    step_s = (fits.weight_bytes + fits.kv_bytes) / h100.bandwidth_at()
+    step_s = (llama_2.streamed_bytes() + fits.kv_bytes) / h100.bandwidth_at()
     shown = si(step_s, "s"), f"{batch / step_s:,.0f}"
     lines.append((str(batch), si(fits.weight_bytes, "B"), si(fits.kv_bytes, "B"),
                   *(("yes", *shown) if fits else ("no", "–", "–"))))
 columns = ("batch", "weights", "KV cache", "fits?", "time per token", "tokens/s")
 Table(columns, lines, [name for name in columns if name != "fits?"],
-      f"Capacity first: {llama_2.name}, 1,024 tokens, H100 of {si(h100.memory, 'B')}")
+      f"Capacity first: {llama_2.name}, 1,024 tokens, H100. The 80 GB on its box are "
+      f"80 GiB = {si(h100.memory, 'B')}")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** A configuration that does not fit has no speed. From 1 to 64, throughput grows since
+# **2 min.** A configuration that does not fit has no speed. A step reads the stored weights but the
+# embedding. From 1 to 64, throughput grows since
 # the weights are shared, and the time per token grows since the caches are not. Ask: what would 8
 # KV heads instead of 40 do to the last row? (A fifth of the cache: it fits.)
 
@@ -153,23 +176,24 @@ lesson.guess("time per token, context 512, fp32", ...)
 lesson.guess("time per token, context 512, bf16", ...)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Everybody writes three numbers down. Hint for those who hesitate: 135 million
+# **2 min.** Everybody writes three numbers down. Hint for those who hesitate: 135 million
 # parameters, 4 bytes each, and the bandwidth on the machine card at the top. Do not correct
 # anybody yet.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Build
 #
-# Count a decode step of any dense decoder from its config.json:
+# A decode step of the Llama family (gated MLP, full attention):
 #
 # * a multiply and an add are 2 FLOPs, a number is 2 bytes (bf16);
-# * each weight matrix is read once a step, the head too; the embedding is a look-up of one row;
-# * each sequence reads its keys and values of all `context` tokens;
-# * norms, RoPE and activations are below 1 %: leave them out.
+# * the MLP has three D x F matrices: gate, up, down;
+# * each matrix is read once a step, the LM head too; the embedding is not;
+# * each sequence reads its cache;
+# * leave out norms, RoPE, activations: small at small batches, assumed on the chip.
 
 # %% [markdown] tags=["notes"]
-# **2 min.** The rules are those of the envelope. Ask: does it matter whether the head is tied to
-# the embedding? (Not for what a step reads: the head is read either way. It matters for what is
+# **1 min.** The rules are those of the envelope. Ask: does it matter whether the LM head is tied
+# to the embedding? (Not for what a step reads: it is read either way. It matters for what is
 # stored.)
 
 # %% tags=["core", "slide", "build"]
@@ -181,7 +205,7 @@ def my_decode_step(config, batch, context):
     N, K = config["num_attention_heads"], config["num_key_value_heads"]
     F, V = config["intermediate_size"], config["vocab_size"]
     H = ...             # "head_dim" where the config states it, else D // N
-    weights = ...       # numbers in the matrices of all layers, and in the head
+    weights = ...       # numbers in the matrices of all layers, and the LM head
     cached = ...        # numbers that one sequence keeps: K and V, every layer
     flops = ...         # the rows' products, and attention's
     bytes = ...
@@ -191,7 +215,7 @@ def my_decode_step(config, batch, context):
 decode_step = lesson.build("decode_step", my_decode_step)
 
 # %% [markdown] tags=["notes"]
-# **8 min.** Students write; the check names the first property that fails, with an example. Usual
+# **6 min.** Students write; the check names the first property that fails, with an example. Usual
 # wrong answers: N heads in the cache instead of K; one FLOP for a multiply-add; the embedding
 # counted as read; weights times batch; D/N where `head_dim` says otherwise (Qwen3). An open stub
 # is fine: the lesson goes on with the library's count.
@@ -201,12 +225,15 @@ decode_step = lesson.build("decode_step", my_decode_step)
 #
 # Two predictions for each step. The **napkin** is your count over two numbers of the card: bytes
 # over bandwidth, or FLOPs over peak, whichever is longer. The **calibrated roofline** also knows
-# the rate of a product with M rows, of attention, and what a kernel launch costs; it says an
-# **interval**. Neither has seen the model run. A prompt of T tokens is T rows of the same
+# the rate of a product with few or many rows, of attention, and what a kernel launch costs; it says
+# an **interval**. Neither has seen the model run. The machine is looked at again right before and
+# after each run; if its speed changed, the interval is widened (both are shown); the step's own
+# time is never used. A prompt of T tokens is T rows of the same
 # products (the library counts its causal attention).
 #
-# Each measurement is kept in the **ledger**. Three steps are also measured part by part; the
-# **explained share** says how much of the difference to the napkin the parts account for.
+# Bound over measured is what the field calls **MFU** (FLOPs) and **MBU** (bytes). Each measurement
+# is kept in the **ledger**, a file of all your predictions. Three steps are also measured part by
+# part; the **explained share** says how much of the difference to the napkin the parts account for.
 
 # %% tags=["core", "nbval-ignore-output"]
 lesson.show("decode_step")               # the library's count, folded
@@ -228,35 +255,56 @@ for name, step in steps.items():
     lesson.predict(name, napkin, step.predict(machine), unit="s")
 lesson.reveal()
 
-# %% tags=["core", "measured", "nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 for name, step in steps.items():
     explained = "prompt 256" in name or "context 512" in name   # these part by part
     lesson.measure(name, step, parts=None if explained else ())
+clear_output()                                          # all eight are in a table below
+for name, row in lesson.rows.items():
+    if row.measured and ("prompt 256" in name or "context 512" in name):
+        spread = f" ± {row.spread:.0%}" if row.spread else ""
+        told = lesson.said[name][1]
+        before, after = (interval(each.low, each.high, "s") for each in (told, row))
+        after = f", widened to {after}" if after != before else ""
+        print(f"{name}:\n    napkin {si(row.napkin, 's')}, measured "
+              f"{si(row.measured, 's')}{spread}\n    predicted {before}{after}")
+
+# %% [markdown] tags=["notes"]
+# **3 min.** Runs about a minute: meanwhile ask who guessed lowest. If it fails or drags, stay on
+# the slide: its numbers are a whole run's, on the machine that built the deck. Napkin beside
+# measured: who was nearer, the guess or the napkin? Do not explain yet.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Reconcile
 #
-# What is the largest part of what lies between napkin and stopwatch, for a token at context 512
-# in fp32? Commit yourself first: `"products"`, `"attention"`, `"element-wise"`, `"launches"`,
-# `"memory was slower than calibrated"`, `"memory was faster than calibrated"`, `"not explained"`.
+# What is the largest part of what lies between napkin and stopwatch: for a **token** at context 512
+# in fp32, and for the **TTFT** of 256? Commit yourself to a cause for each:
+#
+# 1. `"products"`
+# 2. `"attention"`
+# 3. `"element-wise"` (norms, activations, additions)
+# 4. `"launches"`
+# 5. `"memory was slower than calibrated"`, `"memory was faster than calibrated"` (the token)
+# 6. `"compute was slower than calibrated"`, `"compute was faster than calibrated"` (the TTFT)
+# 7. `"not explained"`
 
 # %% tags=["core", "fragment", "guess"]
 lesson.cause("time per token, context 512, fp32", ...)
 lesson.cause("TTFT, prompt 256, fp32", ...)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Vote by hands, for the token and for the prompt. Ask somebody for the reason. A
+# **2 min.** Vote by hands, for the token and for the prompt. Ask somebody for the reason. A
 # launch is what an operation costs however small it is.
 
-# %% tags=["core", "slide", "measured", "nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 lesson.explain("time per token, context 512, fp32")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Read the waterfall from left to right. Each bar was measured by itself; what is left
-# is called *not explained*. Then the vote. A part's bar is what it took beyond its share of the
-# napkin.
+# **2 min.** Read the waterfall from left to right. Products and attention were clocked; launches
+# are a count times a price; element-wise is what is left between products. The rest is *not
+# explained*. A part's bar is what it took beyond its share of the napkin. Then the vote.
 
-# %% tags=["core", "slide", "measured", "nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 lesson.explain("TTFT, prompt 256, fp32")
 
 # %% [markdown] tags=["notes"]
@@ -265,28 +313,32 @@ lesson.explain("TTFT, prompt 256, fp32")
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 measured = {name: row.measured for name, row in lesson.rows.items()}
-prompt_token = measured["TTFT, prompt 1024, fp32"] / 1024
-output_token = measured["time per token, context 1024, fp32"]
+shape, long = catalog.model("smollm2-135m"), 1024
+prompt_token = measured[f"TTFT, prompt {long}, fp32"] / long
+output_token = measured[f"time per token, context {long}, fp32"]
+ratio = shape.decode(1, long).flops * long / shape.prefill(1, long).flops
 display(Markdown(
-    f"A token of a prompt of 1,024 costs **{si(prompt_token, 's')}**, an output token "
-    f"**{si(output_token, 's')}**: "
-    f"**{output_token / prompt_token:.0f} times** as much, for the same FLOPs. Decode "
-    "does not compute; it reads."))
+    f"A token of a prompt of {long:,} costs **{si(prompt_token, 's')}**, an output "
+    f"token at context {long:,} **{si(output_token, 's')}**: "
+    f"**{output_token / prompt_token:.0f} times** as much, for {ratio:.1f} times the "
+    "FLOPs. Batches share the reading: they bring the price of output tokens down to "
+    "the usual several times."))
 lesson.table()
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Back to the numbers on the board: what is the factor? Compare the first row with the
-# decode rows: a prompt of 8 tokens costs about as much as one output token, since it too waits
-# for the weights.
+# **3 min.** Back to the numbers on the board: what is the factor? Then the table: compare its first
+# row with the decode rows. A prompt of 8 tokens waits for the weights too; Further
+# says how its time compares.
 
 # %% [markdown] tags=["core"]
 # ## On a GPU
 #
 # What others measured for the same two phases, beside the same envelope: data-sheet bandwidth and
-# peak. The intensities carry over, and so does the order of the phases. Two costs look different
-# there. A **kernel launch** costs microseconds on the CPU side, so a small model in eager PyTorch
-# waits for launches; **CUDA graphs** record a step's kernels once and replay them with a single
-# launch. Lesson A1 asks hundreds of published runs how good the envelope is.
+# peak (fp32 accumulation). The time axis is logarithmic. The intensities carry over, and so does
+# the order of the phases. Two costs look different there. A **kernel launch** costs microseconds on
+# the CPU side, so a small model in eager PyTorch (one kernel at a time, from Python) waits for
+# launches; **CUDA graphs** record a step's kernels once and replay them with a single launch.
+# Lesson A1 asks hundreds of published runs how good the envelope is.
 
 # %% tags=["core", "slide", "hide-input"]
 IDS = ("r103", "r104", "r154", "r157", "r133", "r144", "r142", "r002")
@@ -294,73 +346,62 @@ runs = {run.id: run for run in published.read()}
 figure, ax = plt.subplots(figsize=(9, 4.6))
 names, said = [], []
 for place, run in enumerate(map(runs.get, IDS)):
-    asked = published.demand(run)
+    chip = published.demand(run).chip       # the peak as listed: sums in fp32
+    asked = published.demand(run.changed(
+        peak_TFLOPs_per_device=run.peak_TFLOPs_per_device / chip.fp16_accumulation))
     took, bound = asked.seconds(run.value), asked.bound
     prefill = run.metric == "ttft_ms"
-    gpu, software = run.hardware.split("-80GB")[0], run.software.split(" (")[0]
+    gpu = run.hardware.split("-80GB")[0]
+    software = run.software.replace(" (torch.compile)", "")
     what = f"TTFT of {run.prompt_len:,.0f}" if prefill else "a token"
-    names.append(f"{run.model}, {what}, {gpu}\n{software} ({run.source.split()[0]})")
+    names.append(f"{run.model}, {what}, {gpu}\n{software}")
     ax.barh(place - 0.2, bound, 0.38, color=plots.NAPKIN)
     ax.barh(place + 0.2, took, 0.38, color=plots.MEASURED)
     ax.text(took * 1.06, place + 0.2, f"{si(took, 's')}, {took / bound:.2f} ×",
-            va="center", fontsize=9)
+            va="center", fontsize=10)
     said.append(f"{run.model}, {what}, {gpu}: {took / bound:.2f}")
-ax.barh(0, 0, color=plots.NAPKIN, label="envelope: the data sheet's bandwidth and peak")
+ax.barh(0, 0, color=plots.NAPKIN, label="envelope (data sheet)")
 ax.barh(0, 0, color=plots.MEASURED, label="published")
 ax.set(title="Real kernels take longer than the envelope, in both phases", xscale="log",
-       xlim=(0.003, 0.6), ylim=(len(IDS) - 0.4, -0.6))
-ax.set_yticks(range(len(IDS)), names, fontsize=9)
+       xlim=(0.003, 2), ylim=(len(IDS) - 0.4, -0.6),
+       xlabel="time (logarithmic)")
+ax.set_yticks(range(len(IDS)), names, fontsize=10)
 ax.set_xticks([0.005, 0.02, 0.1, 0.5])
 ax.minorticks_off()
-ax.legend(loc="lower right", bbox_to_anchor=(1, 0.2))
+ax.legend(loc="lower right", fontsize=10)
 plots.units(ax.xaxis, "s")
 plots.show(figure, "Envelope and published time of eight runs, 16-bit weights, one "
                    "sequence on one GPU. Published over envelope: "
                    f"{'; '.join(said)}.")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** How far are real kernels from the data sheet? Ask which phase is nearer to its bound.
-# Llama-3-8B and Llama-3.1-8B have the same layers: the last two rows differ by their software
-# alone.
+# **2 min.** How far are real kernels from the data sheet? The axis is logarithmic. Ask which
+# phase is nearer to its bound. Llama-3-8B and Llama-3.1-8B have the same layers, but the last two
+# rows differ in software, in dtype, perhaps in the card: TinyChat's README does not say which A100
+# it had.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
 #
-# * **Short prompts**: with fewer rows than the ridge, prefill is memory-bound too.
-# * **Large batches, short contexts**: decode becomes compute-bound. Its attention never does.
-# * **Long contexts**: no batch helps; each sequence brings its own bytes. In prefill attention
-#   outgrows the products.
-# * **Tiny models**: neither bytes nor FLOPs decide, but launches.
-
-# %% tags=["core", "hide-input", "nbval-ignore-output"]
-def is_compute_bound(name, batch, context):
-    flops, bytes = decode_step(CONFIGS[name], batch, context)
-    return flops / h100.peak("bf16") > bytes / h100.bandwidth_at()
-
-
-batch = next(B for B in range(1, 10_000) if is_compute_bound("llama-3-8b", B, 128))
-flops, _ = decode_step(CONFIGS["llama-3-8b"], 1, 1)
-per_token = decode_step(CONFIGS["llama-3-8b"], 1, 2)[0] - flops
-assert not is_compute_bound("llama-3-8b", 10**6, 2048)
-short = measured["TTFT, prompt 8, fp32"] / measured["time per token, context 64, fp32"]
-Markdown(
-    "In numbers: this machine's ridge in fp32 is "
-    f"{2 * machine.ridge('fp32'):.0f} rows; a prompt of 8 took {short:.1f} times a "
-    "single token's time. Llama-3-8B on an H100 is compute-bound from batch "
-    f"{batch} at 128 tokens of context, and at 2,048 tokens at no batch. Attention's "
-    f"FLOPs pass the products' in prompts above {2 * flops / per_token:,.0f} tokens.")
+# * <span class="fragment">**Short prompts**: with fewer rows than the ridge, prefill is
+#   memory-bound too.</span>
+# * <span class="fragment">**Large batches, short contexts**: decode becomes compute-bound. Its
+#   attention with GQA never does; MLA comes near (lesson 03).</span>
+# * <span class="fragment">**Long contexts**: no batch helps; each sequence brings its own bytes. In
+#   prefill attention outgrows the products.</span>
+# * <span class="fragment">**Tiny models**: neither bytes nor FLOPs decide, but launches.</span>
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Each bullet is an assumption of the envelope that fails. Ask for a workload for each:
 # a classifier with short prompts; offline scoring with short contexts; a coding agent; a draft
 # model.
 
-# %% [markdown] tags=["core"]
+# %% [markdown] tags=["core", "slide"]
 # ## Play
 #
-# Serve Llama-3-8B with 8,192 tokens of context: **at least 1,500 tokens/s**, each user's token
-# within **20 ms**. Which card, which batch? Something breaks in red: the memory, or the promise.
-# The times come from your count.
+# **Llama-3-8B, 8,192 tokens.** Serve Llama-3-8B with 8,192 tokens of context: **at least 1,500
+# tokens/s**, each user's token within **20 ms**. Which card, which batch? Something breaks in red:
+# the memory, or the promise. The times come from your count.
 
 # %% tags=["core", "hide-input", "widget", "nbval-ignore-output"]
 def limits(card, batch, context, promise_ms):
@@ -378,16 +419,21 @@ def gauge(name, value, limit, unit):
     says = f"✗ over by {si(value - limit, unit)}" if broken else "✓"
     return (f'<div style="margin: 6px 0">{name}: <b>{si(value, unit)}</b> of '
             f'{si(limit, unit)} <b style="color: {colour}">{says}</b>'
-            '<div style="border: 1px solid #777; width: 420px; height: 14px">'
-            f'<div style="background: {colour}; height: 14px; '
+            '<div style="border: 1px solid #777; width: 60%; height: 0.8em">'
+            f'<div style="background: {colour}; height: 100%; '
             f'width: {min(100, 100 * value / limit):.0f}%"></div></div></div>')
 
 
 def design(card, batch, context, promise_ms):
     memory, time = limits(card, batch, context, promise_ms)
     rate = batch / time[0] if memory[0] <= memory[1] else 0
-    display(HTML(gauge("memory", *memory, "B") + gauge("time per token", *time, "s")
-                 + f"<div>{batch} sequences: <b>{rate:,.0f} tokens/s</b></div>"))
+    said = f"{catalog.machine(card).name}, {batch} sequences of {context:,} tokens"
+    html = (f"<div>{said}</div>" + gauge("memory", *memory, "B")
+            + gauge("time per token", *time, "s")
+            + f"<div><b>{rate:,.0f} tokens/s</b></div>")
+    plain = (f"{said}: {si(memory[0], 'B')} of {si(memory[1], 'B')}, "
+             f"{si(time[0], 's')} of {si(time[1], 's')} a token, {rate:,.0f} tokens/s")
+    display({"text/html": html, "text/plain": plain}, raw=True)
 
 
 CARDS = ["l4", "l40s", "rtx-4090", "a100-80gb-sxm", "h100-sxm", "h200-sxm", "mi300x"]
@@ -396,7 +442,112 @@ widgets.play(design, card=widgets.choose("card", CARDS, "h100-sxm"),
              context=widgets.powers_of_two("context", 512, 65536, 8192),
              promise_ms=widgets.powers_of_two("promise, ms", 5, 160, 20))
 
-# %% tags=["core", "slide", "hide-input"]
+# %% tags=["core", "fragment", "hide-input"]
+design("h100-sxm", 64, 8192, 20)
+
+# %% [markdown] tags=["notes"]
+# **2 min.** Switch to the notebook; the slide is the fallback, with the sliders as they start. At
+# 64 the promise is broken and the memory is not. Ask: which one number of the data sheet would you
+# improve to serve more users within 20 ms? (Bandwidth.) And what would an 8-bit cache do?
+
+# %% [markdown] tags=["core"]
+# ## Check yourself
+#
+# Use `decode_step(config, batch, context)`, and of the data sheet `card.peak("bf16")`,
+# `card.bandwidth_at()`, `card.memory`. Weights and cache are in bf16; GB are 10^9 bytes. Bytes of
+# one cached token are the difference of two contexts. A prompt of T tokens counts as batch T at
+# context T/2. Where several lines are wrong, mend the first; the others follow from it.
+#
+# **A turn of an agent.** Qwen3-32B on one H200, rented at $4 an hour. A turn reads 8,000 tokens and
+# writes 30,000. Give its TTFT (products and causal attention), its TPOT at the mean context while
+# it answers (prompt included), the seconds of the whole turn, its price in dollars alone on the
+# card, and the price of one turn when eight run together.
+#
+# **Compute-bound decode.** Llama-3.1-70B on one MI300X. Leave attention's FLOPs out, not its
+# bytes. What is the longest context at which some batch, however large, reaches the ridge point?
+# At *half* that context, which batch does? How many bytes of cache does it keep? Does it fit
+# beside the weights (`True` or `False`)?
+#
+# **A promise.** Qwen3-14B on L40S cards, 3,000 tokens of context, 45 ms a token promised. What is
+# the largest batch that keeps the promise? Does it fit? How many tokens/s does a card give then?
+# How many cards serve 5,000 tokens/s?
+
+# %% tags=["core", "exercise", "exercise:agent_turn"]
+config, card = config_of("qwen3-32b"), catalog.machine("h200-sxm")
+ttft = ...              # seconds; or text with a unit: "20 ms"
+tpot = ...              # seconds
+seconds = ...           # of the whole turn
+dollars = ...           # alone on the card
+dollars_of_8 = ...      # of one turn, when eight run together
+lesson.steps("agent_turn", ttft=ttft, tpot=tpot, seconds=seconds, dollars=dollars,
+             dollars_of_8=dollars_of_8)
+
+# %% tags=["core", "exercise", "exercise:compute_bound"]
+config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
+longest = ...           # tokens
+batch = ...             # sequences, at half of them
+cache = ...             # bytes
+fits = ...              # True or False
+lesson.steps("compute_bound", longest=longest, batch=batch, cache=cache, fits=fits)
+
+# %% tags=["core", "exercise", "exercise:promise"]
+config, card = config_of("qwen3-14b"), catalog.machine("l40s")
+batch = ...             # sequences
+fits = ...              # True or False
+tokens_per_s = ...      # of one card
+cards = ...             # a whole number
+lesson.steps("promise", batch=batch, fits=fits, tokens_per_s=tokens_per_s, cards=cards)
+
+# %% [markdown] tags=["further", "slide"]
+# ### Take with you
+#
+# * A product's intensity is its number of rows, while they are few: a prompt has many, a decode
+#   step one a user.
+# * Attention's does not grow with the batch: each sequence reads its own cache.
+# * Bytes over bandwidth give TPOT, FLOPs over peak give TTFT; capacity comes first.
+#
+# **Next**: what does remembering cost, and save? **Homework**: the three exercises above.
+
+# %% [markdown] tags=["notes"]
+# **1 min.** Three sentences; let the room say them first. The exercises take about half an hour;
+# the first one is the bill of an agent.
+
+# %% [markdown] tags=["further"]
+# ## Further
+#
+# **When does it lose, in numbers.**
+
+# %% tags=["further", "hide-input", "nbval-ignore-output"]
+def is_compute_bound(name, batch, context):
+    flops, bytes = decode_step(CONFIGS[name], batch, context)
+    return flops / h100.peak("bf16") > bytes / h100.bandwidth_at()
+
+
+batch = next(B for B in range(1, 10_000) if is_compute_bound("llama-3-8b", B, 128))
+longest = llama_3.matrix_parameters() / (llama_3.L * llama_3.N * llama_3.H)
+assert not is_compute_bound("llama-3-8b", 10**6, 2048)
+short = measured["TTFT, prompt 8, fp32"] / measured["time per token, context 64, fp32"]
+Markdown(
+    f"This machine's ridge in fp32 is {machine.ridge('fp32'):.1f} FLOPs per byte, "
+    f"that is {2 * machine.ridge('fp32'):.0f} rows (a number has 4 bytes and "
+    "brings 2 FLOPs a row); "
+    f"a prompt of 8 took {short:.1f} times a "
+    "single token's time. Llama-3-8B on an H100 is compute-bound from batch "
+    f"{batch} at 128 tokens of context, and at 2,048 tokens at no batch. (One maximum "
+    "for a whole step: reading and computing overlap perfectly.) Attention's "
+    f"FLOPs pass those of the layers' products in prompts above {longest:,.0f} tokens.")
+
+# %% [markdown] tags=["further"]
+# **The same token in bf16.** Half the bytes, and as many launches.
+
+# %% tags=["further", "hide-input", "measured", "nbval-ignore-output"]
+lesson.explain("time per token, context 512, bf16")
+
+# %% [markdown] tags=["further"]
+# **Play, every batch at once.** Llama-3-8B, 8,192 tokens, two cards: the promise breaks before
+# the memory does.
+
+# %% tags=["further", "hide-input"]
 batches, RED = [2**i for i in range(9)], plots.COLOURS[4]
 cards = dict(zip(("a100-80gb-sxm", "h100-sxm"), (*plots.COLOURS,), strict=False))
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.8))
@@ -422,65 +573,6 @@ plots.show(figure, "Llama-3-8B at 8,192 tokens on an A100 and an H100 of 80 GB. 
                    "weights and cache against the batch: from 128 on over the dashed "
                    "limit of 85.9 GB. Right, the time per token: over 20 ms from batch "
                    "32 on the A100, from 64 on the H100. What is over is a red cross.")
-
-# %% [markdown] tags=["notes"]
-# **2 min.** The promise breaks before the memory does, on both cards. Ask: which one number of
-# the data sheet would you improve to serve more users within 20 ms? (Bandwidth.) And what would
-# an 8-bit cache do?
-
-# %% [markdown] tags=["core"]
-# ## Check yourself
-#
-# Use `decode_step(config_of(name), batch, context)` and `catalog.machine(name)`. Peak and
-# bandwidth are the data sheet's; weights and cache in bf16; GB are 10^9 bytes.
-#
-# **A turn of an agent.** Qwen3-32B on one H200, rented at $4 an hour. A turn reads 8,000 tokens
-# and writes 30,000. Give its TTFT (products and causal attention), its TPOT at the mean context
-# of the answer, the seconds of the whole turn, its price in dollars alone on the card, and the
-# price of one turn when eight run together.
-#
-# **Compute-bound decode.** Llama-3.1-70B on one MI300X. Leave attention's FLOPs out, not its
-# bytes. What is the longest context at which some batch, however large, reaches the ridge point?
-# At *half* that context, which batch does? How many bytes of cache does it keep? Does it fit
-# beside the weights (`True` or `False`)?
-#
-# **A promise.** Qwen3-14B on L40S cards, 3,000 tokens of context, 45 ms a token promised. What is
-# the largest batch that keeps the promise? Does it fit? How many tokens/s does a card give then?
-# How many cards serve 5,000 tokens/s?
-
-# %% tags=["core", "exercise", "exercise:agent_turn"]
-config, card = config_of("qwen3-32b"), catalog.machine("h200-sxm")
-ttft = ...              # each may be a number, or text with a unit
-tpot = ...
-seconds = ...
-dollars = ...
-dollars_of_8 = ...      # of one turn, when eight run together
-lesson.steps("agent_turn", ttft=ttft, tpot=tpot, seconds=seconds, dollars=dollars,
-             dollars_of_8=dollars_of_8)
-
-# %% tags=["core", "exercise", "exercise:compute_bound"]
-config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
-longest = ...           # tokens
-batch = ...             # at half of them
-cache = ...
-fits = ...
-lesson.steps("compute_bound", longest=longest, batch=batch, cache=cache, fits=fits)
-
-# %% tags=["core", "exercise", "exercise:promise"]
-config, card = config_of("qwen3-14b"), catalog.machine("l40s")
-batch = ...
-fits = ...
-tokens_per_s = ...      # of one card
-cards = ...
-lesson.steps("promise", batch=batch, fits=fits, tokens_per_s=tokens_per_s, cards=cards)
-
-# %% [markdown] tags=["further"]
-# ## Further
-#
-# **The same token in bf16.** Half the bytes, and as many launches.
-
-# %% tags=["further", "measured", "nbval-ignore-output"]
-lesson.explain("time per token, context 512, bf16")
 
 # %% [markdown] tags=["further"]
 # **Where the batch stops helping.** The intensity of a whole decode step against its batch: it
@@ -514,9 +606,9 @@ took, one = gptq.value / 1e3, weights / (1e9 * gptq.peak_bw_GBps_per_device)
 Markdown(
     f"**{cards} cards, one bandwidth.** The GPTQ paper times {gptq.model} in fp16, "
     f"{si(weights, 'B')} of weights, on {cards} A100s of "
-    f"{gptq.peak_bw_GBps_per_device:,.0f} GB/s: {si(took, 's')} a token. One card's "
-    f"bandwidth would need {si(one, 's')}: {cards} cards did the work of "
-    f"{one / took:.2f}. "
+    f"{gptq.peak_bw_GBps_per_device:,.0f} GB/s, assuming SXM cards: "
+    f"{si(took, 's')} a token. One card's bandwidth would need "
+    f"{si(one, 's')}: {cards} cards did the work of {one / took:.2f}. "
     "The layers lie on the cards one after the other, and one card reads at a time. A "
     "pipeline makes room; it does not make a single token faster.")
 
@@ -568,14 +660,14 @@ Markdown(
 # %% [markdown] tags=["solution", "solution:compute_bound"]
 # <details><summary>compute_bound</summary>
 #
-# With P weights, kv bytes of cache a token and ridge R, a batch B has 2·P·B FLOPs and 2·P +
-# B·S·kv bytes. As B grows the intensity tends to 2·P / (S·kv): equal to R at S = 2·P / (kv·R). At
-# half of that S·kv is P / R, and 2·P·B = R·(2·P + P·B / R) gives B = 2·R.
+# With n weights, kv bytes of cache a token and ridge R, a batch B has 2·n·B FLOPs and 2·n +
+# B·S·kv bytes. As B grows the intensity tends to 2·n / (S·kv): equal to R at S = 2·n / (kv·R).
+# At half of that S·kv is n / R, and 2·n·B = R·(2·n + n·B / R) gives B = 2·R.
 #
 # ```python
 # config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
 # ridge = card.peak("bf16") / card.bandwidth_at()
-# _, weights = decode_step(config, 1, 1)                  # 2·P bytes
+# _, weights = decode_step(config, 1, 1)                  # 2·n bytes
 # kv = decode_step(config, 1, 2)[1] - weights
 # longest = weights / (kv * ridge)
 # batch = 2 * ridge

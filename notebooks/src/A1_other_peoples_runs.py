@@ -275,18 +275,18 @@ Markdown(f"""
 # the weights at least? Are the 41.8 ms `"a run"` or `"the formula"`?
 
 # %% tags=["core", "exercise", "exercise:cache_format"]
-numbers = ...
-at_two_bytes = ...
-room = ...
-format = ...
+numbers = ...           # a count
+at_two_bytes = ...      # bytes
+room = ...              # bytes
+format = ...            # text
 lesson.steps("cache_format", numbers=numbers, at_two_bytes=at_two_bytes, room=room,
              format=format)
 
 # %% tags=["core", "exercise", "exercise:possible_run"]
-least = ...
-too_fast = ...
-cards = ...
-claimed = ...
+least = ...             # seconds
+too_fast = ...          # how many times
+cards = ...             # a whole number
+claimed = ...           # text
 lesson.steps("possible_run", least=least, too_fast=too_fast, cards=cards,
              claimed=claimed)
 
