@@ -73,8 +73,8 @@ SUMMARY = Exercise("summary", {
         2 * MATRICES * WITH / FLOPS: "These are the rows with a cache.",
     }, unit="s"),
     "s_with": Step(SECONDS[1], {
-        2 * MATRICES * WITH / FLOPS: "Only the prefill runs at 400 TFLOP/s. A step of one row reads "
-                                     "all weights for 2 FLOPs each: bytes over bandwidth.",
+        2 * MATRICES * WITH / FLOPS: "Only the prefill runs at 400 TFLOP/s. A step of one row "
+                                     "reads all weights for 2 FLOPs each: bytes over bandwidth.",
         (N - 1) * TOKEN_S: "The prefill is missing: the first step reads the whole prompt.",
         PREFILL_S + (N - 1) * TOKEN_S / 2: "bf16 weights have 2 bytes each.",
         N * TOKEN_S + P * TOKEN_S: "The prompt goes through in *one* step, as P rows.",
