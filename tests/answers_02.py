@@ -72,6 +72,26 @@ class MyCache:
             del kept[length:]
 '''
 
+NONE = '''
+class MyCache:
+    def __init__(self, layers, kv_heads, head_dim, capacity):
+        self.capacity, self.kept = capacity, [None] * layers
+
+    def append(self, layer, k, v):
+        new = torch.stack((k, v))
+        if self.kept[layer] is not None:
+            new = torch.cat([self.kept[layer], new], dim=2)
+        if new.shape[2] > self.capacity:
+            raise ValueError("full")
+        self.kept[layer] = new
+
+    def read(self, layer):
+        return self.kept[layer][0], self.kept[layer][1]
+
+    def truncate(self, length):
+        self.kept = [each[:, :, :length] for each in self.kept]
+'''
+
 CHECK = """        if end > self.capacity:
             raise ValueError(f"{end} tokens, but the capacity is {self.capacity}")
 """
@@ -90,6 +110,15 @@ ANSWERS = {
     "right": RIGHT,
     "right, with torch.cat": CAT,
     "right, with lists": LISTS,
+    "right, from None on": NONE,
+    "right, from an empty dict on": NONE.replace("[None] * layers", "{}")
+    .replace("self.kept[layer] is not None", "layer in self.kept")
+    .replace("[each[:, :, :length] for each in self.kept]",
+             "{key: each[:, :, :length] for key, each in self.kept.items()}"),
+    "truncate beyond the length": RIGHT.replace(CUT, "self.lengths = [length] * len(self.lengths)"),
+    "stores bf16": RIGHT.replace("head_dim)\n        self", "head_dim, dtype=torch.bfloat16)\n"
+                                 "        self"),
+    "stores bf16, reads fp32": CAT.replace(", k]", ", k.bfloat16().float()]"),
     "keeps only the last chunk": CAT.replace("torch.cat([self.keys[layer], k], dim=1)", "k.clone()")
     .replace("torch.cat([self.values[layer], v], dim=1)", "v.clone()"),
     "grows along the heads": CAT.replace("dim=1", "dim=0"),
@@ -128,10 +157,14 @@ ANSWERS = {
 }
 
 MESSAGES = {
+    "truncate beyond the length": "truncate(5), read(0) gave keys of 5 tokens; expected 3",
+    "stores bf16": "gave keys of dtype torch.bfloat16; expected torch.float32",
+    "stores bf16, reads fp32": "Is a dtype with fewer bits in between?",
     "keeps only the last chunk": "After appending 1 token, then appending 1 token, read(0) gave "
                                  "keys of 1 token; expected 2",
     "grows along the heads": "raised RuntimeError: Sizes of tensors must match",
-    "reads room that is still empty": "After no append, read(0) gave keys of 16 tokens; expected 0",
+    "reads room that is still empty": "After appending 1 token, read(0) gave keys of 16 tokens; "
+                                     "expected 1",
     "gives keys for values": "keys are read as keys and values as values. After appending 1 token, "
                              "the values of token 1 in read(0) begin with 1; -1 was appended",
     "one storage for all layers": "each layer keeps its own",
@@ -143,11 +176,11 @@ MESSAGES = {
     "truncate forgets in layer 0 only": "truncate(1), read(1) gave keys of 3 tokens; expected 1",
     "truncate cuts off the front": "truncate(1), the keys of token 1 in read(0) begin with 3; 1",
     "the next append leaves a gap": "truncate forgets in every layer",
-    "a full cache overwrites": "kept 3, and append took 1 more",
-    "a full cache does not look": "kept 3, and append took 1 more",
+    "a full cache overwrites": "Of capacity 3, with 3 tokens kept, append took 1 more",
+    "a full cache does not look": "Of capacity 3, with 3 tokens kept, append took 1 more",
     "a full cache raises something else": "raised IndexError",
     "refuses too late": "a refused append of 1 token, read(0) gave keys of 4 tokens; expected 3",
-    "refuses the last that fits": "a full cache refuses",
+    "refuses the last that fits": "Of capacity 3, with 0 tokens kept, append refused 3 more",
     "keeps the caller's tensors": "tensors of the caller may be written over",
     "lists of the class": "append then read returns what was appended",
     "raises": "raised AttributeError",

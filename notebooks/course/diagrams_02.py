@@ -96,7 +96,7 @@ def cache(layers: int = 30, kv_heads: int = 3, head_dim: int = 64, length: int =
                 f"{si(capacity * one, 'B')}.")
     # 1. keys of one layer
     _sheet(d, places[0], "keys", rows, length, capacity)
-    d.text(54, 88 + 16 * rows, f"K =\n{kv_heads}", 13, "end")
+    d.text(58, 96 + 16 * rows, f"K = {kv_heads}", 13, "end")
     d.brace(places[0], places[0] + WIDE, bottom + 36, f"capacity: {of(capacity, 'token')}")
     d.text(places[0] + WIDE / 2, bottom + 74, f"each token and head: H = {head_dim} numbers", 13,
            "middle")
@@ -135,8 +135,7 @@ def cache(layers: int = 30, kv_heads: int = 3, head_dim: int = 64, length: int =
     d.box(64, y, used, 24, fill=KV)
     d.box(64 + used, y, 712 - used, 24, edge=KV)
     d.text(64, y + 44, f"a token: 2 · L · K · H · {width:g} bytes = {si(one, 'B')}")
-    d.text(776, y + 44, f"{si(length * one, 'B')} used of {si(capacity * one, 'B')}", 14, "end",
-           bold=True)
+    d.text(776, y + 44, f"{of(length, 'token')}: {si(length * one, 'B')}", 14, "end", bold=True)
     return d
 
 

@@ -49,15 +49,16 @@ LONG_AGENT = Exercise("long_agent", {
 
 LLAMA = catalog.model("llama-3-8b")
 P, N = 4_000, 200
-W, FLOPS, BANDWIDTH = 7e9, 400e12, 2.7e12
+MATRICES, FLOPS, BANDWIDTH = 7e9, 400e12, 2.7e12
 WITHOUT, WITH = N * (2 * P + N - 1) / 2, P + N - 1
-PREFILL_S, TOKEN_S = 2 * W * P / FLOPS, 2 * W / BANDWIDTH
-SECONDS = 2 * W * WITHOUT / FLOPS, PREFILL_S + (N - 1) * TOKEN_S
+PREFILL_S, TOKEN_S = 2 * MATRICES * P / FLOPS, 2 * MATRICES / BANDWIDTH
+SECONDS = 2 * MATRICES * WITHOUT / FLOPS, PREFILL_S + (N - 1) * TOKEN_S
 
 SUMMARY = Exercise("summary", {
     "rows_without": Step(WITHOUT, {
         N * P: "The text grows: step i sends P + i rows, not P.",
         WITH: "That is with a cache. Without one, each of the n steps sends everything so far.",
+        N * (P + N): "These are n steps as long as the whole text; step i sends P + i rows.",
         N * (2 * P + N - 1): "The mean of the first and the last step is half of their sum.",
         N * (N - 1) / 2: "The prompt goes through again in every step.",
     }, rtol=0.01),
@@ -66,12 +67,14 @@ SUMMARY = Exercise("summary", {
         N: "The prompt goes through once too.",
     }, rtol=1e-4),
     "s_without": Step(SECONDS[0], {
+        2 * MATRICES * N * (P + N) / FLOPS: "Not every step sends the whole text: step i sends "
+                                            "P + i rows.",
         SECONDS[0] / 2: "A multiply *and* an add: 2 FLOPs for each weight and row.",
-        2 * W * WITH / FLOPS: "These are the rows with a cache.",
+        2 * MATRICES * WITH / FLOPS: "These are the rows with a cache.",
     }, unit="s"),
     "s_with": Step(SECONDS[1], {
-        2 * W * WITH / FLOPS: "Only the prefill runs at 400 TFLOP/s. A step of one row reads all "
-                              "weights for 2 FLOPs each: it takes bytes over bandwidth.",
+        2 * MATRICES * WITH / FLOPS: "Only the prefill runs at 400 TFLOP/s. A step of one row "
+                                     "reads all weights for 2 FLOPs each: bytes over bandwidth.",
         (N - 1) * TOKEN_S: "The prefill is missing: the first step reads the whole prompt.",
         PREFILL_S + (N - 1) * TOKEN_S / 2: "bf16 weights have 2 bytes each.",
         N * TOKEN_S + P * TOKEN_S: "The prompt goes through in *one* step, as P rows.",
@@ -114,7 +117,7 @@ FETCH = Exercise("fetch_or_compute", {
         "fetch": "Over 12.5 GB/s, for Llama-2-7B: compare your first two answers.",
     }),
 }, means="Fewer KV heads: the same FLOPs for a quarter of the bytes. Over this link the prompt of "
-         "Llama-3-8B is worth fetching, that of Llama-2-7B is not. Prefix caching lives on that "
-         "difference.")
+         "Llama-3-8B is worth fetching, that of Llama-2-7B is not. Offloaded and remote "
+         "prefix caches live on that difference.")
 
 EXERCISES = {each.name: each for each in (LONG_AGENT, SUMMARY, FETCH)}
