@@ -69,7 +69,7 @@ def layer(shape: ModelShape | None = None, batch: int = 1, context: int = 512,
     parts = [by_part(shape.layers[0], run) for run in runs.values()]
     wholes = [_whole(shape, run) for run in runs.values()]
     said = "; ".join(f"{name}, {_said(whole)}" for name, whole in zip(runs, wholes, strict=True))
-    d = Diagram(800, 430, f"One of the {shape.L} layers of {shape.name} with its bytes and FLOPs. "
+    d = Diagram(800, 425, f"One of the {shape.L} layers of {shape.name} with its bytes and FLOPs. "
                 "Norm, Q, K, V, attention over the KV cache and output, then norm, gate and up, "
                 "and down, each half added to the residual stream. All rows of a step share one "
                 f"reading of the weights. All layers and the head: {said}.")
@@ -81,9 +81,9 @@ def layer(shape: ModelShape | None = None, batch: int = 1, context: int = 512,
         d.step()
         if not only:
             _title(d, 222, list(runs)[0])
-            legend(d, 416, (14, "weights", WEIGHTS, False))
+            legend(d, 412, (14, "weights", WEIGHTS, False))
         if only == 1:
-            legend(d, 416, (150, "KV cache", KV, True), (290, "activations", ACTIVATIONS, False))
+            legend(d, 412, (150, "KV cache", KV, True), (290, "activations", ACTIVATIONS, False))
         for name, share in parts[0].items():
             _bars(d, 222, PARTS[name], share, 276 / longest, names)
     # 5. a prompt

@@ -134,12 +134,9 @@ plots.show(
     fig, "Roofline of an H100 in bf16: the attainable rate rises with the arithmetic "
     f"intensity up to the ridge point at {ridge:.0f} FLOPs per byte, then it is flat. "
     "FLOPs per byte: " + ", ".join(map(" ".join, intensities.items())))
-peak, reads = si(h100.peak("bf16"), "FLOP/s"), si(h100.bandwidth_at(), "B/s")
 Markdown(
     "**Arithmetic intensity** = FLOPs / bytes of a job. **Ridge point** = peak / "
-    f"bandwidth of a machine: {peak} / {reads} = **{ridge:.0f} FLOPs per byte**. "
-    f"With D = 4,096 in bf16, 1 row has {intensities['1 row']}, 64 rows have "
-    f"{intensities['64 rows']}.")
+    f"bandwidth of a machine. D = 4,096, bf16: 64 rows have {intensities['64 rows']}.")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Compare with what the room said: from how many rows on is the arithmetic busy? Usual wrong answers: 1, because it is a
@@ -179,6 +176,7 @@ launch_s = 10e-6                                # a few bytecodes, and PyTorch's
 box = Machine("box", ((1, reads),), {"fp32": computes}, 8e9, launch_s)
 one, many = (box.time(matmul(B, 1024, 1024), ops=1).seconds for B in (1, 64))
 
+machine = lesson.calibrated = this_machine(device)     # 20 s at most, the first time
 lesson.predict("main memory, reading", napkin=reads, unit="B/s")
 lesson.predict("peak in fp32", napkin=computes, unit="FLOP/s")
 lesson.predict("kernel-launch overhead", napkin=launch_s, unit="s")
@@ -237,7 +235,6 @@ def binary(size):
     return f"{size >> 20} MiB" if size >= 2**20 else f"{size >> 10} KiB"
 
 
-machine = lesson.calibrated = this_machine(device)
 # The student's probe over arrays of many sizes, in turn with the calibration's.
 sizes = [2**p for p in range(15, 29)]
 data = torch.ones(sizes[-1] // 4, device=device)
@@ -290,11 +287,10 @@ def apart(other):
 (off, at), (off_now, _) = apart(kept), apart(again)
 smallest_s = sizes[0] / curve[sizes[0]]
 display(Markdown(
-    f"Main memory by your probe, now: **{si(main_memory, 'B/s')}**; predictions use "
-    f"the calibration's at the speed of this lesson's start, "
-    f"{si(machine.bandwidth_at(), 'B/s')}. Today's probe differs from the kept "
-    f"calibration by up to {off:.0%} (at {binary(at)}), but from the calibration's own "
-    f"probe, run now, by {off_now:.0%}."))
+    f"Main memory: **{si(main_memory, 'B/s')}**; predictions use "
+    f"{si(machine.bandwidth_at(), 'B/s')}. Your probe differs from the kept "
+    f"calibration by up to {off:.0%} (at {binary(at)}), from its own probe now "
+    f"by {off_now:.0%}."))
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Runs some ten seconds, up to half a minute where nothing was calibrated: meanwhile ask who guessed lowest. If it fails or drags, stay on the slide: its numbers are a whole run's, on the machine
@@ -480,6 +476,9 @@ Markdown(
 # - Which price breaks the promise at B = 16,384?
 # - Raise D until a machine fails at B = 1. Which price is it now, and does any batch help?
 
+# %% [markdown] tags=["notes"]
+# **1 min.** Read the questions aloud; nobody touches a slider yet.
+
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 machines = {"L4": l4, "H100": h100, "MacBook Air M2": laptop, "this machine": machine}
 DEADLINE_S, BATCHES = 20e-3, [2**p for p in range(15)]
@@ -521,11 +520,11 @@ widgets.play(promise, name=widgets.choose("machine", list(machines)),
              D=widgets.powers_of_two("D", 1024, 16384, 4096),
              B=widgets.powers_of_two("B", 1, 16384, 1024))
 
-# %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 promise("L4", 4096, 1024)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Switch to the notebook; the slide is the fallback. Let the room write down the largest batch of an L4 and of an H100 before anybody
+# **2 min.** Switch to the notebook; the slide is the fallback. Let the room write down the largest batch of an L4 and of an H100 before anybody
 # touches a slider; then one student drives. Usual wrong answer: in the ratio of their bandwidths. A large batch is
 # compute-bound, so the ratio of the peaks decides. Surprise: the L4's bars stay flat up to hundreds of rows, so users up to there cost nothing.
 

@@ -56,8 +56,7 @@ lesson.card()
 
 # %% tags=["core", "slide", "hide-input"]
 display(Markdown(
-    "**SmolLM2-135M, bf16, 512 tokens.** Each half of a layer reads the *residual "
-    "stream* and adds to it. *Below the line: another scale.*"))
+    "**SmolLM2-135M, bf16, 512 tokens.** Below the line: another scale."))
 diagrams.layer(catalog.model("smollm2-135m"))
 
 # %% [markdown] tags=["notes"]

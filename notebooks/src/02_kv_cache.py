@@ -485,7 +485,7 @@ def part_s(quantity: str, name: str) -> float:
 
 yours, theirs = (f"a token with {whose} cache, at 256"
                  for whose in ("a", "the library's"))
-lesson.measure(theirs, decode)
+lesson.measure(theirs, decode.time(machine), parts=decode.parts(machine))
 lesson.explain(yours)
 if Cache is ContiguousCache:
     print("Your cache is still open; answer it and this line compares.")
@@ -626,7 +626,7 @@ widgets.play(draw_memory,
              context=widgets.powers_of_two("context", 256, 131072, 8192),
              kv=widgets.choose("KV format", FORMATS))
 
-# %% tags=["core", "fragment", "hide-input"]
+# %% tags=["core", "hide-input"]
 for users in (64, 128):
     draw_memory("llama-3-8b", "h100-sxm", users, 8192, "bf16")
 
