@@ -3,6 +3,7 @@ same in each lesson that runs it."""
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -18,8 +19,8 @@ STEPS = {
 }
 """How a lesson names a decode step of SmolLM2-135M; what it does not say is fp32, B = 1, S = 64."""
 APART = 1.3
-"""Most that two measurements of one step may differ, over their napkins: each lesson's napkin knows
-the bandwidth that the machine had in its minutes."""
+"""Most that two measurements of one step may differ, over the middles of their intervals: what a
+lesson predicts knows how fast the machine read, computed and launched in its minutes."""
 
 
 def texts_of(path, calls):
@@ -37,7 +38,7 @@ def outputs_of(path):
 
 
 def measured_rows(path):
-    """(quantity, predicted interval, measured over napkin) of the rows of a lesson's ledger."""
+    """(quantity, predicted interval, measured over its middle) of the rows of a lesson's ledger."""
     for line in texts_of(path, "lesson.table()")[-1].splitlines():
         cells = re.split(r"\s{2,}", line.strip())
         spans = [cell for cell in cells if " – " in cell]
@@ -45,12 +46,12 @@ def measured_rows(path):
             low, high = spans[0].split(" – ")
             unit = re.sub(r"^[\d.,]+", "", high)
             low = low if re.search(r"[^\d.,]", low) else low + unit
-            napkin = from_si(cells[cells.index(spans[0]) - 1])[0]
-            yield cells[0], (from_si(low)[0], from_si(high)[0]), from_si(cells[-3])[0] / napkin
+            low, high = from_si(low)[0], from_si(high)[0]
+            yield cells[0], (low, high), from_si(cells[-3])[0] / math.sqrt(low * high)
 
 
 def steps():
-    """By step, the (lesson, interval, measured over napkin) of each lesson that has it."""
+    """By step, the (lesson, interval, measured over its middle) of each lesson that has it."""
     found = {}
     for path in LESSONS:
         pattern = STEPS.get(path.name[:2])
