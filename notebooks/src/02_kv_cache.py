@@ -655,19 +655,23 @@ for users in (64, 128):
 # faster* is the cache?
 
 # %% tags=["core", "exercise", "exercise:long_agent"]
-lesson.steps("long_agent",
-             per_token=...,             # bytes
-             agent=...,                 # bytes
-             agents=...,                # a number of agents
-             longest=...)               # tokens
+per_token = ...             # bytes
+agent = ...                 # bytes
+agents = ...                # a number of agents
+longest = ...               # tokens
+
+lesson.steps("long_agent", per_token=per_token, agent=agent, agents=agents,
+             longest=longest)
 
 # %% tags=["core", "exercise", "exercise:summary"]
-lesson.steps("summary",
-             rows_without=...,          # rows
-             rows_with=...,             # rows
-             s_without=...,             # seconds
-             s_with=...,                # seconds
-             times_faster=...)          # times
+rows_without = ...          # rows
+rows_with = ...             # rows
+s_without = ...             # seconds
+s_with = ...                # seconds
+times_faster = ...          # times
+
+lesson.steps("summary", rows_without=rows_without, rows_with=rows_with,
+             s_without=s_without, s_with=s_with, times_faster=times_faster)
 
 # %% [markdown] tags=["further", "slide"]
 # ## Further
@@ -693,12 +697,14 @@ lesson.steps("summary",
 # `"fetch"` or `"compute"`?
 
 # %% tags=["further", "exercise", "exercise:fetch_or_compute"]
-lesson.steps("fetch_or_compute",
-             fetch=...,                 # seconds
-             compute=...,               # seconds
-             even=...,                  # bytes per second
-             even_gqa=...,              # bytes per second
-             better=...)                # "fetch" or "compute"
+fetch = ...                 # seconds
+compute = ...               # seconds
+even = ...                  # bytes per second
+even_gqa = ...              # bytes per second
+better = ...                # "fetch" or "compute"
+
+lesson.steps("fetch_or_compute", fetch=fetch, compute=compute, even=even,
+             even_gqa=even_gqa, better=better)
 
 # %% [markdown] tags=["further"]
 # ### The library's cache, and all predictions beside the stopwatch
@@ -869,8 +875,8 @@ Table(["cache", "bytes", "of contiguous, fp32"],
 # per_token = 2 * 36 * 8 * 128 * 2                    # neither N = 32 nor D/N = 80
 # agent = 30_000 * per_token
 # free = 48 * 2**30 - 8.04e9                          # one copy of the weights for all
-# lesson.steps("long_agent", per_token=per_token, agent=agent, agents=free // agent,
-#              longest=free / 8 / per_token)
+# agents = free // agent
+# longest = free / 8 / per_token
 # ```
 #
 # </details>
@@ -884,8 +890,7 @@ Table(["cache", "bytes", "of contiguous, fp32"],
 # rows_with = P + n - 1                               # nobody reads the last token
 # s_without = 2 * weights * rows_without / 400e12
 # s_with = 2 * weights * P / 400e12 + (n - 1) * 2 * weights / 2.7e12     # FLOPs, then bytes
-# lesson.steps("summary", rows_without=rows_without, rows_with=rows_with,
-#              s_without=s_without, s_with=s_with, times_faster=s_without / s_with)
+# times_faster = s_without / s_with
 # ```
 #
 # </details>
@@ -896,9 +901,11 @@ Table(["cache", "bytes", "of contiguous, fp32"],
 # ```python
 # per_token, link = 2 * 32 * 32 * 128 * 2, 100e9 / 8  # bits are not bytes
 # computing = 14e9 / 400e12                           # seconds a token
-# lesson.steps("fetch_or_compute", fetch=4_000 * per_token / link, compute=4_000 * computing,
-#              even=per_token / computing, even_gqa=per_token / 4 / computing,
-#              better="compute")
+# fetch = 4_000 * per_token / link
+# compute = 4_000 * computing
+# even = per_token / computing
+# even_gqa = even / 4                                 # a quarter of the KV heads
+# better = "compute"
 # ```
 #
 # </details>
