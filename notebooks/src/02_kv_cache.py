@@ -627,8 +627,7 @@ widgets.play(draw_memory,
              kv=widgets.choose("KV format", FORMATS))
 
 # %% tags=["core", "hide-input"]
-for users in (64, 128):
-    draw_memory("llama-3-8b", "h100-sxm", users, 8192, "bf16")
+draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Switch to the notebook; the slide is the fallback. Move to 128 users: red, and the
