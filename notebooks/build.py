@@ -157,6 +157,7 @@ def build(script: Path, progress: bool = True) -> Path:
 
 CHECK = re.compile(r"^.*\blesson\.(?:exercise|steps|build)\(", re.MULTILINE)
 """The call that checks what a learner wrote above it."""
+STRICT = "%env CLAWDEMY_STRICT=1"
 
 
 def with_solutions(notebook: NotebookNode) -> NotebookNode:
@@ -168,11 +169,14 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
     Raises `ValueError` naming what has no check or no solution.
     """
     answered = copy.deepcopy(notebook)
-    uncompared = {"tags": ["nbval-ignore-output"]}
-    answered.cells.append(new_code_cell("%env CLAWDEMY_STRICT=1", id="strict", metadata=uncompared))
-    for index, source in solved_cells(notebook).items():
-        answered.cells.append(new_code_cell(source, id=f"solved-{index}", metadata=uncompared))
+    answered.cells.append(uncompared(STRICT, "strict"))
+    answered.cells += [uncompared(source, f"solved-{index}")
+                       for index, source in solved_cells(notebook).items()]
     return answered
+
+
+def uncompared(source: str, id: str) -> NotebookNode:
+    return new_code_cell(source, id=id, metadata={"tags": ["nbval-ignore-output"]})
 
 
 def as_answered(notebook: NotebookNode) -> NotebookNode:
@@ -184,8 +188,7 @@ def as_answered(notebook: NotebookNode) -> NotebookNode:
     answered.cells = [cell for cell in answered.cells if "core" in tags_of(cell)]
     for cell in answered.cells:
         cell.metadata["tags"] = ["nbval-ignore-output"]
-    strict = new_code_cell("%env CLAWDEMY_STRICT=1", id="strict", metadata=cell.metadata)
-    answered.cells.insert(0, strict)
+    answered.cells.insert(0, uncompared(STRICT, "strict"))
     return answered
 
 

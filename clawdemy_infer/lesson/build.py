@@ -23,14 +23,14 @@ from typing import NamedTuple
 
 import psutil
 
-from clawdemy_infer.lesson.tables import from_si, number, si
+from clawdemy_infer.lesson.tables import PREFIXED, from_si, number, si
 
 OPEN, WRONG, RIGHT = "open", "wrong", "right"
 MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
             TypeError, ValueError)
 """What a learner's function raises while it is still wrong. Anything else (Ctrl-C, no memory) is
 not about the exercise."""
-UNITS = ("s", "B", "B/s", "FLOP", "FLOP/s")
+UNITS = [unit + per for unit in PREFIXED for per in ("", "/s")]
 MEMORY = 2**30                                          # bytes that a check may take
 FORKS = sys.platform == "linux"     # macOS can, but there a child's matrix products may crash
 

@@ -192,11 +192,15 @@ class Lesson:
             return f"○ {quantity}: lost in noise"
         spread = f" ± {tables.percent(row.spread)}" if row.spread else ""
         said = f", predicted {tables.interval(row.low, row.high, row.unit)}" if row.low else ""
-        told = self.said[quantity][1]
-        if (told.low, told.high) != (row.low, row.high):
+        if self._widened(row):
+            told = self.said[quantity][1]
             said = (f", predicted {tables.interval(told.low, told.high, row.unit)}; widened to "
                     f"{tables.interval(row.low, row.high, row.unit)} by the speeds around the run")
         return f"{quantity}: {si(row.measured, row.unit)}{spread}{said}"
+
+    def _widened(self, row: LedgerRow) -> bool:
+        told = self.said[row.quantity][1]
+        return (told.low, told.high) != (row.low, row.high)
 
     def cause(self, quantity: str, choice: str | EllipsisType = ...) -> None:
         """What the learner takes for the largest difference between napkin and measured: a part,
@@ -242,8 +246,7 @@ class Lesson:
     def table(self) -> Table:
         """Predicted beside measured, as far as this lesson has come."""
         self.revealed |= self.rows.keys()
-        widened = any(self.said[quantity][1].low != row.low or self.said[quantity][1].high
-                      != row.high for quantity, row in self.rows.items())
+        widened = any(map(self._widened, self.rows.values()))
         return replace(tables.ledger_table(self.rows.values()), title="predicted: each interval is "
                        "widened by the machine's speeds right around its run" * widened)
 

@@ -17,7 +17,7 @@ from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.tables import si
-from clawdemy_infer.lesson.waterfall import REST, Account
+from clawdemy_infer.lesson.waterfall import COUNTED, REST, Account
 
 COLOURS = ["#3f52d6", "#e37700", "#1ca671", "#cb73d2", "#ce122d", "#646271"]
 """For machines, models and kinds of work, in order: far apart for every kind of colour vision, and
@@ -138,6 +138,7 @@ def show(figure: Figure, alt: str) -> None:
 def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
     """Draw the steps from napkin to measured: orange for what is slower, blue for what is faster,
     hatched for what is not explained. Returns the figure's alternative text."""
+    moments = {f"{limit} at that moment": kind for kind, (_, limit) in COUNTED.items()}
     bars, level = [("napkin", 0.0, row.napkin, NAPKIN)], row.napkin
     for name, step in found.steps.items():
         bars.append((name, level, step, MEASURED if step > 0 else ROOFLINE))
@@ -146,8 +147,8 @@ def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
     for place, (name, start, step, colour) in enumerate([*bars, ("measured", 0.0, level, NAPKIN)]):
         ax.bar(place, step, bottom=start, color="none" if name == REST else colour, width=0.7,
                edgecolor=colour, hatch="//" if name == REST else None)
-        moment = {"bandwidth at that moment": "memory", "peak at that moment": "compute"}.get(name)
-        name = f"{moment} was {'slower' if step > 0 else 'faster'}" if moment else name
+        if name in moments:
+            name = f"{moments[name]} was {'slower' if step > 0 else 'faster'}"
         shown = 0.0 if abs(step) < 1e-3 * level else step
         value = "+" * (start > 0 and shown > 0) + si(shown, row.unit)
         ax.annotate(value, (place, max(start, start + step)), xytext=(0, 3), ha="center",

@@ -128,20 +128,20 @@ def a_chunk_is_the_same_as_one_token_after_another(answer: type, T: int) -> None
 
 
 def truncate_forgets_in_every_layer_and_the_next_append_follows_on(answer: type) -> None:
-    both = Beside(answer, layers=2)
-    both.append(3)
-    both.truncate(1)
-    both.check()
-    both.append(2)
-    both.check()
+    _cut(answer, 1, more=2)
 
 
 def truncate_beyond_the_length_changes_nothing(answer: type) -> None:
+    _cut(answer, 5, more=1)
+
+
+def _cut(answer: type, length: int, more: int) -> None:
+    """Keep 3 tokens, truncate to `length`, append `more`."""
     both = Beside(answer, layers=2)
     both.append(3)
-    both.truncate(5)
+    both.truncate(length)
     both.check()
-    both.append(1)
+    both.append(more)
     both.check()
 
 
