@@ -31,8 +31,8 @@ FLOOR_S, FACTOR = 300, 20
 busy, and never less than `FLOOR_S`. The build writes `seconds` above `FLOOR_S / FACTOR`."""
 
 LAST_OUTPUT_S = 30
-"""What a cell shows may come so long after its end. Now and then ipykernel 7 loses the last
-message, and nothing is gained by waiting longer for it."""
+"""What a cell shows may come so long after its end. Where the kernel lost its last message, nothing
+is gained by waiting longer."""
 
 
 @dataclass(frozen=True)
