@@ -273,8 +273,9 @@ def test_rows_of_a_generation_are_those_drawn():
 
 
 def test_a_caches_bytes_are_those_of_the_librarys_cache():
-    used = ContiguousCache(30, 1, 3, 64, 5, torch.bfloat16).allocated_bytes
-    assert f"5 tokens: {si(used, 'B')}" in texts(PICTURES["cache"])
+    used, room = (ContiguousCache(30, 1, 3, 64, tokens, torch.bfloat16).allocated_bytes
+                  for tokens in (5, 12))
+    assert f"5 tokens: {si(used, 'B')} of {si(room, 'B')}" in texts(PICTURES["cache"])
     assert len(of_colour(PICTURES["cache"], KV, 30)) == 2 * 3 * 5
 
 

@@ -135,7 +135,8 @@ def cache(layers: int = 30, kv_heads: int = 3, head_dim: int = 64, length: int =
     d.box(64, y, used, 24, fill=KV)
     d.box(64 + used, y, 712 - used, 24, edge=KV)
     d.text(64, y + 44, f"a token: 2 · L · K · H · {width:g} bytes = {si(one, 'B')}")
-    d.text(776, y + 44, f"{of(length, 'token')}: {si(length * one, 'B')}", 14, "end", bold=True)
+    d.text(776, y + 44, f"{of(length, 'token')}: {si(length * one, 'B')} of "
+           f"{si(capacity * one, 'B')}", 14, "end", bold=True)
     return d
 
 

@@ -12,8 +12,8 @@
 # ## Question
 #
 # A chat answers in 300 words; an agent thinks for 30,000 tokens. Each new token looks back at all
-# others. Must the model *compute* them again? Plain programs do. Engines keep a **KV
-# cache** instead, and run out of memory.
+# earlier ones. Must the model *compute* them again? Plain programs do. Engines keep a **KV
+# cache** instead, and it fills the card.
 #
 # **45 minutes**, exercises extra. Before: lesson 01. Afterwards: you have built a KV
 # cache and know how many users fit.
@@ -82,11 +82,13 @@ whole, first_five = (ContiguousCache.for_model(decoder, batch=1, capacity=len(id
                      for _ in range(2))
 decoder(tokens, whole)
 decoder(tokens[:, :5], first_five)
-for ours, theirs in ((whole.keys, first_five.keys), (whole.values, first_five.values)):
+pairs = ((whole.keys, first_five.keys), (whole.values, first_five.values))
+for ours, theirs in pairs:
     torch.testing.assert_close(ours[..., :5, :], theirs[..., :5, :],
                                rtol=1e-3, atol=1e-3)
-print(f"the first 5 of {len(ids)} tokens: the same keys and values in all {L} layers, "
-      "up to rounding (1e-3)")
+apart = max((ours - theirs)[..., :5, :].abs().max().item() for ours, theirs in pairs)
+print(f"the first 5 of {len(ids)} tokens: the same keys and values in all {L} layers; "
+      f"the largest difference is {apart:.0e}, rounding of fp32")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "which of Q, K and V of token 5 does token 9 need?" Usual wrong answer: all three.
@@ -132,18 +134,18 @@ many, one = shape.prefill(1, S).flops, shape.decode(1, S).flops
 assert (many, one) == (flops(S, S * (S + 1) // 2, 1), flops(1, S, 1))
 read = (L * weights + V * D) * 4 + L * 2 * K * H * S * 4    # weights, keys and values
 Markdown(f"""
-**A whole generation with a cache does no more work than its last step without one.**
+**With a cache, the layers do in a whole generation exactly the work of its last step
+without one.** The LM head runs once a step.
 
 * {n} tokens after {P}, LM heads included: {si(without, "FLOP")} without,
   {si(with_cache, "FLOP")} with. Rows n² → n, pairs n³ → n².
-* Of weights, keys and values both read {si(read, "B")} at 256 tokens; activations come
-  on top. {many / read:.0f} FLOPs per such byte become {one / read:.1f}: compute-bound
-  turns **memory-bound**.
+* At 256 tokens both steps read {si(read, "B")} of weights, keys and values;
+  activations come on top. {many / read:.0f} FLOPs per such byte become
+  {one / read:.1f}: compute-bound turns **memory-bound**.
 """)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** The bold sentence is the one to remember (the LM head aside, which each step needs
-# once); let somebody say it in their own words. Then ask: "FLOPs fell by two hundred at 256 tokens.
+# **3 min.** The bold sentence is the one to remember; let somebody say it in their own words. Then ask: "FLOPs fell by two hundred at 256 tokens.
 # Does the time?" Usual wrong answer: yes. The weights are read all the same; only activations
 # became fewer. Draw the roofline of lesson 00 and move the dot to the left, below the slope.
 
@@ -165,8 +167,9 @@ A key and a value for each KV head and layer:
 
 **KV bytes per token = 2 · L · K · H · bytes**
 
-When all users together keep more tokens than (streamed weight bytes / KV bytes per
-token), the cache is larger: last column.
+When all users together keep more tokens than (weight bytes read in a step / KV bytes per
+token), the cache is the larger read: last column. A step reads all weights except the
+embedding table.
 """))
 header = ["model", "N / K", "KiB per token, bf16", "outweighs at, tokens"]
 Table(header, lines, header[1:])
@@ -178,9 +181,11 @@ def times(factors) -> str:
 
 same = [name for name, heads, width in mistakes if heads == width == 1]
 Markdown(f"""
+Two common mistakes, and the factor by which each is wrong:
+
 * **N for K:** {times((name, heads) for name, heads, _ in mistakes)}
 * **D/N for H:** {times((name, width) for name, _, width in mistakes)}
-* **{", ".join(same)}:** neither shows
+* **{", ".join(same)}:** neither mistake shows
 """)
 
 # %% [markdown] tags=["notes"]
@@ -198,7 +203,7 @@ Markdown(f"""
 # 1. How long does the next token take **without** a cache?
 # 2. And **with** one?
 # 3. How many times faster is that?
-# 4. At 1 token both steps are the same step. From which **length** on does the cache make a token
+# 4. At 1 token both steps compute the same. From which **length** on does the cache make a token
 #    twice as fast?
 #
 # Write text with a unit over the dots: `"500 ms"`, `"3 times"`, `"100 tokens"`. The card has the
@@ -288,10 +293,11 @@ lesson.reveal("a token without a cache, at 256", "a token with a cache, at 256",
 # %% [markdown] tags=["notes"]
 # **2 min.** The *napkin* knows three numbers: peak, bandwidth, model size. *Predicted* is the
 # calibrated roofline: how fast a product of that many rows really runs here, attention's own rate,
-# the price of each launch. Ask where they disagree most, and why the crossover lies near twice the
-# ridge in *rows*. (At the ridge in rows computing takes as long as reading, at twice as many rows
-# twice as long. An fp32 weight has 4 bytes for 2 FLOPs a row: twice the FLOPs per byte of lesson
-# 00, in rows.)
+# the price of each launch. Ask where they disagree most, and why the napkin's crossover lies a
+# quarter above twice the ridge in *rows*. (At the ridge in rows computing takes as long as reading,
+# at twice as many rows twice as long. An fp32 weight has 4 bytes for 2 FLOPs a row: twice the FLOPs
+# per byte of lesson 00, in rows. The quarter is the LM head: a fifth of the weights that are read,
+# and computed for one row only.)
 
 # %% [markdown] tags=["core", "slide"]
 # ## Build
@@ -445,9 +451,9 @@ plots.show(fig, "Left, time for one token against the length: at 256 tokens "
                 f"{si(took['with'][256], 's')} with one. Right, the speed-up: "
                 + ", ".join(f"{speedup[S]:.1f} at {S}" for S in LENGTHS)
                 + f". The ridge lies at {ridge_rows:.0f} rows.")
-print("Times in the figure: both kinds in turn. Those above: one after the other, at "
-      "other moments.\nThe ratio of those may differ; the speed-up that counts is the "
-      "figure's.")
+print("In the figure the two steps were timed in turn; the times above were taken one "
+      "after the other.\nTake the speed-up from the figure. The length of twice as fast "
+      "is interpolated between two of its dots.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Left: one line rises with the length, the other is flat. Right: the same as a ratio;
@@ -500,8 +506,8 @@ else:
 # **3 min.** From left to right: the napkin, each part by what it took beyond its share, then
 # measured. Products and attention were clocked; launches are a count times a price; element-wise is
 # what is left between products; what none accounts for is called "not explained". Who named the
-# largest bar? A student's cache and the library's read the same bytes; the launches differ by how
-# many slices and copies each makes. All predictions beside the stopwatch stand in a table under
+# largest bar? A student's cache and the library's read the same bytes; the times differ by the
+# kernels that copies launch and by the Python time of each slice. All predictions beside the stopwatch stand in a table under
 # Further.
 
 # %% [markdown] tags=["core", "slide"]
@@ -510,14 +516,15 @@ else:
 # The counting is the same. On a data-centre GPU:
 #
 # - The **ridge point** lies far to the right: more rows are free; crossover comes later.
-# - **Bytes** stream dozens of times as fast. A **launch** costs time of the host, which runs ahead
-#   of it; in short steps it may fall behind (CUDA graphs, lesson 10).
+# - **Bytes** stream dozens of times as fast. A **launch** costs host time. The host runs ahead of
+#   the GPU; in steps of many short kernels it may fall behind (CUDA graphs, lesson 10).
 # - **Prefix caching**: requests that begin alike share keys and values (lesson 06).
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Ask before you go on: "is the cache worth more or less on a GPU?" Usual wrong answer:
-# more, because it is faster. It is worth *less* at every length, by about the ratio of the ridge
-# points, until the cache is the larger read: a GPU has FLOPs to spare.
+# more, because it is faster. It is worth *less*: where both machines compute without a cache and
+# read with one, by the ratio of their ridge points, whatever the length. At a few tokens it saves
+# nothing on either.
 
 # %% tags=["core", "slide", "hide-input"]
 h100, t4 = catalog.machine("h100-sxm"), catalog.machine("t4")
@@ -537,7 +544,8 @@ bound = {"with": t4.napkin(gpt2.prefill(1, 5, logits=5, **FP32)) + sum(
                         for i in range(1000))}
 display(Markdown(f"""
 **GPT-2, fp32, 1,000 tokens on a T4.** Published by J. Lages 2023, not measured here.
-A cached token took {si(published["with"] / 1000, "s")}; its bytes take
+Without a cache both rows have the logits of all rows, as `transformers` then computed
+them. A cached token took {si(published["with"] / 1000, "s")}; its bytes take
 {si(bound["with"] / 1000, "s")}.
 """), Table(["", "without", "with", "times faster"],
             [[name, f"{of['without']:.1f} s", f"{of['with']:.1f} s",
@@ -560,9 +568,10 @@ A cached token took {si(published["with"] / 1000, "s")}; its bytes take
 # - **One token of output.** Classify a text: the cache is written, never read.
 # - **Memory.** Each user needs room for all of their tokens; that limits how many share a card
 #   (lessons 04 and 06).
-# - **Long contexts.** Each step reads *all* of the cache; at last it outweighs the weights (lesson
-#   03).
-# - **A cache that copies.** `torch.cat` writes everything anew for each token; see Further.
+# - **Long contexts.** Each step reads *all* of the cache; eventually it is a larger read than the
+#   weights (lesson 03).
+# - **A cache that copies.** `torch.cat` writes everything anew for each token: three times the
+#   bytes, though not three times the time (Further).
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Let the room find the first two. Then ask: "a batch of eight: are the weights read
@@ -578,6 +587,9 @@ A cached token took {si(published["with"] / 1000, "s")}; its bytes take
 # 1. a single change with which 128 users fit;
 # 2. the smallest card for 8 users of Qwen3-4B with 32,768 tokens;
 # 3. a card on which 64 users with 2,048 tokens of Llama-2-70B fit, and of LLaMA-30B do not. Why?
+#
+# "Fits" is an upper limit: an engine also needs activations and workspace (vLLM takes 90 % of a
+# card unless told otherwise).
 
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 FORMATS = ["bf16", "int8", "int4"]
@@ -610,7 +622,7 @@ def draw_memory(model: str, on: str, users: int, context: int, kv: str) -> None:
     plots.units(ax.xaxis, "B")
     ax.grid(visible=False, axis="y")
     verdict = ("DOES NOT FIT: " + "; ".join(limits) if limits else
-               f"fits, and so do up to {found.max_batch:,} users")
+               f"fits; at most {found.max_batch:,} users would")
     fig.text(0.01, 0.97, f"{s.name} on {card.name}: {users:,} × {context:,} tokens, "
              f"{kv} cache\n{verdict}", va="top", weight="bold",
              color=red if limits else plots.TEXT)
@@ -631,8 +643,9 @@ draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Switch to the notebook; the slide is the fallback. Move to 128 users: red, and the
-# limit is named. Ask for the single change before anybody touches a slider. Right are an int8
-# cache, half the context, a model that keeps less per token, a card with more memory. Usual wrong
+# limit is named. Ask for the single change before anybody touches a slider. Right are half the
+# context, a model that keeps less per token, a card with 154 GB (not the H200); an int8 cache fits
+# on paper, with less than 0.1 % of the card to spare, and so in no engine. Usual wrong
 # answer: a model with fewer weights but the same K, H, L. The weights are a fifth of what is used.
 # Question 2 has three equal answers: A40, L40S, RTX A6000.
 
@@ -677,7 +690,7 @@ lesson.steps("summary", rows_without=rows_without, rows_with=rows_with,
 #
 # ### Take with you
 #
-# 1. With a cache a whole generation does the work of its last step without one.
+# 1. With a cache, the layers do in a whole generation the work of its last step without one.
 # 2. Computing becomes reading: it saves nothing at a few tokens, much at a few hundred.
 # 3. It costs 2 · L · K · H · bytes a token; many users or long contexts fill the card.
 #
@@ -713,7 +726,8 @@ lesson.show("KVCache")
 
 # %% [markdown] tags=["further"]
 # ### The powers
-# From one token on, n tokens. On both axes logarithmic a power is a slope.
+# From one token on, n tokens. On two logarithmic axes a power law is a straight line; its slope is
+# the exponent.
 
 # %% tags=["further", "hide-input"]
 lengths = np.geomspace(1, 8192, 100)
@@ -756,8 +770,8 @@ lesson.explain("a token without a cache, at 256")
 # that looks back at 2,048 tokens instead of 64? And how much longer is one whose cache grows by
 # `torch.cat`, which reads and writes all of it anew for each token, at 2,048? On the napkin the
 # first is the bytes of 1,984 tokens over the bandwidth; the second moves all 2,047 twice, once in
-# and once out. Each is measured as a difference, round by round; all else in the two steps is
-# alike.
+# and once out. Each is measured as a difference, round by round. The two programs differ in nothing
+# else, but attention may now find in a processor's cache what `torch.cat` has just written.
 
 # %% tags=["further", "guess"]
 lesson.guess("attention to 2,048 tokens adds, over 64", ...)
@@ -803,6 +817,14 @@ Table(["a step at 2,048 tokens", "bytes moved for the cache", "whole step"],
 # %% tags=["further", "nbval-ignore-output"]
 lesson.explain("attention to 2,048 tokens adds, over 64")
 
+# %% [markdown] tags=["further"]
+# A layer's keys and values of 2,048 tokens are 3.1 MB. If they stay in a processor's cache from
+# `torch.cat` to attention, attention's bytes no longer come from memory, and a count that adds the
+# copy's bytes to attention's counts bytes that never moved:
+
+# %% tags=["further", "nbval-ignore-output"]
+lesson.explain("growing by torch.cat adds, at 2,048")
+
 # %% tags=["further", "nbval-ignore-output"]
 lesson.table()
 
@@ -820,7 +842,7 @@ by_hand = {
     "paged": 3 * 49 * 16 * numbers * 4,         # 49 blocks of 16 tokens each
     "window": 3 * (256 + 4) * numbers * 4,      # whatever the length
     "int8": 3 * 777 * 2 * L * K * (H + 2),      # a byte each, a 16-bit scale a head
-    # half a byte, scale and zero point for 32 numbers; the last 32 tokens in fp32
+    # half a byte, scale and zero point for 32 numbers; a buffer of 32 tokens in fp32
     "int4": 3 * numbers * (768 * (0.5 + 4 / 32) + 32 * 4),
 }
 for name, bytes in by_hand.items():
