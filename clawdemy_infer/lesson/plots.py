@@ -11,7 +11,6 @@ import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
@@ -50,7 +49,7 @@ def use_style() -> None:
 def units(axis, unit: str) -> None:
     """Label the ticks of `axis` (`ax.xaxis` or `ax.yaxis`) with prefixes: 10 ms, 1 GB/s."""
     axis.set_major_formatter(
-        FuncFormatter(lambda value, _: si(value, unit).replace(".00 ", " ").replace(".0 ", " ")))
+        lambda value, _: si(value, unit).replace(".00 ", " ").replace(".0 ", " "))
 
 
 def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None,
@@ -65,7 +64,7 @@ def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None,
     ax.plot([ridge], [machine.peak(dtype)], "o", color=line.get_color(), markersize=5)
     ax.set_xlabel("arithmetic intensity, FLOPs per byte")
     ax.set_ylabel("attainable rate")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.xaxis.set_major_formatter("{x:,g}")
     units(ax.yaxis, "FLOP/s")
 
 
@@ -104,7 +103,7 @@ def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
     ax.set_xlabel("time per token, of each user")
     ax.set_ylabel("tokens/s, of all users")
     units(ax.xaxis, "s")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.yaxis.set_major_formatter("{x:,g}")
 
 
 def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float] | None,
@@ -119,9 +118,6 @@ def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float] | None,
     ax.set_ylim(bottom=0)
     units(ax.yaxis, unit)
     ax.legend()
-
-
-# ---- from napkin to measured, and the learner's guesses ----
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -169,23 +165,3 @@ def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
     clause = found.sentence.partition(": the napkin's")[0].partition(" from napkin")[0]
     ax.set_title(f"{row.quantity}\n{clause}")
     return f"Waterfall of {row.quantity}: {'; '.join(map(' '.join, said))}. {found.sentence}"
-
-
-def guesses(ax: Axes, rows: Sequence[LedgerRow]) -> None:
-    """How far off the learner's guesses were, over the lessons: guess over measured, 1 is right. A
-    late guess is a ring; the line is each lesson's median, of those in time."""
-    rows = [row for row in rows if row.ratio_guess]
-    lessons = sorted({row.lesson for row in rows})
-    places = [lessons.index(row.lesson) for row in rows]
-    for late in (False, True):
-        dots = [(place, row.ratio_guess)
-                for place, row in zip(places, rows, strict=True) if row.late == late]
-        ax.plot(*zip(*dots, strict=True) if dots else ([], []), "o", color=MEASURED,
-                markerfacecolor="none" if late else MEASURED, label="late" if late else "in time")
-    ax.axhline(1, color=NAPKIN, linewidth=0.8)
-    ax.set_yscale("log", base=2)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    ax.set_xticks(range(len(lessons)), [lesson.split()[0] for lesson in lessons])
-    ax.set_xlabel("lesson")
-    ax.set_ylabel("guess, as a multiple of measured")
-    ax.legend()
