@@ -53,35 +53,29 @@ def units(axis, unit: str) -> None:
 
 
 def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None,
-             label: str | None = None, intensities: Sequence[float] = (0.1, 10_000)) -> None:
+             intensities: Sequence[float] = (0.1, 10_000)) -> None:
     """Draw min(peak, intensity * bandwidth) and mark the ridge point; FLOPs per byte against
     FLOP/s, both logarithmic."""
-    low, high = intensities
-    x = np.geomspace(low, high, 200)
+    x = np.geomspace(*intensities, 200)
     [line] = ax.loglog(x, np.minimum(machine.peak(dtype), x * machine.bandwidth_at()),
-                       color=colour, label=label or machine.name)
+                       color=colour, label=machine.name)
     ridge = machine.ridge(dtype)
     ax.plot([ridge], [machine.peak(dtype)], "o", color=line.get_color(), markersize=5)
-    ax.set_xlabel("arithmetic intensity, FLOPs per byte")
-    ax.set_ylabel("attainable rate")
+    ax.set(xlabel="arithmetic intensity, FLOPs per byte", ylabel="attainable rate")
     ax.xaxis.set_major_formatter("{x:,g}")
     units(ax.yaxis, "FLOP/s")
 
 
-def mark(ax: Axes, machine: Machine, work: Work, seconds: float | None = None, label: str = "",
-         left: bool = False, colour: str = MEASURED) -> None:
-    """A dot where `work` stands in the roofline of `machine`: under the roof at the rate it ran at,
-    or on it where `seconds` is not given.
-
-    `label` stands at the lower right of the dot; with `left`, at its upper left, where the slope
-    leaves room. Raises ValueError if the machine has no figure for the dtype of `work`.
-    """
+def mark(ax: Axes, machine: Machine, work: Work, seconds: float | None = None,
+         label: str = "") -> None:
+    """A dot where `work` stands in the roofline of `machine`, and its label: under the roof at the
+    rate it ran at, or on it where `seconds` is not given. Raises ValueError if the machine has no
+    figure for the dtype of `work`."""
     rate = work.flops / (machine.napkin(work) if seconds is None else seconds)
-    ax.plot([work.intensity], [rate], "o", color=colour, markersize=8, markeredgecolor="white",
+    ax.plot([work.intensity], [rate], "o", color=MEASURED, markersize=8, markeredgecolor="white",
             zorder=5)
-    offset, ha, va = ((-7, 3), "right", "bottom") if left else ((8, -3), "left", "top")
     ax.annotate(label, (work.intensity, rate), textcoords="offset points", fontsize=9,
-                xytext=offset, ha=ha, va=va)
+                xytext=(8, -3), va="top")
 
 
 def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
@@ -100,23 +94,21 @@ def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
                     textcoords="offset points", xytext=(5, -11), fontsize=9, color=line.get_color())
     ax.autoscale(axis="x")                  # over this curve too, if others were drawn before
     ax.set_xlim(left=0)
-    ax.set_xlabel("time per token, of each user")
-    ax.set_ylabel("tokens/s, of all users")
+    ax.set(xlabel="time per token, of each user", ylabel="tokens/s, of all users")
     units(ax.xaxis, "s")
     ax.yaxis.set_major_formatter("{x:,g}")
 
 
-def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float] | None,
-           predicted: Sequence[float] | None, measured: Sequence[float], unit: str = "s") -> None:
-    """Napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots) over the same
-    x, on a y axis that starts at zero."""
-    if napkin is not None:
-        ax.plot(x, napkin, "--", color=NAPKIN, label="napkin")
+def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float],
+           predicted: Sequence[float] | None, measured: Sequence[float]) -> None:
+    """Seconds by napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots)
+    over the same x, on a y axis that starts at zero."""
+    ax.plot(x, napkin, "--", color=NAPKIN, label="napkin")
     if predicted is not None:
         ax.plot(x, predicted, color=ROOFLINE, label="calibrated roofline")
     ax.plot(x, measured, "o", color=MEASURED, label="measured")
     ax.set_ylim(bottom=0)
-    units(ax.yaxis, unit)
+    units(ax.yaxis, "s")
     ax.legend()
 
 

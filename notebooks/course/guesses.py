@@ -23,6 +23,5 @@ def guesses(ax: Axes, rows: Sequence[LedgerRow]) -> None:
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter("{x:g}×")
     ax.set_xticks(range(len(lessons)), [lesson.split()[0] for lesson in lessons])
-    ax.set_xlabel("lesson")
-    ax.set_ylabel("guess, as a multiple of measured")
+    ax.set(xlabel="lesson", ylabel="guess, as a multiple of measured")
     ax.legend()
