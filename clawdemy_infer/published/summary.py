@@ -22,6 +22,8 @@ AIMS: dict[str, Callable[[PublishedRun | Verdict], bool]] = {
     "CPU decode": lambda row: row.category in ("cpu_decode_bs1", "cpu_kv_cache"),
 }
 SIMPLER = ("naive", "one efficiency", "affine")
+Pair = tuple[PublishedRun, PublishedRun, float]
+"""The faster, the slower, and how far apart they are."""
 
 
 def verdicts(runs: Iterable[PublishedRun], evidence: Evidence | None = None) -> list[Verdict]:
@@ -57,8 +59,8 @@ def simpler(runs: list[PublishedRun], evidence: Evidence) -> dict[str, dict[str,
     one efficiency   the naive time over the median share that other sources reach
     affine           a * naive + t0, the line of least absolute error in proportion
     """
-    known = [(run, (asked.bound, seconds)) for run, asked, seconds
-             in zip(evidence.runs, evidence.demands, evidence.seconds, strict=True)]
+    known = [(run, (asked.bound, seconds)) for run, (asked, seconds, _)
+             in zip(evidence.runs, evidence.points, strict=True)]
     result = {}
     for aim, belongs in AIMS.items():
         mine = [(run, demand(run)) for run in runs if belongs(run) and comparable(run)]
@@ -77,10 +79,9 @@ def simpler(runs: list[PublishedRun], evidence: Evidence) -> dict[str, dict[str,
     return result
 
 
-def contradictions(runs: Iterable[PublishedRun],
-                   apart: float = 1.3) -> list[tuple[PublishedRun, PublishedRun, float]]:
+def contradictions(runs: Iterable[PublishedRun]) -> list[Pair]:
     """Pairs of rows that no count of bytes and FLOPs can tell apart (chips, weights, lengths alike,
-    bounds within 5 %), and whose times differ by `apart` or more. The faster comes first."""
+    bounds within 5 %), and whose times differ by 1.3 or more."""
     alike = defaultdict(list)
     for run in runs:
         if comparable(run) and run.category != "quant_gemv":
@@ -94,7 +95,7 @@ def contradictions(runs: Iterable[PublishedRun],
         found += [(run, other, slower / seconds)
                   for (seconds, bound, run), (slower, slower_bound, other) in combinations(group, 2)
                   if max(bound, slower_bound) <= 1.05 * min(bound, slower_bound)
-                  and slower >= apart * seconds]
+                  and slower >= 1.3 * seconds]
     return found
 
 
@@ -150,7 +151,7 @@ def reasons_table(rows: list[Verdict]) -> Table:
     return Table(("status", "why", "rows", "ids"), lines, ("rows",))
 
 
-def contradictions_table(pairs: list[tuple[PublishedRun, PublishedRun, float]]) -> Table:
+def contradictions_table(pairs: list[Pair]) -> Table:
     """A row of several pairs is shown with the one it is farthest from."""
     def named(run: PublishedRun) -> tuple[str, str, str]:
         return f"{run.id} {run.model}", run.software, f"{number(run.value)} {run.unit}"
