@@ -192,6 +192,9 @@ def test_a_data_sheets_prediction_has_no_interval(lesson):
     lesson.predict("token", napkin=0.01, predicted=exact, unit="s")
     lesson.measure("token", 0.02)
     assert (lesson.rows["token"].predicted, lesson.rows["token"].inside) == (0.012, None)
+    lesson.measure("token", Timing((0.02,), around=(Speeds(memory=0.5),)))
+    assert lesson._result("token") == (
+        "token: 20.0 ms, predicted 12.0 ms; widened to 12.0 – 24.0 ms by the speeds around the run")
 
 
 def test_a_timing_brings_its_median_and_spread(lesson, ledger_file):

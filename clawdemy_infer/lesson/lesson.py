@@ -193,10 +193,9 @@ class Lesson:
         """One line: what was measured, its spread, and what had been said."""
         row, told = self.rows[quantity], self.said[quantity][1]
         spread = f" ± {tables.percent(row.spread)}" if row.spread else ""
-        said = f", predicted {tables.interval(told.low, told.high, row.unit)}" if told.low else ""
+        said = f", predicted {tables.predicted(told)}" if row.low else ""
         if self._widened(row):
-            said += (f"; widened to {tables.interval(row.low, row.high, row.unit)} by the speeds "
-                     "around the run")
+            said += f"; widened to {tables.predicted(row)} by the speeds around the run"
         return f"{quantity}: {si(row.measured, row.unit)}{spread}{said}"
 
     def _widened(self, row: LedgerRow) -> bool:

@@ -22,17 +22,15 @@ from typing import Any
 def serve(start: Callable[..., Any]) -> None:
     """Start an engine with the last argument of the command line, its settings in JSON, and let it
     generate."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", buffering=1)        # each line is sent at once
     os.dup2(2, 1)                               # what an engine prints would garble the answers
     engine = start(**json.loads(sys.argv[-1]))
     engine.generate([[1, 2, 3, 4, 5, 6, 7, 8]] * 2, 4)      # sets up what later calls find ready
 
-    def answer(**what: Any) -> None:
-        print(json.dumps(what), file=answers, flush=True)
-
-    answer(version=engine.version, weight_bytes=getattr(engine, "weight_bytes", None))
+    ready = {"version": engine.version, "weight_bytes": getattr(engine, "weight_bytes", None)}
+    print(json.dumps(ready), file=answers)
     for line in sys.stdin:
-        answer(**engine.generate(**json.loads(line)))
+        print(json.dumps(engine.generate(**json.loads(line))), file=answers)
 
 
 if __name__ == "__main__":

@@ -74,19 +74,20 @@ class Evidence:
 
     def __init__(self, runs: list[PublishedRun] | None = None) -> None:
         self.runs = [run for run in (read() if runs is None else runs) if teaches(run)]
-        self.points = [(asked := demand(run), asked.seconds(run.value), run.group)
-                       for run in self.runs]
+        self.demands = [demand(run) for run in self.runs]
+        self.seconds = list(map(lambda run, one: one.seconds(run.value), self.runs, self.demands))
+        self.groups = [run.group for run in self.runs]
         # The figures fitted on every row but those of one source.
         self.without = cache(lambda group: self.fitted(lambda run: run.group != group))
 
     def fitted(self, taken: Callable[[PublishedRun], bool]) -> Figures:
-        chosen = [point for run, point in zip(self.runs, self.points, strict=True) if taken(run)]
-        return fit(*([point[i] for point in chosen] for i in range(3)))
+        chosen = [i for i, run in enumerate(self.runs) if taken(run)]
+        return fit(*([of_all[i] for i in chosen]
+                     for of_all in (self.demands, self.seconds, self.groups)))
 
     def figures(self, run: PublishedRun) -> Figures:
         """Those for judging `run`; if none of the rows is from its source, fitted on all rows."""
-        known = run.group in {group for *_, group in self.points}
-        return self.without(run.group if known else None)
+        return self.without(run.group if run.group in self.groups else None)
 
 
 def judge(run: PublishedRun, figures: Figures) -> Verdict:

@@ -73,14 +73,10 @@ class Software:
 
 
 @cache
-def _known(kind: type, file: str) -> list:
-    [entries] = tomllib.loads((files("clawdemy_data") / file).read_text(encoding="utf-8")).values()
-    return [kind(**entry) for entry in entries]
-
-
 def _named(name: str, kind: type, file: str) -> Chip | Software:
-    """The first entry of a file whose pattern is in `name`, or one in which nothing is known."""
-    return next((each for each in _known(kind, file) if re.search(each.match, name)), kind())
+    """The first entry of a file whose pattern is in `name`, else what a `kind` has by default."""
+    [entries] = tomllib.loads((files("clawdemy_data") / file).read_text(encoding="utf-8")).values()
+    return next((kind(**each) for each in entries if re.search(each["match"], name)), kind())
 
 
 def chip(hardware: str) -> Chip:

@@ -22,8 +22,6 @@ AIMS: dict[str, Callable[[PublishedRun | Verdict], bool]] = {
     "CPU decode": lambda row: row.category in ("cpu_decode_bs1", "cpu_kv_cache"),
 }
 SIMPLER = ("naive", "one efficiency", "affine")
-Pair = tuple[PublishedRun, PublishedRun, float]
-"""The faster, the slower, and how far apart they are."""
 
 
 def verdicts(runs: Iterable[PublishedRun], evidence: Evidence | None = None) -> list[Verdict]:
@@ -59,8 +57,8 @@ def simpler(runs: list[PublishedRun], evidence: Evidence) -> dict[str, dict[str,
     one efficiency   the naive time over the median share that other sources reach
     affine           a * naive + t0, the line of least absolute error in proportion
     """
-    known = [(run, (asked.bound, seconds)) for run, (asked, seconds, _)
-             in zip(evidence.runs, evidence.points, strict=True)]
+    known = [(run, (asked.bound, seconds)) for run, asked, seconds
+             in zip(evidence.runs, evidence.demands, evidence.seconds, strict=True)]
     result = {}
     for aim, belongs in AIMS.items():
         mine = [(run, demand(run)) for run in runs if belongs(run) and comparable(run)]
@@ -79,9 +77,9 @@ def simpler(runs: list[PublishedRun], evidence: Evidence) -> dict[str, dict[str,
     return result
 
 
-def contradictions(runs: Iterable[PublishedRun]) -> list[Pair]:
+def contradictions(runs: Iterable[PublishedRun]) -> list[tuple[PublishedRun, PublishedRun, float]]:
     """Pairs of rows that no count of bytes and FLOPs can tell apart (chips, weights, lengths alike,
-    bounds within 5 %), and whose times differ by 1.3 or more."""
+    bounds within 5 %), and whose times differ by 1.3 or more. The faster comes first."""
     alike = defaultdict(list)
     for run in runs:
         if comparable(run) and run.category != "quant_gemv":
@@ -151,7 +149,7 @@ def reasons_table(rows: list[Verdict]) -> Table:
     return Table(("status", "why", "rows", "ids"), lines, ("rows",))
 
 
-def contradictions_table(pairs: list[Pair]) -> Table:
+def contradictions_table(pairs: list[tuple[PublishedRun, PublishedRun, float]]) -> Table:
     """A row of several pairs is shown with the one it is farthest from."""
     def named(run: PublishedRun) -> tuple[str, str, str]:
         return f"{run.id} {run.model}", run.software, f"{number(run.value)} {run.unit}"
