@@ -35,7 +35,7 @@ from nbformat.v4 import new_code_cell, new_output
 from PIL import Image
 from tqdm import tqdm
 
-from clawdemy_infer.machine import probes
+from clawdemy_infer.fast import FORMATS
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.paths import write_atomically
 from clawdemy_infer.rigs.course import FACTOR, FLOOR_S, execute, first_line
@@ -287,7 +287,7 @@ def main(prefixes: list[str]) -> int:
         print(f"no script in {HERE / 'src'} begins with {' or '.join(prefixes) or 'anything'}",
               file=sys.stderr)
         return 1
-    this_machine("cpu", probes.formats("cpu"))         # now, or its progress lands in a lesson
+    this_machine("cpu", FORMATS)                        # now, or its progress lands in a lesson
     for script in scripts:
         build(script)
     return 0

@@ -203,10 +203,10 @@ FORBIDDEN = re.compile(
     r"|\bAI[- ](generated|assist|written)|language model wrote",
     re.IGNORECASE,
 )
-TEXTS = [path for pattern in ("*.md", "*.toml", "*.txt", "Makefile", ".ci/run",
+TEXTS = [path for pattern in ("*.md", "*.toml", "*.txt", "Makefile", ".ci/run", "data/*.*",
                               "clawdemy_infer/**/*.py", "clawdemy_infer/**/*.md",
-                              "clawdemy_infer/**/*.h", "clawdemy_infer/**/*.cpp", "data/*.*",
-                              "notebooks/**/*.py")
+                              "clawdemy_infer/**/*.h", "clawdemy_infer/**/*.cpp",
+                              "clawdemy_infer/**/*.js", "notebooks/**/*.py")
          for path in sorted(REPOSITORY.glob(pattern)) if path.suffix != ".safetensors"]
 
 
@@ -235,10 +235,12 @@ def test_every_data_file_is_packaged():
                 if not any(path.match(pattern) for pattern in patterns)]
 
 
-def test_every_file_of_cpp_is_packaged():
-    patterns = SETUPTOOLS["package-data"]["clawdemy_infer.fast"]
-    for path in (path for kind in ("*.h", "*.cpp") for path in PACKAGE.rglob(kind)):
-        assert any(path in (PACKAGE / "fast").glob(pattern) for pattern in patterns), path
+def test_every_file_in_another_language_is_packaged():
+    packaged = {path for package, patterns in SETUPTOOLS["package-data"].items()
+                for pattern in patterns
+                for path in REPOSITORY.joinpath(*package.split(".")).glob(pattern)}
+    written = {path for kind in ("*.h", "*.cpp", "*.js") for path in PACKAGE.rglob(kind)}
+    assert len({path.suffix for path in written}) == 3 and written <= packaged
 
 
 @pytest.mark.parametrize("folder", [REPOSITORY, REPOSITORY / "notebooks", Path("/")],

@@ -316,7 +316,6 @@ def small(cache, monkeypatch):
     does."""
     monkeypatch.setattr(probes, "SAMPLE_S", 1e-4)
     monkeypatch.setattr(probes, "RING_BYTES", 2**16)
-    monkeypatch.setattr(present, "RING_BYTES", 2**16)
     monkeypatch.setattr(probes, "GEMM_ROWS", [1, 3])
     monkeypatch.setattr(probes, "SMALL_ROWS", [1, 2])
     monkeypatch.setattr(probes, "HEAD_ROWS", [1, 2])

@@ -13,10 +13,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
 from clawdemy_course import diagrams
-from clawdemy_infer.envelope.roofline import Machine
-from clawdemy_infer.from_config import catalog
-from clawdemy_infer.kv_cache.contiguous import ContiguousCache
-from clawdemy_infer.lesson.diagrams import (
+from clawdemy_course.drawing import (
     ACTIVATIONS,
     COMPUTE,
     KV,
@@ -27,6 +24,9 @@ from clawdemy_infer.lesson.diagrams import (
     contrast,
     ink,
 )
+from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.from_config import catalog
+from clawdemy_infer.kv_cache.contiguous import ContiguousCache
 from clawdemy_infer.lesson.plots import TEXT
 from clawdemy_infer.lesson.tables import si
 

@@ -192,6 +192,9 @@ def test_a_data_sheets_prediction_has_no_interval(lesson):
     lesson.predict("token", napkin=0.01, predicted=exact, unit="s")
     lesson.measure("token", 0.02)
     assert (lesson.rows["token"].predicted, lesson.rows["token"].inside) == (0.012, None)
+    lesson.measure("token", Timing((0.02,), around=(Speeds(memory=0.5),)))
+    assert lesson._result("token") == (
+        "token: 20.0 ms, predicted 12.0 ms; widened to 12.0 – 24.0 ms by the speeds around the run")
 
 
 def test_a_timing_brings_its_median_and_spread(lesson, ledger_file):
@@ -210,6 +213,15 @@ def test_a_difference_lost_in_noise_is_no_row_and_no_error(lesson, ledger_file, 
     lesson.explain("attention adds")
     assert capsys.readouterr().out.count("○ 'attention adds'") == 2
     assert read(ledger_file) == [] and lesson.rows["attention adds"].measured is None
+
+
+def test_a_run_lost_in_noise_is_told_once(lesson, ledger_file, capsys):
+    lesson.predict("attention adds", napkin=1.0, unit="s")
+    lesson.measure("attention adds", 2.0)
+    lesson.measure("attention adds", lambda: Timing((-0.001, -0.001)))
+    told = capsys.readouterr().out
+    assert told == ("○ 'attention adds' measured as -1.00 ms: lost in noise, it does not count.\n")
+    assert [row.measured for row in read(ledger_file)] == [2.0]
 
 
 def test_the_machine_may_be_an_object_with_a_name(ledger_file):
@@ -371,7 +383,7 @@ def test_the_bar_lasts_as_long_as_predicted_and_gives_way_to_the_result(monkeypa
     from clawdemy_infer.lesson import progress
 
     shown = []
-    monkeypatch.setattr(progress, "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)
     monkeypatch.setattr(progress, "display", lambda data, **_: shown.append(data) or
                         SimpleNamespace(update=lambda data, **_: shown.append(data)))
     with progress.bar("<TTFT>", 2.34) as end:

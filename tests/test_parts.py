@@ -14,7 +14,6 @@ from clawdemy_infer.fast.launches import count_ops, op_counter
 from clawdemy_infer.fast.recorded import RecordedSteps
 from clawdemy_infer.fast.watched import Watch
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
-from clawdemy_infer.lesson import parts as parts_of
 from clawdemy_infer.lesson.parts import Parts, Rate, StepOf, cost_of_watching
 from clawdemy_infer.lesson.steps import filled_cache, step_ops, work_of
 from clawdemy_infer.lesson.waterfall import shares
@@ -54,7 +53,7 @@ def small_probes(monkeypatch):
 def clock_of_ops(monkeypatch):
     """An operation takes a `TICK`, and nothing else takes any time: so says the clock, and so say
     the probes."""
-    monkeypatch.setattr(parts_of, "launch_price", lambda model: lambda: TICK)
+    monkeypatch.setattr(probes, "launch_probe", lambda *_: SimpleNamespace(sample=lambda: TICK))
     with op_counter() as ops:
         clock = SimpleNamespace(perf_counter=lambda: ops.count * TICK)
         monkeypatch.setattr(timing, "time", clock)
@@ -150,7 +149,7 @@ def test_what_more_rows_take_between_products_is_element_wise(model, monkeypatch
 
 @pytest.mark.parametrize("phase, batch, context", STEPS)
 def test_a_launch_has_a_price_of_its_own(model, monkeypatch, phase, batch, context):
-    monkeypatch.setattr(parts_of, "launch_price", lambda model: lambda: 0.25)
+    monkeypatch.setattr(probes, "launch_probe", lambda *_: SimpleNamespace(sample=lambda: 0.25))
     step = StepOf(model, phase, batch, context)
     assert step.parts(MACHINE, repeats=1).measured["launches"] == step.ops / 4
 

@@ -1,6 +1,7 @@
 """Other engines beside ours, with workers that only pretend: no engine is needed, and no time is
 asserted."""
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -155,7 +156,8 @@ class Answers:
 
 
 def of(engine, weights="fp32"):
-    return Contestant(engine, weights, {**who.WEIGHT_BITS, "Q4_1": 4}[weights])
+    bits = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "Q4_1": 4}
+    return Contestant(engine, weights, bits[weights])
 
 
 def test_engines_take_turns_and_the_bandwidth_is_read_before_each(monkeypatch):
@@ -223,7 +225,9 @@ def test_llama_cpp_takes_no_part_without_a_gguf_file(environments):
 
 def test_every_engine_has_the_script_that_its_environment_runs(environments):
     for engine in ("ours", "transformers", "llama.cpp", "vllm"):
-        assert Path(Contestant(engine, "fp32", 32).command[1]).is_file()
+        _, script, name = Contestant(engine, "fp32", 32).command
+        made = ast.parse(Path(script).with_name(f"{name}.py").read_text()).body
+        assert Path(script).is_file() and "Engine" in [getattr(each, "name", "") for each in made]
     assert of("vllm").command[0] == str(environments / "vllm" / "bin" / "python")
 
 

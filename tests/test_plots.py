@@ -12,10 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from clawdemy_course.drawing import contrast
+from clawdemy_course.guesses import guesses
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.lesson import plots
-from clawdemy_infer.lesson.diagrams import contrast
 from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.waterfall import account
 
@@ -96,7 +97,7 @@ def test_a_waterfall_climbs_from_napkin_to_measured_and_says_so(ax):
 
 
 def test_guesses_stand_over_their_lessons_and_late_ones_are_rings(ax):
-    plots.guesses(ax, [
+    guesses(ax, [
         LedgerRow("01 counting", "a", "s", napkin=1.0, measured=2.0, guess=8.0),
         LedgerRow("00 machine", "b", "s", napkin=1.0, measured=2.0, guess=1.0),
         LedgerRow("01 counting", "c", "s", napkin=1.0, measured=2.0, guess=2.0, late=True),

@@ -1,5 +1,5 @@
-"""What a lesson is made of: guesses, tasks and exercises; the ledger; tables, plots, diagrams and
-widgets; steps and their parts."""
+"""What a lesson is made of: guesses, tasks and exercises; the ledger; tables, plots and widgets;
+steps and their parts."""
 
 from clawdemy_infer.lesson.lesson import Lesson, NotRight
 

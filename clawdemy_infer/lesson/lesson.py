@@ -22,6 +22,7 @@ from html import escape
 from types import EllipsisType
 from typing import TYPE_CHECKING, NamedTuple
 
+import clawdemy_course
 from clawdemy_infer.envelope.roofline import Machine, Prediction
 from clawdemy_infer.lesson import build, ledger, tables
 from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG
@@ -154,7 +155,9 @@ class Lesson:
         """
         predicted = self._predicted(quantity)
         if not callable(getattr(value, "time", value)):
-            return self._measured(quantity, value, parts or ())
+            if lost := self._measured(quantity, value, parts or ()):
+                print(lost)
+            return
         step = value if hasattr(value, "time") else None
         if step:
             seconds = predicted.predicted or predicted.napkin
@@ -163,18 +166,18 @@ class Lesson:
             timing = step.time(self.calibrated) if step else value()
             if step and parts is None:
                 parts = step.parts(self.calibrated)
-            self._measured(quantity, timing, parts or ())
-            end(self._result(quantity))
+            end(self._measured(quantity, timing, parts or ()) or self._result(quantity))
 
-    def _measured(self, quantity: str, value: Timing | float, parts: Iterable[dict]) -> None:
+    def _measured(self, quantity: str, value: Timing | float, parts: Iterable[dict]) -> str:
+        """Write the row; where noise left nothing, the line that says so."""
         said, blank = self.said[quantity]
         self.revealed.add(quantity)
         spread = value.spread if isinstance(value, Timing) else None
         around = value.around if isinstance(value, Timing) and isinstance(said, Prediction) else ()
         value = value.median if isinstance(value, Timing) else float(value)
         if not 0 < value < math.inf:
-            return print(f"○ {quantity!r} measured as {si(value, blank.unit)}: lost in noise, it "
-                         "does not count.")
+            return (f"○ {quantity!r} measured as {si(value, blank.unit)}: lost in noise, it does "
+                    "not count.")
         self.moments[quantity] = moment(said, self.calibrated, around)
         if around:
             from clawdemy_infer.machine.present import widened
@@ -184,18 +187,15 @@ class Lesson:
         row, parts = self.rows[quantity], shares(parts, value)
         self._write(replace(blank, measured=value, spread=spread, parts=parts,
                             guess=row.guess, late=row.late, cause=row.cause, date=ledger.today()))
+        return ""
 
     def _result(self, quantity: str) -> str:
         """One line: what was measured, its spread, and what had been said."""
-        row = self.rows[quantity]
-        if row.measured is None:
-            return f"○ {quantity}: lost in noise"
+        row, told = self.rows[quantity], self.said[quantity][1]
         spread = f" ± {tables.percent(row.spread)}" if row.spread else ""
-        said = f", predicted {tables.interval(row.low, row.high, row.unit)}" if row.low else ""
+        said = f", predicted {tables.predicted(told)}" if row.low else ""
         if self._widened(row):
-            told = self.said[quantity][1]
-            said = (f", predicted {tables.interval(told.low, told.high, row.unit)}; widened to "
-                    f"{tables.interval(row.low, row.high, row.unit)} by the speeds around the run")
+            said += f"; widened to {tables.predicted(row)} by the speeds around the run"
         return f"{quantity}: {si(row.measured, row.unit)}{spread}{said}"
 
     def _widened(self, row: LedgerRow) -> bool:
@@ -269,8 +269,6 @@ class Lesson:
     def build(self, name: str, answer: object) -> object:
         """Check the learner's `answer` to a build task, say in one line how it stands, and return
         what the measured runs use: a right answer, else the library's. Raises as `exercise`."""
-        import clawdemy_course
-
         task = clawdemy_course.task(name)
         status, text = build.check(task, answer)
         self._stands(name, status, {
@@ -285,8 +283,6 @@ class Lesson:
         """Show the library's version of a build task, folded."""
         from IPython.display import display
 
-        import clawdemy_course
-
         task = clawdemy_course.task(name)
         title = f"library's version: {task.where}"
         source = "\n\n".join(map(inspect.getsource, task.shown or (task.library,)))
@@ -296,8 +292,6 @@ class Lesson:
     def steps(self, name: str, **answers: object) -> None:
         """Check each step of an exercise: a number in the step's unit, text with a unit ("16 GB"),
         or `...`. Raises `ValueError` unless each step has its answer, else as `exercise`."""
-        import clawdemy_course
-
         exercise = clawdemy_course.exercise(name)
         if odd := answers.keys() ^ exercise.steps.keys():
             raise ValueError(f"exercise {name!r}: {_listed(sorted(odd))} is missing or unknown; "

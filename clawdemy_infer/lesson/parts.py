@@ -186,7 +186,8 @@ class StepOf:
         works = self._works()
         self._refuse(works.keys() - {"attention", "scan", "element-wise"})
         # 1. By turns: the step, the step watched, one token watched, the price. The first warms up.
-        own_s, one, price = cost_of_watching(), self, launch_price(self.model)
+        own_s, one = cost_of_watching(), self
+        price = probes.launch_probe(self.model.weights, self.model.device.type).sample
         if self.batch * self.new > 1:
             small = filled_cache(self.model, 1, 1, kind=type(self.filled))
             one = StepOf(self.model, "decode", 1, 2, small)
@@ -253,12 +254,6 @@ class StepOf:
 
 def _ratio(amount: float, seconds: float) -> float | None:
     return amount / seconds if seconds else None
-
-
-def launch_price(model: Decoder) -> Callable[[], float]:
-    """Samples what a launch costs at that moment between products of the model's format, seconds.
-    """
-    return probes.launch_probe(model.weights, model.device.type).sample
 
 
 def cost_of_watching(calls: int = 500) -> float:

@@ -11,7 +11,6 @@ import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
@@ -50,39 +49,33 @@ def use_style() -> None:
 def units(axis, unit: str) -> None:
     """Label the ticks of `axis` (`ax.xaxis` or `ax.yaxis`) with prefixes: 10 ms, 1 GB/s."""
     axis.set_major_formatter(
-        FuncFormatter(lambda value, _: si(value, unit).replace(".00 ", " ").replace(".0 ", " ")))
+        lambda value, _: si(value, unit).replace(".00 ", " ").replace(".0 ", " "))
 
 
 def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None,
-             label: str | None = None, intensities: Sequence[float] = (0.1, 10_000)) -> None:
+             intensities: Sequence[float] = (0.1, 10_000)) -> None:
     """Draw min(peak, intensity * bandwidth) and mark the ridge point; FLOPs per byte against
     FLOP/s, both logarithmic."""
-    low, high = intensities
-    x = np.geomspace(low, high, 200)
+    x = np.geomspace(*intensities, 200)
     [line] = ax.loglog(x, np.minimum(machine.peak(dtype), x * machine.bandwidth_at()),
-                       color=colour, label=label or machine.name)
+                       color=colour, label=machine.name)
     ridge = machine.ridge(dtype)
     ax.plot([ridge], [machine.peak(dtype)], "o", color=line.get_color(), markersize=5)
-    ax.set_xlabel("arithmetic intensity, FLOPs per byte")
-    ax.set_ylabel("attainable rate")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.set(xlabel="arithmetic intensity, FLOPs per byte", ylabel="attainable rate")
+    ax.xaxis.set_major_formatter("{x:,g}")
     units(ax.yaxis, "FLOP/s")
 
 
-def mark(ax: Axes, machine: Machine, work: Work, seconds: float | None = None, label: str = "",
-         left: bool = False, colour: str = MEASURED) -> None:
-    """A dot where `work` stands in the roofline of `machine`: under the roof at the rate it ran at,
-    or on it where `seconds` is not given.
-
-    `label` stands at the lower right of the dot; with `left`, at its upper left, where the slope
-    leaves room. Raises ValueError if the machine has no figure for the dtype of `work`.
-    """
+def mark(ax: Axes, machine: Machine, work: Work, seconds: float | None = None,
+         label: str = "") -> None:
+    """A dot where `work` stands in the roofline of `machine`, and its label: under the roof at the
+    rate it ran at, or on it where `seconds` is not given. Raises ValueError if the machine has no
+    figure for the dtype of `work`."""
     rate = work.flops / (machine.napkin(work) if seconds is None else seconds)
-    ax.plot([work.intensity], [rate], "o", color=colour, markersize=8, markeredgecolor="white",
+    ax.plot([work.intensity], [rate], "o", color=MEASURED, markersize=8, markeredgecolor="white",
             zorder=5)
-    offset, ha, va = ((-7, 3), "right", "bottom") if left else ((8, -3), "left", "top")
     ax.annotate(label, (work.intensity, rate), textcoords="offset points", fontsize=9,
-                xytext=offset, ha=ha, va=va)
+                xytext=(8, -3), va="top")
 
 
 def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
@@ -101,27 +94,22 @@ def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
                     textcoords="offset points", xytext=(5, -11), fontsize=9, color=line.get_color())
     ax.autoscale(axis="x")                  # over this curve too, if others were drawn before
     ax.set_xlim(left=0)
-    ax.set_xlabel("time per token, of each user")
-    ax.set_ylabel("tokens/s, of all users")
+    ax.set(xlabel="time per token, of each user", ylabel="tokens/s, of all users")
     units(ax.xaxis, "s")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.yaxis.set_major_formatter("{x:,g}")
 
 
-def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float] | None,
-           predicted: Sequence[float] | None, measured: Sequence[float], unit: str = "s") -> None:
-    """Napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots) over the same
-    x, on a y axis that starts at zero."""
-    if napkin is not None:
-        ax.plot(x, napkin, "--", color=NAPKIN, label="napkin")
+def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float],
+           predicted: Sequence[float] | None, measured: Sequence[float]) -> None:
+    """Seconds by napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots)
+    over the same x, on a y axis that starts at zero."""
+    ax.plot(x, napkin, "--", color=NAPKIN, label="napkin")
     if predicted is not None:
         ax.plot(x, predicted, color=ROOFLINE, label="calibrated roofline")
     ax.plot(x, measured, "o", color=MEASURED, label="measured")
     ax.set_ylim(bottom=0)
-    units(ax.yaxis, unit)
+    units(ax.yaxis, "s")
     ax.legend()
-
-
-# ---- from napkin to measured, and the learner's guesses ----
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -169,23 +157,3 @@ def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
     clause = found.sentence.partition(": the napkin's")[0].partition(" from napkin")[0]
     ax.set_title(f"{row.quantity}\n{clause}")
     return f"Waterfall of {row.quantity}: {'; '.join(map(' '.join, said))}. {found.sentence}"
-
-
-def guesses(ax: Axes, rows: Sequence[LedgerRow]) -> None:
-    """How far off the learner's guesses were, over the lessons: guess over measured, 1 is right. A
-    late guess is a ring; the line is each lesson's median, of those in time."""
-    rows = [row for row in rows if row.ratio_guess]
-    lessons = sorted({row.lesson for row in rows})
-    places = [lessons.index(row.lesson) for row in rows]
-    for late in (False, True):
-        dots = [(place, row.ratio_guess)
-                for place, row in zip(places, rows, strict=True) if row.late == late]
-        ax.plot(*zip(*dots, strict=True) if dots else ([], []), "o", color=MEASURED,
-                markerfacecolor="none" if late else MEASURED, label="late" if late else "in time")
-    ax.axhline(1, color=NAPKIN, linewidth=0.8)
-    ax.set_yscale("log", base=2)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    ax.set_xticks(range(len(lessons)), [lesson.split()[0] for lesson in lessons])
-    ax.set_xlabel("lesson")
-    ax.set_ylabel("guess, as a multiple of measured")
-    ax.legend()

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from html import escape
 from uuid import uuid4
 
-from IPython import get_ipython
 from IPython.display import display
 
 from clawdemy_infer.lesson.tables import si
+from clawdemy_infer.machine import in_notebook
 
 BAR = """<div role="progressbar" aria-label="{text}">{text}<div style="width: 480px; height: 10px;
 border: 1px solid #767676"><style>@keyframes {name} {{ from {{ width: 0 }} to {{ width: 100% }} }}
@@ -29,8 +29,8 @@ def bar(quantity: str, about_s: float) -> Iterator[Callable[[str], None]]:
     """A bar of `about_s` seconds in a notebook; what it yields puts the result, a line of text, in
     its place, and prints it elsewhere. Raises `Interrupted` for a KeyboardInterrupt."""
     shown = f"measuring {quantity}, about {si(float(f'{about_s:.1g}'), 's')}"
-    handle, end = None, print
-    if getattr(get_ipython(), "kernel", None):
+    end = print
+    if in_notebook():
         html = BAR.format(text=escape(shown), name=f"b{uuid4().hex[:8]}", seconds=about_s)
         handle = display({"text/html": html, "text/plain": shown}, raw=True, display_id=True)
 

@@ -145,7 +145,7 @@ def ledger_table(rows: Iterable[LedgerRow], lessons: bool = False) -> Table:
         "quantity": [row.quantity for row in rows],
         "guess": [_guess(row) for row in rows],
         "napkin": [si(row.napkin, row.unit) for row in rows],
-        "predicted": [_predicted(row) for row in rows],
+        "predicted": [predicted(row) for row in rows],
         "measured": [si(row.measured, row.unit) for row in rows],
         "inside?": [row.inside or MISSING for row in rows],
         "explained": [percent(row.explained) for row in rows],
@@ -162,14 +162,15 @@ def reveal_table(rows: Iterable[LedgerRow]) -> Table:
     header = ("quantity", "guess", "napkin", "predicted")
     return Table(header, [
         (row.quantity, _guess(row) if row.guess else "open", si(row.napkin, row.unit),
-         _predicted(row)) for row in rows], numeric=header[1:])
+         predicted(row)) for row in rows], numeric=header[1:])
 
 
 def _guess(row: LedgerRow) -> str:
     return si(row.guess, row.unit) + " (late)" * row.late
 
 
-def _predicted(row: LedgerRow) -> str:
+def predicted(row: LedgerRow) -> str:
+    """Its interval, or the number alone where there is none."""
     return interval(row.low, row.high, row.unit) if row.low else si(row.predicted, row.unit)
 
 

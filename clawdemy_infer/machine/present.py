@@ -22,8 +22,6 @@ from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import WAIT_SPREAD, Calibrated, Speeds
 from clawdemy_infer.timing import Timing, alternate, now
 
-RING_BYTES = 2**27
-"""Bytes of fp32 weights that the probes go through: more than caches hold."""
 REFERENCE_ROWS = 1, 256
 """Rows M of a product that is bound by memory, and of one that is bound by arithmetic, on a CPU."""
 SAMPLES = 7
@@ -39,7 +37,7 @@ def default_device() -> str:
 def reference_probes(device: str) -> tuple[Callable[[], float], ...]:
     """A function for each of `REFERENCES` that samples it once, in units/s: FLOPs of a product with
     one row, of one with many, and operations started."""
-    weights = probes.gemm_weights("fp32", device, RING_BYTES)
+    weights = probes.gemm_weights("fp32", device, probes.RING_BYTES)
     memory, compute = (probes.rate_of(probes.gemm_step(weights, m, torch.float32), sample_s=0.02)
                        for m in REFERENCE_ROWS)
     layer, x = probes.Glue(device, torch.float32), torch.randn(1, 1, 512, device=device)
@@ -109,11 +107,11 @@ def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]
     return min(low), max(high)
 
 
-def drift(machine: Calibrated, most: float = 0.2) -> str:
-    """One line if the machine is now faster or slower than its calibration by more than `most`, and
-    what to do; else nothing."""
+def drift(machine: Calibrated) -> str:
+    """One line if the machine is now faster or slower than its calibration by more than a fifth,
+    and what to do; else nothing."""
     memory, compute, launches, _ = machine.now
-    if all(1 / (1 + most) <= speed <= 1 + most for speed in (memory, compute, launches)):
+    if all(1 / 1.2 <= speed <= 1.2 for speed in (memory, compute, launches)):
         return ""
     return (f"The machine is not as it was calibrated ({machine.source}): it reads memory at "
             f"{memory:.0%}, computes at {compute:.0%} and launches operations at {launches:.0%} of "

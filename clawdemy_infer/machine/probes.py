@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from clawdemy_infer.arithmetic.work import BYTES
-from clawdemy_infer.fast import FLOATS, FORMATS, PackedLinear, computes_in, copy_of, packable
+from clawdemy_infer.fast import FLOATS, PackedLinear, computes_in, copy_of, packable
 from clawdemy_infer.fast.backends import choose
 from clawdemy_infer.fast.kernels import table
 from clawdemy_infer.fast.launches import count_ops
@@ -93,42 +93,29 @@ def bandwidth_probes(sizes: Sequence[int], device: str) -> list[Probe]:
     """Bytes/s of torch sums over `sizes` bytes: a lower bound on the hardware."""
     data = torch.ones(max(sizes) // 4, device=device)
 
-    def read(size: int) -> Callable[[int], int]:
+    def sample(size: int) -> Callable[[], float]:
         view = data[:size // 4]
-
-        def once(_: int) -> int:
-            view.sum()
-            return size
-        return once
-    return [Probe("bandwidth", "", size, rate_of(read(size))) for size in sizes]
+        return rate_of(lambda _: (view.sum(), size)[1])
+    return [Probe("bandwidth", "", size, sample(size)) for size in sizes]
 
 
 # ---- matrix products ----
 
 
-def formats(device: str) -> list[str]:
-    """The formats of weights that the device has kernels for."""
-    return list(FORMATS if device == "cpu" or choose(device) == "triton" else FLOATS)
-
-
-def packs(format: str, device: str) -> bool:
-    """Does the kernel of `format` keep a copy of its weight, and nothing else?"""
-    return all(makers[0].__name__ == "cpp_product" for _, makers in
-               table(format, device, choose(device)))
-
-
-def gemm_weights(format: str, device: str, ring_bytes: int | None = None,
+def gemm_weights(format: str, device: str, ring_bytes: int,
                  shapes: Sequence[tuple[int, int]] = SHAPES) -> list[PackedLinear]:
     """Linear layers of all `shapes`, one behind the other, of about `ring_bytes` bytes in all: so
     many that each comes from memory when its turn comes."""
     each = sum(k * n for k, n in shapes) * BYTES[format]
-    copies = max(1, round((RING_BYTES if ring_bytes is None else ring_bytes) / each))
+    copies = max(1, round(ring_bytes / each))
     generator = torch.Generator(device).manual_seed(0)
     # Random rows, again and again: it is the reading that counts, and drawing takes longer.
     sources = [packable(format, torch.randn(64, k, device=device, generator=generator)
                         .repeat(-(-n // 64), 1)[:n]) for k, n in shapes]
     # A product in C++ packs its weight into memory of its own; others use the source as it is.
-    return [PackedLinear(format, source if packs(format, device) else copy_of(source))
+    packs = all(makers[0].__name__ == "cpp_product"
+                for _, makers in table(format, device, choose(device)))
+    return [PackedLinear(format, source if packs else copy_of(source))
             for _ in range(copies) for source in sources]
 
 
@@ -174,16 +161,16 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return wide.to(x.dtype) * weight
 
 
-def elementwise_probes(dtype: str, device: str, rows: Sequence[int] = (),
-                       width: int = 1024) -> Iterator[Probe]:
+def elementwise_probes(dtype: str, device: str) -> Iterator[Probe]:
     """Bytes/s of norms, gates and residual sums, counted as the arithmetic counts them: as if each
     were one fused operation.
 
     PyTorch makes several operations of each and moves more, so this is a rate of useful bytes, far
     below the bandwidth. As in a decoder, a product sweeps its weight through the caches after each.
-    They run on M rows, of `rows` or as usual, and on one: starting them costs the same, so the
-    difference is the price of the bytes.
+    They run on M rows and on one: starting them costs the same, so the difference is the price of
+    the bytes.
     """
+    width, size = 1024, FLOATS[dtype].itemsize
     token = torch.randn(1, width, device=device)
     norm_weight = torch.ones(width, device=device, dtype=FLOATS[dtype])
     weights = [torch.ones(width, width, device=device) for _ in range(3 * MOST_LAYERS)]
@@ -220,9 +207,8 @@ def elementwise_probes(dtype: str, device: str, rows: Sequence[int] = (),
             return layers * bytes_per_row * (m - 1) / max(many() - start_s, 0.01 * start_s)
         return once
 
-    size = FLOATS[dtype].itemsize
     # A GPU runs 256 rows as fast as one, and of thousands of rows a few layers will do.
-    for m in rows or (ELEMENTWISE_ROWS if device == "cpu" else [2**13]):
+    for m in (ELEMENTWISE_ROWS if device == "cpu" else [2**13]):
         some = max(2, min(MOST_LAYERS, 2**14 // m))
         yield Probe("elementwise", dtype, m, sample(m, some))
 
@@ -272,7 +258,7 @@ def launch_probe(format: str, device: str) -> Probe:
     products = [[partial(w, row[0]) for w in weights[i:i + 4]] for i in range(0, len(weights), 4)]
 
     @torch.inference_mode()
-    def with_glue(of: Callable) -> None:
+    def with_glue(of: Callable = lambda product: product) -> None:
         for layer, four in zip(layers, products, strict=True):
             layer(x, [of(product) for product in four])
 
@@ -284,7 +270,7 @@ def launch_probe(format: str, device: str) -> Probe:
 
     def sample() -> float:
         if device != "cpu":                             # to read the clock would be to wait
-            return beyond(lambda: with_glue(lambda product: product), products_alone) / ops
+            return beyond(with_glue, products_alone) / ops
         seconds = 0.0
 
         def timed(product: Callable) -> Callable[[], None]:
@@ -294,10 +280,10 @@ def launch_probe(format: str, device: str) -> Probe:
                 product()
                 seconds += now() - start
             return run
-        with_glue(lambda product: product)              # as in a model, its layers have just run
+        with_glue()                                     # as in a model, its layers have just run
         start = now()
         with_glue(timed)
         return (now() - start - seconds) / ops
 
-    ops = count_ops(lambda: with_glue(lambda product: product)) - count_ops(products_alone)
+    ops = count_ops(with_glue) - count_ops(products_alone)
     return Probe("launches", format, 1, sample)

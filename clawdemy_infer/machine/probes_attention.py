@@ -20,6 +20,7 @@ from clawdemy_infer.kv_cache.paged import PagedStep
 from clawdemy_infer.machine.calibrated import ATTENTION_KEYS, decode_attention
 from clawdemy_infer.machine.probes import Probe, beyond, rate_of
 
+KV_HEADS, HEAD_DIM = 4, 64
 DECODE_ROWS = [1, 3, 8, 16]
 """Query heads to a KV head in a decode step."""
 PREFILL_ROWS = [48, 192, 768, 1536, 3072]
@@ -32,8 +33,7 @@ PAGED_KEYS = 384
 """Mean keys of a sequence in the probe of paged attention."""
 
 
-def attention_probes(dtype: str, device: str, kv_heads: int = 4,
-                     head_dim: int = 64) -> Iterator[Probe]:
+def attention_probes(dtype: str, device: str) -> Iterator[Probe]:
     """FLOP/s of attention, M query rows to each KV head, by the names of `decode_attention`, and
     "attention" for any.
 
@@ -43,32 +43,32 @@ def attention_probes(dtype: str, device: str, kv_heads: int = 4,
     each other causally, over keys that were just made.
     """
     def tensor(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, head_dim, device=device).to(FLOATS[dtype])
+        return torch.randn(*shape, HEAD_DIM, device=device).to(FLOATS[dtype])
 
     kept = tensor(RING_KEYS // 16).repeat(16, 1)
 
     def decode(m: int, batch: int, keys: int) -> Callable[[int], int]:
-        q, size = tensor(batch, m * kv_heads), 2 * batch * kv_heads * keys
+        q, size = tensor(batch, m * KV_HEADS), 2 * batch * KV_HEADS * keys
 
         def one(i: int) -> int:
             first = i % (len(kept) // size) * size
-            attend(q, *kept[first:first + size].view(2, batch, kv_heads, keys, head_dim))
-            return 4 * kv_heads * head_dim * batch * m * keys
+            attend(q, *kept[first:first + size].view(2, batch, KV_HEADS, keys, HEAD_DIM))
+            return 4 * KV_HEADS * HEAD_DIM * batch * m * keys
         return one
 
     def prefill(m: int) -> Callable[[int], float]:
         T = m // 3
-        q, (k, v) = tensor(T, 3 * kv_heads), tensor(2, 1, kv_heads, T)
+        q, (k, v) = tensor(T, 3 * KV_HEADS), tensor(2, 1, KV_HEADS, T)
 
         def one(_: int) -> float:
             attend(q, k, v)
-            return 4 * kv_heads * head_dim * 3 * T * (T + 1) / 2
+            return 4 * KV_HEADS * HEAD_DIM * 3 * T * (T + 1) / 2
         return one
 
     for batch in (1, 16):
         for keys in ATTENTION_KEYS:
             for m in DECODE_ROWS:
-                yield Probe(decode_attention(batch * kv_heads, keys), dtype, m,
+                yield Probe(decode_attention(batch * KV_HEADS, keys), dtype, m,
                             rate_of(decode(m, batch, keys)))
     for m in PREFILL_ROWS:
         yield Probe("attention", dtype, m, rate_of(prefill(m)))
@@ -76,18 +76,18 @@ def attention_probes(dtype: str, device: str, kv_heads: int = 4,
         yield from paged_probes(dtype)
 
 
-def paged_probes(dtype: str, batch: int = 8, kv_heads: int = 4,
-                 head_dim: int = 64) -> Iterator[Probe]:
+def paged_probes(dtype: str) -> Iterator[Probe]:
     """FLOP/s of a decode step's attention over the blocks of a pool, M query heads to a KV head,
     for sequences of half as many to half as many again as `PAGED_KEYS`; beyond what it costs them
     to see one key each, which is the price of starting its operations."""
+    batch = 8
     lengths = [PAGED_KEYS // 2 + PAGED_KEYS * i // (batch - 1) for i in range(batch)]
     layers = 12                                         # in fp32 75 MB: caches do not hold it
-    flops = 4 * head_dim * kv_heads * (sum(lengths) - batch) * layers   # at M = 1
+    flops = 4 * HEAD_DIM * KV_HEADS * (sum(lengths) - batch) * layers   # at M = 1
 
     def step_over(lengths: list[int]) -> PagedStep:
         pool = BlockPool(sum(-(-length // 16) for length in lengths), 16)
-        cache = PagedCache(BlockTables(pool), layers, kv_heads, head_dim, dtype=FLOATS[dtype])
+        cache = PagedCache(BlockTables(pool), layers, KV_HEADS, HEAD_DIM, dtype=FLOATS[dtype])
         for sequence, length in enumerate(lengths):
             cache.add(sequence)
             if length > 1:
@@ -95,8 +95,8 @@ def paged_probes(dtype: str, batch: int = 8, kv_heads: int = 4,
         return cache.begin({sequence: [0] for sequence in range(batch)})
 
     def decode(m: int, step: PagedStep) -> Callable[[], None]:
-        q, k, v = (torch.randn(batch, heads, head_dim).to(FLOATS[dtype])
-                   for heads in (kv_heads * m, kv_heads, kv_heads))
+        q, k, v = (torch.randn(batch, heads, HEAD_DIM).to(FLOATS[dtype])
+                   for heads in (KV_HEADS * m, KV_HEADS, KV_HEADS))
 
         @torch.inference_mode()
         def run() -> None:

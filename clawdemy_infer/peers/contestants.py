@@ -9,13 +9,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from clawdemy_infer.arithmetic import BYTES
 from clawdemy_infer.files.load import PACKAGED, weights_on_disk
 from clawdemy_infer.rigs.text import prose
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".peers"
 """Where `make peers` puts a virtual environment for each engine that needs its own."""
-WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
-"""Bits of a weight in our formats, which say what they are compared with."""
 PEER_FORMATS = {"transformers": {32: ["fp32"], 16: ["bf16"]}, "vllm": {32: ["fp32"], 16: ["bf16"]},
                 "llama.cpp": {32: ["F32"], 16: ["F16"], 8: ["Q8_0"], 4: ["Q4_1"]}}
 """The formats of each peer by bits. The packaged model is stored as Q4_1: 4 bits, with a scale and
@@ -41,8 +40,8 @@ class Contestant:
     @property
     def command(self) -> list[str]:
         """What starts its worker, without the settings."""
-        script = Path(__file__).with_name(f"serve_{self.engine.replace('.', '_')}.py")
-        return [str(python(self.engine)), str(script)]
+        script, engine = Path(__file__).with_name("serve.py"), self.engine.replace(".", "_")
+        return [str(python(self.engine)), str(script), f"serve_{engine}"]
 
 
 def python(engine: str) -> Path:
@@ -63,7 +62,7 @@ def weights_of(model: str) -> tuple[Path, Path | None]:
 def contestants(weights: list[str], peers: list[str],
                 gguf: Path | None) -> tuple[list[Contestant], list[str]]:
     """Ours in each of `weights`, then the peers in as many bits; and why others take no part."""
-    found, missing = [Contestant("ours", name, WEIGHT_BITS[name]) for name in weights], []
+    found, missing = [Contestant("ours", name, round(8 * BYTES[name])) for name in weights], []
     for peer in peers:
         if peer == "llama.cpp" and gguf is None:
             missing.append("llama.cpp reads GGUF files only, and this model is not one, so it "
@@ -73,7 +72,7 @@ def contestants(weights: list[str], peers: list[str],
                            "the checkout does that.")
         else:
             found += [Contestant(peer, name, bits)
-                      for bits in dict.fromkeys(WEIGHT_BITS[name] for name in weights)
+                      for bits in dict.fromkeys(one.bits for one in found if one.engine == "ours")
                       for name in PEER_FORMATS[peer].get(bits, [])]
     return found, missing
 

@@ -43,7 +43,9 @@ class Worker:
     def ask(self, command: dict) -> dict:
         """Its answer, with `peak_bytes`, the most memory it held. WorkerFailed ends the worker."""
         with suppress(BrokenPipeError, ProcessLookupError):         # the answer: that it has ended
-            self._forget_peak()
+            # Linux keeps the peak, and lets its owner start it afresh (proc(5), clear_refs).
+            if (file := Path(f"/proc/{self.process.pid}/clear_refs")).exists():
+                file.write_text("5")
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
         return self._answer() | {"peak_bytes": self._peak()}
@@ -77,13 +79,8 @@ class Worker:
         times = psutil.Process(self.process.pid).cpu_times()
         return times.user + times.system
 
-    def _forget_peak(self) -> None:
-        """Linux keeps the peak of a process and lets its owner start it afresh (proc(5),
-        clear_refs). Elsewhere the peak is what it holds now."""
-        if (file := Path(f"/proc/{self.process.pid}/clear_refs")).exists():
-            file.write_text("5")
-
     def _peak(self) -> int:
+        """The most bytes that it held; where nobody keeps count, those that it holds now."""
         if (file := Path(f"/proc/{self.process.pid}/status")).exists():
             return next(int(line.split()[1]) * 1024 for line in file.read_text().splitlines()
                         if line.startswith("VmHWM"))

@@ -1,6 +1,6 @@
 """What came of a race: tokens/s, ours beside it, how near the bound, memory, the same tokens."""
 
-from itertools import takewhile
+from os.path import commonprefix
 from statistics import median
 
 from clawdemy_infer.arithmetic import ModelShape
@@ -37,8 +37,7 @@ def fraction_of_bound(run: PeerRun, shape: ModelShape, machine: Machine,
 
 def same_tokens(tokens: list[list[int]], reference: list[list[int]]) -> int:
     """Tokens that two runs have in common before each sequence's first difference."""
-    return sum(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=True)))
-               for texts in zip(reference, tokens, strict=True))
+    return sum(len(commonprefix(texts)) for texts in zip(reference, tokens, strict=True))
 
 
 def peer_rows(runs: list[PeerRun], shape: ModelShape, machine: Machine,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import llama_cpp as c
 import numpy as np
-from serve import serve
 
 FTYPES = {"F32": c.LLAMA_FTYPE_ALL_F32, "F16": c.LLAMA_FTYPE_MOSTLY_F16,
           "Q8_0": c.LLAMA_FTYPE_MOSTLY_Q8_0}
@@ -17,7 +16,7 @@ BATCH_TOKENS = 512              # what llama.cpp computes at once by default
 SILENT = c.llama_log_callback(lambda *_: None)
 
 
-class LlamaCpp:
+class Engine:
     version = getattr(c, "__version__", "")
 
     def __init__(self, model: str, weights: str, threads: int, **_):
@@ -86,7 +85,3 @@ def made(source: Path, weights: str, threads: int) -> Path:
             raise RuntimeError(f"llama_model_quantize returned {code}")
         part.rename(file)
     return file
-
-
-if __name__ == "__main__":
-    serve(LlamaCpp)

@@ -1,7 +1,6 @@
 """Our own decoder, asked as the peers are."""
 
 import torch
-from serve import serve
 
 from clawdemy_infer import __version__
 from clawdemy_infer.fast.faster import faster
@@ -10,7 +9,7 @@ from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.timing import now
 
 
-class Ours:
+class Engine:
     version = __version__
 
     def __init__(self, model: str, weights: str, threads: int, compile: bool = False, **_):
@@ -26,7 +25,3 @@ class Ours:
             steps.append(tokens)
         return {"tokens": torch.cat(steps, 1).tolist(), "prefill_s": times[1] - times[0],
                 "decode_s": times[-1] - times[1], "decode_tokens": len(prompts) * (new - 1)}
-
-
-if __name__ == "__main__":
-    serve(Ours)

@@ -4,10 +4,9 @@ import time
 
 import torch
 import transformers
-from serve import serve
 
 
-class Transformers:
+class Engine:
     version = transformers.__version__
 
     def __init__(self, model: str, weights: str, threads: int, **_):
@@ -29,7 +28,3 @@ class Transformers:
                                   stopping_criteria=[note])
         return {"tokens": out[:, ids.shape[1]:].tolist(), "prefill_s": times[1] - times[0],
                 "decode_s": times[-1] - times[1], "decode_tokens": len(prompts) * (new - 1)}
-
-
-if __name__ == "__main__":
-    serve(Transformers)

@@ -4,13 +4,11 @@ a small machine has none to spare."""
 import os
 import time
 
-from serve import serve
-
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2",
                "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
-class VLLM:
+class Engine:
     def __init__(self, model: str, weights: str, threads: int, batch: int, context: int, **_):
         import vllm
 
@@ -36,7 +34,3 @@ class VLLM:
         return {"tokens": list(tokens.values()), "prefill_s": first - start,
                 "decode_s": time.perf_counter() - first,
                 "decode_tokens": len(prompts) * new - already}
-
-
-if __name__ == "__main__":
-    serve(VLLM)

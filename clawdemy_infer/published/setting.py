@@ -1,5 +1,6 @@
-"""What ran, and where: the chip behind a row's `hardware` (a data sheet of `data/chips.toml`), what
-is known of the code behind its `software`, and the shape of its `model`. Nothing here is fitted."""
+"""What ran, and where: the chip behind a row's `hardware` (`data/chips.toml`), what is known of the
+code behind its `software` (`data/software.toml`), and the shape of its `model`. Nothing here is
+fitted."""
 
 import math
 import re
@@ -60,54 +61,35 @@ class Chip:
         return max(left(*tile) for tile in TILES)
 
 
+@dataclass(frozen=True)
+class Software:
+    """Facts of `data/software.toml`: `kernels` launched for a layer in a pass; is a KV head fetched
+    once for all its query heads (`shared`); do quantized products keep their sums in fp16?"""
+
+    match: str = ""
+    kernels: int = 16
+    shared: bool = True
+    fp16_accumulation: bool = False
+
+
 @cache
-def _chips() -> list[Chip]:
-    text = (files("clawdemy_data") / "chips.toml").read_text(encoding="utf-8")
-    return [Chip(**entry) for entry in tomllib.loads(text)["chip"]]
+def _named(name: str, kind: type, file: str) -> Chip | Software:
+    """The first entry of a file whose pattern is in `name`, else what a `kind` has by default."""
+    [entries] = tomllib.loads((files("clawdemy_data") / file).read_text(encoding="utf-8")).values()
+    return next((kind(**each) for each in entries if re.search(each["match"], name)), kind())
 
 
 def chip(hardware: str) -> Chip:
     """The chip that a row's `hardware` names. Apple's cores are in the name (`M1 Pro 14c`); an
     unknown one, or a CPU, has no figures but a clock."""
-    if "CPU" in hardware:
-        return Chip()
-    found = next((each for each in _chips() if re.search(each.match, hardware)), Chip())
+    found = Chip() if "CPU" in hardware else _named(hardware, Chip, "chips.toml")
     cores = re.search(r"(\d+)c\b", hardware) if found.unified else None
     return replace(found, cores=int(cores[1])) if cores else found
 
 
-@dataclass(frozen=True)
-class Software:
-    """`kernels` are launched for a layer in a pass; `shared`: a KV head is fetched once for all its
-    query heads; `fp16_accumulation`: quantized products keep their sums in fp16."""
-
-    kernels: int
-    shared: bool
-    fp16_accumulation: bool = False
-
-
-COMPILED, LIBRARY, EAGER = 12, 16, 24
-"""Kernels a layer. Compiled or fused by hand: norm, q-k-v, rope, cache write, attention in two
-parts, out, norm, gate and up, product, down, add. A library with some fused kernels: 16. Line by
-line: each projection, rotation, cache write, softmax, multiply and add on its own."""
-SOFTWARE = (
-    # TensorRT-LLM before XQA reads K and V once per query head (NVIDIA: XQA is 2.4 times faster).
-    (r"XQA", Software(COMPILED, shared=True)),
-    (r"TensorRT-LLM 0\.[1-6]\b|FasterTransformer", Software(COMPILED, shared=False)),
-    # Metal kernels for one query run a threadgroup per query head (llama.cpp; MLX's sdpa_vector).
-    (r"MLX", Software(COMPILED, shared=False)),
-    (r"llama\.cpp", Software(EAGER, shared=False)),
-    (r"TinyChat", Software(LIBRARY, shared=False, fp16_accumulation=True)),
-    (r"gpt-fast|torch\.compile|TensorRT|MLC|mlc|vLLM(?!-era)|SGLang|LMDeploy|InferSim|T5X|JAX|TPU",
-     Software(COMPILED, shared=True)),
-    (r"GPTQ|transformers|HF|PyTorch|tiny-llm", Software(EAGER, shared=True)),
-)
-
-
 def software(name: str) -> Software:
     """What is known of the software that a row names; in between where nobody has looked."""
-    return next((known for pattern, known in SOFTWARE if re.search(pattern, name)),
-                Software(LIBRARY, shared=True))
+    return _named(name, Software, "software.toml")
 
 
 def shape_of(run: PublishedRun) -> ModelShape:

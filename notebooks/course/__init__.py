@@ -1,6 +1,7 @@
 """The content of the lessons that needs Python: their build tasks, exercises and diagrams.
 
-`build_NN.py` has `TASK`, the build task of lesson NN; `exercises_NN.py` has `EXERCISES`, by name.
+`build_NN.py` has `TASK`, the build task of lesson NN; `exercises_NN.py` has `EXERCISES`, by name;
+`diagrams_NN.py` draws with what `drawing` has.
 """
 
 import pkgutil

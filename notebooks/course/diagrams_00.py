@@ -1,9 +1,6 @@
 """The diagram of lesson 00: a machine and its three prices."""
 
-from clawdemy_infer.arithmetic import Work, matmul
-from clawdemy_infer.envelope.roofline import Machine
-from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson.diagrams import (
+from clawdemy_course.drawing import (
     ACTIVATIONS,
     COMPUTE,
     LAUNCH,
@@ -11,6 +8,9 @@ from clawdemy_infer.lesson.diagrams import (
     WEIGHTS,
     Diagram,
 )
+from clawdemy_infer.arithmetic import Work, matmul
+from clawdemy_infer.envelope.roofline import Machine
+from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson.tables import si
 
 LAUNCH_S = 4e-6

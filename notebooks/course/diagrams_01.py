@@ -5,11 +5,11 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from clawdemy_course.diagrams_00 import legend, of
+from clawdemy_course.drawing import ACTIVATIONS, DARK, KV, WEIGHTS, Diagram
 from clawdemy_infer.arithmetic import MLP, Attention, Layer, ModelShape, Pass, element_bytes
 from clawdemy_infer.arithmetic.work import at_least_1
 from clawdemy_infer.envelope.roofline import part_name
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson.diagrams import ACTIVATIONS, DARK, KV, WEIGHTS, Diagram
 from clawdemy_infer.lesson.tables import number, si
 
 PARTS = {"qkv": 62, "attention": 100, "out": 138, "gate_up": 206, "up": 206, "down": 244,

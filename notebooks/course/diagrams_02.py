@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from clawdemy_course.diagrams_00 import legend, of
+from clawdemy_course.drawing import ACTIVATIONS, KV, LAUNCH, Diagram
 from clawdemy_infer.arithmetic import Format, element_bytes
 from clawdemy_infer.arithmetic.work import at_least_1
-from clawdemy_infer.lesson.diagrams import ACTIVATIONS, KV, LAUNCH, Diagram
 from clawdemy_infer.lesson.tables import si
 
 WIDE = 324
