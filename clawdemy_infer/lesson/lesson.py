@@ -251,7 +251,7 @@ class Lesson:
         only = [name for name, said in told.items()
                 if said.low and not said.low <= self.rows[name].measured <= said.high]
         title = ("predicted: each interval is widened by the machine's speeds right around its run;"
-                 f" {len(told)} inside, {len(only)} of them only so")
+                 f" {len(told)} inside, {len(only)} of them only as widened")
         return replace(tables.ledger_table(rows, widened=only),
                        title=title * any(map(self._widened, rows)))
 

@@ -90,7 +90,7 @@ def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 409
 
 def _three_terms(d: Diagram, left: float, work: Work, costs: list[float], longest: float,
                   ahead: bool) -> None:
-    """Three bars, as long as what each number comes to, from `left` to 370 units further. The launch
+    """Three bars, as long as each term of the time, from `left` to 370 units further. The launch
     adds to the larger of the others, unless the host launches `ahead` of them."""
     d.text(left, 276, f"{work.name}: {si(work.bytes, 'B')}, {si(work.flops, 'FLOP')}", bold=True)
     for row, (name, seconds, colour) in enumerate(zip(

@@ -413,8 +413,8 @@ lesson.explain("toy step")
 display(lesson.table(*works, "64 rows over 1 row"))
 Markdown(f"64 rows over 1 row: the napkin's peak was {si(computes, 'FLOP/s')}, the "
          f"calibrated one is {si(machine.peak('fp32'), 'FLOP/s')}, "
-         f"{machine.peak('fp32') / computes:.1f} times as much. With the calibrated peak "
-         "and bandwidth the napkin would be "
+         f"{machine.peak('fp32') / computes:.1f} times as much. With the calibrated "
+         "peak and bandwidth the napkin would be "
          f"{machine.napkin(works[MANY]) / machine.napkin(works[ONE]):.2f} ×.")
 
 # %% [markdown] tags=["notes"]
@@ -473,8 +473,8 @@ Markdown(
     f"- **Data in a cache** ({binary(in_cache)}) {cached}.\n"
     f"- **Uneven work**: on the A100, {worst} rows are furthest off, "
     f"{a100_off[worst]:.1f} times (published times are rounded to 1 µs). A possible "
-    f"reason: if the kernel used 128 × 128 tiles, its {tiles} tiles kept only {tiles} of "
-    f"108 multiprocessors busy, {108 / tiles:.1f} times.")
+    f"reason: if the kernel used 128 × 128 tiles, its {tiles} tiles kept only {tiles} "
+    f"of 108 multiprocessors busy, {108 / tiles:.1f} times.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes about as long: small models, fast
