@@ -137,7 +137,7 @@ Markdown(
     f"{float(causal.subs({G: shared, S: 1})):.1f}·S in {llama_3.name}.\n"
     f"* Decode: 1 in MHA, G in GQA, {shared} in {llama_3.name}.\n"
     f"* The ridge point of an H100: {h100.ridge('bf16'):.0f}.\n\n"
-    "**Prefill is compute-bound, decode is memory-bound.**")
+    "**A long prefill is compute-bound, decode at small batches memory-bound.**")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** A larger batch does nothing for attention: **B is gone.** In prefill it grows with the
@@ -230,8 +230,8 @@ decode_step = lesson.build("decode_step", my_decode_step)
 # over bandwidth, or FLOPs over peak, whichever is longer. The **calibrated roofline** also knows
 # the rate of a product with few or many rows, of attention, and what a kernel launch costs; it says
 # an **interval**. Neither has seen the model run. The machine is looked at again right before and
-# after each run; if its speed changed, the interval is widened (both are shown); the step's own
-# time is never used. A prompt of T tokens is T rows of the same
+# after each run; if its speed changed, the interval is widened, and the table says which step is
+# inside only so; the step's own time is never used. A prompt of T tokens is T rows of the same
 # products (the library counts its causal attention).
 #
 # Bound over measured, with the data sheet's peak or bandwidth in the bound, is what the field calls
@@ -329,11 +329,12 @@ output_token = measured[f"time per token, context {long}, fp32"]
 ratio = shape.decode(1, long).flops * long / shape.prefill(1, long).flops
 
 
-def dearer(batch, context):
+def price_ratio(batch, context):
     """An output token over a prompt token, on the envelope of an H100."""
-    _, bytes = decode_step(CONFIGS["llama-3-8b"], batch, context)
+    flops, bytes = decode_step(CONFIGS["llama-3-8b"], batch, context)
+    step_s = max(flops / h100.peak("bf16"), bytes / h100.bandwidth_at())
     prompt_s = llama_3.prefill(1, context).flops / h100.peak("bf16")
-    return bytes / h100.bandwidth_at() / batch / (prompt_s / context)
+    return step_s / batch / (prompt_s / context)
 
 
 display(Markdown(
@@ -341,9 +342,9 @@ display(Markdown(
     f"token at context {long:,} **{si(output_token, 's')}**: "
     f"**{output_token / prompt_token:.0f} times** as much, for {ratio:.1f} times the "
     "FLOPs. Batches share the reading of the weights, not of the caches. On the "
-    f"envelope an H100 with {llama_3.name} comes to {dearer(256, 1024):.0f} times at "
-    f"batch 256 and 1,024 tokens, and stays at {dearer(64, 8192):.0f} times at batch 64 "
-    "and 8,192 tokens."))
+    f"envelope an H100 with {llama_3.name} comes to {price_ratio(256, 1024):.0f} times "
+    f"at batch 256 and 1,024 tokens, and stays at {price_ratio(64, 8192):.0f} times at "
+    "batch 64 and 8,192 tokens."))
 lesson.table()
 
 # %% [markdown] tags=["notes"]
