@@ -425,8 +425,8 @@ Markdown(f"64 rows over 1 row: the napkin's peak was {si(computes, 'FLOP/s')}, t
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# In 16 bits, a data-centre GPU needs about 150 to 500 rows to be compute-bound. Its host launches ahead: a step takes about the larger
-# of GPU time and launches × overhead. **Small kernels hurt where the launches take longer than the GPU's work.** CUDA graphs replay many launches as one.
+# In 16 bits, a data-centre GPU needs about 150 to 500 rows to be compute-bound. Its host launches ahead.
+# **Small kernels hurt where the launches take longer than the GPU's work.** CUDA graphs replay many as one.
 
 # %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 found = {int(run.batch): run.value * 1e-3 for run in published()
@@ -445,13 +445,14 @@ sheets = {"H100": h100, "A100": a100, "L4": l4, "MacBook Air M2": laptop,
 ridges = [f"{name} {sheet.ridge('bf16'):.0f}" for name, sheet in sheets.items()]
 Markdown(
     f"Published (Vidur). **64 rows: {found[64] / found[1]:.2f} times as long as one.** "
-    "Ridge points in 16 bits, dense (data sheets often print the double, with "
-    f"sparsity): {', '.join(ridges)} ({number(machine.ridge('fp32'))} in fp32).")
+    f"Ridge points (bf16, dense): {', '.join(ridges)} "
+    f"({number(machine.ridge('fp32'))} in fp32).")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Ask: "is a launch cheaper on a GPU?" The usual wrong answer is yes: Python and the driver run on the CPU; what shrinks is the
 # work behind the launch. Before the table appears, ask for the time at 64 rows, if 1 row takes 25 µs. Usual wrong answer: 64 times as long. Say what was *not*
-# measured here: your own cells on a GPU; anybody with one can run this notebook on it. A data sheet does not state the launch overhead at all.
+# measured here: your own cells on a GPU; anybody with one can run this notebook on it. A data sheet does not state the launch overhead at all, and its peak is often the
+# one with sparsity, twice the dense one that counts here.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
@@ -466,19 +467,19 @@ against = "less" if smallest_s < launch_s else "more"
 cached = (f"came {factor:.1f} times as fast as from main memory"
           if factor > 1.15 else "can come faster; here it did not")
 Markdown(
-    f"- **Tiny operations**: reading {binary(sizes[0])} in a tight loop took "
+    f"- **Tiny operations**: reading {binary(sizes[0])} in a loop took "
     f"{si(smallest_s, 's')}, {against} than a launch between products "
-    f"({si(launch_s, 's')}; see Further), which is worth reading "
+    f"({si(launch_s, 's')}), worth reading "
     f"**{si(launch_s * machine.bandwidth_at(), 'B')}**.\n"
     f"- **Data in a cache** ({binary(in_cache)}) {cached}.\n"
-    f"- **Uneven work**: on the A100, {worst} rows are furthest off, "
-    f"{a100_off[worst]:.1f} times (published times are rounded to 1 µs). A possible "
-    f"reason: if the kernel used 128 × 128 tiles, its {tiles} tiles kept only {tiles} "
-    f"of 108 multiprocessors busy, {108 / tiles:.1f} times.")
+    f"- **Uneven work**: A100, {worst} rows: "
+    f"{a100_off[worst]:.1f} times (± 1 µs). With tiles of 128 × 128 (assumed), {tiles} "
+    f"of 108 multiprocessors had work: {108 / tiles:.1f} times.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes about as long: small models, fast
-# GPUs. The usual wrong answer is "never, microseconds are nothing". On an H100 a launch of 4 µs (assumed) is worth 13 MB of reading.
+# GPUs. The usual wrong answer is "never, microseconds are nothing". In a tight loop a launch lies ready in the caches (Further). Published
+# times are rounded to 1 µs; which tiles that kernel used is not published, so they are one possible reason. On an H100 a launch of 4 µs (assumed) is worth 13 MB of reading.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Play
@@ -486,7 +487,7 @@ Markdown(
 # A service runs 32 products `X[B, D] @ W[D, D]` in bf16 for a token and promised it in **20 ms**. A red bar breaks the promise.
 #
 # - Which is the largest batch that each machine can promise?
-# - On the L4 at B = 16,384, which of the two terms alone would break the promise? And on the H100?
+# - At B = 16,384, which term alone breaks it on the L4? On the H100?
 # - Raise D until a machine fails at B = 1. Which term is it now, and does any batch help?
 
 # %% [markdown] tags=["notes"]

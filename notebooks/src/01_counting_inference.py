@@ -11,13 +11,12 @@
 #
 # ## Question
 #
-# A chat user waits for the first token (time to first token, **TTFT**; here without queueing),
-# then for each next one (time per output token, **TPOT**). An agent reads 8,000 tokens and writes
-# 30,000. An output token costs it several times a prompt token, though both pass through the same
-# weights. Why?
+# A chat user waits for the time to first token (**TTFT**; without queueing), then the time per
+# output token (**TPOT**). An agent reads 8,000 tokens and writes 30,000. An output token costs
+# several times a prompt token, through the same weights. Why?
 #
-# *45 minutes, exercises extra. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from a
-# config.json and a data sheet.*
+# *45 minutes, exercises extra. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from
+# config.json and data sheet.*
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask the room: which costs more, reading a token or writing one? By what factor?
@@ -130,13 +129,12 @@ print("MHA", mha, "  GQA", gqa)
 h100, llama_3 = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
 shared = llama_3.N // llama_3.K
 Markdown(
-    "* A **product**: the rows that share one reading of W. T from a prompt, B from a "
-    "decode step.\n"
+    "* A **product**: the rows that share W: T from a prompt, B from a decode step.\n"
     "* **Attention**: B is gone. Each sequence reads its own cache.\n"
     "* Prefill, T = S: S/2 in MHA; the causal mask halves the FLOPs: S/4, and "
     f"{float(causal.subs({G: shared, S: 1})):.1f}·S in {llama_3.name}.\n"
     f"* Decode: 1 in MHA, G in GQA, {shared} in {llama_3.name}.\n"
-    f"* The ridge point of an H100: {h100.ridge('bf16'):.0f}.\n\n"
+    f"* An H100's ridge point: {h100.ridge('bf16'):.0f}.\n\n"
     "**A long prefill is compute-bound, decode at small batches memory-bound.**")
 
 # %% [markdown] tags=["notes"]
@@ -191,13 +189,12 @@ lesson.guess("time per token, context 512, bf16", ...)
 # * the MLP has three D x F matrices: gate, up, down;
 # * each matrix is read once a step, the LM head too; the embedding is not;
 # * each sequence reads its cache;
-# * leave out norms, rotary position embedding (RoPE), activations: small at small batches,
-#   assumed on the chip.
+# * leave out norms, rotary position embedding (RoPE), activations: small at small batches.
 
 # %% [markdown] tags=["notes"]
 # **1 min.** The rules are those of the envelope. Ask: does it matter whether the LM head is tied
 # to the embedding? (Not for what a step reads: it is read either way. It matters for what is
-# stored.)
+# stored.) The activations are assumed to stay on the chip.
 
 # %% tags=["core", "slide", "build"]
 def my_decode_step(config, batch, context):
@@ -408,8 +405,8 @@ plots.show(figure, "Envelope and published time of eight runs, 16-bit weights, o
 # * <span class="fragment">**Short prompts**: with fewer rows than the ridge, prefill is
 #   memory-bound too.</span>
 # * <span class="fragment">**Large batches, short contexts**: decode becomes compute-bound. Its
-#   attention with GQA does not on these GPUs: one query a step gives G FLOPs per byte (4 to 16)
-#   against a ridge of hundreds. Multi-head latent attention (MLA) comes near (lesson 03).</span>
+#   attention does not (GQA: 4 to 16 FLOPs per byte; ridge: hundreds). Multi-head latent attention
+#   (MLA) comes near (lesson 03).</span>
 # * <span class="fragment">**Long contexts**: no batch helps; each sequence brings its own bytes. In
 #   prefill attention outgrows the products.</span>
 # * <span class="fragment">**Tiny models**: neither bytes nor FLOPs decide, but launches.</span>
@@ -417,15 +414,16 @@ plots.show(figure, "Envelope and published time of eight runs, 16-bit weights, o
 # %% [markdown] tags=["notes"]
 # **3 min.** Each bullet is an assumption of the envelope that fails. Ask for a workload for each:
 # a classifier with short prompts; offline generation of short answers; a coding agent; a draft
-# model.
+# model. One query a step gives attention G FLOPs per byte, at any batch: more where one KV head
+# serves all (71 in Falcon-7B), T times as much where a step verifies T tokens; a laptop's ridge is
+# lower than these GPUs'.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Play
 #
-# **Llama-3-8B, 8,192 tokens.** Serve Llama-3-8B with 8,192 tokens of context: **at least 1,500
-# tokens/s**, each user's token within **20 ms**. Which card, which batch? Something breaks in red:
-# the memory, or the promise. The times come from your count. The memory is an upper limit: an
-# engine also needs activations and workspace (vLLM takes 90 % of a card by default).
+# Serve Llama-3-8B with 8,192 tokens of context: **at least 1,500 tokens/s**, each user's token
+# within **20 ms**. Which card, which batch? What breaks is red. Activations and workspace come
+# on top (vLLM uses 90 % of a card by default).
 
 # %% tags=["core", "hide-input", "widget", "nbval-ignore-output"]
 def limits(card, batch, context, promise_ms):
@@ -531,8 +529,8 @@ lesson.steps("promise", batch=batch, fits=fits, tokens_per_s=tokens_per_s, cards
 # * A product's intensity is its number of rows, while they are few: a prompt has many, a decode
 #   step one a user.
 # * Attention's does not grow with the batch: each sequence reads its own cache.
-# * Bytes over bandwidth bound TPOT from below; FLOPs over peak bound the TTFT of a long prompt.
-#   Capacity comes first.
+# * Bytes over bandwidth bound TPOT from below, FLOPs over peak a long prompt's TTFT; capacity comes
+#   first.
 #
 # **Next**: what does remembering cost, and save? **Homework**: the three exercises above.
 
