@@ -170,7 +170,7 @@ if device == "cuda":                            # from an L4's data sheet
     reads, computes = l4.bandwidth_at(), l4.peak("fp32")
 else:                                           # from what stands on a box
     reads = 2 * 8 * 3.2e9       # DDR4-3200: channels · bytes · transfers/s
-    per_cycle = 2 * 8 * 2       # units · fp32 lanes (AVX2; AVX-512 has 16) · mul and add
+    per_cycle = 2 * 8 * 2       # units · fp32 lanes (AVX2; AVX-512: 16) · mul and add
     computes = torch.get_num_threads() * 3e9 * per_cycle    # threads · cycles/s
 launch_s = 10e-6                                # a few bytecodes, and PyTorch's choice
 box = Machine("box", ((1, reads),), {"fp32": computes}, 8e9)
@@ -679,8 +679,8 @@ near = "three" if abs(first - 1) < abs(first - 4 / 3) else "four"
 Table(["", "measured", "÷ napkin"],
       [[name, si(fresh[name].median, "s"), f"{fresh[name].median / by_hand:.2f}"]
        for name in (into_z, into_new)], ["measured", "÷ napkin"],
-      "The napkin moves three numbers for each sum; four would be 1.33 times as much. The "
-      f"first line is nearer to {near}")
+      "The napkin moves three numbers for each sum; four would be 1.33 times as much. "
+      f"The first line is nearer to {near}")
 
 # %% [markdown] tags=["further"]
 # If the second line is slower, then probably (this was not measured) because the operating system hands out the new array page by page, zeroes each
