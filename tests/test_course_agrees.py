@@ -36,7 +36,7 @@ def measured_rows(path):
     for line in texts_of(path, "lesson.table()")[-1].splitlines():
         cells = re.split(r"\s{2,}", line.strip())
         spans = [cell for cell in cells if " – " in cell]
-        if spans and cells[-2] in ("yes", "below", "above"):
+        if spans and cells[-2] in ("yes", "yes, widened", "below", "above"):
             low, high = spans[0].split(" – ")
             unit = re.sub(r"^[\d.,]+", "", high)
             low = low if re.search(r"[^\d.,]", low) else low + unit

@@ -40,8 +40,28 @@ def test_exercises_end_where_a_sum_by_hand_does():
     steps = exercise("agent_turn").steps
     assert steps["tpot"].right == pytest.approx(read / 4.8e12, rel=1e-3)
     assert steps["seconds"].right == pytest.approx(ttft + 30_000 * read / 4.8e12, rel=1e-3)
+    assert steps["share"].right == pytest.approx(0.5725 / 438.06, rel=1e-3)
+    # 65.5 GB stored and 8 · 38,000 · 262,144 B of caches are 145.2 GB, of 141 GiB.
+    assert steps["fits"].right is (65.5e9 + 8 * 38_000 * 262_144 < 141 * 2**30)
     # Llama-3.1-70B: 327,680 B of cache a token; 1307.4 TFLOP/s over 5.3 TB/s.
     bound = exercise("compute_bound").steps
-    assert bound["longest"].right == pytest.approx(2 * 69.5e9 / 327_680 / (1307.4 / 5.3), rel=1e-2)
-    # Qwen3-14B: 28.0 GB read, 163,840 B a token: (0.045·864e9 - 28.0e9) / (3000·163,840) = 22.2.
-    assert exercise("promise").steps["batch"].right == 22
+    assert bound["below"].right == pytest.approx(2 * 69.5e9 / 327_680 / (1307.4 / 5.3), rel=1e-2)
+    # Qwen3-14B: 28.0 GB read, 163,840 B a token: (0.045·864e9 - 28.0e9) / (10,000·163,840) = 6.6;
+    # a step of 6 reads 28.0 + 9.8 GB in 43.8 ms, less than the promise.
+    promise = exercise("promise").steps
+    assert promise["batch"].right == 6
+    assert promise["tokens_per_s"].right == pytest.approx(6 / 0.0438, rel=2e-3)
+    assert promise["cards"].right == 37
+
+
+@pytest.mark.parametrize(("name", "step", "answer", "said"), [
+    ("unknown_machine", "flops_per_second", 2 * 512**3 / 34.8e-6, "launch in them"),
+    ("agent_turn", "share", 8000 / 38_000, "share of the tokens"),
+    ("compute_bound", "below", 1777.3, "Leave attention's FLOPs out"),
+    ("compute_bound", "batch", 477.9, "Leave attention's FLOPs out"),
+    ("promise", "tokens_per_s", 6 / 0.045, "before the promised time"),
+    ("promise", "cards", 38, "fewer cards"),
+])
+def test_a_method_that_is_nearly_right_is_told_what_it_forgot(name, step, answer, said):
+    status, line = build.check_step(step, exercise(name).steps[step], answer)
+    assert status == build.WRONG and said in line

@@ -401,6 +401,11 @@ def test_an_interval_that_the_machine_widened_is_shown_as_told_and_as_widened(le
     assert lesson.table().title == "" and "widened" not in lesson._result("TPOT")
     lesson.rows["TPOT"] = replace(lesson.rows["TPOT"], low=1.2, high=3.0)
     assert lesson.table().title.startswith("predicted: each interval is widened")
+    assert lesson.table().title.endswith("; 1 inside, 1 of them only as widened")
+    lesson.predict("TTFT", napkin=1.0, predicted=2.0, interval=(1.5, 2.5), unit="s")
+    lesson.measure("TTFT", 2.4)
+    assert [row[-1] for row in lesson.table("TTFT", "TPOT").rows] == ["yes", "yes, widened"]
+    assert lesson.table("TTFT").title == ""
     assert lesson._result("TPOT") == (
         "TPOT: 2.60 s, predicted 1.50 – 2.50 s; widened to 1.20 – 3.00 s by the speeds around the "
         "run")

@@ -3,12 +3,14 @@ each task and exercise of the course accepts what is right and says what is wron
 
 import __future__
 
+import ast
 import importlib
 import math
 import multiprocessing
 import signal
 import textwrap
 import threading
+from html import unescape
 from pathlib import Path
 
 import jupytext
@@ -352,6 +354,8 @@ def test_a_task_has_four_wrong_answers_and_what_it_needs(lesson, monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
     Lesson(lesson, "a test's machine").show(made.name)
     assert shown and clawdemy_course.task(made.name) is made
+    source = unescape(shown[0]["text/html"].partition("<pre>")[2].partition("</pre>")[0])
+    assert ast.parse(source).body           # a method stands under the line of its class
 
 
 @pytest.mark.parametrize("lesson", LESSONS)

@@ -55,7 +55,7 @@ def test_a_machine_that_was_slower_at_that_moment_has_a_step_of_its_own():
     assert found.causes == ("memory was slower than calibrated",)
     assert found.sentence.startswith(
         "Memory was slower than calibrated: +10.0 s, 100% of the +10.0 s from napkin to measured; "
-        "it ran at 50% of the speed that predicted.")
+        "memory ran at 50% of the speed the prediction used.")
 
 
 def test_a_faster_run_is_explained_with_its_own_sign():

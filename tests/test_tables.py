@@ -5,6 +5,7 @@ import pytest
 from clawdemy_infer.lesson.ledger import LedgerRow, scoreboard
 from clawdemy_infer.lesson.tables import (
     Table,
+    card,
     from_si,
     interval,
     ledger_table,
@@ -12,6 +13,7 @@ from clawdemy_infer.lesson.tables import (
     scoreboard_table,
     si,
 )
+from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,16 @@ def test_what_is_revealed_is_not_what_was_measured():
     table = reveal_table([row])
     assert table.rows == [("TTFT", "open", "200 ms", "200 – 300 ms")]
     assert "700" not in repr(table)
+
+
+def test_the_machines_card_says_what_it_does_now_in_the_units_of_its_calibration():
+    """Twice the speed of launching is half the overhead of a launch."""
+    machine = Calibrated("m", ((1.0, 40e9),), {"fp32": 1e11, "bf16": 3e11}, memory=1e6,
+                         source="measured 2026-01-01T10:00", fixed_s_per_op=3e-6)
+    table = card(machine.at(Speeds(memory=0.5, compute=0.9, launches=2.0)))
+    assert table.rows == [
+        ["measured 2026-01-01 10:00", "40.0 GB/s", "100 GFLOP/s", "300 GFLOP/s", "3.00 µs"],
+        ["at this moment", "20.0 GB/s", "90.0 GFLOP/s", "270 GFLOP/s", "1.50 µs"]]
 
 
 def test_the_scoreboard_reads_as_it_was_judged():

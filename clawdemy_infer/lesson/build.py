@@ -54,7 +54,7 @@ class Task:
     adapt: Callable[[object], object] = lambda answer: answer   # what runs where it is right
     seconds: float = 20                 # time limit of the whole check
     same_interface: bool = True         # `library` itself has the properties
-    shown: tuple = ()                   # whose source `Lesson.show` shows; () is `library`
+    shown: tuple = ()                   # what `Lesson.show` shows: code or lines; () is `library`
 
 
 class Step(NamedTuple):

@@ -243,12 +243,17 @@ class Lesson:
         """The machine that this lesson predicts for."""
         return tables.card(self.calibrated)
 
-    def table(self) -> Table:
-        """Predicted beside measured, as far as this lesson has come."""
+    def table(self, *quantities: str) -> Table:
+        """Predicted beside measured of `quantities`, by default of all so far."""
         self.revealed |= self.rows.keys()
-        widened = any(map(self._widened, self.rows.values()))
-        return replace(tables.ledger_table(self.rows.values()), title="predicted: each interval is "
-                       "widened by the machine's speeds right around its run" * widened)
+        rows = [self._predicted(quantity) for quantity in quantities or self.rows]
+        told = {row.quantity: self.said[row.quantity][1] for row in rows if row.inside == "yes"}
+        only = [name for name, said in told.items()
+                if said.low and not said.low <= self.rows[name].measured <= said.high]
+        title = ("predicted: each interval is widened by the machine's speeds right around its run;"
+                 f" {len(told)} inside, {len(only)} of them only as widened")
+        return replace(tables.ledger_table(rows, widened=only),
+                       title=title * any(map(self._widened, rows)))
 
     def scoreboard(self) -> Table:
         """How good predictions, guesses and causes were, in all lessons of the ledger so far."""
@@ -285,7 +290,8 @@ class Lesson:
 
         task = clawdemy_course.task(name)
         title = f"library's version: {task.where}"
-        source = "\n\n".join(map(inspect.getsource, task.shown or (task.library,)))
+        source = "\n\n".join(each if isinstance(each, str) else inspect.getsource(each)
+                             for each in task.shown or (task.library,))
         display({"text/plain": title, "text/html": f"<details><summary>{title}</summary>"
                  f"<pre>{escape(source)}</pre></details>"}, raw=True)
 

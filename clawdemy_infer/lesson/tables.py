@@ -3,7 +3,7 @@ notebook."""
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -125,20 +125,19 @@ class Table:
 
 
 def card(machine: Calibrated) -> Table:
-    """What the calibration found of this machine, and how fast the machine is at this moment."""
-    found, (memory, compute, launches, _) = machine.at(Speeds()), map(percent, machine.now)
-    peaks = {f"computes in {format}": si(found.peak(format), "FLOP/s")
-             for format in ("fp32", "bf16")}
-    header = ["", "reads memory at", *peaks, "kernel-launch overhead"]
-    rows = [[machine.source[:25].replace("T", " "), si(found.bandwidth_at(), "B/s"),
-             *peaks.values(), si(found.fixed_s_per_op, "s")],
-            ["speed at this moment", memory, *[compute] * len(peaks), launches]]
+    """What the calibration found of this machine, and what the machine does at this moment."""
+    header = ["", "reads memory at", "computes in fp32", "computes in bf16",
+              "kernel-launch overhead"]
+    rows = [[when, si(at.bandwidth_at(), "B/s"), si(at.peak("fp32"), "FLOP/s"),
+             si(at.peak("bf16"), "FLOP/s"), si(at.fixed_s_per_op, "s")] for when, at in (
+        (machine.source[:25].replace("T", " "), machine.at(Speeds())), ("at this moment", machine))]
     return Table(header, rows, header[1:], f"This machine: {machine.name}")
 
 
-def ledger_table(rows: Iterable[LedgerRow], lessons: bool = False) -> Table:
+def ledger_table(rows: Iterable[LedgerRow], lessons: bool = False,
+                 widened: Collection[str] = ()) -> Table:
     """Predicted beside measured. `lessons` adds the lesson's column; a column that no row fills is
-    left out."""
+    left out. `widened`: quantities that are inside since their interval was widened."""
     rows = list(rows)
     columns = {"lesson": [row.lesson for row in rows]} if lessons else {}
     columns |= {
@@ -147,7 +146,8 @@ def ledger_table(rows: Iterable[LedgerRow], lessons: bool = False) -> Table:
         "napkin": [si(row.napkin, row.unit) for row in rows],
         "predicted": [predicted(row) for row in rows],
         "measured": [si(row.measured, row.unit) for row in rows],
-        "inside?": [row.inside or MISSING for row in rows],
+        "inside?": ["yes, widened" if row.quantity in widened else row.inside or MISSING
+                    for row in rows],
         "explained": [percent(row.explained) for row in rows],
     }
     optional = ("guess", "predicted", "inside?", "explained")

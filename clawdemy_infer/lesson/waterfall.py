@@ -113,7 +113,7 @@ def account(row: LedgerRow, at: Moment = AS_CALIBRATED) -> Account:
     if largest in parts:
         sentence += _reached(parts[largest], at, limit)
     elif largest != REST:
-        sentence += f"; it ran at {percent(at.speed)} of the speed that predicted"
+        sentence += f"; {at.kind} ran at {percent(at.speed)} of the speed the prediction used"
     if largest != REST:
         sentence += f". Not explained: {change(steps[REST])}"
     return Account(steps, causes, explained, f"{sentence[0].upper()}{sentence[1:]}.")

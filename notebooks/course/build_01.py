@@ -223,6 +223,6 @@ TASK = Task(
     smoke=smoke,
     library=decode_step,
     where="clawdemy_infer/arithmetic/shape.py",
-    shown=(decode_step, ModelShape.streamed_bytes, ModelShape.kv_bytes, Attention.kept,
-           Attention.of_sequences, matmul),
+    shown=(decode_step, "class ModelShape:", ModelShape.streamed_bytes, ModelShape.kv_bytes,
+           "class Attention:", Attention.kept, Attention.of_sequences, matmul),
 )

@@ -1,6 +1,6 @@
 """Pictures of the mechanisms of the lessons. Every number in them is computed by the library.
 
-    machine      00   three prices on a picture of a machine
+    machine      00   three numbers on a picture of a machine
     layer        01   a transformer layer with its bytes and FLOPs, for a decode step and a prompt
     generation   02   naive generation beside cached generation: which rows are computed
     cache        02   the KV cache as memory

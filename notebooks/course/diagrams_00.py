@@ -1,4 +1,4 @@
-"""The diagram of lesson 00: a machine and its three prices."""
+"""The diagram of lesson 00: a machine and its three numbers."""
 
 from clawdemy_course.drawing import (
     ACTIVATIONS,
@@ -32,7 +32,7 @@ def legend(d: Diagram, y: float, *entries: tuple[float, str, str, bool]) -> None
 def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 4096,
             rows: tuple[int, int] = (1, 1024)) -> Diagram:
     """Memory, bus, caches and cores, the launch, and what two products X[B, size] @ W[size, size]
-    cost at each of the three prices. Without `machine`, an H100 as on its data sheet, and
+    cost by each of the three numbers. Without `machine`, an H100 as on its data sheet, and
     an assumed launch overhead. A CPU launches an operation and then runs it; a GPU, as any data
     sheet is taken for, runs while its host launches the next."""
     machine = machine or catalog.machine("h100-sxm")
@@ -48,7 +48,7 @@ def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 409
              for work in works}
     said = "; ".join(f"{name}: bytes {si(a, 's')}, FLOPs {si(b, 's')}, launch {si(c, 's')}"
                      for name, (a, b, c) in costs.items())
-    d = Diagram(800, 430, "A machine and its three prices. Weights lie in memory and cross a "
+    d = Diagram(800, 430, "A machine and its three numbers. Weights lie in memory and cross a "
                 f"narrow bus at {prices[0]} into the caches of the processor; its cores compute at "
                 f"{prices[1]}; a program launches each operation, in {prices[2]}{assumed}. "
                 f"{title}. X is read and Y is written over the same bus. The same weights "
@@ -84,13 +84,13 @@ def machine(machine: Machine | None = None, dtype: str = "bf16", size: int = 409
     longest = max(seconds for each in costs.values() for seconds in each)
     for left, work in zip((20, 410), works, strict=True):
         d.step()
-        _three_prices(d, left, work, costs[work.name], longest, ahead=device != "cpu")
+        _three_terms(d, left, work, costs[work.name], longest, ahead=device != "cpu")
     return d
 
 
-def _three_prices(d: Diagram, left: float, work: Work, costs: list[float], longest: float,
+def _three_terms(d: Diagram, left: float, work: Work, costs: list[float], longest: float,
                   ahead: bool) -> None:
-    """Three bars, as long as what each price comes to, from `left` to 370 units further. The launch
+    """Three bars, as long as each term of the time, from `left` to 370 units further. The launch
     adds to the larger of the others, unless the host launches `ahead` of them."""
     d.text(left, 276, f"{work.name}: {si(work.bytes, 'B')}, {si(work.flops, 'FLOP')}", bold=True)
     for row, (name, seconds, colour) in enumerate(zip(

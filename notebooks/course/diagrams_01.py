@@ -153,4 +153,5 @@ def _bars(d: Diagram, left: float, y: float, share: Share, scale: float, names) 
     if "activations" in names:
         d.text(left, y + 22, si(share.bytes, "B"), 13)
     if "flops" in names:
-        d.text(left + 110, y + 22, si(share.flops, "FLOP"), 13)
+        said = si(share.flops, "FLOP") if share.flops else "FLOPs not counted"  # of norms and such
+        d.text(left + 110, y + 22, said, 13)

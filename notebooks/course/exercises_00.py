@@ -10,9 +10,9 @@ H100, L4 = catalog.machine("h100-sxm"), catalog.machine("l4")
 
 # ---- 1. Three times of an unknown machine, in fp32 ----
 
-ONE_S, SUM_S, PRODUCT_S = 8e-6, 91.9e-6, 1.726e-3
-"""Seconds to add two numbers, to sum 16 MiB from main memory, and of a 2,048³ product."""
-_SUM, _FLOPS = 16 * MiB, 2 * 2048**3
+ONE_S, SUM_S, PRODUCT_S = 8e-6, 91.9e-6, 34.8e-6
+"""Seconds to add two numbers, to sum 16 MiB from main memory, and of a 512³ product."""
+_SUM, _FLOPS = 16 * MiB, 2 * 512**3
 _BANDWIDTH, _PEAK = _SUM / (SUM_S - ONE_S), _FLOPS / (PRODUCT_S - ONE_S)
 _ROWS = matmul(64, 2048, 2048)
 _MEMORY_S, _COMPUTE_S = _ROWS.bytes / _BANDWIDTH, _ROWS.flops / _PEAK
@@ -27,11 +27,14 @@ UNKNOWN_MACHINE = Exercise("unknown_machine", {
         _BANDWIDTH / 4: "That counts numbers; each has 4 bytes.",
         _BANDWIDTH * 8: "That counts bits."}, unit="B/s"),
     "flops_per_second": Step(_PEAK, {
-        _PEAK / 2: "A multiply-add is 2 FLOPs: 2 · 2,048³ in all.",
-        _PEAK / 2048: "Each of the 2,048² results takes 2,048 multiply-adds.",
-        _PEAK / 1e3: "1.726 ms are 1.726e-3 s."}, unit="FLOP/s"),
+        _FLOPS / PRODUCT_S: "34.8 µs have a launch in them: take it off first.",
+        _PEAK / 2: "A multiply-add is 2 FLOPs: 2 · 512³ in all.",
+        _FLOPS / PRODUCT_S / 2: "A multiply-add is 2 FLOPs, and 34.8 µs have a launch in them.",
+        _PEAK / 512: "Each of the 512² results takes 512 multiply-adds.",
+        _PEAK / 1e6: "34.8 µs are 34.8e-6 s."}, unit="FLOP/s"),
     "ridge": Step(_PEAK / _BANDWIDTH, {
         _PEAK / 2 / _BANDWIDTH: "A multiply-add is 2 FLOPs, in the peak too.",
+        _FLOPS / PRODUCT_S / _BANDWIDTH: "The peak is without the launch, as the bandwidth is.",
         _BANDWIDTH / _PEAK: "Upside down: FLOPs per byte is peak over bandwidth.",
         4 * _PEAK / _BANDWIDTH: "That is FLOPs per number of 4 bytes, not per byte."}),
     "rows_64": Step(_MEMORY_S + ONE_S, {
@@ -65,8 +68,8 @@ ROWS_NEEDED = Exercise("rows_needed", {
         512: "X and Y both grow with B: the limit of B·D / (2B + D) is D/2.",
         512 / 4: "That is the limit in fp32 or with 1 FLOP for a multiply-add.",
         512 / 6: "D/6 is a square product in fp32; here B grows without end."}),
-    "h100_512": Step("never", {
-        "always": "Its intensity stays below 256 FLOPs per byte; the ridge is at 295."}),
+    "h100_512": Step(False, {
+        True: "Its intensity stays below 256 FLOPs per byte; the ridge is at 295."}),
     "narrowest": Step(2 * _H100, {
         _H100: "The intensity tends to D/2, not to D.",
         4 * _H100: "The intensity tends to D/2 in bf16, not to D/4."}),

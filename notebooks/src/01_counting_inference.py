@@ -11,12 +11,12 @@
 #
 # ## Question
 #
-# A chat user waits for the first token (**TTFT**), then for each next one (**TPOT**). An agent
-# reads 8,000 tokens and writes 30,000. An output token costs it several times a prompt token,
-# though both pass through the same weights. Why?
+# A chat user waits for the time to first token (**TTFT**; without queueing), then the time per
+# output token (**TPOT**). An agent reads 8,000 tokens and writes 30,000. An output token costs
+# several times a prompt token, through the same weights. Why?
 #
-# *45 minutes, exercises extra. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from a
-# config.json and a data sheet.*
+# *45 minutes, exercises extra. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from
+# config.json and data sheet.*
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask the room: which costs more, reading a token or writing one? By what factor?
@@ -64,8 +64,9 @@ diagrams.layer(catalog.model("smollm2-135m"))
 # each half of a layer reads and adds to. The MLP has three matrices, gate, up and down. The LM
 # head is the last D x V matrix. The bars below the line are the whole step, on another scale. Ask:
 # which of these bytes can two users share? (The weights; of the cache only a common beginning:
-# lesson 06.) With 512 rows the intensity is 125, not 512: D is 576, no larger than the rows, and
-# activations count.
+# lesson 06.) With 512 rows the intensity is 125, not 512: D is 576, hardly larger than the
+# 512 rows, so X and Y weigh as much as W; and the activations of the element-wise operations count
+# (12.2 of 29.5 MB a layer).
 
 # %% [markdown] tags=["core", "slide"]
 # ## Envelope
@@ -104,7 +105,8 @@ S, K, H, G = sympy.symbols("S K H G", positive=True)
 
 def attention_intensity(N, K):
     """T queries meet S keys and values. Each sequence reads its own cache. In
-    grouped-query attention (GQA) G = N/K query heads share a KV head; G = 1 is MHA.
+    grouped-query attention (GQA) G = N/K query heads share a KV head; G = 1 is
+    multi-head attention (MHA).
     A fused kernel (FlashAttention) never writes the scores to memory."""
     bytes = 2 * B * T * N * H               # read Q
     bytes += 2 * 2 * B * S * K * H          # read K and V, once for each KV head
@@ -127,14 +129,13 @@ print("MHA", mha, "  GQA", gqa)
 h100, llama_3 = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
 shared = llama_3.N // llama_3.K
 Markdown(
-    "* A **product**: the rows that share one reading of W. T from a prompt, B from a "
-    "decode step.\n"
+    "* A **product**: the rows that share W: T from a prompt, B from a decode step.\n"
     "* **Attention**: B is gone. Each sequence reads its own cache.\n"
-    f"* Causal prefill: S/4 in MHA, {float(causal.subs({G: shared, S: 1})):.1f}·S in "
-    f"{llama_3.name}.\n"
+    "* Prefill, T = S: S/2 in MHA; the causal mask halves the FLOPs: S/4, and "
+    f"{float(causal.subs({G: shared, S: 1})):.1f}·S in {llama_3.name}.\n"
     f"* Decode: 1 in MHA, G in GQA, {shared} in {llama_3.name}.\n"
-    f"* The ridge point of an H100: {h100.ridge('bf16'):.0f}.\n\n"
-    "**Prefill is compute-bound, decode is memory-bound.**")
+    f"* An H100's ridge point: {h100.ridge('bf16'):.0f}.\n\n"
+    "**A long prefill is compute-bound, decode at small batches memory-bound.**")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** A larger batch does nothing for attention: **B is gone.** In prefill it grows with the
@@ -156,9 +157,9 @@ Table(columns, lines, [name for name in columns if name != "fits?"],
       f"80 GiB = {si(h100.memory, 'B')}")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** A configuration that does not fit has no speed. A step reads the stored weights but the
-# embedding. From 1 to 64, throughput grows since
-# the weights are shared, and the time per token grows since the caches are not. Ask: what would 8
+# **2 min.** A configuration that does not fit has no speed. A step reads all stored weights except
+# the embedding. From 1 to 64, throughput grows since the weights are shared, and the time per token
+# grows since the caches are not. Ask: what would 8
 # KV heads instead of 40 do to the last row? (A fifth of the cache: it fits.)
 
 # %% [markdown] tags=["core", "slide"]
@@ -188,12 +189,12 @@ lesson.guess("time per token, context 512, bf16", ...)
 # * the MLP has three D x F matrices: gate, up, down;
 # * each matrix is read once a step, the LM head too; the embedding is not;
 # * each sequence reads its cache;
-# * leave out norms, RoPE, activations: small at small batches, assumed on the chip.
+# * leave out norms, rotary position embedding (RoPE), activations: small at small batches.
 
 # %% [markdown] tags=["notes"]
 # **1 min.** The rules are those of the envelope. Ask: does it matter whether the LM head is tied
 # to the embedding? (Not for what a step reads: it is read either way. It matters for what is
-# stored.)
+# stored.) The activations are assumed to stay on the chip.
 
 # %% tags=["core", "slide", "build"]
 def my_decode_step(config, batch, context):
@@ -226,13 +227,15 @@ decode_step = lesson.build("decode_step", my_decode_step)
 # over bandwidth, or FLOPs over peak, whichever is longer. The **calibrated roofline** also knows
 # the rate of a product with few or many rows, of attention, and what a kernel launch costs; it says
 # an **interval**. Neither has seen the model run. The machine is looked at again right before and
-# after each run; if its speed changed, the interval is widened (both are shown); the step's own
-# time is never used. A prompt of T tokens is T rows of the same
+# after each run; if its speed changed, the interval is widened, and the table says which step is
+# inside only so; the step's own time is never used. A prompt of T tokens is T rows of the same
 # products (the library counts its causal attention).
 #
-# Bound over measured is what the field calls **MFU** (FLOPs) and **MBU** (bytes). Each measurement
-# is kept in the **ledger**, a file of all your predictions. Three steps are also measured part by
-# part; the **explained share** says how much of the difference to the napkin the parts account for.
+# Bound over measured, with the data sheet's peak or bandwidth in the bound, is what the field calls
+# **MFU** (FLOPs) or **MBU** (bytes); with the calibrated values, as here, it comes out higher. Each
+# measurement is kept in the **ledger**, a file of all your predictions. Two steps are also explained
+# part by part (a third under Further); the **explained share** says how much of the difference to
+# the napkin the parts account for.
 
 # %% tags=["core", "nbval-ignore-output"]
 lesson.show("decode_step")               # the library's count, folded
@@ -297,11 +300,16 @@ lesson.cause("TTFT, prompt 256, fp32", ...)
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 lesson.explain("time per token, context 512, fp32")
+for part in lesson.rows["time per token, context 512, fp32"].parts:
+    if part["name"] == "launches":
+        print("Launches are a count times a price sampled in this step's turns "
+              f"({si(1 / part['reached'], 's')}; the card's is "
+              f"{si(machine.fixed_s_per_op, 's')}).")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Read the waterfall from left to right. Products and attention were clocked; launches
-# are a count times a price; element-wise is what is left between products. The rest is *not
-# explained*. A part's bar is what it took beyond its share of the napkin. Then the vote.
+# are a count times a price of these turns (under the figure, beside the card's); element-wise
+# is what is left between products. The rest is *not explained*. A part's bar is what it took beyond its share of the napkin. Then the vote.
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 lesson.explain("TTFT, prompt 256, fp32")
@@ -316,12 +324,24 @@ shape, long = catalog.model("smollm2-135m"), 1024
 prompt_token = measured[f"TTFT, prompt {long}, fp32"] / long
 output_token = measured[f"time per token, context {long}, fp32"]
 ratio = shape.decode(1, long).flops * long / shape.prefill(1, long).flops
+
+
+def price_ratio(batch, context):
+    """An output token over a prompt token, on the envelope of an H100."""
+    flops, bytes = decode_step(CONFIGS["llama-3-8b"], batch, context)
+    step_s = max(flops / h100.peak("bf16"), bytes / h100.bandwidth_at())
+    prompt_s = llama_3.prefill(1, context).flops / h100.peak("bf16")
+    return step_s / batch / (prompt_s / context)
+
+
 display(Markdown(
     f"A token of a prompt of {long:,} costs **{si(prompt_token, 's')}**, an output "
     f"token at context {long:,} **{si(output_token, 's')}**: "
     f"**{output_token / prompt_token:.0f} times** as much, for {ratio:.1f} times the "
-    "FLOPs. Batches share the reading: they bring the price of output tokens down to "
-    "the usual several times."))
+    "FLOPs. Batches share the reading of the weights, not of the caches. On the "
+    f"envelope an H100 with {llama_3.name} comes to {price_ratio(256, 1024):.0f} times "
+    f"at batch 256 and 1,024 tokens, and stays at {price_ratio(64, 8192):.0f} times at "
+    "batch 64 and 8,192 tokens."))
 lesson.table()
 
 # %% [markdown] tags=["notes"]
@@ -333,9 +353,9 @@ lesson.table()
 # ## On a GPU
 #
 # What others measured for the same two phases, beside the same envelope: data-sheet bandwidth and
-# peak (fp32 accumulation). The time axis is logarithmic. The intensities carry over, and so does
-# the order of the phases. Two costs look different there. A **kernel launch** costs microseconds on
-# the CPU side, so a small model in eager PyTorch (one kernel at a time, from Python) waits for
+# peak (fp32 accumulation). The intensities carry over, and so does the result: a long prefill is
+# compute-bound, decode at small batches memory-bound. There a **kernel launch** costs microseconds
+# on the CPU side, so a small model in eager PyTorch (one kernel at a time, from Python) waits for
 # launches; **CUDA graphs** record a step's kernels once and replay them with a single launch.
 # Lesson A1 asks hundreds of published runs how good the envelope is.
 
@@ -353,29 +373,29 @@ for place, run in enumerate(map(runs.get, IDS)):
     gpu = run.hardware.split("-80GB")[0]
     software = run.software.replace(" (torch.compile)", "")
     what = f"TTFT of {run.prompt_len:,.0f}" if prefill else "a token"
+    if prefill and sum(op.memory - op.compute for op in asked.ops) > 0:
+        what += " (memory-bound)"
     names.append(f"{run.model}, {what}, {gpu}\n{software}")
-    ax.barh(place - 0.2, bound, 0.38, color=plots.NAPKIN)
-    ax.barh(place + 0.2, took, 0.38, color=plots.MEASURED)
-    ax.text(took * 1.06, place + 0.2, f"{si(took, 's')}, {took / bound:.2f} ×",
+    ax.plot([1, took / bound], [place, place], color=plots.NAPKIN, linewidth=2)
+    ax.plot(took / bound, place, "o" if prefill else "s", color=plots.MEASURED)
+    ax.text(took / bound + 0.04, place, f"{took / bound:.2f} × {si(bound, 's')}",
             va="center", fontsize=10)
     said.append(f"{run.model}, {what}, {gpu}: {took / bound:.2f}")
-ax.barh(0, 0, color=plots.NAPKIN, label="envelope (data sheet)")
-ax.barh(0, 0, color=plots.MEASURED, label="published")
-ax.set(title="Real kernels take longer than the envelope, in both phases", xscale="log",
-       xlim=(0.003, 2), ylim=(len(IDS) - 0.4, -0.6),
-       xlabel="time (logarithmic)")
+ax.plot([], [], "o", color=plots.MEASURED, label="prefill")
+ax.plot([], [], "s", color=plots.MEASURED, label="decode")
+ax.set(title="Real kernels took longer than the envelope, in both phases",
+       xlim=(1, 2.8), ylim=(len(IDS) - 0.4, -0.6),
+       xlabel="published ÷ envelope (data sheet)")
 ax.set_yticks(range(len(IDS)), names, fontsize=10)
-ax.set_xticks([0.005, 0.02, 0.1, 0.5])
-ax.minorticks_off()
 ax.legend(loc="lower right", fontsize=10)
-plots.units(ax.xaxis, "s")
 plots.show(figure, "Envelope and published time of eight runs, 16-bit weights, one "
                    "sequence on one GPU. Published over envelope: "
                    f"{'; '.join(said)}.")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** How far are real kernels from the data sheet? The axis is logarithmic. Ask which
-# phase is nearer to its bound. Llama-3-8B and Llama-3.1-8B have the same layers, but the last two
+# **2 min.** How far are real kernels from the data sheet? Beside each dot stands what it is a
+# multiple of. Ask which phase is nearer to its bound. (Neither, clearly: the ranges overlap.)
+# Llama-3-8B and Llama-3.1-8B have the same layers, but the last two
 # rows differ in software, in dtype, perhaps in the card: TinyChat's README does not say which A100
 # it had.
 
@@ -385,22 +405,25 @@ plots.show(figure, "Envelope and published time of eight runs, 16-bit weights, o
 # * <span class="fragment">**Short prompts**: with fewer rows than the ridge, prefill is
 #   memory-bound too.</span>
 # * <span class="fragment">**Large batches, short contexts**: decode becomes compute-bound. Its
-#   attention with GQA never does; MLA comes near (lesson 03).</span>
+#   attention does not (GQA: 4 to 16 FLOPs per byte; ridge: hundreds). Multi-head latent attention
+#   (MLA) comes near (lesson 03).</span>
 # * <span class="fragment">**Long contexts**: no batch helps; each sequence brings its own bytes. In
 #   prefill attention outgrows the products.</span>
 # * <span class="fragment">**Tiny models**: neither bytes nor FLOPs decide, but launches.</span>
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Each bullet is an assumption of the envelope that fails. Ask for a workload for each:
-# a classifier with short prompts; offline scoring with short contexts; a coding agent; a draft
-# model.
+# a classifier with short prompts; offline generation of short answers; a coding agent; a draft
+# model. One query a step gives attention G FLOPs per byte, at any batch: more where one KV head
+# serves all (71 in Falcon-7B), T times as much where a step verifies T tokens; a laptop's ridge is
+# lower than these GPUs'.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Play
 #
-# **Llama-3-8B, 8,192 tokens.** Serve Llama-3-8B with 8,192 tokens of context: **at least 1,500
-# tokens/s**, each user's token within **20 ms**. Which card, which batch? Something breaks in red:
-# the memory, or the promise. The times come from your count.
+# Serve Llama-3-8B with 8,192 tokens of context: **at least 1,500 tokens/s**, each user's token
+# within **20 ms**. Which card, which batch? What breaks is red. Activations and workspace come
+# on top (vLLM uses 90 % of a card by default).
 
 # %% tags=["core", "hide-input", "widget", "nbval-ignore-output"]
 def limits(card, batch, context, promise_ms):
@@ -455,19 +478,20 @@ design("h100-sxm", 64, 8192, 20)
 # Use `decode_step(config, batch, context)`, and of the data sheet `card.peak("bf16")`,
 # `card.bandwidth_at()`, `card.memory`. Weights and cache are in bf16; GB are 10^9 bytes. Bytes of
 # one cached token are the difference of two contexts. A prompt of T tokens counts as batch T at
-# context T/2. Where several lines are wrong, mend the first; the others follow from it.
+# context T/2. Where several lines are wrong, correct the first; the others follow from it.
 #
 # **A turn of an agent.** Qwen3-32B on one H200, rented at $4 an hour. A turn reads 8,000 tokens and
 # writes 30,000. Give its TTFT (products and causal attention), its TPOT at the mean context while
-# it answers (prompt included), the seconds of the whole turn, its price in dollars alone on the
-# card, and the price of one turn when eight run together.
+# it answers (prompt included), the seconds of the whole turn, the share of the TTFT in them, and its
+# price in dollars alone on the card. Do eight turns fit, each with all of its tokens? What does one
+# cost when eight start together, prompts one after the other?
 #
 # **Compute-bound decode.** Llama-3.1-70B on one MI300X. Leave attention's FLOPs out, not its
-# bytes. What is the longest context at which some batch, however large, reaches the ridge point?
-# At *half* that context, which batch does? How many bytes of cache does it keep? Does it fit
+# bytes. Below which context does some batch reach the ridge point? At *half* that context, which
+# batch does (with a fraction)? How many bytes of cache does it keep? Does it fit
 # beside the weights (`True` or `False`)?
 #
-# **A promise.** Qwen3-14B on L40S cards, 3,000 tokens of context, 45 ms a token promised. What is
+# **A promise.** Qwen3-14B on L40S cards, 10,000 tokens of context, 45 ms a token promised. What is
 # the largest batch that keeps the promise? Does it fit? How many tokens/s does a card give then?
 # How many cards serve 5,000 tokens/s?
 
@@ -476,18 +500,20 @@ config, card = config_of("qwen3-32b"), catalog.machine("h200-sxm")
 ttft = ...              # seconds; or text with a unit: "20 ms"
 tpot = ...              # seconds
 seconds = ...           # of the whole turn
+share = ...             # of the TTFT in them, a fraction
 dollars = ...           # alone on the card
+fits = ...              # True or False: eight turns
 dollars_of_8 = ...      # of one turn, when eight run together
-lesson.steps("agent_turn", ttft=ttft, tpot=tpot, seconds=seconds, dollars=dollars,
-             dollars_of_8=dollars_of_8)
+lesson.steps("agent_turn", ttft=ttft, tpot=tpot, seconds=seconds, share=share,
+             dollars=dollars, fits=fits, dollars_of_8=dollars_of_8)
 
 # %% tags=["core", "exercise", "exercise:compute_bound"]
 config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
-longest = ...           # tokens
+below = ...             # tokens
 batch = ...             # sequences, at half of them
 cache = ...             # bytes
 fits = ...              # True or False
-lesson.steps("compute_bound", longest=longest, batch=batch, cache=cache, fits=fits)
+lesson.steps("compute_bound", below=below, batch=batch, cache=cache, fits=fits)
 
 # %% tags=["core", "exercise", "exercise:promise"]
 config, card = config_of("qwen3-14b"), catalog.machine("l40s")
@@ -503,7 +529,8 @@ lesson.steps("promise", batch=batch, fits=fits, tokens_per_s=tokens_per_s, cards
 # * A product's intensity is its number of rows, while they are few: a prompt has many, a decode
 #   step one a user.
 # * Attention's does not grow with the batch: each sequence reads its own cache.
-# * Bytes over bandwidth give TPOT, FLOPs over peak give TTFT; capacity comes first.
+# * Bytes over bandwidth bound TPOT from below, FLOPs over peak a long prompt's TTFT; capacity comes
+#   first.
 #
 # **Next**: what does remembering cost, and save? **Homework**: the three exercises above.
 
@@ -607,7 +634,8 @@ Markdown(
     f"{si(weights, 'B')} of weights, on {cards} A100s of "
     f"{gptq.peak_bw_GBps_per_device:,.0f} GB/s, assuming SXM cards: "
     f"{si(took, 's')} a token. One card's bandwidth would need "
-    f"{si(one, 's')}: {cards} cards did the work of {one / took:.2f}. "
+    f"{si(one, 's')}: {cards} cards were as fast as {one / took:.2f} of one "
+    "card's bandwidth. "
     "The layers lie on the cards one after the other, and one card reads at a time. A "
     "pipeline makes room; it does not make a single token faster.")
 
@@ -649,7 +677,12 @@ Markdown(
 # ttft = flops / peak                                     # (the head on each of them: 2 % too much)
 # tpot = decode_step(config, 1, 8000 + 15_000)[1] / bandwidth
 # seconds = ttft + 30_000 * tpot
+# share = ttft / seconds
 # dollars = 4 * seconds / 3600
+# weights = decode_step(config, 1, 1)[1]
+# kv = decode_step(config, 1, 2)[1] - weights
+# embedding = 2 * config["vocab_size"] * config["hidden_size"]        # stored, not read
+# fits = weights + embedding + 8 * 38_000 * kv <= card.memory
 # together = 8 * ttft + 30_000 * decode_step(config, 8, 23_000)[1] / bandwidth
 # dollars_of_8 = 4 * together / 3600 / 8
 # ```
@@ -661,16 +694,17 @@ Markdown(
 #
 # With n weights, kv bytes of cache a token and ridge R, a batch B has 2·n·B FLOPs and 2·n +
 # B·S·kv bytes. As B grows the intensity tends to 2·n / (S·kv): equal to R at S = 2·n / (kv·R).
-# At half of that S·kv is n / R, and 2·n·B = R·(2·n + n·B / R) gives B = 2·R.
+# At half of that S·kv is n / R, and 2·n·B = R·(2·n + n·B / R) gives B = 2·R. Its cache, B·S·kv, is
+# 2·n bytes: as many as the weights that are read.
 #
 # ```python
 # config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
 # ridge = card.peak("bf16") / card.bandwidth_at()
 # _, weights = decode_step(config, 1, 1)                  # 2·n bytes
 # kv = decode_step(config, 1, 2)[1] - weights
-# longest = weights / (kv * ridge)
+# below = weights / (kv * ridge)
 # batch = 2 * ridge
-# cache = batch * longest / 2 * kv
+# cache = batch * below / 2 * kv
 # fits = weights + cache <= card.memory
 # ```
 #
@@ -681,7 +715,7 @@ Markdown(
 #
 # ```python
 # config, card = config_of("qwen3-14b"), catalog.machine("l40s")
-# one, two = (decode_step(config, batch, 3000)[1] for batch in (1, 2))
+# one, two = (decode_step(config, batch, 10_000)[1] for batch in (1, 2))
 # cache, weights = two - one, 2 * one - two
 # batch = int((0.045 * card.bandwidth_at() - weights) / cache)
 # embedding = 2 * config["vocab_size"] * config["hidden_size"]        # stored, not read
