@@ -5,6 +5,7 @@ from argparse import ArgumentTypeError
 from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
+from re import fullmatch
 
 from clawdemy_infer.arithmetic import BYTES
 from clawdemy_infer.cli import arguments
@@ -24,8 +25,9 @@ LINES = {
     "KV blocks in use": ("kv_usage", "%"), "KV peak": ("kv_peak_bytes", "B"),
     "prompt tokens found in the cache": ("cached", "%"), "preemptions": ("preemptions", "")}
 """Lines of the summary: where each is found, and its unit."""
-place = arguments.fitting("engine|simulator|https?://.*",
-                          "engine, simulator or a URL is accepted")
+
+FIELDS = ("ignore_eos", "stream_options")
+"""Of a request to a server: what not every one knows."""
 
 
 def add(subparsers) -> None:
@@ -64,7 +66,22 @@ def add(subparsers) -> None:
     arguments.compile_option(where, "engine: ")
     option(where, "--machine X", "simulator: one of the catalog, or `this`", default="this")
     option(where, "--tp N", "simulator: devices that share every matrix", count, 1)
+    option(where, "--timeout S", "URL: most seconds of one request", seconds, 600.0)
+    option(where, "--leave-out LIST", f"URL: {','.join(FIELDS)} or one of them, for servers that "
+           "do not know them", [FIELDS], [])
     option(where, "--alpha A", "simulator: the chance that a drafted token is accepted", chance)
+
+
+def place(text: str) -> str:
+    if not fullmatch("engine|simulator|https?://.*", text):     # it may hold a password
+        raise ArgumentTypeError("engine, simulator or a URL is accepted")
+    return text
+
+
+def seconds(text: str) -> float:
+    if not 0 < float(text) < inf:
+        raise ArgumentTypeError(f"{text!r}: seconds, more than 0, are accepted")
+    return float(text)
 
 
 def chance(text: str) -> float:
@@ -75,7 +92,6 @@ def chance(text: str) -> float:
 
 def run(args: Args) -> int:
     from clawdemy_infer.batching import SLO, Policy
-    from clawdemy_infer.rigs.endpoint import Endpoint
     from clawdemy_infer.rigs.trace import save_trace
     from clawdemy_infer.timing import now
     names = ("max_batch", "order", "preemption", "prefix_caching")
@@ -85,10 +101,10 @@ def run(args: Args) -> int:
     with checked():
         policy, requests = Policy(**options), requests_of(args)
         slo = SLO(args.slo_ttft, args.slo_tpot)
+    server, where = {"engine": engine, "simulator": simulator}.get(args.on, endpoint)(args, policy)
     if args.save:
-        save_trace(requests, args.save)
-    serve = {"engine": engine, "simulator": simulator}.get(args.on)
-    server, where = serve(args, policy) if serve else (Endpoint(args.on, args.model), args.on)
+        with checked():
+            save_trace(requests, args.save)
     say(f"Serving {len(requests)} requests …")
     start = now()
     try:
@@ -96,12 +112,13 @@ def run(args: Args) -> int:
     except KeyboardInterrupt:
         server.cancel_all()
         report = server.report(slo)
-    result = {"on": args.on, "model": args.model, "machine": where, "policy": asdict(policy),
-              "requests": report.requests, "summary": report.summary, "wall_s": now() - start}
+    result = {"on": getattr(server, "url", args.on), "model": args.model, "machine": where,
+              "policy": asdict(policy), "requests": report.requests, "summary": report.summary,
+              "wall_s": now() - start}
     answer(args.json, result, *blocks(result))
     if any(row["reason"] == "cancelled" for row in report.requests):
         return 130
-    return 0 if report.finished else 1
+    return 0 if report.finished and not report.summary["failed"] else 1
 
 
 def requests_of(args: Args) -> list:
@@ -153,8 +170,16 @@ def simulator(args: Args, policy):
     return server, machine.name
 
 
+def endpoint(args: Args, policy):
+    from clawdemy_infer.rigs.endpoint import Endpoint
+    with checked():
+        server = Endpoint(args.on, args.model, args.timeout, args.leave_out, say)
+    return server, server.url
+
+
 def blocks(result: dict) -> list[Table | str]:
     from clawdemy_infer.batching.request import OUTCOMES
+    from clawdemy_infer.rigs.stream import printable
 
     def cell(value: float | None, unit: str) -> str:
         return f"{value:.0%}" if unit == "%" and value is not None else si(value, unit)
@@ -178,5 +203,5 @@ def blocks(result: dict) -> list[Table | str]:
         found.append(f"{summary['accepted']:,} of {summary['drafted']:,} drafted tokens were "
                      "accepted.")
     failed = [row for row in result["requests"] if row["outcome"] in ("refused", "failed")]
-    return found + [f"{row['id']} {'was ' * (row['outcome'] == 'refused')}{row['outcome']}: "
-                    f"{row['reason']}." for row in failed[:5]]
+    return found + [printable(f"{row['id']} {'was ' * (row['outcome'] == 'refused')}"
+                              f"{row['outcome']}: {row['reason']}.") for row in failed[:5]]
