@@ -2,8 +2,10 @@
 server, and say what it was like."""
 
 from argparse import ArgumentTypeError
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from re import fullmatch
 
@@ -25,9 +27,27 @@ LINES = {
     "KV blocks in use": ("kv_usage", "%"), "KV peak": ("kv_peak_bytes", "B"),
     "prompt tokens found in the cache": ("cached", "%"), "preemptions": ("preemptions", "")}
 """Lines of the summary: where each is found, and its unit."""
-
 FIELDS = ("ignore_eos", "stream_options")
 """Of a request to a server: what not every one knows."""
+
+
+def place(text: str) -> str:
+    if not fullmatch("engine|simulator|https?://.*", text):     # it may hold a password
+        raise ArgumentTypeError("engine, simulator or a URL is accepted")
+    return text
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    """The type of an argument that is a number."""
+    def read(text: str) -> float:
+        value = nan
+        with suppress(ValueError):
+            value = float(text)
+        if not least <= value <= most:
+            raise ArgumentTypeError(f"{text[:40]!r}: a number from {least:g} to {most:g} is "
+                                    "accepted")
+        return value
+    return read
 
 
 def add(subparsers) -> None:
@@ -36,7 +56,7 @@ def add(subparsers) -> None:
                 "sharegpt --model llama-3.1-70b --machine h100-sxm --tp 8 --policy chunked",
                 "uniform --requests 64 --rate inf --on engine --compile",
                 "alpaca --on http://localhost:8000/v1 --model NAME --requests 50 --rate 2")
-    work = c.add_argument_group("workload")
+    work, at_most = c.add_argument_group("workload"), between(0, inf)
     option(work, "trace", "a file of JSON lines, or a workload to draw from: sharegpt, alpaca, "
            "code, conversation, uniform", metavar="TRACE")
     option(work, "--requests N", "how many to draw", count, 100)
@@ -44,8 +64,8 @@ def add(subparsers) -> None:
     option(work, "--burstiness CV", "1 is Poisson, more comes in bursts", float, 1.0)
     option(work, "--seed N", "the same seed draws the same requests", int, 0)
     option(work, "--save FILE", "write the requests as a trace")
-    option(work, "--slo-ttft S", "most seconds to the first token of a good request", float, inf)
-    option(work, "--slo-tpot S", "most seconds per output token of a good request", float, inf)
+    option(work, "--slo-ttft S", "most seconds to the first token of a good request", at_most, inf)
+    option(work, "--slo-tpot S", "most seconds per output token of a good request", at_most, inf)
     policy = c.add_argument_group("policy")
     option(policy, "--policy", "how requests become batches", tuple(POLICIES), "continuous")
     option(policy, "--max-batch B", "most sequences that run at once", count, 16)
@@ -62,32 +82,16 @@ def add(subparsers) -> None:
            "the server", default="smollm2-135m")
     option(where, "--weights F", "of weights, cache and activations (default: fp32 on `this` "
            "machine, else bf16)", tuple(BYTES))
-    option(where, "--kv-bytes BYTES", "of the cache (default: engine 1 GiB, else what fits)", float)
+    option(where, "--kv-bytes BYTES", "of the cache (default: engine 1 GiB, else what fits)",
+           between(1, 1e15))
     arguments.compile_option(where, "engine: ")
     option(where, "--machine X", "simulator: one of the catalog, or `this`", default="this")
     option(where, "--tp N", "simulator: devices that share every matrix", count, 1)
-    option(where, "--timeout S", "URL: most seconds of one request", seconds, 600.0)
+    option(where, "--timeout S", "URL: most seconds of one request", between(1e-3, 1e6), 600.0)
     option(where, "--leave-out LIST", f"URL: {','.join(FIELDS)} or one of them, for servers that "
            "do not know them", [FIELDS], [])
-    option(where, "--alpha A", "simulator: the chance that a drafted token is accepted", chance)
-
-
-def place(text: str) -> str:
-    if not fullmatch("engine|simulator|https?://.*", text):     # it may hold a password
-        raise ArgumentTypeError("engine, simulator or a URL is accepted")
-    return text
-
-
-def seconds(text: str) -> float:
-    if not 0 < float(text) < inf:
-        raise ArgumentTypeError(f"{text!r}: seconds, more than 0, are accepted")
-    return float(text)
-
-
-def chance(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise ArgumentTypeError(f"{text!r}: 0 to 1 is accepted")
-    return float(text)
+    option(where, "--alpha A", "simulator: the chance that a drafted token is accepted",
+           between(0, 1))
 
 
 def run(args: Args) -> int:

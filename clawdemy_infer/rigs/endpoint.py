@@ -3,6 +3,7 @@ Each request is sent when its time has come, on a connection of its own, whether
 are answered; whatever comes back costs at most that request."""
 
 import asyncio
+import json
 import os
 import re
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from random import Random
-from urllib.parse import unquote, unquote_plus
+from urllib.parse import quote_plus, unquote_plus
 
 import httpx
 
@@ -31,18 +32,21 @@ MAX_SHOWN = 200
 
 class Endpoint:
     """The server at `url` (`http://localhost:8000/v1`), which knows the model as `model` and gets
-    the key in OPENAI_API_KEY, or `user:password@` and `?query` of the URL. `self.url` and what is
-    reported have none of these. A request may take `timeout_s` seconds and lacks the fields that
-    `leave_out` names; `note` is told once when the server refuses one. Raises ValueError for
+    the key in OPENAI_API_KEY, or `user:password@` and `?query` of the URL; `self.url` and reasons
+    are free of these secrets. A request may take `timeout_s` seconds and lacks the fields of
+    `leave_out`; `note` is told of a field that the server refuses, once. Raises ValueError for
     another address, and for a key that no header can carry."""
 
     def __init__(self, url: str, model: str, timeout_s: float = TIMEOUT_S,
                  leave_out: Iterable[str] = (), note: Callable[[str], None] = print) -> None:
-        self.target, self.url, self.auth, secrets = _address(url)
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not re.fullmatch("[ -~]*", self.key):
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not re.fullmatch("[ -~]*", key):
             raise ValueError("OPENAI_API_KEY: only printable ASCII characters are accepted")
-        self.secrets = sorted({*secrets, self.key} - {""}, key=len, reverse=True)
+        self.target, self.url, self.auth, secrets = _address(url)
+        self.headers = {"Accept-Encoding": "identity"} | (
+            {"Authorization": f"Bearer {key}"} if key else {})
+        self.secrets = sorted({form(secret) for secret in {*secrets, key} if secret for form in (
+            str, quote_plus, lambda text: json.dumps(text)[1:-1])}, key=len, reverse=True)
         self.model, self.timeout_s, self.left_out, self.note = model, timeout_s, {*leave_out}, note
         self.sequences: list[Sequence] = []
 
@@ -67,10 +71,9 @@ class Endpoint:
 
     async def _serve_all(self) -> None:
         # No connection and no cookie is kept: what one answer leaves behind reaches no other.
-        headers = {"Accept-Encoding": "identity"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         async with httpx.AsyncClient(
-                headers=headers, auth=self.auth, timeout=httpx.Timeout(None, connect=CONNECT_S),
+                headers=self.headers, auth=self.auth,
+                timeout=httpx.Timeout(None, connect=CONNECT_S),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
                 cookies=CookieJar(DefaultCookiePolicy(allowed_domains=()))) as client:
             await asyncio.gather(*[self._serve(client, sequence) for sequence in self.sequences])
@@ -93,43 +96,43 @@ class Endpoint:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
         for secret in self.secrets:
             reason = reason.replace(secret, "***")
-        sequence.enter(state, self._now(), printable(reason[:MAX_ERROR_BYTES])[:MAX_SHOWN])
+        sequence.enter(state, self._now(), printable(reason)[:MAX_SHOWN])
 
     async def _ask(self, client: httpx.AsyncClient, sequence: Sequence) -> str:
         """Why the answer ended. It is asked for again without the fields that a refusal names."""
         while True:
             body = self._body(sequence)
             async with client.stream("POST", self.target, json=body) as response:
-                status, kind = response.status_code, response.headers.get("content-type")
-                form = f"HTTP {status}, {kind or 'of no type'}"
-                encoding = response.headers.get("content-encoding", "identity")
-                if encoding != "identity":                  # a small answer may unpack to any size
-                    raise BadAnswer(f"{form}, packed as {encoding}: only identity is accepted")
+                status, headers = response.status_code, response.headers
+                form = f"HTTP {status}, {headers.get('content-type', 'of no type')}"
+                if (packed := headers.get("content-encoding", "identity")) != "identity":
+                    raise BadAnswer(f"{form}, packed as {packed}: only identity is accepted")
                 if response.is_success:
-                    return await self._receive(response, Answer(sequence.limit, self._now, form),
-                                               sequence)
+                    return await self._receive(response, sequence, form)
+                if location := headers.get("location"):
+                    raise BadAnswer(f"HTTP {status} to {location}: redirects are not followed")
                 said = await _error(response)
             refused = [field for field in FIELDS if field in body and field in said]
             if status not in (400, 422) or not refused:
-                raise BadAnswer(f"HTTP {status}: {said}")
-            for field in refused:
-                if field not in self.left_out:
-                    self.note(f"The server refuses {field}: requests go without it.")
+                raise BadAnswer(f"HTTP {status}: {words(said)}")
+            for field in set(refused) - self.left_out:
+                self.note(f"The server refuses {field}: requests go without it.")
             self.left_out |= {*refused}
 
-    async def _receive(self, response: httpx.Response, answer: Answer, sequence: Sequence) -> str:
-        """Take the pieces as they come, and keep them whatever happens."""
+    async def _receive(self, response: httpx.Response, sequence: Sequence, form: str) -> str:
+        """Take the pieces as they come, and keep them whatever happens. Returns why it ended."""
+        answer = Answer(sequence.limit, self._now)
         try:
             async for chunk in response.aiter_raw():
                 answer.feed(chunk)
                 if answer.done:
                     break
-            return answer.end()
+            return answer.end(form)
         finally:
             if answer.times:
                 sequence.enter(State.RUNNING, answer.times[0])
             sequence.prompt_tokens = answer.prompt_tokens or sequence.prompt_tokens
-            sequence.extend(answer.token_times, text="".join(answer.pieces))
+            sequence.extend(answer.token_times(), text="".join(answer.pieces))
 
     def _body(self, sequence: Sequence) -> dict:
         """What is asked: greedily, as many tokens as the trace says."""
@@ -144,39 +147,38 @@ class Endpoint:
         return {key: value for key, value in body.items() if key not in self.left_out}
 
 
-def _address(url: str) -> tuple[httpx.URL, str, tuple[str, str] | None, set[str]]:
-    """Where requests are sent, what is shown of that, user and password, and all secrets in it."""
+def _address(url: str) -> tuple[httpx.URL, str, tuple[str, str] | None, list[str]]:
+    """Where requests are sent, what is shown of it, user and password, and all secrets in it."""
     try:
         found = httpx.URL(url)
-        good = found.scheme in ("http", "https") and found.host
+        good = (found.scheme in ("http", "https") and re.fullmatch(r"[\w.:%-]+", found.host)
+                and 0 < (found.port or 80) < 2**16)
     except (httpx.InvalidURL, ValueError):
         good = False
     if not good:
-        shown = "it" if re.search("[@?#]", url) else repr(url)      # which may hold a secret
+        shown = "…" if re.search("[@?#]", url) else repr(url)           # it may hold a secret
         raise ValueError(f"url={shown}: http://… or https://… is accepted")
     path, mark, query = found.raw_path.partition(b"?")
-    bare = found.copy_with(raw_path=path.rstrip(b"/"), userinfo=b"", fragment=None)
-    user, password = found.username, found.password
-    raw = found.userinfo.decode().split(":", 1)
-    raw += [part.partition("=")[2] or part for part in query.decode().split("&")]
-    secrets = {*raw, *map(unquote_plus, raw), *map(unquote, raw),
-               b64encode(f"{user}:{password}".encode()).decode()}
-    return (bare.copy_with(raw_path=bare.raw_path.rstrip(b"/") + b"/completions" + mark + query),
-            str(bare).rstrip("/"), (user, password) if found.userinfo else None, secrets)
+    shown = found.copy_with(raw_path=path.rstrip(b"/"), userinfo=b"", fragment=None)
+    target = shown.copy_with(raw_path=path.rstrip(b"/") + b"/completions" + mark + query)
+    user = (found.username, found.password) if found.userinfo else None
+    quoted = [*found.userinfo.decode().split(":"),
+              *(part.partition("=")[2] or part for part in query.decode().split("&"))]
+    secrets = [*quoted, *map(unquote_plus, quoted), *(user or ()),
+               b64encode(":".join(user or ()).encode()).decode()]
+    return target, str(shown), user, secrets
 
 
 async def _error(response: httpx.Response) -> str:
     """What a server says that does not answer, as far as that is short and comes soon."""
-    if location := response.headers.get("location"):
-        return f"redirects are not followed, here to {location}"
-    said = bytearray()
+    said = b""
     with suppress(httpx.HTTPError, TimeoutError):
         async with asyncio.timeout(CONNECT_S):
             async for chunk in response.aiter_raw():
-                said += chunk[:MAX_ERROR_BYTES - len(said)]
-                if len(said) == MAX_ERROR_BYTES:            # 64 KiB
+                said += chunk
+                if len(said) >= MAX_ERROR_BYTES:
                     break
-    return words(said.decode(errors="replace"))
+    return said.decode(errors="replace")
 
 
 def _prompt_tokens(prompt: int | str | list[int]) -> int:
