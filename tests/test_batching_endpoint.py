@@ -143,6 +143,19 @@ def test_ctrl_c_hangs_up_and_leaves_a_report(server):
                       Request("slow", "presses Ctrl-C", 200, 0.0)])
     assert {s.request.id: str(s.state) for s in endpoint.report().sequences} == {
         "quick": "finished", "slow": "cancelled", "late": "cancelled"}
+    tokens = {row["id"]: row["tokens"] for row in endpoint.report().requests}
+    assert tokens["quick"] == 2 and 30 <= tokens["slow"] < 200 and tokens["late"] == 0
+
+
+def test_the_command_keeps_what_came_before_ctrl_c(server, tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    save_trace([Request("quick", "first", 2, 0.0), Request("late", "third", 2, 60.0),
+                Request("slow", "presses Ctrl-C", 200, 0.0)], path)
+    assert cli.main(["replay", str(path), "--on", server.url, "--model", "m", "--json"]) == 130
+    found = json.loads(capsys.readouterr().out)
+    assert {row["id"]: row["outcome"] for row in found["requests"]} == {
+        "quick": "finished", "slow": "cancelled", "late": "cancelled"}
+    assert all(row["tokens"] for row in found["requests"] if row["id"] != "late")
 
 
 def test_lengths_that_a_trace_knows_are_forced(server):

@@ -151,8 +151,8 @@ def _address(url: str) -> tuple[httpx.URL, str, tuple[str, str] | None, list[str
     """Where requests are sent, what is shown of it, user and password, and all secrets in it."""
     try:
         found = httpx.URL(url)
-        good = (found.scheme in ("http", "https") and re.fullmatch(r"[\w.:%-]+", found.host)
-                and 0 < (found.port or 80) < 2**16)
+        good = (found.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]+", found.host)
+                and found.port != 0 and (found.port or 80) < 2**16)
     except (httpx.InvalidURL, ValueError):
         good = False
     if not good:
