@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from math import inf, nan
-from pathlib import Path
+from os.path import isfile
 from re import fullmatch
 
 from clawdemy_infer.arithmetic import BYTES
@@ -29,6 +29,10 @@ LINES = {
 """Lines of the summary: where each is found, and its unit."""
 FIELDS = ("ignore_eos", "stream_options")
 """Of a request to a server: what not every one knows."""
+IDLE = {"engine": "machine tp alpha timeout leave_out", "simulator": "compile timeout leave_out",
+        "a URL": "policy max_batch token_budget order preemption prefix_caching draft gamma "
+                 "weights kv_bytes compile machine tp alpha"}
+"""Options that change nothing where a trace is served."""
 
 
 def place(text: str) -> str:
@@ -92,6 +96,7 @@ def add(subparsers) -> None:
            "do not know them", [FIELDS], [])
     option(where, "--alpha A", "simulator: the chance that a drafted token is accepted",
            between(0, 1))
+    c.set_defaults(default=c.get_default)
 
 
 def run(args: Args) -> int:
@@ -102,13 +107,23 @@ def run(args: Args) -> int:
     options = POLICIES[args.policy] | {name: getattr(args, name) for name in names}
     options |= {"token_budget": args.token_budget} if args.token_budget else {}
     options |= {"gamma": args.gamma} if args.draft else {}
+    where = args.on if args.on in IDLE else "a URL"
+    for idle, because in ((IDLE[where], f"--on {where}"),
+                          ("requests rate burstiness seed" * isfile(args.trace), "a saved trace"),
+                          ("alpha gamma" * (args.draft is None), "no --draft")):
+        for name in idle.split():
+            if getattr(args, name) != args.default(name):
+                raise UsageError(f"--{name.replace('_', '-')} changes nothing with {because}")
     with checked():
         policy, requests = Policy(**options), requests_of(args)
         slo = SLO(args.slo_ttft, args.slo_tpot)
     server, where = {"engine": engine, "simulator": simulator}.get(args.on, endpoint)(args, policy)
     if args.save:
-        with checked():
-            save_trace(requests, args.save)
+        try:
+            with checked():
+                save_trace(requests, args.save)
+        except OSError as error:
+            raise UsageError(f"save={args.save!r}: {error.strerror}") from error
     say(f"Serving {len(requests)} requests …")
     start = now()
     try:
@@ -128,7 +143,7 @@ def run(args: Args) -> int:
 def requests_of(args: Args) -> list:
     from clawdemy_infer.rigs.trace import load_trace
     from clawdemy_infer.rigs.workload import workload, workload_names
-    if Path(args.trace).is_file():
+    if isfile(args.trace):
         return load_trace(args.trace)
     if args.trace not in workload_names():
         raise UsageError(f"trace={args.trace!r}: no such file, and no workload of that name: "
@@ -165,7 +180,9 @@ def simulator(args: Args, policy):
     if args.draft and args.draft != "lookup":                           # which costs nothing
         bits = {"weights": args.draft} if args.draft in ("int8", "int4") else {}
         layers = {"int8": shape.L, "int4": shape.L, "trained": 1}.get(args.draft)
-        layers = layers or int(args.draft.removeprefix("exit:"))
+        layers = layers or int(args.draft.removeprefix("exit:")[:9])
+        if layers > shape.L:
+            raise UsageError(f"draft={args.draft!r}: the model has {shape.L} layers")
         drafting = StepCost(replace(shape, L=layers), machine, **formats | bits,
                             operations=operations if layers == shape.L else None)
     server = simulator(shape, machine, policy, tp=args.tp, kv_bytes=args.kv_bytes,
