@@ -3,9 +3,8 @@ server, and say what it was like."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, replace
-from math import inf, nan
+from math import inf
 from os.path import isfile
 from re import fullmatch
 
@@ -16,6 +15,7 @@ from clawdemy_infer.cli.napkin import machine_of, shape_of
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.envelope.parallel import Layout
 from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.rigs.stream import FIELDS, printable
 
 POLICIES = {"static": {"batching": "static"}, "continuous": {}, "chunked": {"token_budget": 256}}
 """What `--policy` stands for; other options change it."""
@@ -27,8 +27,6 @@ LINES = {
     "KV blocks in use": ("kv_usage", "%"), "KV peak": ("kv_peak_bytes", "B"),
     "prompt tokens found in the cache": ("cached", "%"), "preemptions": ("preemptions", "")}
 """Lines of the summary: where each is found, and its unit."""
-FIELDS = ("ignore_eos", "stream_options")
-"""Of a request to a server: what not every one knows."""
 IDLE = {"engine": "machine tp alpha timeout leave_out", "simulator": "compile timeout leave_out",
         "a URL": "policy max_batch token_budget order preemption prefix_caching draft gamma "
                  "weights kv_bytes compile machine tp alpha"}
@@ -43,15 +41,11 @@ def place(text: str) -> str:
 
 def between(least: float, most: float) -> Callable[[str], float]:
     """The type of an argument that is a number."""
-    def read(text: str) -> float:
-        value = nan
-        with suppress(ValueError):
-            value = float(text)
-        if not least <= value <= most:
-            raise ArgumentTypeError(f"{text[:40]!r}: a number from {least:g} to {most:g} is "
-                                    "accepted")
-        return value
-    return read
+    def amount(text: str) -> float:
+        if not least <= float(text) <= most:
+            raise ArgumentTypeError(f"{text!r}: {least:g} to {most:g} is accepted")
+        return float(text)
+    return amount
 
 
 def add(subparsers) -> None:
@@ -200,7 +194,6 @@ def endpoint(args: Args, policy):
 
 def blocks(result: dict) -> list[Table | str]:
     from clawdemy_infer.batching.request import OUTCOMES
-    from clawdemy_infer.rigs.stream import printable
 
     def cell(value: float | None, unit: str) -> str:
         return f"{value:.0%}" if unit == "%" and value is not None else si(value, unit)

@@ -18,14 +18,12 @@ import httpx
 
 from clawdemy_infer.batching.metrics import SLO, Report
 from clawdemy_infer.batching.request import Request, Sequence, State
-from clawdemy_infer.rigs.stream import MAX_ERROR_BYTES, Answer, BadAnswer, printable, words
+from clawdemy_infer.rigs.stream import FIELDS, MAX_ERROR_BYTES, Answer, BadAnswer, printable, words
 
 WORDS = "time year people way day man thing world life hand part child eye place work week".split()
 """A token each in most vocabularies: a prompt of which only the length is known is made of them."""
 TIMEOUT_S, CONNECT_S = 600.0, 10.0
 """Seconds after which a request is given up: in all (a default), and to connect."""
-FIELDS = ("ignore_eos", "stream_options")
-"""What we ask for and not every server knows."""
 MAX_SHOWN = 200
 """Characters of what a server says."""
 

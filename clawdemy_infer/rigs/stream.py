@@ -13,10 +13,14 @@ MAX_TOKEN_BYTES = 2**12         # so much for each token
 MAX_TOKEN_PIECES = 8            # pieces of text for each token, since some servers send letters,
 SPARE_PIECES = 64               # and so many more
 MAX_TOKENS = 10**7              # of a prompt or an answer; the longest published context is as long
+FIELDS = ("ignore_eos", "stream_options")
+"""Of a request: what not every server knows."""
 FAILED = ("abort", "cancel", "error", "fail", "timeout")
 """What a `finish_reason` begins with when the server gave up."""
 EMPTY_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n){2}")
 FIELD = re.compile(r"(?:^|[\r\n])(data|error|event): ?([^\r\n]*)")      # error: of llama.cpp
+STRING = r'"(?!")[^"\\]*(?:\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})[^"\\]*)*"'
+MESSAGE = re.compile(rf'"(?:message|detail|msg|error)"\s*:\s*({STRING})')
 SPACE, DECODER = re.compile(r"\s*"), json.JSONDecoder()
 
 
@@ -79,11 +83,11 @@ def read_events(data: str) -> Iterator[Event]:
         at = SPACE.match(data, end).end()
         if not isinstance(found, dict):
             continue
-        said = _message(found)
+        choices = found.get("choices")
         if (found.get("error") or "error" in (found.get("object"), found.get("type"))
-                or said and "choices" not in found):
-            raise BadAnswer(f"the server says {said or data}")
-        texts, reason, choices = [], "", found.get("choices")
+                or "choices" not in found and words(data) != data):
+            raise BadAnswer(f"the server says {words(data)}")
+        texts, reason = [], ""
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
                 text, end = choice.get("text"), choice.get("finish_reason")
@@ -97,22 +101,10 @@ def read_events(data: str) -> Iterator[Event]:
                                      for count in counts))
 
 
-def _message(found: object) -> str:
-    """The message of an object that tells of an error, in any of its usual forms; else ""."""
-    for one in (found.get("error"), found) if isinstance(found, dict) else ():
-        said = [one.get(key) for key in ("message", "detail", "msg")] if isinstance(
-            one, dict) else [one]
-        if texts := [text for text in said if text and isinstance(text, str)]:
-            return texts[0]
-    return ""
-
-
 def words(body: str) -> str:
-    """What a server says in `body`: the message of an error, or all of it."""
-    try:
-        return _message(json.loads(body)) or body
-    except (ValueError, RecursionError):
-        return body
+    """The message in what a server sends as an error, in any of its usual forms; else all of it."""
+    found = MESSAGE.search(body, 0, MAX_ERROR_BYTES)
+    return json.loads(found[1], strict=False) if found else body
 
 
 class Answer:

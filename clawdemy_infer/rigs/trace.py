@@ -22,7 +22,7 @@ from clawdemy_infer.rigs.stream import MAX_TOKENS
 
 MAX_REQUESTS = 10**6
 MAX_ARRIVAL_S = 10**7               # after the first: 116 days
-MAX_TRACE_BYTES, MAX_LINE_BYTES = 2**30, 2**24
+MAX_TRACE_BYTES = 2**28
 MAX_ID_CHARACTERS = 200
 
 NEEDED = ("id", "arrival_s", "max_tokens")
@@ -49,20 +49,17 @@ def load_trace(path: str | Path) -> list[Request]:
     """The requests of a trace, by arrival. Raises ValueError naming file, line and key for anything
     that is not as above, or longer than the constants allow."""
     found: dict[object, Request] = {}
-    number, size = 0, Path(path).stat().st_size
+    if (size := Path(path).stat().st_size) > MAX_TRACE_BYTES:
+        raise ValueError(f"trace={str(path)!r}: {size:,} bytes; {MAX_TRACE_BYTES:,} are accepted")
     with open(path, "rb") as file:
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
+        for number, line in enumerate(file, 1):
             try:
-                for name, value, most in (("bytes in all", size, MAX_TRACE_BYTES),
-                                          ("lines", number, MAX_REQUESTS),
-                                          ("bytes in a line", len(line), MAX_LINE_BYTES)):
-                    if value > most:
-                        raise ValueError(f"{name}: at most {most:,} are accepted")
                 if text := line.decode("utf-8-sig").strip():
                     request = _request(json.loads(text))
                     if request.id in found:
                         raise ValueError(f"id={request.id!r} was there before")
+                    if len(found) == MAX_REQUESTS:
+                        raise ValueError(f"{MAX_REQUESTS:,} requests are accepted, and no more")
                     found[request.id] = request
             except (ValueError, RecursionError) as error:           # what json raises is of these
                 raise ValueError(f"trace={str(path)!r}, line {number}: {error}") from error
@@ -112,6 +109,6 @@ def _whole(value: object, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _text(value: object, most: int = MAX_LINE_BYTES) -> bool:
+def _text(value: object, most: int = MAX_TRACE_BYTES) -> bool:
     """A text that UTF-8 can hold: JSON also spells halves of surrogate pairs."""
     return isinstance(value, str) and len(value) <= most and not re.search("[\ud800-\udfff]", value)
