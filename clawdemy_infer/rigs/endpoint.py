@@ -102,9 +102,9 @@ class Endpoint:
             body = self._body(sequence)
             async with client.stream("POST", self.target, json=body) as response:
                 status, headers = response.status_code, response.headers
-                form = f"HTTP {status}, {headers.get('content-type', 'of no type')}"
-                if (packed := headers.get("content-encoding", "identity")) != "identity":
-                    raise BadAnswer(f"{form}, packed as {packed}: only identity is accepted")
+                form = f"HTTP {status}, {headers.get('content-type', 'no content type')}"
+                if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
+                    raise BadAnswer(f"{form}, compressed by {coding}: only identity is accepted")
                 if response.is_success:
                     return await self._receive(response, sequence, form)
                 if location := headers.get("location"):

@@ -92,7 +92,7 @@ def read_events(data: str) -> Iterator[Event]:
             if isinstance(choice, dict):
                 text, end = choice.get("text"), choice.get("finish_reason")
                 if not isinstance(text, str | None):
-                    raise BadAnswer(f"the text of an event is none: {data}")
+                    raise BadAnswer(f"an event has text of another type: {data}")
                 texts += [text] if text else []
                 reason = end if isinstance(end, str) and end else reason
         usage = found["usage"] if isinstance(found.get("usage"), dict) else {}
