@@ -93,7 +93,7 @@ def test_tokens_are_timed_as_they_come_and_arrivals_are_kept(server):
     assert "ignore_eos" not in body
     summary = report.summary
     seconds = summary["seconds"]
-    assert summary["finished"] == 2 and seconds == b.token_times[-1]
+    assert summary["finished"] == 2 and seconds == max(a.token_times[-1], b.token_times[-1])
     assert summary["input_tokens_per_s"] == pytest.approx(14 / seconds)
     assert summary["goodput"] == pytest.approx(2 / seconds)
     assert summary["ttft_p50"] < summary["e2e_p50"]
@@ -143,6 +143,19 @@ def test_ctrl_c_hangs_up_and_leaves_a_report(server):
                       Request("slow", "presses Ctrl-C", 200, 0.0)])
     assert {s.request.id: str(s.state) for s in endpoint.report().sequences} == {
         "quick": "finished", "slow": "cancelled", "late": "cancelled"}
+    tokens = {row["id"]: row["tokens"] for row in endpoint.report().requests}
+    assert tokens["quick"] == 2 and 30 <= tokens["slow"] < 200 and tokens["late"] == 0
+
+
+def test_the_command_keeps_what_came_before_ctrl_c(server, tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    save_trace([Request("quick", "first", 2, 0.0), Request("late", "third", 2, 60.0),
+                Request("slow", "presses Ctrl-C", 200, 0.0)], path)
+    assert cli.main(["replay", str(path), "--on", server.url, "--model", "m", "--json"]) == 130
+    found = json.loads(capsys.readouterr().out)
+    assert {row["id"]: row["outcome"] for row in found["requests"]} == {
+        "quick": "finished", "slow": "cancelled", "late": "cancelled"}
+    assert all(row["tokens"] for row in found["requests"] if row["id"] != "late")
 
 
 def test_lengths_that_a_trace_knows_are_forced(server):
@@ -157,9 +170,9 @@ def test_lengths_that_a_trace_knows_are_forced(server):
 def test_the_command_replays_at_a_url(server, tmp_path, capsys):
     path = tmp_path / "trace.jsonl"
     save_trace([Request("a", "first", 4, 0.0), Request("no", "too long", 4, 0.0)], path)
-    assert cli.main(["replay", str(path), "--on", server.url, "--model", "m", "--json"]) == 0
+    assert cli.main(["replay", str(path), "--on", server.url, "--model", "m", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     outcomes = {row["id"]: (row["outcome"], row["tokens"]) for row in found["requests"]}
     assert outcomes == {"a": ("finished", 4), "no": ("failed", 0)}
-    assert cli.main(["replay", str(path), "--on", server.url, "--model", "m"]) == 0
+    assert cli.main(["replay", str(path), "--on", server.url, "--model", "m"]) == 1
     assert "no failed: HTTP 400" in capsys.readouterr().out

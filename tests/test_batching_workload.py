@@ -2,9 +2,15 @@
 figures by hand."""
 
 import json
+import math
+import os
 import statistics
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clawdemy_course.timeline import draw_gantt, spans
 from clawdemy_infer.batching import Policy, Request, Sequence, State
@@ -69,7 +75,12 @@ def test_most_caps_prompt_and_output_together():
 @pytest.mark.parametrize("arguments, named",
                          [({"prompt": "sharegtp"}, "known workloads are sharegpt"),
                           ({"prompt": uniform(1, 2)}, "output"), ({"requests": 0}, "requests=0"),
-                          ({"rate": 0.0}, "rate=0"), ({"burstiness": -1.0}, "burstiness=-1"), ])
+                          ({"rate": 0.0}, "rate=0"), ({"burstiness": -1.0}, "burstiness=-1"),
+                          *(({"burstiness": value}, "burstiness=.*0.001 to 1000")
+                            for value in (math.nan, math.inf, 1e300, 1e-300)),
+                          *(({"rate": value}, "rate=") for value in (math.nan, -1, 1e-9, 5e-324)),
+                          *(({"requests": value}, "requests=.*1 to 1,000,000")
+                            for value in (10**7, 10**400)), ])
 def test_a_workload_that_makes_no_sense_is_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         workload(**{"prompt": "alpaca", "requests": 3} | arguments)
@@ -107,7 +118,22 @@ GOOD = {"id": 1, "arrival_s": 0, "prompt_tokens": 3, "max_tokens": 2}
                                            ({"prompt": "x"}, "exactly one"),
                                            ({"prompt_token": 3}, "'prompt_token'"),
                                            ({"id": [1]}, r"id=\[1\]"), ({"stop": [""]}, "stop="),
-                                           ({"priority": "high"}, "priority='high'"), ])
+                                           ({"priority": "high"}, "priority='high'"),
+                                           *(({"max_tokens": value}, "max_tokens=.*10,000,000")
+                                             for value in (None, True, 2.0, -1, 10**30, 10**4000)),
+                                           ({"output_tokens": 10**9}, "output_tokens=1000000000"),
+                                           *(({"arrival_s": value}, "arrival_s=.*10,000,000")
+                                             for value in (math.nan, math.inf, 1e300, 10**400, True,
+                                                           None)),
+                                           ({"prompt_tokens": 10**12}, "prompt_tokens=10000000000"),
+                                           ({"prompt_tokens": -1}, "prompt_tokens=-1"),
+                                           ({"prompt_tokens": [1, -1]}, r"prompt_tokens=\[1, -1\]"),
+                                           ({"prompt_tokens": [2**31]}, r"prompt_tokens=\[214748"),
+                                           ({"id": "x" * 201}, "id='xxx.*200 characters"),
+                                           ({"id": 10**400}, "id=1000.*64 bits"),
+                                           ({"id": "\ud800"}, r"id='\\ud800'"),
+                                           ({"stop": ["\udfff"]}, "stop="),
+                                           ({"y" * 10**6: 1}, "'yyy.*: accepted are"), ])
 def test_a_wrong_line_is_named_with_its_number(tmp_path, change, words):
     path = tmp_path / "wrong.jsonl"
     path.write_text(json.dumps(GOOD | {"id": 0}) + "\n" + json.dumps(GOOD | change) + "\n")
@@ -127,6 +153,74 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path, text, words):
         load_trace(path)
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_lines_of_a_trace_end_at_lf_alone(tmp_path, character):
+    line = json.dumps({"id": 1, "arrival_s": 0, "prompt": "X", "max_tokens": 2})
+    (tmp_path / "trace.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + line.replace("X", f"a{character}b").encode() + b"\r\n\r\n"
+        if character > "\x1f" else line.replace("X", json.dumps(character)[1:-1]).encode())
+    [found] = load_trace(tmp_path / "trace.jsonl")
+    assert found.prompt == (f"a{character}b" if character > "\x1f" else character)
+
+
+@pytest.mark.parametrize("text", [b'{"a":' * 30_000, b"[" * 10**5, b"\xff\xfe", b'{"id": "\xff"}',
+                                  b"9" * 5000, b"\n" * 20], ids=lambda text: repr(text[:9]))
+def test_a_line_that_cannot_be_read_is_one_short_sentence(tmp_path, text):
+    (tmp_path / "trace.jsonl").write_bytes(text)
+    with pytest.raises(ValueError) as caught:
+        load_trace(tmp_path / "trace.jsonl")
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("limit", "words"), [("MAX_REQUESTS", "line 3: 2 requests are accepted"),
+                                              ("MAX_TRACE_BYTES", "bytes; 2 are accepted")])
+def test_a_trace_that_is_too_long_is_refused_with_the_limit(tmp_path, monkeypatch, limit, words):
+    from clawdemy_infer.rigs import trace
+
+    path = tmp_path / "long.jsonl"
+    save_trace(workload("alpaca", requests=5), path)
+    monkeypatch.setattr(trace, limit, 2)
+    with pytest.raises(ValueError, match=words):
+        load_trace(path)
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(
+    st.characters(), max_size=5), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=60) | st.dictionaries(st.sampled_from(
+    ["id", "arrival_s", "prompt", "prompt_tokens", "max_tokens", "output_tokens", "priority",
+     "stop"]), json_values).map(lambda change: json.dumps(GOOD | change).encode()))
+def test_any_trace_is_read_and_can_be_saved_or_is_refused(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.jsonl"
+        path.write_bytes(text)
+        try:
+            requests = load_trace(path)
+        except ValueError:
+            return
+        save_trace(requests, path)
+        assert load_trace(path) == requests
+
+
+def test_a_trace_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, link = tmp_path / "trace.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    save_trace([Request(1, 3, 2, 0.0)], link)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
+        def replace(*_):
+            raise OSError("the disk is full")
+        patch.setattr(os, "replace", replace)
+        save_trace([Request(2, 3, 2, 0.0)], link)
+    assert path.read_bytes() == before and link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, path]
+    for place in (tmp_path, "/dev/null"):
+        with pytest.raises(ValueError, match="save=.*a regular file"):
+            save_trace([Request(1, 3, 2, 0.0)], place)
+
+
 # ---- metrics ----
 
 
@@ -142,6 +236,9 @@ def test_the_metrics_of_one_request_by_hand():
     assert (ttft(one), tpot(one), e2e(one)) == (2.0, 1.0, 4.0)
     single, none = sequence(1.0, [2.5]), sequence(1.0, [], state=State.CANCELLED)
     assert (ttft(single), tpot(single), e2e(single)) == (1.5, None, 1.5)
+    at_once = sequence(1.0, [2.5] * 10)                     # ten tokens in one piece
+    assert (ttft(at_once), tpot(at_once), e2e(at_once)) == (1.5, None, 1.5)
+    assert Report([at_once, one], [], 4, 8).summary["itl_p50"] == 1.0
     assert (ttft(none), tpot(none), e2e(none)) == (None, None, None)
 
 

@@ -51,6 +51,13 @@ class Fake:
             time.sleep(60)
         if self.calls == 3 and self.how == "babbles":
             os.write(self.out, b"what?\\n")
+        if self.calls == 3 and self.how == "lists":
+            os.write(self.out, b"[1, 2]\\n")
+        if self.calls == 3 and self.how == "nests":
+            os.write(self.out, b"[" * 100000 + b"\\n")
+        if self.calls == 3 and self.how == "mumbles":
+            os.write(self.out, b"\\xff")
+            time.sleep(60)
         return {{"tokens": [[prompt[0]] * new for prompt in prompts], "prefill_s": 0.5,
                 "decode_s": 2.0, "decode_tokens": len(prompts) * (new - 1),
                 "threads": os.environ["OMP_NUM_THREADS"]}}
@@ -103,6 +110,8 @@ def test_the_peak_is_of_the_process_and_not_of_ours(start):
 @pytest.mark.parametrize(("how", "message"), [
     ("dies", "fake dies ended with exit code 1; the last it wrote: out of luck"),
     ("babbles", r"fake babbles answered 'what\?\\n', which is not JSON"),
+    ("lists", r"fake lists answered '\[1, 2\]\\n', which is not JSON for an object"),
+    ("nests", r"fake nests answered '\[\[\[.*, which is not JSON"),
 ])
 def test_a_worker_that_fails_is_named_with_its_last_words(start, how, message):
     worker = start(how)
@@ -112,11 +121,12 @@ def test_a_worker_that_fails_is_named_with_its_last_words(start, how, message):
     assert worker.process.poll() is not None
 
 
-def test_a_worker_that_hangs_is_put_away(start):
-    worker = start("hangs")
+@pytest.mark.parametrize("how", ["hangs", "mumbles"])
+def test_a_worker_that_hangs_is_put_away(start, how):
+    worker = start(how)
     worker.ask(ASK)
     worker.patience = 0.2
-    with pytest.raises(WorkerFailed, match=r"fake hangs gave no answer within 0\.2 s"):
+    with pytest.raises(WorkerFailed, match=rf"fake {how} gave no answer within 0\.2 s"):
         worker.ask(ASK)
     assert worker.process.poll() is not None
 

@@ -52,9 +52,9 @@ def ttft(sequence: Sequence) -> float | None:
 
 
 def tpot(sequence: Sequence) -> float | None:
-    """Seconds per output token after the first; None for fewer than two."""
+    """Seconds per output token after the first; None unless some came later than it."""
     times = sequence.token_times
-    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+    return (times[-1] - times[0]) / (len(times) - 1) if times and times[-1] > times[0] else None
 
 
 def e2e(sequence: Sequence) -> float | None:
@@ -126,7 +126,7 @@ class Report:
             preemptions, drafted, accepted          times; draft tokens
         """
         sequences, prompts = self.sequences, sum(s.prompt_tokens for s in self.finished)
-        gaps = [gap for s in sequences for gap in np.diff(s.token_times)]
+        gaps = [gap for s in sequences if tpot(s) for gap in np.diff(s.token_times)]
         return {
             **{str(state): sum(s.state is state for s in sequences) for state in OUTCOMES},
             "seconds": self.seconds, "requests_per_s": self._rate(len(self.finished)),

@@ -2,9 +2,11 @@
 server, and say what it was like."""
 
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from math import inf
-from pathlib import Path
+from os.path import isfile
+from re import fullmatch
 
 from clawdemy_infer.arithmetic import BYTES
 from clawdemy_infer.cli import arguments
@@ -13,6 +15,7 @@ from clawdemy_infer.cli.napkin import machine_of, shape_of
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.envelope.parallel import Layout
 from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.rigs.stream import FIELDS, printable
 
 POLICIES = {"static": {"batching": "static"}, "continuous": {}, "chunked": {"token_budget": 256}}
 """What `--policy` stands for; other options change it."""
@@ -24,8 +27,25 @@ LINES = {
     "KV blocks in use": ("kv_usage", "%"), "KV peak": ("kv_peak_bytes", "B"),
     "prompt tokens found in the cache": ("cached", "%"), "preemptions": ("preemptions", "")}
 """Lines of the summary: where each is found, and its unit."""
-place = arguments.fitting("engine|simulator|https?://.*",
-                          "engine, simulator or a URL is accepted")
+IDLE = {"engine": "machine tp alpha timeout leave_out", "simulator": "compile timeout leave_out",
+        "a URL": "policy max_batch token_budget order preemption prefix_caching draft gamma "
+                 "weights kv_bytes compile machine tp alpha"}
+"""Options that change nothing where a trace is served."""
+
+
+def place(text: str) -> str:
+    if not fullmatch("engine|simulator|https?://.*", text):     # it may hold a password
+        raise ArgumentTypeError("engine, simulator or a URL is accepted")
+    return text
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    """The type of an argument that is a number."""
+    def amount(text: str) -> float:
+        if not least <= float(text) <= most:
+            raise ArgumentTypeError(f"{text!r}: {least:g} to {most:g} is accepted")
+        return float(text)
+    return amount
 
 
 def add(subparsers) -> None:
@@ -34,7 +54,7 @@ def add(subparsers) -> None:
                 "sharegpt --model llama-3.1-70b --machine h100-sxm --tp 8 --policy chunked",
                 "uniform --requests 64 --rate inf --on engine --compile",
                 "alpaca --on http://localhost:8000/v1 --model NAME --requests 50 --rate 2")
-    work = c.add_argument_group("workload")
+    work, at_most = c.add_argument_group("workload"), between(0, inf)
     option(work, "trace", "a file of JSON lines, or a workload to draw from: sharegpt, alpaca, "
            "code, conversation, uniform", metavar="TRACE")
     option(work, "--requests N", "how many to draw", count, 100)
@@ -42,8 +62,8 @@ def add(subparsers) -> None:
     option(work, "--burstiness CV", "1 is Poisson, more comes in bursts", float, 1.0)
     option(work, "--seed N", "the same seed draws the same requests", int, 0)
     option(work, "--save FILE", "write the requests as a trace")
-    option(work, "--slo-ttft S", "most seconds to the first token of a good request", float, inf)
-    option(work, "--slo-tpot S", "most seconds per output token of a good request", float, inf)
+    option(work, "--slo-ttft S", "most seconds to the first token of a good request", at_most, inf)
+    option(work, "--slo-tpot S", "most seconds per output token of a good request", at_most, inf)
     policy = c.add_argument_group("policy")
     option(policy, "--policy", "how requests become batches", tuple(POLICIES), "continuous")
     option(policy, "--max-batch B", "most sequences that run at once", count, 16)
@@ -60,35 +80,44 @@ def add(subparsers) -> None:
            "the server", default="smollm2-135m")
     option(where, "--weights F", "of weights, cache and activations (default: fp32 on `this` "
            "machine, else bf16)", tuple(BYTES))
-    option(where, "--kv-bytes BYTES", "of the cache (default: engine 1 GiB, else what fits)", float)
+    option(where, "--kv-bytes BYTES", "of the cache (default: engine 1 GiB, else what fits)",
+           between(1, 1e15))
     arguments.compile_option(where, "engine: ")
     option(where, "--machine X", "simulator: one of the catalog, or `this`", default="this")
     option(where, "--tp N", "simulator: devices that share every matrix", count, 1)
-    option(where, "--alpha A", "simulator: the chance that a drafted token is accepted", chance)
-
-
-def chance(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise ArgumentTypeError(f"{text!r}: 0 to 1 is accepted")
-    return float(text)
+    option(where, "--timeout S", "URL: most seconds of one request", between(1e-3, 1e6), 600.0)
+    option(where, "--leave-out LIST", f"URL: {','.join(FIELDS)} or one of them, for servers that "
+           "do not know them", [FIELDS], [])
+    option(where, "--alpha A", "simulator: the chance that a drafted token is accepted",
+           between(0, 1))
+    c.set_defaults(default=c.get_default)
 
 
 def run(args: Args) -> int:
     from clawdemy_infer.batching import SLO, Policy
-    from clawdemy_infer.rigs.endpoint import Endpoint
     from clawdemy_infer.rigs.trace import save_trace
     from clawdemy_infer.timing import now
     names = ("max_batch", "order", "preemption", "prefix_caching")
     options = POLICIES[args.policy] | {name: getattr(args, name) for name in names}
     options |= {"token_budget": args.token_budget} if args.token_budget else {}
     options |= {"gamma": args.gamma} if args.draft else {}
+    where = args.on if args.on in IDLE else "a URL"
+    for idle, because in ((IDLE[where], f"--on {where}"),
+                          ("requests rate burstiness seed" * isfile(args.trace), "a saved trace"),
+                          ("alpha gamma" * (args.draft is None), "no --draft")):
+        for name in idle.split():
+            if getattr(args, name) != args.default(name):
+                raise UsageError(f"--{name.replace('_', '-')} changes nothing with {because}")
     with checked():
         policy, requests = Policy(**options), requests_of(args)
         slo = SLO(args.slo_ttft, args.slo_tpot)
+    server, where = {"engine": engine, "simulator": simulator}.get(args.on, endpoint)(args, policy)
     if args.save:
-        save_trace(requests, args.save)
-    serve = {"engine": engine, "simulator": simulator}.get(args.on)
-    server, where = serve(args, policy) if serve else (Endpoint(args.on, args.model), args.on)
+        try:
+            with checked():
+                save_trace(requests, args.save)
+        except OSError as error:
+            raise UsageError(f"save={args.save!r}: {error.strerror}") from error
     say(f"Serving {len(requests)} requests …")
     start = now()
     try:
@@ -96,18 +125,19 @@ def run(args: Args) -> int:
     except KeyboardInterrupt:
         server.cancel_all()
         report = server.report(slo)
-    result = {"on": args.on, "model": args.model, "machine": where, "policy": asdict(policy),
-              "requests": report.requests, "summary": report.summary, "wall_s": now() - start}
+    result = {"on": getattr(server, "url", args.on), "model": args.model, "machine": where,
+              "policy": asdict(policy), "requests": report.requests, "summary": report.summary,
+              "wall_s": now() - start}
     answer(args.json, result, *blocks(result))
     if any(row["reason"] == "cancelled" for row in report.requests):
         return 130
-    return 0 if report.finished else 1
+    return 0 if report.finished and not report.summary["failed"] else 1
 
 
 def requests_of(args: Args) -> list:
     from clawdemy_infer.rigs.trace import load_trace
     from clawdemy_infer.rigs.workload import workload, workload_names
-    if Path(args.trace).is_file():
+    if isfile(args.trace):
         return load_trace(args.trace)
     if args.trace not in workload_names():
         raise UsageError(f"trace={args.trace!r}: no such file, and no workload of that name: "
@@ -144,13 +174,22 @@ def simulator(args: Args, policy):
     if args.draft and args.draft != "lookup":                           # which costs nothing
         bits = {"weights": args.draft} if args.draft in ("int8", "int4") else {}
         layers = {"int8": shape.L, "int4": shape.L, "trained": 1}.get(args.draft)
-        layers = layers or int(args.draft.removeprefix("exit:"))
+        layers = layers or int(args.draft.removeprefix("exit:")[:9])
+        if layers > shape.L:
+            raise UsageError(f"draft={args.draft!r}: the model has {shape.L} layers")
         drafting = StepCost(replace(shape, L=layers), machine, **formats | bits,
                             operations=operations if layers == shape.L else None)
     server = simulator(shape, machine, policy, tp=args.tp, kv_bytes=args.kv_bytes,
                        host_bytes=args.kv_bytes or 2**30, operations=operations, alpha=args.alpha,
                        draft=drafting, **formats)
     return server, machine.name
+
+
+def endpoint(args: Args, policy):
+    from clawdemy_infer.rigs.endpoint import Endpoint
+    with checked():
+        server = Endpoint(args.on, args.model, args.timeout, args.leave_out, say)
+    return server, server.url
 
 
 def blocks(result: dict) -> list[Table | str]:
@@ -178,5 +217,5 @@ def blocks(result: dict) -> list[Table | str]:
         found.append(f"{summary['accepted']:,} of {summary['drafted']:,} drafted tokens were "
                      "accepted.")
     failed = [row for row in result["requests"] if row["outcome"] in ("refused", "failed")]
-    return found + [f"{row['id']} {'was ' * (row['outcome'] == 'refused')}{row['outcome']}: "
-                    f"{row['reason']}." for row in failed[:5]]
+    return found + [printable(f"{row['id']} {'was ' * (row['outcome'] == 'refused')}"
+                              f"{row['outcome']}: {row['reason']}.") for row in failed[:5]]

@@ -18,6 +18,8 @@ from clawdemy_infer.peers.contestants import Contestant, PeerWorkload
 
 MAX_IDLE_CORES = 0.05
 """Cores that waiting workers may use: threads of OpenMP spin for a moment before they sleep."""
+MAX_ANSWER_BYTES = 2**26
+"""Of one line: the tokens of a workload."""
 
 
 class WorkerFailed(RuntimeError):
@@ -51,14 +53,24 @@ class Worker:
         return self._answer() | {"peak_bytes": self._peak()}
 
     def _answer(self) -> dict:
-        if not select.select([self.process.stdout], [], [], self.patience)[0]:
-            raise self._failed(f"gave no answer within {self.patience:g} s")
-        if not (line := self.process.stdout.readline()):            # it has ended
-            raise self._failed(f"ended with exit code {self.process.wait()}")
+        end, line = time.monotonic() + self.patience, b""
+        while b"\n" not in line:
+            left = max(0.0, end - time.monotonic())
+            if not select.select([self.process.stdout], [], [], left)[0]:
+                raise self._failed(f"gave no answer within {self.patience:g} s")
+            if not (part := os.read(self.process.stdout.fileno(), 2**16)):      # it has ended
+                raise self._failed(f"ended with exit code {self.process.wait()}")
+            line += part
+            if len(line) > MAX_ANSWER_BYTES:
+                raise self._failed(f"answered more than {MAX_ANSWER_BYTES:,} bytes")
         try:
-            return json.loads(line)
-        except ValueError:
-            raise self._failed(f"answered {line[:100]!r}, which is not JSON") from None
+            answer = json.loads(line := line[:line.index(b"\n") + 1])
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise self._failed(f"answered {line[:100].decode(errors='replace')!r}, which is "
+                               "not JSON for an object")
+        return answer
 
     def _failed(self, how: str) -> WorkerFailed:
         self.stop()

@@ -16,6 +16,7 @@ from random import Random
 from statistics import NormalDist
 
 from clawdemy_infer.batching.request import Request
+from clawdemy_infer.rigs.trace import MAX_ARRIVAL_S, MAX_REQUESTS
 
 SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1)
 """Where the quantiles of `workloads.toml` lie."""
@@ -86,10 +87,14 @@ def arrivals(requests: int, rate: float, random: Random, burstiness: float = 1.0
     """Arrival times in seconds, `rate` a second in the mean. `burstiness` is the coefficient of
     variation of the gaps, which are gamma-distributed: 1 is a Poisson process, 0 a metronome, and
     above 1 they come in bursts. An infinite rate: all at 0."""
-    if not rate > 0:
-        raise ValueError(f"rate={rate}: requests per second, more than 0")
-    if burstiness < 0:
-        raise ValueError(f"burstiness={burstiness}: 0 (evenly spaced) or more; 1 is Poisson")
+    if not 1 <= requests <= MAX_REQUESTS:
+        raise ValueError(f"requests={requests}: 1 to {MAX_REQUESTS:,} are accepted")
+    if not rate > 0 or requests / rate > MAX_ARRIVAL_S:
+        raise ValueError(f"rate={rate}: requests per second, more than 0, so that {requests:,} "
+                         f"arrive within {MAX_ARRIVAL_S:,} s")
+    if burstiness and not 1e-3 <= burstiness <= 1e3:
+        raise ValueError(f"burstiness={burstiness}: 0 (evenly spaced), or 0.001 to 1000; 1 is "
+                         "Poisson")
     def gap() -> float:
         if not burstiness or math.isinf(rate):
             return 1 / rate
@@ -114,8 +119,6 @@ def workload(prompt: str | Length, output: Length | None = None, *, requests: in
         prompt, output = _length(entry["prompt"]), _length(entry["output"])
     elif output is None:
         raise ValueError("output: give what draws the number of output tokens")
-    if requests < 1:
-        raise ValueError(f"requests={requests}: at least 1")
     random = Random(seed)
     found = []
     for id, time in enumerate(arrivals(requests, rate, random, burstiness)):
