@@ -91,9 +91,12 @@ def in_cache(path: str) -> bool:
 def streams() -> None:
     """Standard streams that take what is written: one that is closed leads nowhere, a character
     that an encoding lacks becomes a question mark, a warning is one line."""
+    closed = sys.stdout is None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))    # noqa: SIM115
+    if closed:
+        raise OSError("stdout is closed; one that leads anywhere is accepted")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -60,15 +60,18 @@ class Verdict:
 
 def teaches(run: PublishedRun) -> bool:
     """Whether a row may be learnt from: a demand that fits, and beats no bound."""
-    return not (run.draft_model or run.gamma or any(word in run.category for word in NOT_LEARNT_FROM)
-                or not expressible(run) or _impossible(run, demand(run)))
+    if run.draft_model or run.gamma or any(word in run.category for word in NOT_LEARNT_FROM):
+        return False
+    try:
+        return not run.problem and not _impossible(run, demand(run))
+    except (ValueError, ArithmeticError):
+        return False
 
 
 def expressible(run: PublishedRun) -> bool:
-    """Whether a row can be put as a demand, of a model whose capacity is known too."""
+    """Whether a row can be put as a demand."""
     try:
-        demand(run), capacity(run)
-        return not run.problem
+        return not run.problem and bool(demand(run))
     except (ValueError, ArithmeticError):
         return False
 
