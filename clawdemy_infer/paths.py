@@ -24,8 +24,8 @@ def cache_dir() -> Path:
     try:
         return Path(own or f"{caches}/clawdemy-infer").expanduser()
     except RuntimeError as error:
-        raise OSError(f"there is no home directory to keep files in ({error}); CLAWDEMY_CACHE names "
-                      "a folder") from error
+        raise OSError(f"there is no home directory to keep files in ({error}); CLAWDEMY_CACHE "
+                      "names a folder") from error
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -49,8 +49,8 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def read_kept(path: Path, shape: object) -> object:
-    """The JSON that an earlier run left in `path`; None where there is none. A file that is torn, no
-    JSON, or not `alike` to `shape` counts as absent, and a warning names it."""
+    """The JSON that an earlier run left in `path`; None where there is none. A file that is torn,
+    no JSON, or not `alike` to `shape` counts as absent, and a warning names it."""
     try:
         if not os.path.lexists(path):
             return None

@@ -111,8 +111,8 @@ ANY_JSON = st.recursive(
 
 def used(record):
     """All that the package does with a kept record."""
-    machine = from_record(record)
-    for machine in (machine, machine.at(Speeds(0.5, 2.0, 1.0))):
+    made = from_record(record)
+    for machine in (made, made.at(Speeds(0.5, 2.0, 1.0))):
         for kernel in ("gemm", "attention", "elementwise", calibrate.SMALL_GEMM):
             assert machine.time(Work(4e9, 100, kernel=kernel, rows=7), ops=10).seconds > 0
         assert machine.bandwidth_at() > 0 and present.drift(machine) is not None
@@ -156,7 +156,7 @@ def test_a_calibration_with_other_values_is_whole_or_absent(cache, names, data):
 
 
 @pytest.mark.parametrize("name", [name for name in RECORD if name != "versions"])
-@pytest.mark.parametrize("value", ["absent", None, 5, [], {}, "x", [None], {"": None}, math.nan, -1])
+@pytest.mark.parametrize("value", ["absent", None, 5, [], {}, "x", [None], {"": None}, math.nan])
 def test_a_field_of_another_kind_makes_a_calibration_absent_or_is_as_good(cache, name, value):
     keep(cache, **{name: value})
     if value == "absent":

@@ -551,7 +551,8 @@ def test_one_lesson_leaves_an_interrupted_course_to_be_resumed(played, results):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"5", b"\xff", b'{"01_counting": 5}', b'{"01_counting": {"run": {"ok": true}}}',
+    b"", b"{", b"[]", b"5", b"\xff", b'{"01_counting": 5}',
+    b'{"01_counting": {"run": {"ok": true}}}',
     b'{"01_counting": {"code": ["a = 1"], "rows": [], "run": {"name": "x", "seconds": "1", "ok": '
     b'true, "error": null, "first_cell_s": 1, "peak_bytes": 1}}}'])
 def test_results_that_were_damaged_are_named_and_all_lessons_run_again(
@@ -566,9 +567,10 @@ def test_results_that_were_damaged_are_named_and_all_lessons_run_again(
     assert cli.main(["course", "--resume"]) == 0 and played.names == []
 
 
-@pytest.mark.parametrize("content", ["5", "[]", "{}", '{"cells": 5}', '{"nbformat": 4}', "[" * 10**5,
-                                     '{"nbformat": "x", "cells": []}', '{"cells": [5], "nbformat": 4, '
-                                     '"nbformat_minor": 5, "metadata": {}}'])
+@pytest.mark.parametrize("content", [
+    "5", "[]", "{}", '{"cells": 5}', '{"nbformat": 4}', "[" * 10**5,
+    '{"nbformat": "x", "cells": []}',
+    '{"cells": [5], "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'])
 def test_json_that_is_no_notebook_is_one_line(three, capsys, content):
     (three / "01_counting.ipynb").write_text(content)
     assert cli.main(["course", "01"]) == 1

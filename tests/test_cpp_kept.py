@@ -1,5 +1,5 @@
-"""Compiled code is kept where nobody else can put any, is checked before it is loaded, and made again
-when it is damaged; a compiler that fails or hangs costs one sentence."""
+"""Compiled code is kept where nobody else can put any, is checked before it is loaded, and made
+again when it is damaged; a compiler that fails or hangs costs one sentence."""
 
 import ctypes
 import os
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.fast import cpp, kernels
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.arithmetic import ModelShape
 
 pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
                                 reason="there is no C++ compiler here")

@@ -68,7 +68,8 @@ def test_a_wrong_line_is_named_and_costs_no_other_row(tmp_path, line):
 
 
 LINES = st.one_of(
-    st.binary(max_size=30), st.sampled_from([b"[" * 10**5, b"\xff\xfe{}", b"5 #torn", b"null", b"{}"]),
+    st.binary(max_size=30),
+    st.sampled_from([b"[" * 10**5, b"\xff\xfe{}", b"5 #torn", b"null", b"{}"]),
     st.dictionaries(st.sampled_from([field.name for field in fields(LedgerRow)]), st.one_of(
         st.sampled_from([None, True, 5, -1, 10**400, "x", [], {}, [{}], [5], "1",
                          [{"name": 1, "napkin_s": "x", "predicted_s": 1, "measured_s": None}]]),

@@ -60,8 +60,9 @@ def test_json_is_alike_to_a_shape_or_not(value, shape, same):
     assert alike(value, shape) is same
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 10**5, b"5", b"NaN", b'{"a": 1e999}',
-                                     b'{"a": -Infinity}', b'\x00', '{"a": 1}'.encode("utf-16")[:5]])
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"\xff", b"[" * 10**5, b"5", b"NaN", b'{"a": 1e999}', b'{"a": -Infinity}', b'\x00',
+    '{"a": 1}'.encode("utf-16")[:5]])
 def test_a_damaged_file_of_ours_counts_as_absent_and_is_named_in_one_line(tmp_path, content):
     path = tmp_path / "kept.json"
     assert read_kept(path, dict) is None                        # without a word

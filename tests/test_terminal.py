@@ -1,15 +1,13 @@
-"""The terminal at its worst: every nasty argument, streams that are closed or full, an encoding without
-our characters, a bug. Always an exit code and at most one line, never a traceback."""
+"""The terminal at its worst: every nasty argument, streams that are closed or full, an encoding
+without our characters, a bug. Always an exit code and at most one line, never a traceback."""
 
 import errno
 import io
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,12 +23,13 @@ from clawdemy_infer.rigs import course
 
 REPOSITORY = Path(__file__).parents[1]
 NAPKIN = ["napkin", "--model", "llama-2-13b", "--machine", "h100-sxm"]
-NASTY = ["", " ", "-1", "0", "-0", "-0.0", "nan", "-inf", "inf", "1e-300", "1e300", "1e400", "0.5", "1.5",
-         "7", "9" * 320, "9" * 5000, "1_000", "0x10", "½", "٣", "\udcff", "a\nb", "\x1b[31m", "\x00",
-         "./nope", "~nobody/x", "tests/nope", "/", "/dev/null", ".", "..", "x" * 5000, "x/y/z", ",",
-         "1,2,,3", ",".join(["1"] * 2000), "None", "{}", "%s", "fp32", "int4", "llama-2-13b", "this",
-         "engine", "simulator", "lookup", "exit:0", "exit:" + "9" * 30, "decode", "prefill-" + "9" * 40,
-         "decode-1@" + "9" * 30, "uniform", "sharegpt", "gptq", "rtn", "row", "--", "-"]
+NASTY = [
+    "", " ", "-1", "0", "-0", "-0.0", "nan", "-inf", "inf", "1e-300", "1e300", "1e400", "0.5", "7",
+    "1.5", "9" * 320, "9" * 5000, "1_000", "0x10", "½", "٣", "\udcff", "a\nb", "\x1b[31m", "\x00",
+    "./nope", "~nobody/x", "tests/nope", "/", "/dev/null", ".", "..", "x" * 5000, "x/y/z", ",",
+    "1,2,,3", ",".join(["1"] * 2000), "None", "{}", "%s", "fp32", "int4", "llama-2-13b", "this",
+    "engine", "simulator", "lookup", "exit:0", "exit:" + "9" * 30, "decode", "gptq", "rtn", "row",
+    "prefill-" + "9" * 40, "decode-1@" + "9" * 30, "uniform", "sharegpt", "--", "-"]
 PROGRESS = ("Serving ", "Looking at ", "Measuring ", "Comparing ", "warning: ")
 
 
@@ -104,15 +103,17 @@ def test_whatever_is_asked_for_is_answered_or_refused_in_one_line(run, idle, lin
 
 
 @pytest.mark.parametrize("line", [
-    "generate --prompt a --gamma 2", "generate --prompt a --top-k 2", "generate --prompt a --min-p 0.1",
-    "bench --workloads decode-1", "bench --rounds 2", "bench --machine l4", "bench --peers --batch 2",
+    "generate --prompt a --gamma 2", "generate --prompt a --top-k 2",
+    "generate --prompt a --min-p 0.1", "bench --workloads decode-1", "bench --rounds 2",
+    "bench --machine l4", "bench --peers --batch 2",
     "bench --kernels --model x", "bench --coverage --context 5", "bench --checks --breakdown",
     "quantize --out o --method rtn --seed 1", "quantize --out o --method awq --act-order",
     "replay uniform --compile", "replay uniform --gamma 2", "replay uniform --alpha 0.5",
     "replay uniform --on engine --tp 2", "replay uniform --on engine --machine l4",
     "replay uniform --on http://localhost:1/v1 --policy chunked", "replay trace.jsonl --rate 3",
     "napkin --model llama-2-13b --machine l4 --sweep batch --batch 2"])
-def test_options_that_mean_nothing_together_are_refused_by_one_line_that_names_both(run, idle, line):
+def test_options_that_mean_nothing_together_are_refused_by_one_line_that_names_both(
+        run, idle, line):
     Path("trace.jsonl").write_text('{"id": "a", "arrival_s": 0, "prompt": "x", "max_tokens": 1}\n')
     code, out, err = run(*shlex.split(line))
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -158,7 +159,7 @@ def test_an_unknown_name_has_few_near_matches(run):
 
 
 @pytest.mark.parametrize("error, code, said", [
-    (KeyError("shape"), 70, "this is a bug of clawdemy-infer, and not your mistake (KeyError: 'shape')"),
+    (KeyError("shape"), 70, "a bug of clawdemy-infer, and not your mistake (KeyError: 'shape')"),
     (RuntimeError("sizes 2 and 3\ndo not fit"), 70, "(RuntimeError: sizes 2 and 3 do not fit)"),
     (ZeroDivisionError(), 70, "--debug"), (AssertionError("x" * 10**5), 70, "--debug"),
     (RecursionError("maximum recursion depth exceeded"), 1, "recursion"),
@@ -167,7 +168,7 @@ def test_an_unknown_name_has_few_near_matches(run):
                   "you tried to allocate 99 bytes."), 1, "not enough memory"),
     (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "not enough memory"),
     (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "No space left on device: '/x'"),
-    (ValueError("model.gguf: torn"), 1, "generate: model.gguf: torn"), (ValueError(), 1, "ValueError"),
+    (ValueError("x.gguf: torn"), 1, "generate: x.gguf: torn"), (ValueError(), 1, "ValueError"),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), 1, "can't decode")])
 def test_what_is_raised_is_one_line_and_a_bug_is_70(run, monkeypatch, error, code, said):
     def fail(*_, **__):
@@ -176,7 +177,8 @@ def test_what_is_raised_is_one_line_and_a_bug_is_70(run, monkeypatch, error, cod
     monkeypatch.setattr(files, "load_model", fail)
     found, out, err = run("generate", "--prompt", "a")
     assert (found, out, err.count("\n")) == (code, "", 1) and said in err and len(err) < 1200
-    for line in (["--debug", "generate", "--prompt", "a"], ["generate", "--debug", "--prompt", "a"]):
+    for line in (["--debug", "generate", "--prompt", "a"],
+                 ["generate", "--debug", "--prompt", "a"]):
         found, out, err = run(*line)
         assert (found, out) == (code, "") and "Traceback" in err and err.count(type(error).__name__)
 
@@ -266,6 +268,6 @@ def test_ctrl_c_at_any_time_is_130_and_no_traceback(tmp_path):
               f"sys.argv[1:] = {NAPKIN!r}\n"
               "sys.exit(main())\n")
     for moment in ("1", "40", "400"):
-        found = subprocess.run([sys.executable, "-c", script, moment], capture_output=True, text=True,
-                               timeout=120, cwd=REPOSITORY, check=False)
+        found = subprocess.run([sys.executable, "-c", script, moment], capture_output=True,
+                               text=True, timeout=120, cwd=REPOSITORY, check=False)
         assert found.returncode == 130 and found.stderr == "", (moment, found)

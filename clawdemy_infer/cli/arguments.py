@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from textwrap import fill
 from typing import NoReturn
 
@@ -17,14 +17,10 @@ from clawdemy_infer.cli.output import say
 Args = argparse.Namespace
 RUNS_IN = ("fp32", "fp16", "bf16", "int8", "int4")
 """Formats of the weights that a model runs in."""
-MOST, MOST_TOKENS, MOST_SEED = 10**6, 10**8, 2**63 - 1
-"""The largest number of things (sequences, devices, turns), of tokens, and to start a generator."""
-MOST_VALUE = 1e15
-"""The largest number that is no count: rates, bytes, seconds."""
-MOST_LISTED = 1000
-"""Values in a list with commas."""
-MOST_SHOWN = 1000
-"""Characters of an error: an argument may be megabytes long."""
+MOST, MOST_TOKENS, MOST_SEED, MOST_VALUE = 10**6, 10**8, 2**63 - 1, 1e15
+"""Largest count (of sequences, devices, turns), tokens, start of a generator, and other number."""
+MOST_LISTED, MOST_SHOWN = 1000, 1000
+"""Values in a list with commas; characters of an error, since an argument may be megabytes long."""
 
 
 class UsageError(ValueError):
@@ -41,7 +37,7 @@ def checked() -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and what else moves a cursor, and not longer than a line may be."""
+    """`text` without what moves a cursor, and not longer than a line may be."""
     text = " ".join(text.split())
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
@@ -106,48 +102,36 @@ def idle(args: Args, because: object, why: str, *flags: str) -> None:
             raise UsageError(f"{flag}: it means nothing {why}")
 
 
+def read_by(read: Callable[[str], object], accepted: str) -> Callable[[str], object]:
+    """The type of an argument that `read` takes: else it gives None, or raises ValueError."""
+    def kind(text: str) -> object:
+        with suppress(ValueError):
+            if (value := read(text)) is not None:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: {accepted}")
+    return kind
+
+
 def fitting(pattern: str, accepted: str) -> Callable[[str], str]:
     """The type of an argument of that pattern."""
-    def read(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"{text!r}: {accepted}")
-        return text
-    return read
+    return read_by(lambda text: text if re.fullmatch(pattern, text) else None, accepted)
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     """The type of a whole number from `low` to `high`."""
-    def read(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,400}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {low:,} to {high:,} "
-                                             "is accepted")
-        return int(text)
-    return read
+    return read_by(lambda text: int(text) if re.fullmatch("[0-9]+", text)
+                   and low <= int(text) <= high else None,
+                   f"a whole number from {low:,} to {high:,} is accepted")
 
 
 def number(infinite: bool = False) -> Callable[[str], float]:
-    """The type of a number that may have a point or an exponent, or may be `inf`."""
-    def read(text: str) -> float:
-        try:
-            value = float(text) + 0.0                               # -0 is 0
-        except ValueError:
-            value = math.nan
-        if not (abs(value) <= MOST_VALUE or infinite and value == math.inf):
-            raise argparse.ArgumentTypeError(f"{text!r}: a number up to {MOST_VALUE:g}"
-                                             f"{', or inf,' * infinite} is accepted")
-        return value
-    return read
+    """The type of a number that may have a point or an exponent, or may be `inf`. -0 is 0."""
+    return read_by(lambda text: float(text) + 0.0 if abs(float(text)) <= MOST_VALUE
+                   or infinite and float(text) == math.inf else None,
+                   f"a number up to {MOST_VALUE:g}{', or inf,' * infinite} is accepted")
 
 
-def words(text: str) -> str:
-    """The type of a text that a tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r}: UTF-8 is accepted") from None
-    return text
-
-
+words = read_by(lambda text: text.encode().decode(), "UTF-8 is accepted")
 count, tokens, seed = whole(1, MOST), whole(1, MOST_TOKENS), whole(0, MOST_SEED)
 rate = number(infinite=True)
 draft = fitting("lookup|int8|int4|trained|exit:[1-9][0-9]*",
@@ -160,9 +144,9 @@ def several(kind: object) -> Callable[[str], list]:
         kind = fitting("|".join(map(re.escape, kind)), f"accepted are {', '.join(kind)}")
 
     def read(text: str) -> list:
-        if text.count(",") >= MOST_LISTED:
+        if len(items := text.split(",")) > MOST_LISTED:
             raise argparse.ArgumentTypeError(f"at most {MOST_LISTED:,} values are accepted")
-        return [kind(item) for item in text.split(",")]
+        return [kind(item) for item in items]
     return read
 
 

@@ -4,7 +4,7 @@ of a step goes. With `--peers` or `--kernels` something else is measured instead
 from itertools import product
 
 from clawdemy_infer.cli import arguments, bench_kernels, bench_peers
-from clawdemy_infer.cli.arguments import RUNS_IN, Args, UsageError, command, count, idle, option, tokens
+from clawdemy_infer.cli.arguments import RUNS_IN, Args, UsageError, command, count, idle, option
 from clawdemy_infer.cli.output import answer, say, show, table_of
 from clawdemy_infer.lesson.tables import si
 
@@ -27,7 +27,7 @@ def add(subparsers) -> None:
     option(ours, "--phase LIST", "prefill, decode", [tuple(CONTEXTS)], [*CONTEXTS])
     option(ours, "--weights LIST", ", ".join(RUNS_IN), [RUNS_IN], ["fp32", "bf16"])
     option(ours, "--batch LIST", "sequences", [count], [1])
-    option(ours, "--context LIST", "tokens (default: three of each phase)", [tokens])
+    option(ours, "--context LIST", "tokens (default: three of each phase)", [arguments.tokens])
     option(ours, "--coverage", "instead: twenty settings that no probe used, and how many of them "
            "are inside the interval of their prediction", bool)
     option(ours, "--breakdown", "also say where the time of each step goes", bool)

@@ -2,7 +2,8 @@
 
 from statistics import median
 
-from clawdemy_infer.cli.arguments import MOST_TOKENS, Args, calibrated, checked, count, option, there
+from clawdemy_infer.cli import arguments
+from clawdemy_infer.cli.arguments import MOST_TOKENS, Args, calibrated, checked, count, option
 from clawdemy_infer.cli.output import answer, say
 
 PEERS = ("transformers", "llama.cpp", "vllm")
@@ -22,7 +23,7 @@ def run(args: Args) -> int:
         works = [who.parse(name) for name in args.workloads or who.DEFAULT_WORKLOADS]
         if large := [work.name for work in works if work.batch * work.context > MOST_TOKENS]:
             raise ValueError(f"workloads={large[0]!r}: at most {MOST_TOKENS:,} tokens are accepted")
-        directory, gguf = who.weights_of(there(args.model))
+        directory, gguf = who.weights_of(arguments.there(args.model))
     entered, notes = who.contestants(args.weights, args.peers, gguf)
     for sentence in notes:
         say(sentence)

@@ -1,7 +1,16 @@
 """`generate`: a prompt continued, and how long that took."""
 
 from clawdemy_infer.cli import arguments
-from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, draft, idle, load, option, tokens
+from clawdemy_infer.cli.arguments import (
+    Args,
+    UsageError,
+    checked,
+    command,
+    count,
+    idle,
+    load,
+    option,
+)
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.lesson.tables import si
 
@@ -19,7 +28,7 @@ def add(subparsers) -> None:
                 '--prompt "Once upon a time" --weights bf16 --compile --draft lookup')
     option(c, "--prompt TEXT", "what to continue", arguments.words, required=True)
     option(c, "--chat", "put the prompt into the model's chat template", bool)
-    option(c, "--max-tokens N", "stop after this many tokens", tokens, 64)
+    option(c, "--max-tokens N", "stop after this many tokens", arguments.tokens, 64)
     option(c, "--stop TEXT", "stop before this text; may be given several times", arguments.words,
            action="append")
     option(c, "--temperature T", "0 is greedy", float, 0.0)
@@ -34,7 +43,8 @@ def add(subparsers) -> None:
            "contiguous")
     option(c, "--draft D", "speculative decoding, the same tokens or drawn from the same "
            "distribution: lookup copies from the text, int8 or int4 is the model in fewer bits, "
-           "exit:K its first K layers, trained one layer that goes on from its vectors", draft)
+           "exit:K its first K layers, trained one layer that goes on from its vectors",
+           arguments.draft)
     option(c, "--gamma N", "tokens that are drafted at a time", count, 4)
     arguments.compile_option(c)
 

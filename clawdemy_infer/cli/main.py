@@ -1,8 +1,8 @@
 """What a terminal sees: `clawdemy-infer`, also `python -m clawdemy_infer`. `page` says what is
-printed where and what the exit codes mean.
+printed where and what the exit codes mean; 130 is Ctrl-C.
 
-This is the one boundary: whatever a command raises becomes one line on stderr and an exit code
-here. Nothing slow is imported before `main` stands ready for Ctrl-C.
+This is the one boundary: whatever a command raises becomes one line on stderr and an exit code.
+Nothing slow is imported before `main` is ready for Ctrl-C.
 """
 
 import os
@@ -17,10 +17,8 @@ from clawdemy_infer import __version__
 COMMANDS = ("doctor", "calibrate", "napkin", "generate", "bench", "published", "replay", "quantize",
             "evaluate", "course")
 """Each is a file of this folder, which offers `add(subparsers)` and `run(args)`."""
-FAILED, WRONG_USAGE, BUG, INTERRUPTED = 1, 2, 70, 130
-"""Exit codes; 70 is EX_SOFTWARE of sysexits.h, 130 is how shells say SIGINT."""
-EXPECTED = (ValueError, OSError, ImportError, MemoryError, RecursionError)
-"""What may fail without a mistake in the code."""
+BUG = 70
+"""Exit code of an error that is none of ours: EX_SOFTWARE of sysexits.h."""
 
 
 def parser():
@@ -37,75 +35,66 @@ def parser():
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        streams()
+        open_streams()
         args = parser().parse_args(words)
-        args.given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        args.given = {word.partition("=")[0] for word in words}
         code = args.run(args)
         sys.stdout.flush()                  # a full disk may show only now
         return code
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return 130
     except BrokenPipeError:                 # whoever read our output has read enough
-        return FAILED
-    except Exception as error:              # here alone: what is not expected is a bug, and said so
-        return told(error, words)
+        return 1
+    except Exception as error:              # noqa: BLE001  what nobody expects is a bug, and said so
+        return say_error(error, words)
     finally:
-        settle()
+        close_streams()
         if arguments is None:               # what is left is Python's own end: no traceback of it
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def told(error: Exception, words: list[str]) -> int:
-    """Say on stderr what went wrong, in one line; the exit code."""
+def say_error(error: Exception, words: list[str]) -> int:
+    """Say in one line what went wrong, with --debug also where; the exit code."""
     from clawdemy_infer.cli.arguments import UsageError, one_line
     from clawdemy_infer.cli.output import say
+    from clawdemy_infer.paths import cache_dir
     if "--debug" in words:
         import traceback
         say("".join(traceback.format_exception(error)).rstrip())
+    kind, said = type(error).__name__, one_line(str(error))
+    code = 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in said:
+        said = f"{kind}: there is not enough memory for this. {said}".strip()
+    elif not isinstance(error, ValueError | OSError | ImportError | RecursionError):
+        code, said = BUG, (f"this is a bug of clawdemy-infer, and not your mistake ({kind}: "
+                           f"{said}); with --debug it shows where")
+    with suppress(OSError):
+        short, long = sorted((str(getattr(error, "filename", "?")), str(cache_dir())), key=len)
+        said += "; CLAWDEMY_CACHE names another folder" * long.startswith(short)
     command = next((f" {word}" for word in words if word in COMMANDS), "")
-    kind, sentence = type(error).__name__, one_line(str(error))
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in sentence:
-        code, sentence = FAILED, f"{kind}: there is not enough memory for this. {sentence}"
-    elif isinstance(error, EXPECTED):
-        code = WRONG_USAGE if isinstance(error, UsageError) else FAILED
-        sentence = sentence or kind
-    else:
-        code, sentence = BUG, (f"this is a bug of clawdemy-infer, and not your mistake ({kind}: "
-                               f"{sentence}); with --debug it shows where")
-    if isinstance(error, OSError) and error.filename and in_cache(os.fsdecode(error.filename)):
-        sentence += "; CLAWDEMY_CACHE names another folder"
-    say(f"clawdemy-infer{command}: {sentence.strip()}")
+    say(f"clawdemy-infer{command}: {said or kind}")
     return code
 
 
-def in_cache(path: str) -> bool:
-    """Is it in the user's cache, or one of the folders that this lies in?"""
-    from clawdemy_infer.paths import cache_dir
-    with suppress(OSError):
-        return os.path.commonpath([path, place := str(cache_dir())]) in (path, place)
-    return False
-
-
-def streams() -> None:
+def open_streams() -> None:
     """Standard streams that take what is written: one that is closed leads nowhere, a character
     that an encoding lacks becomes a question mark, a warning is one line."""
-    closed = sys.stdout is None
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))    # noqa: SIM115
-    if closed:
-        raise OSError("stdout is closed; one that leads anywhere is accepted")
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))        # noqa: SIM115
+    if "stdout" in closed:
+        raise OSError("stdout is closed; one that leads somewhere is accepted")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
 
 
-def settle() -> None:
-    """Write what waits to be written. What cannot be is dropped: or Python would try again when it
-    ends, and fail with words of its own."""
+def close_streams() -> None:
+    """Write what waits to be written, and drop what cannot be: Python would try again when it ends,
+    and fail with words of its own."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -14,7 +14,7 @@ UNITS = {"per_s": "", "s": "s", "seconds": "s", "bytes": "B", "flops": "FLOP"}
 
 
 def say(sentence: str) -> None:
-    """A word to whoever waits, on stderr: stdout is for results. If it cannot be said, no matter."""
+    """A word to whoever waits, on stderr: stdout is for results. Who cannot hear it, need not."""
     with suppress(OSError):
         print(sentence, file=sys.stderr, flush=True)
 

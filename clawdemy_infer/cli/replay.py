@@ -9,7 +9,15 @@ from pathlib import Path
 from clawdemy_infer.arithmetic import BYTES
 from clawdemy_infer.cli import arguments
 from clawdemy_infer.cli.arguments import (
-    Args, UsageError, checked, command, count, draft, idle, option)
+    Args,
+    UsageError,
+    checked,
+    command,
+    count,
+    draft,
+    idle,
+    option,
+)
 from clawdemy_infer.cli.napkin import machine_of, shape_of
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.envelope.parallel import Layout

@@ -2,8 +2,7 @@
 user's cache.
 
 What is loaded is run: so it lies in a folder that is ours alone, with the hash of its bytes in its
-name, which they must have when they are loaded.
-"""
+name."""
 
 from __future__ import annotations
 
@@ -27,6 +26,7 @@ from textwrap import shorten
 import torch
 
 from clawdemy_infer.paths import cache_dir
+from clawdemy_infer.timing import now
 
 FOLDER = Path(__file__).parent / "cpp"
 FLAGS = [
@@ -38,8 +38,8 @@ FLAGS = [
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 ]
 COMPILER_S = 120
-"""Seconds that the compiler may take for one library, which are some five; and that it may be waited
-for where another process has it."""
+"""Seconds that the compiler may take for one library, some five as a rule; and that another process
+that has it is waited for."""
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 """What C++ calls a number of that type."""
 
@@ -75,8 +75,8 @@ def library(name: str, **defines: object) -> ctypes.CDLL:
     seconds' work for the compiler, once: what is kept goes by the text of all files in the folder,
     the defines, the compiler and the CPU.
 
-    Raises ValueError where there is no compiler, and CompilerFailed, each time alike, where it
-    refuses, takes more than `COMPILER_S` or where what it made cannot be kept.
+    Raises ValueError where there is no compiler, and CompilerFailed where it refuses, takes more
+    than `COMPILER_S`, or what it made cannot be kept: once tried, each time alike.
     """
     compiler()
     if isinstance(found := _library(name, **defines), CompilerFailed):
@@ -116,18 +116,17 @@ def _our_folder() -> Iterator[Path]:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise OSError(f"{folder} is not a folder of yours that only you may write to, so no code in "
-                      "it is run; remove it, or name another cache with CLAWDEMY_CACHE")
+        raise OSError(f"{folder} is not a folder of yours that only you may write to, so no code "
+                      "in it is run; remove it, or name another cache with CLAWDEMY_CACHE")
     with (folder / "lock").open("w") as lock:
-        start = time.monotonic()
-        while True:
-            try:
+        start, held = now(), False
+        while not held:
+            if now() - start > COMPILER_S:
+                raise OSError(f"another process holds {folder} for {COMPILER_S} s")
+            with suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - start > COMPILER_S:
-                    raise OSError(f"another process holds {folder} for {COMPILER_S} s") from None
-                time.sleep(0.05)
+                held = True
+            time.sleep(0 if held else 0.05)
         yield folder
 
 
@@ -165,14 +164,12 @@ def tried() -> ctypes.CDLL:
 
 @functools.cache
 def available() -> bool:
-    """Is there a compiler here that takes this code? If there is one that does not, a warning says
-    so: then PyTorch multiplies."""
+    """Is there a compiler that takes this code? A warning says so where one does not."""
     try:
         return tried() is not None
-    except ValueError:
-        return False
-    except CompilerFailed as error:
-        warnings.warn(str(error), stacklevel=2)
+    except (ValueError, CompilerFailed) as error:
+        if isinstance(error, CompilerFailed):
+            warnings.warn(str(error), stacklevel=2)
         return False
 
 
