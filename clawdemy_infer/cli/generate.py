@@ -59,10 +59,10 @@ def run(args: Args) -> int:
     if 0 < args.temperature < COLDEST:
         raise UsageError(f"temperature={args.temperature}: 0 (greedy), or {COLDEST} and above is "
                          "accepted")
-    idle(args, not args.temperature, "with --temperature 0", "--top-k", "--top-p", "--min-p")
     idle(args, not args.draft, "without --draft", "--gamma")
     with checked():
         sampling = model.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+        idle(args, not args.temperature, "with --temperature 0", "--top-k", "--top-p", "--min-p")
     loaded, decoder = models(args)
     with checked():
         ids = prompt_ids(decoder, args.prompt)
