@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:                 # whoever read our output has read enough
         return 1
-    except Exception as error:              # noqa: BLE001  what nobody expects is a bug, and said so
+    except Exception as error:              # noqa: BLE001  what nobody expects is a bug
         return say_error(error, words)
     finally:
         close_streams()
