@@ -21,6 +21,7 @@ would leave the 256 threads of AMD 8 bytes each.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -132,15 +133,34 @@ def place() -> tuple[Path, str]:
 def chosen(place: tuple[Path, str]) -> dict[str, dict[str, int]]:
     """By kernel and the numbers that it multiplies."""
     file, gpu = place
-    return json.loads(file.read_text()).get(gpu, {}) if file.exists() else {}
+    return _read(file).get(gpu, {})
+
+
+def _read(file: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """By GPU, what was chosen there. A file that is damaged counts as absent, and a warning says
+    so."""
+    try:
+        kept = json.loads(file.read_bytes())
+        for options in [options for by_kernel in kept.values() for options in by_kernel.values()]:
+            if not all(type(value) is int and 0 < value <= 2**20 for value in options.values()):
+                raise ValueError(f"{options}: whole numbers are accepted")
+        return kept
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        warnings.warn(f"{file} is damaged and counts as absent until it is written again: {error}",
+                      stacklevel=2)
+        return {}
 
 
 def _keep(place: tuple[Path, str], found: dict[str, dict[str, int]]) -> None:
     file, gpu = place
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = _read(file)
     kept[gpu] = kept.get(gpu, {}) | found
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(kept, indent=1))
+    whole = file.with_suffix(".partial")
+    whole.write_text(json.dumps(kept, indent=1))
+    whole.replace(file)
     chosen.cache_clear()
 
 

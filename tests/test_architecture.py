@@ -160,9 +160,13 @@ def test_no_line_of_code_is_wider_than_100_columns(path):
 
 @pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=lambda path: path.name)
 def test_no_failure_is_swallowed(path):
+    boundary = path == PACKAGE / "cli" / "main.py"      # a bug becomes a line: here alone, once
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
+            if boundary and caught == "Exception":
+                boundary = False
+                continue
             assert caught not in ("everything", "Exception", "BaseException"), (
                 f"{path.name}, line {node.lineno}: says what it catches")
 

@@ -2,15 +2,21 @@
 patience."""
 
 import json
+import math
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.arithmetic.work import BYTES
+from clawdemy_infer.cli import calibrate as calibrate_command
 from clawdemy_infer.envelope.roofline import Part, Prediction
 from clawdemy_infer.fast import FLOATS, FORMATS, computes_in
 from clawdemy_infer.machine import calibrate, present, probes, probes_attention
@@ -91,7 +97,89 @@ def test_a_torn_calibration_counts_as_none(cache, share):
     file = cache / "calibration-cpu.json"
     whole = file.read_text()
     file.write_text(whole[:int(len(whole) * share)])
-    assert kept_record("cpu") is None
+    with pytest.warns(UserWarning, match="calibration-cpu.json is damaged and counts as absent"):
+        assert kept_record("cpu") is None
+
+
+ANY_JSON = st.recursive(
+    st.sampled_from([None, True, 0, -1, 5, 0.0, 1e-320, 1e300, 10**400, "", "x", "fp32", [], {}])
+    | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["", "m", "dtype", "name", "bytes", "fp32", "flops_per_s", "x"]), inner,
+        max_size=3), max_leaves=6)
+
+
+def used(record):
+    """All that the package does with a kept record."""
+    made = from_record(record)
+    for machine in (made, made.at(Speeds(0.5, 2.0, 1.0))):
+        for kernel in ("gemm", "attention", "elementwise", calibrate.SMALL_GEMM):
+            assert machine.time(Work(4e9, 100, kernel=kernel, rows=7), ops=10).seconds > 0
+        assert machine.bandwidth_at() > 0 and present.drift(machine) is not None
+    assert not present.speeds_now(machine) or not {*present.REFERENCES} <= {*machine.reference}
+    calibrate_command.curve(record | {"gemm": record.get("gemm", [])}, "gemm", "rows")
+    json.dumps(record, allow_nan=False)
+    return True
+
+
+@given(ANY_JSON | st.binary(max_size=40))
+@settings(max_examples=200, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_lies_in_place_of_a_calibration_is_no_calibration(cache, content):
+    cache.mkdir(exist_ok=True)
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (cache / "calibration-cpu.json").write_bytes(data)
+    with pytest.warns(UserWarning, match="calibration-cpu.json is damaged"):
+        assert kept_record("cpu") is None
+
+
+@given(st.lists(st.sampled_from([*RECORD, "fixed", "threads", "reference", "spreads", "waited",
+                                 "head"]), min_size=1, max_size=2, unique=True),
+       st.data())
+@settings(max_examples=300, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                 HealthCheck.too_slow])
+def test_a_calibration_with_other_values_is_whole_or_absent(cache, names, data):
+    """Whatever a field is replaced by, or an element of its list: what is taken can be used."""
+    changed = {}
+    for name in names:
+        value, replaced = RECORD.get(name, {}), data.draw(ANY_JSON)
+        if isinstance(value, list) and data.draw(st.booleans()):
+            replaced = [*value, value[0] | {data.draw(st.sampled_from([*value[0], "name",
+                                                                       "spread"])): replaced}]
+        changed[name] = replaced
+    keep(cache, **changed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        record = kept_record("cpu")
+    assert [len(said), record] == [1, None] or (not said and used(record))
+
+
+@pytest.mark.parametrize("name", [name for name in RECORD if name != "versions"])
+@pytest.mark.parametrize("value", ["absent", None, 5, [], {}, "x", [None], {"": None}, math.nan])
+def test_a_field_of_another_kind_makes_a_calibration_absent_or_is_as_good(cache, name, value):
+    keep(cache, **{name: value})
+    if value == "absent":
+        file = cache / "calibration-cpu.json"
+        record = json.loads(file.read_text())
+        del record[name]
+        file.write_text(json.dumps(record))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        record = kept_record("cpu")
+    assert [len(said), record] == [1, None] or (not said and used(record))
+    if name in ("bandwidth", "peak_flops", "memory", "fixed_s_per_op"):
+        assert (record is None) is (value != 5 or name in ("bandwidth", "peak_flops"))
+
+
+def test_a_folder_or_a_pipe_in_place_of_a_calibration_is_named_and_not_waited_for(cache):
+    (cache / "calibration-cpu.json").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="calibration-cpu.json is damaged"):
+        assert kept_record("cpu") is None
+    (cache / "calibration-cpu.json").rmdir()
+    os.mkfifo(cache / "calibration-cpu.json")
+    with pytest.warns(UserWarning, match="calibration-cpu.json is damaged"):
+        assert kept_record("cpu") is None
 
 
 def test_the_cuda_calibration_is_another_file(cache, monkeypatch):

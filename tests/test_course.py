@@ -550,6 +550,34 @@ def test_one_lesson_leaves_an_interrupted_course_to_be_resumed(played, results):
     assert list(measured(results)) == NAMES
 
 
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"5", b"\xff", b'{"01_counting": 5}',
+    b'{"01_counting": {"run": {"ok": true}}}',
+    b'{"01_counting": {"code": ["a = 1"], "rows": [], "run": {"name": "x", "seconds": "1", "ok": '
+    b'true, "error": null, "first_cell_s": 1, "peak_bytes": 1}}}'])
+def test_results_that_were_damaged_are_named_and_all_lessons_run_again(
+        played, results, capsys, content):
+    assert cli.main(["course"]) == 0
+    (results / "course.json").write_bytes(content)
+    played.names.clear()
+    with pytest.warns(UserWarning, match="course.json is damaged"):
+        assert cli.main(["course", "--resume"]) == 0
+    assert [name for name, _ in played.names] == NAMES
+    played.names.clear()
+    assert cli.main(["course", "--resume"]) == 0 and played.names == []
+
+
+@pytest.mark.parametrize("content", [
+    "5", "[]", "{}", '{"cells": 5}', '{"nbformat": 4}', "[" * 10**5,
+    '{"nbformat": "x", "cells": []}',
+    '{"cells": [5], "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'])
+def test_json_that_is_no_notebook_is_one_line(three, capsys, content):
+    (three / "01_counting.ipynb").write_text(content)
+    assert cli.main(["course", "01"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "01_counting.ipynb is not a notebook" in err
+
+
 def test_a_copy_is_measured_into_its_own_folder(played, three, results):
     mine = three.parent / "my-lessons"
     shutil.copytree(three, mine)

@@ -1,14 +1,21 @@
 """The ledger: nothing measured is lost, nothing is counted twice, and a wrong line is found."""
 
+import errno
+import json
 import math
+import os
 import subprocess
 import sys
-from dataclasses import replace
+import warnings
+from dataclasses import asdict, fields, replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from clawdemy_infer.lesson import ledger
 from clawdemy_infer.lesson.ledger import LedgerRow, append, latest, ratio_error, read, scoreboard
+from clawdemy_infer.lesson.tables import ledger_table, scoreboard_table
 
 
 def row(quantity="time per token", measured=0.031, **changes) -> LedgerRow:
@@ -50,14 +57,52 @@ def test_a_ledger_cut_at_any_byte_reads_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize("line",
                          ['{"lesson": "01 cou', "[1, 2]", '{"lesson": "01"}', "not json", ""])
-def test_a_wrong_line_that_is_not_the_torn_last_one_is_named(tmp_path, line):
+def test_a_wrong_line_is_named_and_costs_no_other_row(tmp_path, line):
     path = tmp_path / "ledger.jsonl"
     append(row(), path)
     with path.open("a") as file:
         file.write(line + "\n")
-    append(row(), path)
-    with pytest.raises(ValueError, match=r"line 2 of .*ledger\.jsonl"):
-        read(path)
+    append(row("another"), path)
+    with pytest.warns(UserWarning, match=r"line 2 of .*ledger\.jsonl"):
+        assert [one.quantity for one in read(path)] == ["time per token", "another"]
+
+
+LINES = st.one_of(
+    st.binary(max_size=30),
+    st.sampled_from([b"[" * 10**5, b"\xff\xfe{}", b"5 #torn", b"null", b"{}"]),
+    st.dictionaries(st.sampled_from([field.name for field in fields(LedgerRow)]), st.one_of(
+        st.sampled_from([None, True, 5, -1, 10**400, "x", [], {}, [{}], [5], "1",
+                         [{"name": 1, "napkin_s": "x", "predicted_s": 1, "measured_s": None}]]),
+        st.floats())).map(lambda values: json.dumps(asdict(row()) | values).encode()))
+
+
+@given(st.lists(LINES, max_size=4), st.binary(max_size=20))
+@settings(max_examples=150, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_ledger_has_become_its_rows_are_read_and_the_next_is_kept(tmp_path, lines, tail):
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in lines) + tail)
+    append(row("next"), path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rows = read(path)
+    assert rows[-1].quantity == "next"
+    assert all("ledger.jsonl is not a row" in str(one.message) for one in said)
+    board = scoreboard(rows)
+    str(ledger_table(board.rows, lessons=True)), str(scoreboard_table(board))
+    json.dumps(board.to_json())
+
+
+def test_a_row_that_the_disk_took_in_part_is_reported_and_closed_by_the_next(tmp_path, monkeypatch):
+    path, plain = tmp_path / "ledger.jsonl", os.write
+    append(row("first"), path)
+    monkeypatch.setattr(os, "write", lambda file, data: plain(file, data[:50]))
+    with pytest.raises(OSError, match="only a part of the row was written.*ledger.jsonl") as error:
+        append(row("second"), path)
+    assert error.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    append(row("third"), path)
+    assert [one.quantity for one in read(path)] == ["first", "third"]
 
 
 def test_several_kernels_append_at_once_and_every_row_arrives(tmp_path):

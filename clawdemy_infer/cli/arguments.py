@@ -1,10 +1,14 @@
-"""What the commands share: how one is added, how an argument is read, which errors are wrong usage.
-Nothing here imports torch before a command runs, so that `--help` is quick."""
+"""What the commands share: how one is added, how an argument is read and how far it may go, which
+errors are wrong usage. Nothing here imports torch before a command runs, so that `--help` is
+quick."""
 
 import argparse
+import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from textwrap import fill
 from typing import NoReturn
 
@@ -13,6 +17,10 @@ from clawdemy_infer.cli.output import say
 Args = argparse.Namespace
 RUNS_IN = ("fp32", "fp16", "bf16", "int8", "int4")
 """Formats of the weights that a model runs in."""
+MOST, MOST_TOKENS, MOST_SEED, MOST_VALUE = 10**6, 10**8, 2**63 - 1, 1e15
+"""Largest count (of sequences, devices, turns), tokens, start of a generator, and other number."""
+MOST_LISTED, MOST_SHOWN = 1000, 1000
+"""Values in a list with commas; characters of an error, since an argument may be megabytes long."""
 
 
 class UsageError(ValueError):
@@ -28,9 +36,16 @@ def checked() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+def one_line(text: str) -> str:
+    """`text` without what moves a cursor, and not longer than a line may be."""
+    text = " ".join(text.split())
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
 def command(subparsers, name: str, run: Callable[[Args], int], description: str,
@@ -43,6 +58,8 @@ def command(subparsers, name: str, run: Callable[[Args], int], description: str,
                                  allow_abbrev=False)
     made.set_defaults(run=run)
     option(made, "--json", "print one JSON object and nothing else on stdout", bool)
+    made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                      help=argparse.SUPPRESS)       # the same before and after the command
     return made
 
 
@@ -51,7 +68,8 @@ def option(group, flag: str, help: str, kind: object = str, default: object = No
 
     `flag` is its name and what stands for its value. `kind` reads the value, or is a tuple of the
     accepted ones; in a list, `[count]`, it takes several with commas between; `bool` takes no
-    value, and with a default it can be denied. A default is named at the end of the help.
+    value, and with a default it can be denied; `int` and `float` have limits, here as elsewhere. A
+    default is named at the end of the help.
     """
     name, _, metavar = flag.partition(" ")
     if default not in (None, "", []):
@@ -61,6 +79,7 @@ def option(group, flag: str, help: str, kind: object = str, default: object = No
         action = "store_true" if default is None else argparse.BooleanOptionalAction
         more |= {"action": action, "default": bool(default)}
     else:
+        kind = number(default == math.inf) if kind is float else seed if kind is int else kind
         kind = several(*kind) if isinstance(kind, list) else kind
         reads = "choices" if isinstance(kind, tuple) else "type"
         more = {reads: kind, "metavar": metavar or None, "default": default} | more
@@ -76,16 +95,45 @@ def compile_option(group, where: str = "") -> None:
     option(group, "--compile", f"{where}run on compiled code; it wants a C++ compiler", bool)
 
 
-def fitting(pattern: str, accepted: str, kind: type = str) -> Callable[[str], object]:
-    """The type of an argument of that pattern; `kind` reads it."""
-    def read(text: str) -> object:
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"{text!r}: {accepted}")
-        return kind(text)
-    return read
+def idle(args: Args, because: object, why: str, *flags: str) -> None:
+    """Refuse those of `flags` that were given, which mean nothing `because` something is so."""
+    for flag in flags:
+        if because and flag in args.given:
+            raise UsageError(f"{flag}: it means nothing {why}")
 
 
-count = fitting("0*[1-9][0-9]*", "a whole number, 1 or more, is accepted", int)
+def read_by(read: Callable[[str], object], accepted: str) -> Callable[[str], object]:
+    """The type of an argument that `read` takes: else it gives None, or raises ValueError."""
+    def kind(text: str) -> object:
+        with suppress(ValueError):
+            if (value := read(text)) is not None:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: {accepted}")
+    return kind
+
+
+def fitting(pattern: str, accepted: str) -> Callable[[str], str]:
+    """The type of an argument of that pattern."""
+    return read_by(lambda text: text if re.fullmatch(pattern, text) else None, accepted)
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of a whole number from `low` to `high`."""
+    return read_by(lambda text: int(text) if re.fullmatch("[0-9]+", text)
+                   and low <= int(text) <= high else None,
+                   f"a whole number from {low:,} to {high:,} is accepted")
+
+
+def number(infinite: bool = False) -> Callable[[str], float]:
+    """The type of a number that may have a point or an exponent, or may be `inf`. -0 is 0."""
+    return read_by(lambda text: float(text) + 0.0 if abs(float(text)) <= MOST_VALUE
+                   or infinite and float(text) == math.inf else None,
+                   f"a number up to {MOST_VALUE:g}{', or inf,' * infinite} is accepted")
+
+
+words = read_by(lambda text: text.encode().decode(), "UTF-8 is accepted")
+count, tokens, seed = whole(1, MOST), whole(1, MOST_TOKENS), whole(0, MOST_SEED)
+rate = number(infinite=True)
 draft = fitting("lookup|int8|int4|trained|exit:[1-9][0-9]*",
                 "accepted are lookup, int8, int4, trained, exit:K for the first K layers")
 
@@ -94,14 +142,29 @@ def several(kind: object) -> Callable[[str], list]:
     """The type of a list with commas: of what `kind` reads, or of the words in it."""
     if isinstance(kind, tuple):
         kind = fitting("|".join(map(re.escape, kind)), f"accepted are {', '.join(kind)}")
-    return lambda text: [kind(item) for item in text.split(",")]
+
+    def read(text: str) -> list:
+        if len(items := text.split(",")) > MOST_LISTED:
+            raise argparse.ArgumentTypeError(f"at most {MOST_LISTED:,} values are accepted")
+        return [kind(item) for item in items]
+    return read
+
+
+def there(name: str, option: str = "model") -> str:
+    """`name`, unless it is the path of what is not there: it begins as a path does, or lies in a
+    folder that there is."""
+    path = os.path.expanduser(name)
+    if not os.path.exists(path) and (name.startswith(("/", "./", "../", "~"))
+                                     or "/" in name and os.path.exists(name.partition("/")[0])):
+        raise UsageError(f"{option}={name!r}: no such file or directory")
+    return name
 
 
 def load(name: str, option: str = "model", device: str = "cpu"):
     """`load_model`; a name that it does not know is wrong usage of `option`."""
     from clawdemy_infer import files
     try:
-        return files.load_model(name, device=device)
+        return files.load_model(there(name, option), device=device)
     except files.UnknownModel as error:
         raise UsageError(str(error).replace("model=", f"{option}=", 1)) from error
 
@@ -120,5 +183,5 @@ def calibrated(device: str, formats: Sequence[str] = ()):
     """This machine's calibration, with `formats`, made now if there is none."""
     from clawdemy_infer.machine.calibrate import this_machine
     say("Looking at this machine; up to 20 seconds if it must be calibrated …")
-    with checked():
+    with checked(), redirect_stdout(sys.stderr):            # where a notebook would be told
         return this_machine(device, formats)

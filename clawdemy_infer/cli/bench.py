@@ -4,12 +4,15 @@ of a step goes. With `--peers` or `--kernels` something else is measured instead
 from itertools import product
 
 from clawdemy_infer.cli import arguments, bench_kernels, bench_peers
-from clawdemy_infer.cli.arguments import RUNS_IN, Args, UsageError, command, count, option
+from clawdemy_infer.cli.arguments import RUNS_IN, Args, UsageError, command, count, idle, option
 from clawdemy_infer.cli.output import answer, say, show, table_of
 from clawdemy_infer.lesson.tables import si
 
 CONTEXTS = {"prefill": [64, 256, 1024], "decode": [64, 512, 1024]}
 """By phase, the contexts that are timed unless told."""
+ROWS = "--phase", "--weights", "--batch", "--context"
+OURS, PEERS = ("--coverage", "--breakdown"), ("--workloads", "--rounds")
+"""Options that say which steps are timed, and those of one kind of benchmark alone."""
 
 
 def add(subparsers) -> None:
@@ -24,7 +27,7 @@ def add(subparsers) -> None:
     option(ours, "--phase LIST", "prefill, decode", [tuple(CONTEXTS)], [*CONTEXTS])
     option(ours, "--weights LIST", ", ".join(RUNS_IN), [RUNS_IN], ["fp32", "bf16"])
     option(ours, "--batch LIST", "sequences", [count], [1])
-    option(ours, "--context LIST", "tokens (default: three of each phase)", [count])
+    option(ours, "--context LIST", "tokens (default: three of each phase)", [arguments.tokens])
     option(ours, "--coverage", "instead: twenty settings that no probe used, and how many of them "
            "are inside the interval of their prediction", bool)
     option(ours, "--breakdown", "also say where the time of each step goes", bool)
@@ -34,9 +37,15 @@ def add(subparsers) -> None:
 
 
 def run(args: Args) -> int:
-    if args.kernels or args.checks:
+    kernels, peers = args.kernels or args.checks, args.peers is not None
+    idle(args, kernels, "with --kernels", *ROWS, *OURS, *PEERS, "--peers", "--model", "--compile")
+    idle(args, not kernels, "without --kernels", "--machine")
+    idle(args, peers, "with --peers", "--phase", "--batch", "--context", *OURS)
+    idle(args, not peers, "without --peers", *PEERS)
+    idle(args, args.coverage, "with --coverage", *ROWS)
+    if kernels:
         return bench_kernels.run(args)
-    return ours(args) if args.peers is None else bench_peers.run(args)
+    return bench_peers.run(args) if peers else ours(args)
 
 
 def ours(args: Args) -> int:

@@ -2,7 +2,8 @@
 
 from statistics import median
 
-from clawdemy_infer.cli.arguments import Args, calibrated, checked, count, option
+from clawdemy_infer.cli import arguments
+from clawdemy_infer.cli.arguments import MOST_TOKENS, Args, calibrated, checked, count, option
 from clawdemy_infer.cli.output import answer, say
 
 PEERS = ("transformers", "llama.cpp", "vllm")
@@ -20,7 +21,9 @@ def run(args: Args) -> int:
     from clawdemy_infer.peers import contestants as who
     with checked():                             # what is wrong is said before anything starts
         works = [who.parse(name) for name in args.workloads or who.DEFAULT_WORKLOADS]
-        directory, gguf = who.weights_of(args.model)
+        if large := [work.name for work in works if work.batch * work.context > MOST_TOKENS]:
+            raise ValueError(f"workloads={large[0]!r}: at most {MOST_TOKENS:,} tokens are accepted")
+        directory, gguf = who.weights_of(arguments.there(args.model))
     entered, notes = who.contestants(args.weights, args.peers, gguf)
     for sentence in notes:
         say(sentence)

@@ -34,9 +34,8 @@ def run(args: Args) -> int:
 
 def curve(record: dict, kernel: str, rows: str) -> Table:
     """FLOP/s of one kernel by its rows, a column for each dtype that was measured."""
-    rates = {(point["m"], point["dtype"]): si(point["flops_per_s"], "FLOP/s")
-             for point in record[kernel]}
+    rates = {(point["m"], point["dtype"]): point["flops_per_s"] for point in record[kernel]}
     dtypes = [dtype for dtype in record["peak_flops"] if any(dtype == of for _, of in rates)]
-    body = [(f"{m:,}", *(rates[m, dtype] for dtype in dtypes))
+    body = [(f"{m:,}", *(si(rates.get((m, dtype)), "FLOP/s") for dtype in dtypes))
             for m in sorted({m for m, _ in rates})]
     return Table((rows, *dtypes), body, numeric=(rows, *dtypes))

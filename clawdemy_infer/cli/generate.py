@@ -1,12 +1,23 @@
 """`generate`: a prompt continued, and how long that took."""
 
 from clawdemy_infer.cli import arguments
-from clawdemy_infer.cli.arguments import Args, checked, command, count, draft, load, option
+from clawdemy_infer.cli.arguments import (
+    Args,
+    UsageError,
+    checked,
+    command,
+    count,
+    idle,
+    load,
+    option,
+)
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.lesson.tables import si
 
 CACHES = ("contiguous", "paged", "none", "int8", "int4", "window")
 """Names of caches: those of `variants.named_caches`, which would import torch here, and none."""
+COLDEST = 1e-3
+"""The lowest temperature at which tokens are drawn: logits over it are numbers of fp32 still."""
 
 
 def add(subparsers) -> None:
@@ -15,12 +26,13 @@ def add(subparsers) -> None:
                 '--prompt "The capital of France is" --max-tokens 16',
                 '--chat --prompt "Write a haiku." --temperature 0.8 --top-p 0.9 --seed 1',
                 '--prompt "Once upon a time" --weights bf16 --compile --draft lookup')
-    option(c, "--prompt TEXT", "what to continue", required=True)
+    option(c, "--prompt TEXT", "what to continue", arguments.words, required=True)
     option(c, "--chat", "put the prompt into the model's chat template", bool)
-    option(c, "--max-tokens N", "stop after this many tokens", count, 64)
-    option(c, "--stop TEXT", "stop before this text; may be given several times", action="append")
+    option(c, "--max-tokens N", "stop after this many tokens", arguments.tokens, 64)
+    option(c, "--stop TEXT", "stop before this text; may be given several times", arguments.words,
+           action="append")
     option(c, "--temperature T", "0 is greedy", float, 0.0)
-    option(c, "--top-k K", "keep the K likeliest tokens", int)
+    option(c, "--top-k K", "keep the K likeliest tokens", count)
     option(c, "--top-p P", "keep the likeliest tokens that hold P of the probability", float)
     option(c, "--min-p P", "keep tokens at least P times as likely as the likeliest", float)
     option(c, "--seed N", "the same seed draws the same tokens", int)
@@ -31,7 +43,8 @@ def add(subparsers) -> None:
            "contiguous")
     option(c, "--draft D", "speculative decoding, the same tokens or drawn from the same "
            "distribution: lookup copies from the text, int8 or int4 is the model in fewer bits, "
-           "exit:K its first K layers, trained one layer that goes on from its vectors", draft)
+           "exit:K its first K layers, trained one layer that goes on from its vectors",
+           arguments.draft)
     option(c, "--gamma N", "tokens that are drafted at a time", count, 4)
     arguments.compile_option(c)
 
@@ -42,8 +55,14 @@ def run(args: Args) -> int:
     from clawdemy_infer.speculative import speculate
     from clawdemy_infer.variants import named_caches
     from clawdemy_infer.variants.self_drafts import draft_named
-    with checked():                                         # before the model is loaded
+    # 1. What is asked for, refused before the model is loaded.
+    if 0 < args.temperature < COLDEST:
+        raise UsageError(f"temperature={args.temperature}: 0 (greedy), or {COLDEST} and above is "
+                         "accepted")
+    idle(args, not args.draft, "without --draft", "--gamma")
+    with checked():
         sampling = model.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+        idle(args, not args.temperature, "with --temperature 0", "--top-k", "--top-p", "--min-p")
     loaded, decoder = models(args)
     with checked():
         ids = prompt_ids(decoder, args.prompt)
@@ -89,7 +108,7 @@ def models(args: Args):
     from clawdemy_infer.rigs.checkpoint import is_quantized, load_quantized
     if is_quantized(args.model):
         if args.weights != "fp32" or args.compile:
-            raise arguments.UsageError(f"weights={args.weights!r}: {args.model} is quantized "
+            raise UsageError(f"weights={args.weights!r}: {args.model} is quantized "
                                        "already; leave it out, and --compile too")
         return (running(load_quantized(args.model)),) * 2
     loaded = load(args.model, device=default_device())

@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 from clawdemy_infer.arithmetic import BYTES, ModelShape
-from clawdemy_infer.cli.arguments import Args, checked, command, count, option
+from clawdemy_infer.cli.arguments import Args, checked, command, count, idle, option, there, tokens
 from clawdemy_infer.cli.by_hand import card_blocks, ways
 from clawdemy_infer.cli.output import answer, table_of
 from clawdemy_infer.envelope.napkin import card, sweep
@@ -29,8 +29,8 @@ def add(subparsers) -> None:
     option(c, "--machine X", "of the catalog, or `this`: yours, once calibrated; several are set "
            "side by side", [str], required=True)
     option(c, "--batch B", "sequences", count, 1)
-    option(c, "--context S", "tokens a sequence holds at the decode step", count, 1024)
-    option(c, "--prompt T", "tokens of the prompt (default: the context)", count)
+    option(c, "--context S", "tokens a sequence holds at the decode step", tokens, 1024)
+    option(c, "--prompt T", "tokens of the prompt (default: the context)", tokens)
     option(c, "--weights F", f"of the weights: {', '.join(BYTES)}", tuple(BYTES), "bf16")
     option(c, "--kv F", "of the KV cache, one of the same", tuple(BYTES), "bf16")
     option(c, "--activations", "computed in (default: as the weights, or bf16 for fewer bits)",
@@ -43,6 +43,7 @@ def add(subparsers) -> None:
 
 
 def run(args: Args) -> int:
+    idle(args, args.sweep, f"with --sweep {args.sweep}", f"--{args.sweep}")
     options = {name: getattr(args, name) for name in ("batch", "context", "prompt", "weights", "kv",
                                                       "activations")}
     options["layout"] = Layout(args.tp, args.pp, args.ep)
@@ -68,7 +69,7 @@ def run(args: Args) -> int:
 def shape_of(name: str) -> ModelShape:
     """A model of the catalog, or the one that a config.json describes."""
     if not name.endswith(".json"):
-        return catalog.model(name)
+        return catalog.model(there(name))
     if not Path(name).is_file():
         raise ValueError(f"model={name!r}: no such file")
     return from_config(name)

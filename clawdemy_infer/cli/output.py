@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from rich.console import Console
 
@@ -13,8 +14,9 @@ UNITS = {"per_s": "", "s": "s", "seconds": "s", "bytes": "B", "flops": "FLOP"}
 
 
 def say(sentence: str) -> None:
-    """A word to whoever waits, on stderr: stdout is for results."""
-    print(sentence, file=sys.stderr, flush=True)
+    """A word to whoever waits, on stderr: stdout is for results. Who cannot hear it, need not."""
+    with suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def show(*blocks: Table | str, stderr: bool = False) -> None:
@@ -31,7 +33,7 @@ def show(*blocks: Table | str, stderr: bool = False) -> None:
 def answer(as_json: bool, result: dict, *blocks: Table | str) -> None:
     """What a command found: one JSON object on one line, or the same in `blocks` for a person."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False), flush=True)
+        print(json.dumps(result, allow_nan=False), flush=True)  # ASCII: any terminal can show it
     else:
         show(*blocks)
 

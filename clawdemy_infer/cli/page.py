@@ -11,7 +11,8 @@ BEGINNING = """# The command line
 `clawdemy-infer COMMAND`, also `python -m clawdemy_infer COMMAND`; in a checkout that is set up,
 `.venv/bin/clawdemy-infer`. Every command takes `--json`, which prints exactly one object on stdout.
 Exit code 0: done; 1: what was asked about failed, or does not fit; 2: wrong usage, one line on
-stderr that names the argument. This page is made by `python -m clawdemy_infer.cli.page`."""
+stderr that names the argument; 70: a bug; 130: Ctrl-C. With `--debug` an error says where it comes
+from. This page is made by `python -m clawdemy_infer.cli.page`."""
 
 
 def page() -> str:

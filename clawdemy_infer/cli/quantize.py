@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clawdemy_infer.cli import arguments
-from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, option
+from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, idle, option
 from clawdemy_infer.cli.output import answer
 from clawdemy_infer.lesson.tables import Table, si
 
@@ -39,6 +39,9 @@ def run(args: Args) -> int:
     from clawdemy_infer.timing import now
 
     # 1. What is asked for; what cannot be saved is refused before the work.
+    method = f"with --method {args.method}"
+    idle(args, args.method != "gptq", method, "--act-order", "--no-act-order")
+    idle(args, args.method == "rtn", method, "--calibration", "--sequences", "--length", "--seed")
     with checked():
         text = text_file("calibration", args.calibration)
         zero = "none" if args.symmetric else "integer"

@@ -10,7 +10,16 @@ from re import fullmatch
 
 from clawdemy_infer.arithmetic import BYTES
 from clawdemy_infer.cli import arguments
-from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, draft, option
+from clawdemy_infer.cli.arguments import (
+    Args,
+    UsageError,
+    checked,
+    command,
+    count,
+    draft,
+    idle,
+    option,
+)
 from clawdemy_infer.cli.napkin import machine_of, shape_of
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.envelope.parallel import Layout
@@ -58,7 +67,7 @@ def add(subparsers) -> None:
     option(work, "trace", "a file of JSON lines, or a workload to draw from: sharegpt, alpaca, "
            "code, conversation, uniform", metavar="TRACE")
     option(work, "--requests N", "how many to draw", count, 100)
-    option(work, "--rate R", "requests a second", float, 1.0)
+    option(work, "--rate R", "requests a second", arguments.rate, 1.0)
     option(work, "--burstiness CV", "1 is Poisson, more comes in bursts", float, 1.0)
     option(work, "--seed N", "the same seed draws the same requests", int, 0)
     option(work, "--save FILE", "write the requests as a trace")
@@ -93,7 +102,21 @@ def add(subparsers) -> None:
     c.set_defaults(default=c.get_default)
 
 
+def check(args: Args) -> None:
+    """Refuse options that would do nothing."""
+    engine, simulator = args.on == "engine", args.on == "simulator"
+    idle(args, Path(args.trace).is_file(), "with a trace from a file", "--requests", "--rate",
+         "--burstiness", "--seed")
+    idle(args, not simulator, f"with --on {args.on}", "--machine", "--tp", "--alpha")
+    idle(args, not engine, f"with --on {args.on}", "--compile")
+    idle(args, not (engine or simulator), f"with --on {args.on}", "--policy", "--max-batch",
+         "--token-budget", "--order", "--preemption", "--prefix-caching", "--draft", "--weights",
+         "--kv-bytes")
+    idle(args, not args.draft, "without --draft", "--gamma", "--alpha")
+
+
 def run(args: Args) -> int:
+    check(args)
     from clawdemy_infer.batching import SLO, Policy
     from clawdemy_infer.rigs.trace import save_trace
     from clawdemy_infer.timing import now

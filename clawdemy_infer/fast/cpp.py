@@ -1,21 +1,32 @@
 """The C++ in `cpp/`, compiled for the CPU at hand when it is first asked for, and kept in the
-user's cache."""
+user's cache.
+
+What is loaded is run: so it lies in a folder that is ours alone, with the hash of its bytes in its
+name."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import signal
+import stat
 import subprocess
-import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
 from clawdemy_infer.paths import cache_dir
+from clawdemy_infer.timing import now
 
 FOLDER = Path(__file__).parent / "cpp"
 FLAGS = [
@@ -26,8 +37,15 @@ FLAGS = [
     "-Wno-psabi", "-Wno-unknown-pragmas",
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 ]
+COMPILER_S = 120
+"""Seconds that the compiler may take for one library, some five as a rule; and that another process
+that has it is waited for."""
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 """What C++ calls a number of that type."""
+
+
+class CompilerFailed(OSError):
+    """There is a compiler, and no code of its that could be run. PyTorch's runs anyway."""
 
 
 def cpu_name() -> str:
@@ -52,36 +70,106 @@ def compiler() -> str:
     return name
 
 
-@functools.cache
 def library(name: str, **defines: object) -> ctypes.CDLL:
     """The machine code of `cpp/{name}.cpp`, in which each of `defines` is fixed, as H=64. A few
     seconds' work for the compiler, once: what is kept goes by the text of all files in the folder,
     the defines, the compiler and the CPU.
 
-    Raises ValueError where there is no compiler, and RuntimeError with its words where it refuses.
+    Raises ValueError where there is no compiler, and CompilerFailed where it refuses, takes more
+    than `COMPILER_S`, or what it made cannot be kept: once tried, each time alike.
     """
+    compiler()
+    if isinstance(found := _library(name, **defines), CompilerFailed):
+        raise found
+    return found
+
+
+@functools.cache
+def _library(name: str, **defines: object) -> ctypes.CDLL | CompilerFailed:
     command = [compiler(), *FLAGS, *(f"-D{key}={value}" for key, value in defines.items())]
-    sources = [path.read_text() for path in sorted(FOLDER.iterdir())]
+    sources = [path.read_text("utf-8") for path in sorted(FOLDER.iterdir())]
     made_of = "\n".join([name, *command, cpu_name(), cpuinfo("flags"), *sources])
-    kept = cache_dir() / "cpp" / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as directory:
-            made = Path(directory) / "made.so"
-            files = f"-I{FOLDER}", str(FOLDER / f"{name}.cpp"), "-o", str(made)
-            done = subprocess.run([*command, *files], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"compile: {command[0]} refused: {done.stderr.strip()}")
-            os.replace(made, kept)                                      # whole or not at all
-    return ctypes.CDLL(str(kept))
+    name_and_key = f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}"
+    try:
+        with _our_folder() as folder:
+            for kept in folder.glob(f"{name_and_key}.*.so"):
+                if not kept.is_symlink() and kept.is_file() and kept.suffixes[-2] == _digest(kept):
+                    return ctypes.CDLL(str(kept))
+                kept.unlink()                           # damaged, or not what we made
+            made = _compiled([*command, f"-I{FOLDER}", str(FOLDER / f"{name}.cpp")],
+                             folder / "unfinished")
+            library = ctypes.CDLL(str(made))            # or it is not worth keeping
+            os.replace(made, folder / f"{name_and_key}{_digest(made)}.so")
+            shutil.rmtree(made.parent, ignore_errors=True)
+            return library
+    except OSError as error:
+        return CompilerFailed(f"compile: {error}; without compile it runs as PyTorch")
+
+
+@contextmanager
+def _our_folder() -> Iterator[Path]:
+    """The folder of compiled code, for one process at a time: those that wait find what it made.
+    Raises OSError unless it is ours, and no link, and nobody else may write there."""
+    folder = cache_dir() / "cpp"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"{folder} is not a folder of yours that only you may write to, so no code "
+                      "in it is run; remove it, or name another cache with CLAWDEMY_CACHE")
+    with (folder / "lock").open("w") as lock:
+        start, held = now(), False
+        while not held:
+            if now() - start > COMPILER_S:
+                raise OSError(f"another process holds {folder} for {COMPILER_S} s")
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            time.sleep(0 if held else 0.05)
+        yield folder
+
+
+def _compiled(command: list[str], folder: Path) -> Path:
+    """The library that `command` makes in `folder`, which is emptied of what a process that was
+    killed has left there. Raises OSError with the compiler's words."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    made, words = folder / "made.so", folder / "words"
+    with words.open("wb") as stderr, subprocess.Popen(
+            [*command, "-o", str(made)], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+            env=os.environ | {"TMPDIR": str(folder)}, start_new_session=True) as process:
+        try:
+            process.wait(COMPILER_S)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{command[0]} was stopped after {COMPILER_S} s") from None
+        finally:                                        # with all that it has started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode or not made.is_file():
+        lines = words.read_text("utf-8", errors="replace").splitlines()
+        said = next((line for line in lines if "error" in line), f"exit code {process.returncode}")
+        raise OSError(f"{command[0]} refused: {shorten(said, 300)}")
+    return made
+
+
+def _digest(file: Path) -> str:
+    return "." + hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+
+
+def tried() -> ctypes.CDLL:
+    """A library that every CPU with a compiler has, or what `library` raises."""
+    return library("product", FORMAT="FP32", Y="float")
 
 
 @functools.cache
 def available() -> bool:
-    """Is there a compiler here that takes this code?"""
+    """Is there a compiler that takes this code? A warning says so where one does not."""
     try:
-        return library("product", FORMAT="FP32", Y="float") is not None
-    except (ValueError, RuntimeError):
+        return tried() is not None
+    except (ValueError, CompilerFailed) as error:
+        if isinstance(error, CompilerFailed):
+            warnings.warn(str(error), stacklevel=2)
         return False
 
 

@@ -39,7 +39,7 @@ class CppLayers:
     def __init__(self, layers: Sequence[nn.Module], norm: RMSNorm, config: ModelConfig, format: str,
                  dtype: torch.dtype, frequencies: torch.Tensor) -> None:
         start, shape = now(), config.shape
-        cpp.compiler()
+        cpp.tried()
         if any(type(layer) is not Layer for layer in layers):
             raise ValueError("compile: a model of plain layers is accepted, and this one has "
                              "experts, latents or others; without compile it runs as PyTorch")

@@ -51,7 +51,7 @@ def faster(model: Decoder, weights: str | None = None, backend: str | None = Non
         raise ValueError(f"compile: on a GPU steps of Triton kernels are recorded, and "
                          f"backend={chosen!r}; triton is accepted")
     if in_cpp:
-        cpp.compiler()                                  # or it says so before anything is packed
+        cpp.tried()                                     # or it says so before anything is packed
         if not is_plain(model):
             raise ValueError("compile: a model of plain float layers is accepted, and this one has "
                              "experts, latents or others; without compile it runs as PyTorch")

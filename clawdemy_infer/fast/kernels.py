@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.backends import kernel
 from clawdemy_infer.fast.codes import Codes
-from clawdemy_infer.fast.cpp_product import CppProduct
+from clawdemy_infer.fast.cpp_product import CppProduct, code
+from clawdemy_infer.fast.formats import FLOATS, computes_in
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 
@@ -118,7 +119,9 @@ def table(format: str, device: str = "cpu",
         return [(math.inf, pytorch)]
 
     def cpp_product(source: torch.Tensor | Codes) -> Kernel:
-        return CppProduct(format, source)
+        product = CppProduct(format, source)
+        code(format, FLOATS[computes_in(format, device)])       # or its error, while others can
+        return product
     if format == "bf16" and "amx_bf16" in cpp.cpuinfo("flags"):
         return [(AMX_ROWS, [cpp_product, plain]), (math.inf, [plain])]
     return [(math.inf, [cpp_product, *pytorch])]
@@ -138,6 +141,7 @@ def made_by(makers: Sequence[Callable[..., Kernel]], source: torch.Tensor | Code
     for make in first:
         try:
             return make(source)
-        except (RuntimeError, NotImplementedError, AttributeError):     # not such a weight, or
-            continue                                                    # not in this PyTorch
+        # Not such a weight, not in this PyTorch, or not by this compiler.
+        except (RuntimeError, NotImplementedError, AttributeError, cpp.CompilerFailed):
+            continue
     return last(source)

@@ -17,7 +17,7 @@ def _read(filename: str) -> dict[str, dict]:
 def _find(kind: str, name: str, filename: str) -> dict:
     entries = _read(filename)
     if name not in entries:
-        near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.4) or sorted(entries)
+        near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.4) or ["none"]
         raise ValueError(f"{kind}={name!r} is not in {filename}; near matches: {', '.join(near)}")
     return dict(entries[name])
 

@@ -3,14 +3,16 @@
 The file is append-only JSON lines. A row is one `write`, so two kernels may append at once. If a
 machine dies in the middle of that write, the last line is torn: `read` passes over it, and the next
 `append` closes it with the word `#torn`, so that it stays recognisable when it is no longer last.
-Any other line that is not a row is an error: somebody edited the file, and should know where.
+Of any other line that is not a row a warning says where it is: somebody edited the file.
 """
 
+import errno
 import json
 import math
 import os
 import platform
 import statistics
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -24,6 +26,7 @@ from clawdemy_infer.paths import cache_dir
 TORN = b" #torn"
 OLD = {"speed", "why"}          # fields of earlier ledgers, which are passed over
 PART = {"name", "napkin_s", "predicted_s", "measured_s"}
+TEXTS = "lesson", "quantity", "unit", "cause", "sentence", "machine", "date"
 
 
 def versions() -> dict[str, str]:
@@ -49,7 +52,8 @@ class LedgerRow:
     parts        of each part of a step: name, napkin_s, predicted_s, measured_s
     explained    share of measured - napkin that the parts account for; `sentence` is computed too
 
-    Raises `ValueError` for a number that is not positive and finite, and for half an interval.
+    Raises `ValueError` for a number that is not positive and finite, for half an interval, and for
+    what is no text where one is needed.
     """
 
     lesson: str
@@ -76,7 +80,7 @@ class LedgerRow:
         object.__setattr__(self, "parts", tuple(self.parts))        # JSON knows lists alone
         for name in ("napkin", "predicted", "low", "high", "measured", "guess"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+            if value is not None and not (isinstance(value, Real) and 0 < value < 1e300):
                 raise ValueError(f"{name}={value!r} for {self.quantity!r}: a positive, finite "
                                  "number is needed, or its ratio means nothing")
         ends = (self.low, self.predicted, self.high)
@@ -84,9 +88,15 @@ class LedgerRow:
             raise ValueError(f"low={self.low}, high={self.high} for {self.quantity!r}: an interval "
                              f"has both, around predicted={self.predicted}")
         for part in self.parts:
-            if not (isinstance(part, dict) and PART <= part.keys()):
+            if not (isinstance(part, dict) and PART <= part.keys() and all(
+                    isinstance(part[name], Real | None) for name in PART - {"name"})):
                 raise ValueError(f"parts={part!r} for {self.quantity!r}: a part has "
                                  f"{', '.join(sorted(PART))}")
+        if wrong := [name for name in TEXTS if not isinstance(getattr(self, name), str)] + [
+                name for name in ("spread", "explained", "cause_right")
+                if not isinstance(getattr(self, name), Real | None)]:
+            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r} for {self.quantity!r}: it is "
+                             f"a {'text' if wrong[0] in TEXTS else 'number'}")
 
     @property
     def ratio(self) -> float | None:
@@ -142,7 +152,7 @@ def ledger_path() -> Path:
 
 def append(row: LedgerRow, path: Path | None = None) -> None:
     """Add one measured row to the end of the ledger. Raises `ValueError` if it was never
-    measured."""
+    measured, `OSError` if the disk did not take all of it: the next row closes what it took."""
     if row.measured is None:
         raise ValueError(f"{row.quantity!r} of lesson {row.lesson!r} has not been measured yet: "
                          "only measured rows go into the ledger")
@@ -151,14 +161,17 @@ def append(row: LedgerRow, path: Path | None = None) -> None:
     line = json.dumps(asdict(row), allow_nan=False).encode() + b"\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(file, _closing(path.read_bytes().rpartition(b"\n")[2]) + line)
+        line = _closing(path.read_bytes().rpartition(b"\n")[2]) + line
+        if os.write(file, line) < len(line):
+            raise OSError(errno.ENOSPC, "only a part of the row was written: is the disk full?",
+                          str(path))
     finally:
         os.close(file)
 
 
 def read(path: Path | None = None) -> list[LedgerRow]:
-    """All rows, oldest first; an absent file has none. Raises `ValueError` with the line number for
-    a line that is not a row."""
+    """All rows, oldest first; an absent file has none. A line that is not a row is passed over, and
+    a warning says which."""
     path = path or ledger_path()
     if not path.exists():
         return []
@@ -173,16 +186,16 @@ def read(path: Path | None = None) -> list[LedgerRow]:
         try:
             rows.append(LedgerRow(**{name: value for name, value in json.loads(line).items()
                                      if name in known or name not in OLD}))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"line {number} of {path} is not a row of the ledger: {error}"
-                             ) from error
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            warnings.warn(f"line {number} of {path} is not a row of the ledger and is passed over: "
+                          f"{error}", stacklevel=2)
     return rows
 
 
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

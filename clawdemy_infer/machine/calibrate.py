@@ -29,7 +29,7 @@ from clawdemy_infer.machine.calibrated import SMALL_GEMM, Calibrated
 from clawdemy_infer.machine.present import default_device
 from clawdemy_infer.machine.probes import Probe
 from clawdemy_infer.machine.probes_attention import attention_probes
-from clawdemy_infer.paths import cache_dir, write_atomically
+from clawdemy_infer.paths import cache_dir, read_kept, write_atomically
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28]
 PROBES = "2026-11n"
@@ -41,6 +41,20 @@ BUDGET_S, FORMAT_BUDGET_S = 18.0, 5.0
 that it takes to import PyTorch."""
 ONE_SAMPLE_SPREAD = 0.25
 """Spread of a figure for which there was time to sample only once: nobody knows."""
+
+CURVES = {"gemm": "flops_per_s", SMALL_GEMM: "flops_per_s", "head": "flops_per_s",
+          "attention": "flops_per_s", "elementwise": "bytes_per_s"}
+"""Kinds of work that are measured by rows M, and the unit of their rate."""
+TINY = 1e-30
+SHAPE = {
+    "name": str, "date": str, "threads?": 1, "memory": TINY, "waited?": 0,
+    "bandwidth": [{"bytes": TINY, "bytes_per_s": TINY, "spread?": 0}, ...],
+    "peak_flops": {**dict.fromkeys(FORMATS, TINY), "": TINY},
+    "fixed_s_per_op": TINY, "fixed?": {"": TINY}, "spreads?": {"": {"": 0}},
+    "reference?": {"": TINY},
+    **{f"{kind}?": [{"dtype": str, "m": TINY, rate: TINY, "name?": str, "spread?": 0}]
+       for kind, rate in CURVES.items()}}
+"""What a kept calibration must have, as `paths.alike` reads it."""
 
 Figures = dict[tuple[str, str, float], tuple[float, float]]
 """By kind, format and size, the median of the samples and their spread."""
@@ -219,10 +233,8 @@ def from_record(record: dict) -> Calibrated:
     """The machine that a calibration's JSON describes."""
     rates: dict[str, dict[str, tuple]] = {}
     spreads: dict[str, dict[str, list[float]]] = {}
-    for kind, rate in (("gemm", "flops_per_s"), (SMALL_GEMM, "flops_per_s"),
-                       ("head", "flops_per_s"), ("attention", "flops_per_s"),
-                       ("elementwise", "bytes_per_s")):
-        for point in record.get(kind, []):
+    for kind, rate in CURVES.items():
+        for point in sorted(record.get(kind, []), key=lambda point: point["m"]):
             curves = rates.setdefault(point.get("name", kind), {})
             curves[point["dtype"]] = (*curves.get(point["dtype"], ()), (point["m"], point[rate]))
             spreads.setdefault(kind, {}).setdefault(point["dtype"], []).append(
@@ -232,7 +244,8 @@ def from_record(record: dict) -> Calibrated:
                for kind, curves in spreads.items()}
     return Calibrated(
         name=record["name"], device=record.get("device", "cpu"),
-        bandwidth=tuple((point["bytes"], point["bytes_per_s"]) for point in record["bandwidth"]),
+        bandwidth=tuple(sorted((each["bytes"], each["bytes_per_s"])
+                               for each in record["bandwidth"])),
         peak_flops=record["peak_flops"], memory=record["memory"], rates=rates,
         elementwise=elementwise, fixed_s_per_op=record["fixed_s_per_op"],
         fixed=record.get("fixed", {}), threads=record.get("threads", 1),
@@ -243,14 +256,12 @@ def from_record(record: dict) -> Calibrated:
 
 def kept_record(device: str | None = None) -> dict | None:
     """The kept calibration as JSON, or None if there is none for this hardware, this thread count
-    and this torch."""
+    and this torch; or it is damaged, and a warning says so."""
     device = device or default_device()
-    try:
-        record = json.loads(_path(device).read_text())
-    except (FileNotFoundError, ValueError):             # none yet, or torn
+    record = read_kept(_path(device), {"fingerprint": dict})
+    if record is None or record["fingerprint"] != fingerprint(device):
         return None
-    valid = isinstance(record, dict) and record.get("fingerprint") == fingerprint(device)
-    return record if valid else None
+    return read_kept(_path(device), SHAPE | {"device": device})
 
 
 def this_machine(device: str | None = None, formats: Sequence[str] = ()) -> Calibrated:

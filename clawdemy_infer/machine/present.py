@@ -66,7 +66,7 @@ def waiting() -> Callable[[], float]:
 def speeds_now(machine: Machine) -> Speeds:
     """The machine's speeds at this moment, as fractions of its calibration: medians of `SAMPLES`
     samples, taken in turn. 1 for a machine that was not measured here."""
-    if not getattr(machine, "reference", None):
+    if not {*REFERENCES} <= {*getattr(machine, "reference", ())}:
         return Speeds()
     references, waited = reference_probes(machine.device), waiting()
     found = [[sample() for sample in references] for _ in range(SAMPLES)]

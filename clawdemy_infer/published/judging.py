@@ -60,12 +60,19 @@ class Verdict:
 
 def teaches(run: PublishedRun) -> bool:
     """Whether a row may be learnt from: a demand that fits, and beats no bound."""
-    if (run.problem or run.draft_model or run.gamma
-            or any(word in run.category for word in NOT_LEARNT_FROM)):
+    if run.draft_model or run.gamma or any(word in run.category for word in NOT_LEARNT_FROM):
         return False
     try:
-        return not _impossible(run, demand(run))
-    except ValueError:
+        return not run.problem and not _impossible(run, demand(run))
+    except (ValueError, ArithmeticError):
+        return False
+
+
+def expressible(run: PublishedRun) -> bool:
+    """Whether a row can be put as a demand."""
+    try:
+        return not run.problem and bool(demand(run))
+    except (ValueError, ArithmeticError):
         return False
 
 
@@ -101,7 +108,7 @@ def judge(run: PublishedRun, figures: Figures) -> Verdict:
             return Verdict(run, "ok", "by Leviathan et al. 2023, theorem 3.8; a draft step costs "
                            "what its share of the weights says", speedup(run))
         asked, needs = demand(run), capacity(run)
-    except ValueError as why:
+    except (ValueError, ArithmeticError) as why:
         return Verdict(run, "inexpressible", str(why))
     # 2. Capacity and the bound.
     found = {"fits": None if needs is None else _fits(needs),

@@ -14,6 +14,8 @@ NUMBERS = ("params_B active_params_B layers d_model n_heads n_kv_heads head_dim 
            "weight_bits_eff weight_GB n_devices tp peak_bw_GBps_per_device peak_TFLOPs_per_device "
            "mem_GB_per_device batch prompt_len gen_len decode_context value draft_params_B gamma "
            "alpha").split()
+LEAST, MOST = 1e-12, 1e12
+"""What a number other than 0 may be, in the unit of its column."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def source_group(source: str) -> str:
 
 def read(path: str | Path | None = None) -> list[PublishedRun]:
     """All rows of a CSV file with the columns of `data/published_runs.csv`, or of that file. Raises
-    ValueError naming file and line for one that cannot be read, has no such columns, or a line of
-    another length. A cell that is no number makes its row a `problem`."""
+    ValueError naming the file for one that cannot be read or has no such columns. A line of another
+    length, and a cell that is no number, makes its row a `problem`."""
     where = files("clawdemy_data") / "published_runs.csv" if path is None else Path(path)
     named = f"csv={str(path)!r}"
     try:
@@ -85,21 +87,17 @@ def read(path: str | Path | None = None) -> list[PublishedRun]:
                 more = f" and {len(missing) - 3} more" if missing[3:] else ""
                 raise ValueError(f"{named}, line 1: no column {', '.join(missing[:3])}{more}; "
                                  "those of data/published_runs.csv are accepted")
-            runs = []
-            for cells in lines:
-                if "too many" in cells or None in cells.values():
-                    raise ValueError(f"{named}, line {lines.line_num}: it has not as many cells as "
-                                     "the header")
-                runs.append(_run(cells))
+            return [_run(cells, "" if "too many" not in cells and None not in cells.values() else
+                         f"line {lines.line_num}: it has not as many cells as the header")
+                    for cells in lines]
     except OSError as error:
         raise ValueError(f"{named}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{named}: not a table of text with commas, in UTF-8 ({error})") from error
-    return runs
 
 
-def _run(cells: dict[str, str]) -> PublishedRun:
-    read, problem = {column: cells[column].strip() for column in (*TEXT, *NUMBERS)}, ""
+def _run(cells: dict[str, str | None], problem: str) -> PublishedRun:
+    read = {column: (cells[column] or "").strip() for column in (*TEXT, *NUMBERS)}
     for column in NUMBERS:
         text = read[column]
         try:
@@ -110,6 +108,8 @@ def _run(cells: dict[str, str]) -> PublishedRun:
             read[column], problem = None, problem or f"{column}={text!r} is not a number"
         elif (read[column] or 0) < 0:
             problem = problem or f"{column}={text!r} is below zero"
+        elif read[column] and not LEAST <= read[column] <= MOST:
+            problem = problem or f"{column}={text!r} is not between {LEAST:g} and {MOST:g}"
     if not problem and not (read["value"] or 0) > 0:
         problem = "no published value above zero"
     return PublishedRun(read, problem)

@@ -9,7 +9,7 @@ import numpy as np
 from clawdemy_infer.lesson.tables import MISSING, Table, number
 from clawdemy_infer.published.demand import demand
 from clawdemy_infer.published.fitting import FIGURES, Figures
-from clawdemy_infer.published.judging import Evidence, Verdict, judge, teaches
+from clawdemy_infer.published.judging import Evidence, Verdict, expressible, judge, teaches
 from clawdemy_infer.published.rows import PublishedRun
 
 AIMS: dict[str, Callable[[PublishedRun | Verdict], bool]] = {
@@ -99,7 +99,7 @@ def contradictions(runs: Iterable[PublishedRun]) -> list[tuple[PublishedRun, Pub
 
 def comparable(run: PublishedRun) -> bool:
     """Whether a row has a bound to start from."""
-    return teaches(run) or AIMS["CPU decode"](run)
+    return teaches(run) or AIMS["CPU decode"](run) and expressible(run)
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
+from types import NoneType
 
 import nbformat
 import psutil
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from clawdemy_infer.lesson import ledger
 from clawdemy_infer.lesson.tables import Table, ledger_table, scoreboard_table, si
-from clawdemy_infer.paths import write_atomically
+from clawdemy_infer.paths import read_kept, write_atomically
 
 FLOOR_S, FACTOR = 300, 20
 """A cell may take `FACTOR` times the `seconds` of its metadata, for a machine that is slower or
@@ -33,6 +34,12 @@ busy, and never less than `FLOOR_S`. The build writes `seconds` above `FLOOR_S /
 LAST_OUTPUT_S = 30
 """What a cell shows may come so long after its end. Where the kernel lost its last message, nothing
 is gained by waiting longer."""
+
+
+RUN = {"name": str, "seconds": 0, "ok": bool, "error": (str, NoneType),
+       "first_cell_s": (0, NoneType), "peak_bytes": 0}
+KEPT = {"": {"code": [str], "run": RUN, "rows": [dict]}}
+"""What course.json has of each lesson, as `paths.alike` reads it."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ def run_course(lessons: Sequence[Path], core: bool = False, resume: bool = False
     folder = results_of(lessons[0])
     state, running, final = map(folder.joinpath, ("course.json", "ledger.running.jsonl",
                                                   "ledger.jsonl"))
-    done = json.loads(state.read_text()) if state.exists() else {}
+    done = read_kept(state, KEPT) or {}
     notebooks = {path: _read(path) for path in lessons}
     code = {path: [cell.source for *_, cell in code_cells(notebook, core)]
             for path, notebook in notebooks.items()}
@@ -197,14 +204,17 @@ def run_course(lessons: Sequence[Path], core: bool = False, resume: bool = False
     if final.exists() and final.read_bytes() != running.read_bytes():
         write_atomically(folder / "ledger.previous.jsonl", final.read_bytes())
     os.replace(running, final)
-    return [LessonRun(**done[path.stem]["run"]) for path in lessons]
+    return [LessonRun(*(done[path.stem]["run"][name] for name in RUN)) for path in lessons]
 
 
 def _read(path: Path) -> NotebookNode:
     try:
-        return nbformat.read(path, as_version=4)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a notebook: {error}") from error
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        return notebook
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError,
+            nbformat.ValidationError) as error:
+        raise ValueError(f"{path} is not a notebook: {shorten(str(error), 200)}") from error
 
 
 def main(lessons: Sequence[Path], core: bool = False, resume: bool = False,
