@@ -76,20 +76,21 @@ def test_what_cannot_be_done_gets_one_line(run, arguments, code, words):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(["--burstiness", "nan"], "burstiness=nan"), (["--requests", "1" + "0" * 20], "requests=1000"),
-     (["--rate", "1e-300"], "rate=1e-300"), (["--rate", "nan"], "rate=nan"),
+    [(["--burstiness", "nan"], "--burstiness: 'nan'"),
+     (["--requests", "1" + "0" * 20], "--requests"),
+     (["--rate", "1e-300"], "rate=1e-300"), (["--rate", "nan"], "--rate: 'nan'"),
      (["--slo-ttft", "nan"], "--slo-ttft"), (["--slo-tpot", "-1"], "--slo-tpot"),
      (["--kv-bytes", "nan"], "--kv-bytes"), (["--kv-bytes", "inf"], "--kv-bytes"),
      (["--timeout", "0"], "--timeout"), (["--timeout", "nan"], "--timeout"),
      (["--leave-out", "stop"], "--leave-out"),
-     (["--draft", "exit:" + "9" * 5000, "--alpha", "1"], "the model has 32 layers"),
-     (["--alpha", "0.5"], "--alpha changes nothing with no --draft"),
-     (["--gamma", "3"], "--gamma changes nothing with no --draft"),
+     (["--draft", "exit:" + "9" * 5000, "--alpha", "1"], "--draft"),
+     (["--alpha", "0.5"], "--alpha changes nothing without --draft"),
+     (["--gamma", "3"], "--gamma changes nothing without --draft"),
      (["--compile"], "--compile changes nothing with --on simulator"),
      (["--timeout", "5"], "--timeout changes nothing with --on simulator"),
      (["--on", "engine", "--tp", "2"], "--tp changes nothing with --on engine"),
      (["--on", "http://127.0.0.1:9/v1", "--policy", "chunked"],
-      "--policy changes nothing with --on a URL")], ids=lambda value: str(value)[:40])
+      "--policy changes nothing with --on URL")], ids=lambda value: str(value)[:40])
 def test_a_number_or_an_option_that_cannot_be_is_refused_at_once(run, arguments, words):
     on_paper = [] if "--on" in arguments else ON_PAPER
     code, out, err = run("alpaca", *on_paper, *arguments)
@@ -99,7 +100,7 @@ def test_a_number_or_an_option_that_cannot_be_is_refused_at_once(run, arguments,
 def test_what_draws_requests_changes_nothing_with_a_saved_trace(run, tmp_path):
     save_trace([Request("a", 3, 2, 0.0)], tmp_path / "t.jsonl")
     code, _, err = run(tmp_path / "t.jsonl", *ON_PAPER, "--rate", "2")
-    assert code == 2 and "--rate changes nothing with a saved trace" in err
+    assert code == 2 and "--rate changes nothing with a trace from a file" in err
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_run(run, tmp_path):

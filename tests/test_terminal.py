@@ -117,7 +117,7 @@ def test_options_that_mean_nothing_together_are_refused_by_one_line_that_names_b
     Path("trace.jsonl").write_text('{"id": "a", "arrival_s": 0, "prompt": "x", "max_tokens": 1}\n')
     code, out, err = run(*shlex.split(line))
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "it means nothing with" in err
+    assert "changes nothing with" in err
     named = [word for word in shlex.split(line) if word.startswith("--") and f"{word}: " in err]
     assert len(named) == 1
 

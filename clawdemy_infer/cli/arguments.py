@@ -96,10 +96,10 @@ def compile_option(group, where: str = "") -> None:
 
 
 def idle(args: Args, because: object, why: str, *flags: str) -> None:
-    """Refuse those of `flags` that were given, which mean nothing `because` something is so."""
+    """Refuse those of `flags` that were given, which change nothing `because` something is so."""
     for flag in flags:
         if because and flag in args.given:
-            raise UsageError(f"{flag}: it means nothing {why}")
+            raise UsageError(f"{flag} changes nothing {why}")
 
 
 def read_by(read: Callable[[str], object], accepted: str) -> Callable[[str], object]:
@@ -124,17 +124,18 @@ def whole(low: int, high: int) -> Callable[[str], int]:
                    f"a whole number from {low:,} to {high:,} is accepted")
 
 
-def number(infinite: bool = False) -> Callable[[str], float]:
+def number(infinite: bool = False, low: float = -MOST_VALUE,
+           high: float = MOST_VALUE) -> Callable[[str], float]:
     """The type of a number that may have a point or an exponent, or may be `inf`. -0 is 0."""
-    return read_by(lambda text: float(text) + 0.0 if abs(float(text)) <= MOST_VALUE
+    return read_by(lambda text: float(text) + 0.0 if low <= float(text) <= high
                    or infinite and float(text) == math.inf else None,
-                   f"a number up to {MOST_VALUE:g}{', or inf,' * infinite} is accepted")
+                   f"a number from {low:g} to {high:g}{', or inf,' * infinite} is accepted")
 
 
 words = read_by(lambda text: text.encode().decode(), "UTF-8 is accepted")
 count, tokens, seed = whole(1, MOST), whole(1, MOST_TOKENS), whole(0, MOST_SEED)
 rate = number(infinite=True)
-draft = fitting("lookup|int8|int4|trained|exit:[1-9][0-9]*",
+draft = fitting("lookup|int8|int4|trained|exit:[1-9][0-9]{0,3}",
                 "accepted are lookup, int8, int4, trained, exit:K for the first K layers")
 
 

@@ -2,7 +2,6 @@
 server, and say what it was like."""
 
 from argparse import ArgumentTypeError
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from math import inf
 from os.path import isfile
@@ -18,12 +17,14 @@ from clawdemy_infer.cli.arguments import (
     count,
     draft,
     idle,
+    number,
     option,
 )
 from clawdemy_infer.cli.napkin import machine_of, shape_of
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.envelope.parallel import Layout
-from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson import tables
+from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.rigs.stream import FIELDS, printable
 
 POLICIES = {"static": {"batching": "static"}, "continuous": {}, "chunked": {"token_budget": 256}}
@@ -36,10 +37,6 @@ LINES = {
     "KV blocks in use": ("kv_usage", "%"), "KV peak": ("kv_peak_bytes", "B"),
     "prompt tokens found in the cache": ("cached", "%"), "preemptions": ("preemptions", "")}
 """Lines of the summary: where each is found, and its unit."""
-IDLE = {"engine": "machine tp alpha timeout leave_out", "simulator": "compile timeout leave_out",
-        "a URL": "policy max_batch token_budget order preemption prefix_caching draft gamma "
-                 "weights kv_bytes compile machine tp alpha"}
-"""Options that change nothing where a trace is served."""
 
 
 def place(text: str) -> str:
@@ -48,22 +45,13 @@ def place(text: str) -> str:
     return text
 
 
-def between(least: float, most: float) -> Callable[[str], float]:
-    """The type of an argument that is a number."""
-    def amount(text: str) -> float:
-        if not least <= float(text) <= most:
-            raise ArgumentTypeError(f"{text!r}: {least:g} to {most:g} is accepted")
-        return float(text)
-    return amount
-
-
 def add(subparsers) -> None:
     c = command(subparsers, "replay", run,
                 "Serve a trace: with the model, or in the time that a roofline says.",
                 "sharegpt --model llama-3.1-70b --machine h100-sxm --tp 8 --policy chunked",
                 "uniform --requests 64 --rate inf --on engine --compile",
                 "alpaca --on http://localhost:8000/v1 --model NAME --requests 50 --rate 2")
-    work, at_most = c.add_argument_group("workload"), between(0, inf)
+    work, at_most = c.add_argument_group("workload"), number(infinite=True, low=0)
     option(work, "trace", "a file of JSON lines, or a workload to draw from: sharegpt, alpaca, "
            "code, conversation, uniform", metavar="TRACE")
     option(work, "--requests N", "how many to draw", count, 100)
@@ -90,26 +78,28 @@ def add(subparsers) -> None:
     option(where, "--weights F", "of weights, cache and activations (default: fp32 on `this` "
            "machine, else bf16)", tuple(BYTES))
     option(where, "--kv-bytes BYTES", "of the cache (default: engine 1 GiB, else what fits)",
-           between(1, 1e15))
+           number(low=1, high=1e15))
     arguments.compile_option(where, "engine: ")
     option(where, "--machine X", "simulator: one of the catalog, or `this`", default="this")
     option(where, "--tp N", "simulator: devices that share every matrix", count, 1)
-    option(where, "--timeout S", "URL: most seconds of one request", between(1e-3, 1e6), 600.0)
+    option(where, "--timeout S", "URL: most seconds of one request", number(low=1e-3, high=1e6),
+           600.0)
     option(where, "--leave-out LIST", f"URL: {','.join(FIELDS)} or one of them, for servers that "
            "do not know them", [FIELDS], [])
     option(where, "--alpha A", "simulator: the chance that a drafted token is accepted",
-           between(0, 1))
-    c.set_defaults(default=c.get_default)
+           number(low=0, high=1))
 
 
 def check(args: Args) -> None:
     """Refuse options that would do nothing."""
     engine, simulator = args.on == "engine", args.on == "simulator"
-    idle(args, Path(args.trace).is_file(), "with a trace from a file", "--requests", "--rate",
+    idle(args, isfile(args.trace), "with a trace from a file", "--requests", "--rate",
          "--burstiness", "--seed")
-    idle(args, not simulator, f"with --on {args.on}", "--machine", "--tp", "--alpha")
-    idle(args, not engine, f"with --on {args.on}", "--compile")
-    idle(args, not (engine or simulator), f"with --on {args.on}", "--policy", "--max-batch",
+    where = args.on if engine or simulator else "URL"               # a URL may hold a password
+    idle(args, not simulator, f"with --on {where}", "--machine", "--tp", "--alpha")
+    idle(args, not engine, f"with --on {where}", "--compile")
+    idle(args, engine or simulator, f"with --on {where}", "--timeout", "--leave-out")
+    idle(args, not (engine or simulator), "with --on URL", "--policy", "--max-batch",
          "--token-budget", "--order", "--preemption", "--prefix-caching", "--draft", "--weights",
          "--kv-bytes")
     idle(args, not args.draft, "without --draft", "--gamma", "--alpha")
@@ -124,13 +114,6 @@ def run(args: Args) -> int:
     options = POLICIES[args.policy] | {name: getattr(args, name) for name in names}
     options |= {"token_budget": args.token_budget} if args.token_budget else {}
     options |= {"gamma": args.gamma} if args.draft else {}
-    where = args.on if args.on in IDLE else "a URL"
-    for idle, because in ((IDLE[where], f"--on {where}"),
-                          ("requests rate burstiness seed" * isfile(args.trace), "a saved trace"),
-                          ("alpha gamma" * (args.draft is None), "no --draft")):
-        for name in idle.split():
-            if getattr(args, name) != args.default(name):
-                raise UsageError(f"--{name.replace('_', '-')} changes nothing with {because}")
     with checked():
         policy, requests = Policy(**options), requests_of(args)
         slo = SLO(args.slo_ttft, args.slo_tpot)
@@ -197,7 +180,7 @@ def simulator(args: Args, policy):
     if args.draft and args.draft != "lookup":                           # which costs nothing
         bits = {"weights": args.draft} if args.draft in ("int8", "int4") else {}
         layers = {"int8": shape.L, "int4": shape.L, "trained": 1}.get(args.draft)
-        layers = layers or int(args.draft.removeprefix("exit:")[:9])
+        layers = layers or int(args.draft.removeprefix("exit:"))
         if layers > shape.L:
             raise UsageError(f"draft={args.draft!r}: the model has {shape.L} layers")
         drafting = StepCost(replace(shape, L=layers), machine, **formats | bits,
@@ -233,7 +216,7 @@ def blocks(result: dict) -> list[Table | str]:
              f"{si(summary['seconds'], 's')}{steps}",
              Table(("", "median or all", "95 %", "99 %"), rows, ("median or all", "95 %", "99 %"))]
     if result["on"] == "simulator":
-        rate = number(len(result["requests"]) / result["wall_s"])
+        rate = tables.number(len(result["requests"]) / result["wall_s"])
         found.append(f"Simulated in {si(result['wall_s'], 's')}: {rate} requests a second of this "
                      "machine's time.")
     if summary["drafted"]:

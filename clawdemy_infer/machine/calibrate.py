@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from clawdemy_infer.fast import computes_in
 from clawdemy_infer.fast.cpp import cpu_name
-from clawdemy_infer.machine import present, probes
+from clawdemy_infer.machine import in_notebook, present, probes
 from clawdemy_infer.machine.calibrated import SMALL_GEMM, Calibrated
 from clawdemy_infer.machine.present import default_device
 from clawdemy_infer.machine.probes import Probe
@@ -156,9 +156,8 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     ranked.sort(key=lambda each: each[0])
     samples: dict[tuple, list[float]] = {}
     start = shown = time.perf_counter()
-    in_notebook = type(sys.stdout).__module__.startswith("ipykernel")   # there stderr is red
     with tqdm(total=max(deadline - start, 0.1), desc=what, leave=False,
-              file=sys.stdout if in_notebook else sys.stderr,
+              file=sys.stdout if in_notebook() else sys.stderr,     # red in a notebook
               bar_format="{desc}: {bar:30} {n:.0f} of at most {total:.0f} s") as bar:
         while time.perf_counter() < deadline or not samples:
             for rank, probe in ranked:
