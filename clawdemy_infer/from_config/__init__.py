@@ -1,72 +1,118 @@
 """The shape of a model from what describes it to Hugging Face: a config.json, its keys, or a
 `transformers` config object.
 
-The files in reading order: `keys`, then a file for each kind of model: `llama` (gated, rotary,
-RMSNorm: Llama, Mistral, Qwen, Gemma, Phi-3, Command R), `gpt` (what was usual before), `sparse`
-(experts, latent attention), `recurrent` (state spaces). `decoder` reads, besides the shape, what a
-decoder computes by. `catalog` has the shapes and machines of `data/`.
+The files in reading order: `keys` reads JSON and asks for each key once; `families` makes numbers
+of them, by the tables of data/families.toml; `special` has what a table cannot say. `decoder`
+reads, besides the shape, what a decoder computes by. `catalog` has the shapes and machines of
+`data/`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.from_config import gpt, llama, recurrent, sparse
-from clawdemy_infer.from_config.decoder import CHANGES_NOTHING
-from clawdemy_infer.from_config.keys import Keys
+from clawdemy_infer.from_config import families
+from clawdemy_infer.from_config.keys import Keys, check_values, read_object
 
-FAMILIES = llama.FAMILIES | gpt.FAMILIES | sparse.FAMILIES | recurrent.FAMILIES
-"""What reads each `model_type`: from keys to the fields of a ModelShape."""
+MAX_CONFIG_BYTES = 4 * 2**20            # of a config.json; the longest published ones have 0.2 MB
 
-COSTS_NOTHING = CHANGES_NOTHING.union(
-    # How the model was trained, what Hugging Face's own classes do with it.
-    "_attn_implementation architectures attn_implementation auto_map aux_loss_alpha bos_token_id "
-    "cache_implementation chunk_size_feed_forward eod_token_id eos_token_id ep_size "
-    "gradient_checkpointing id2label init_std is_decoder label2id output_router_logits "
-    "predict_special_tokens pretraining_tp problem_type router_aux_loss_coef router_jitter_noise "
-    "sep_token_id seq_aux summary_activation summary_first_dropout summary_proj_to_labels "
-    "summary_type summary_use_proj task_specific_params tokenizer_class "
-    # Off in inference.
-    "activation_dropout attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop "
-    "embedding_dropout hidden_dropout layerdrop resid_pdrop residual_dropout "
-    # Values, not sizes: an activation function, a scale, an angle or an epsilon costs the same
-    # whatever it is.
-    "activation activation_function hidden_act hidden_activation layer_norm_eps layer_norm_epsilon "
-    "mixer_rms_eps norm_eps norm_epsilon rms_norm_eps original_max_position_embeddings "
-    "partial_rotary_factor rope_interleave rope_interleaved rope_local_base_freq rope_parameters "
-    "rope_scaling rope_theta rotary rotary_dim rotary_emb_base rotary_pct use_mrope "
-    "attention_softmax_in_fp32 attn_logit_softcapping final_logit_softcapping logit_scale "
-    "query_pre_attn_scalar reorder_and_upcast_attn scale_attention_softmax_in_fp32 "
-    "scale_attn_by_inverse_layer_idx scale_attn_weights n_group norm_topk_prob "
-    "routed_scaling_factor scoring_func swiglu_alpha swiglu_limit topk_group topk_method "
-    # The format of the weights is no part of a shape: `weights=` says it, step by step.
-    "quantization_config".split())
+FAMILIES = families.names()
+"""What `model_type` may be."""
+
+TEXT = ("text_config", "llm_config", "language_config")
+"""Where a file that describes more than a language model has the language model."""
+
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How an architecture ends that has a head over the vocabulary."""
+
+_MAY_BE = {"positive": (int, float), "number": (int, float), "flag": bool, "text": str,
+           "object": dict, "any": object}
 
 
 def from_config(config: Any, name: str = "") -> ModelShape:
     """The `ModelShape` that `config` describes: the path of a config.json or of a folder with one,
     a dict of its keys, or any `transformers` config object. `transformers` itself is not imported.
+    Of a model that sees or hears too it is the shape of the language model, whose name then ends in
+    ", text".
 
     Raises ValueError naming the key, its value and what is accepted for every key that is not known
     to leave the cost as it is, for a `model_type` outside `FAMILIES`, and for a size that is
-    missing; FileNotFoundError where there is no such file.
+    missing or beyond its range; FileNotFoundError where there is no such file.
     """
+    # 1. The keys of the language model.
+    keys, part = text_keys(*keys_of(config))
+    for architecture in keys.words("architectures"):
+        if not architecture.endswith(LANGUAGE_MODELS) and architecture not in (
+                _says(keys).get("architectures", ())):
+            keys.refuse("architectures", architecture,
+                        f"a language model of its own, …{', …'.join(LANGUAGE_MODELS)}; "
+                        "this is a part or a draft of one")
+    keys.only(is_encoder_decoder=False)
+
+    # 2. Its numbers, and what is left over.
+    family, called = keys.take("model_type"), keys.left.get("_name_or_path")
+    numbers = families.read(family, keys)
+    _check_harmless(keys, families.family(family).get("harmless", ()))
+    keys.none_left(f"no such key for {family}, since it may change what the model costs")
+    part = part or families.family(family).get("part", False)
+    name = name or called if isinstance(called, str) and called else name or family
+    return ModelShape(name=name + ", text" * part, source=keys.source, **numbers)
+
+
+def keys_of(config: Any) -> tuple[dict[str, Any], str]:
+    """The keys of a config in one of its three forms, and what to call it in an error."""
     source = "config"
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
         path = path / "config.json" if path.is_dir() else path
-        config, source = json.loads(path.read_text(encoding="utf-8")), str(path)
-    elif not isinstance(config, dict):
-        config = config.to_dict()
+        return read_object(path, MAX_CONFIG_BYTES), str(path)
+    config = config if isinstance(config, dict) else config.to_dict()
+    check_values(config, source)
+    return config, source
+
+
+def text_keys(config: dict[str, Any], source: str) -> tuple[Keys, bool]:
+    """The keys of the language model, and whether they are a part of the file's."""
     keys = Keys(config, source)
-    family = keys.take("model_type")
+    inner = next((key for key in TEXT if isinstance(config.get(key), dict)), "")
+    if inner:
+        text = Keys({"model_type": config.get("model_type")} | keys.take(inner),
+                    f"{source}: {inner}")
+        if config.get("tie_word_embeddings") is not None:           # the outer one is what is used
+            text.left["tie_word_embeddings"] = config["tie_word_embeddings"]
+        around = families.tables()["_around"]["words"].split()
+        keys.drop(*(key for key in config if any(word in key for word in around)))
+        keys.only(is_encoder_decoder=False)
+        _check_harmless(keys, ())
+        keys.none_left("no such key beside a language model")
+        keys = text
+    family = keys.left.get("model_type")
+    refused = families.tables()["_refused"]
+    if isinstance(family, str) and family in refused:
+        keys.refuse("model_type", family, f"a decoder that is counted here; this is "
+                    f"{refused[family]}")
     if family not in FAMILIES:
-        keys.refuse("model_type", family, ", ".join(sorted(FAMILIES)))
-    keys.only(is_encoder_decoder=False)
-    numbers = FAMILIES[family](keys)
-    for key, value in keys.left.items():
-        if value is not None and key not in COSTS_NOTHING:
-            keys.refuse(key, value,
-                        f"no such key for {family}, since it may change what the model costs")
-    return ModelShape(name=name or config.get("_name_or_path") or family, source=source, **numbers)
+        keys.refuse("model_type", keys.take("model_type"), ", ".join(FAMILIES))
+    return keys, bool(inner)
+
+
+def _says(keys: Keys) -> dict:
+    return families.family(keys.left["model_type"])
+
+
+def _check_harmless(keys: Keys, own: Any) -> None:
+    """Take what changes no cost, if it is of the kind that it should be."""
+    groups = families.tables()["_groups"]
+    for key in own:
+        keys.drop(*groups.get(key, key).split())
+    for kind, names in families.tables()["_harmless"].items():
+        for key in names.split():
+            value = keys.take(key, None)
+            if value is None:
+                continue
+            wrong = not isinstance(value, _MAY_BE[kind]) or (
+                kind in ("positive", "number") and isinstance(value, bool))
+            if wrong or kind == "positive" and value <= 0:
+                keys.refuse(key, value, {"positive": "a number above 0", "number": "a number",
+                                         "flag": "true, false", "text": "a text",
+                                         "object": "an object"}[kind])

@@ -81,16 +81,29 @@ class Keys:
     """
 
     def __init__(self, config: dict[str, Any], source: str) -> None:
-        self.left, self.source = dict(config), source
+        self.left, self.source, self.said = dict(config), source, {}
 
     def refuse(self, key: str, value: object, accepted: str) -> NoReturn:
         raise ValueError(
-            f"{self.source}: {_name(key)}={_short(value)} is not supported; accepted: {accepted}")
+            f"{self.source}: {self.name(key)}={_short(value)} is not supported; "
+            f"accepted: {accepted}")
+
+    def name(self, key: str) -> str:
+        """What the file calls it."""
+        return _name(self.said.get(key, key))
+
+    def rename(self, key: str, usual: str) -> None:
+        """Another name for a usual key; if both are there, they agree."""
+        value = self.take(key, None)
+        if value is not None:
+            if self.left.get(usual, value) != value:
+                self.refuse(key, value, f"what {self.name(usual)} says: {_short(self.left[usual])}")
+            self.left[usual], self.said[usual] = value, key
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.left.pop(key, None)
         if value is None and default is _REQUIRED:
-            raise ValueError(f"{self.source}: {key} is missing")
+            raise ValueError(f"{self.source}: {self.name(key)} is missing")
         return default if value is None else value
 
     def whole(self, key: str, default: Any = _REQUIRED, least: int = 1, most: int = 2**24) -> int:
@@ -99,6 +112,11 @@ class Keys:
         if type(value) is not int or not least <= value <= most:
             self.refuse(key, value, f"a whole number, {least} to {most:,}")
         return value
+
+    def peek(self, key: str) -> int:
+        """The same, of a key that others will ask for too."""
+        self.left[key] = self.whole(key)
+        return self.left[key]
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self.take(key, default)
@@ -117,6 +135,44 @@ class Keys:
         for key, value in accepted.items():
             if (found := self.take(key, value)) != value:
                 self.refuse(key, found, repr(value))
+
+    def one_each(self, key: str, L: int, words: tuple[str, ...]) -> list[str]:
+        """A list of one of `words` for each layer, or none."""
+        found = self.take(key, [])
+        if not isinstance(found, list | tuple) or len(found) not in (0, L):
+            self.refuse(key, found, f"one for each of the {L} layers")
+        for word in found:
+            if word not in words:
+                self.refuse(key, word, ", ".join(words))
+        return list(found)
+
+    def bits(self, key: str, L: int) -> list[bool]:
+        return [bool(bit) for bit in self.one_each(key, L, (0, 1))]
+
+    def indices(self, key: str, found: Any, L: int) -> set[int]:
+        """Which layers a list names."""
+        if not isinstance(found, list | tuple) or not all(
+                type(one) is int and 0 <= one < L for one in found):
+            self.refuse(key, found, f"a list of whole numbers, 0 to {L - 1}")
+        return set(found)
+
+    def words(self, key: str) -> list[str]:
+        found = self.take(key, [])
+        if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):
+            self.refuse(key, found, "a list of names")
+        return list(found)
+
+    def inner(self, key: str) -> "Keys":
+        found = self.take(key, {})
+        if not isinstance(found, dict):
+            self.refuse(key, found, "an object")
+        return Keys(found, f"{self.source}: {key}")
+
+    def none_left(self, why: str = "no such key, since it may change what the model costs") -> None:
+        """What nobody asked for is refused, unless it says "none"."""
+        for key, value in self.left.items():
+            if value not in (None, False, 0, "", [], {}, ()):
+                self.refuse(key, value, why)
 
     def drop(self, *keys: str) -> None:
         """Keys that change nothing here, whatever they say."""
