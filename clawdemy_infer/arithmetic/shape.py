@@ -140,6 +140,7 @@ class ModelShape:
     gate        numbers of a query head that weigh its output
     full        K and H of the layers without a window, where theirs are others
     one_kv      there a product makes K, and V is a copy of it
+    wide        twice the width F in the layers that use another's cache
     per_layer   width of the input that each layer has of its own, from a table of its own
     extra       numbers beside all these: norms of an unusual width, scales
     """
@@ -171,6 +172,7 @@ class ModelShape:
     gate: int = 0
     full: tuple[int, ...] = ()
     one_kv: bool = False
+    wide: bool = False
     per_layer: int = 0
     extra: int = 0
 
@@ -221,7 +223,8 @@ class ModelShape:
                               self.window if kind == "local" else None, manner != "shared",
                               self.rope, self.qk_norm, self.sinks, self.biases, self.gate,
                               self.one_kv and kind == "global")
-        feed_forward = MLP(self.D, self.F, self.gated, self.biases) if self.F else None
+        F = self.F * (2 if self.wide and manner == "shared" else 1)
+        feed_forward = MLP(self.D, F, self.gated, self.biases) if F else None
         if has_experts:
             feed_forward = Experts(self.D, self.moe.F or self.F, self.moe, self.biases, self.gated)
         if manner == "alone" and kind != "mlp":

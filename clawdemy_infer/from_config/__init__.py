@@ -12,22 +12,15 @@ from typing import Any
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config import families
-from clawdemy_infer.from_config.keys import Keys, check_values, read_object
+from clawdemy_infer.from_config.keys import TEXT, Keys, check_values, read_object, tables
 
 MAX_CONFIG_BYTES = 4 * 2**20            # of a config.json; the longest published ones have 0.2 MB
 
-FAMILIES = families.names()
+FAMILIES = sorted(name for name in tables() if not name.startswith("_"))
 """What `model_type` may be."""
-
-TEXT = ("text_config", "llm_config", "language_config")
-"""Where a file that describes more than a language model has the language model."""
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How an architecture ends that has a head over the vocabulary."""
-
-_MAY_BE = {"positive": (int, float), "number": (int, float), "flag": bool, "text": str,
-           "object": dict, "any": object}
-
 
 def from_config(config: Any, name: str = "") -> ModelShape:
     """The `ModelShape` that `config` describes: the path of a config.json or of a folder with one,
@@ -43,7 +36,7 @@ def from_config(config: Any, name: str = "") -> ModelShape:
     keys, part = text_keys(*keys_of(config))
     for architecture in keys.words("architectures"):
         if not architecture.endswith(LANGUAGE_MODELS) and architecture not in (
-                _says(keys).get("architectures", ())):
+                families.family(keys.left["model_type"]).get("architectures", ())):
             keys.refuse("architectures", architecture,
                         f"a language model of its own, …{', …'.join(LANGUAGE_MODELS)}; "
                         "this is a part or a draft of one")
@@ -51,12 +44,11 @@ def from_config(config: Any, name: str = "") -> ModelShape:
 
     # 2. Its numbers, and what is left over.
     family, called = keys.take("model_type"), keys.left.get("_name_or_path")
-    numbers = families.read(family, keys)
-    _check_harmless(keys, families.family(family).get("harmless", ()))
-    keys.none_left(f"no such key for {family}, since it may change what the model costs")
-    part = part or families.family(family).get("part", False)
-    name = name or called if isinstance(called, str) and called else name or family
-    return ModelShape(name=name + ", text" * part, source=keys.source, **numbers)
+    numbers, says = families.read(family, keys), families.family(family)
+    keys.settle(says.get("harmless", ()),
+                f"no such key for {family}, since it may change what the model costs")
+    name = (name or str(called or family)) + ", text" * (part or "part" in says)
+    return ModelShape(name=name, source=keys.source, **numbers)
 
 
 def keys_of(config: Any) -> tuple[dict[str, Any], str]:
@@ -80,39 +72,15 @@ def text_keys(config: dict[str, Any], source: str) -> tuple[Keys, bool]:
                     f"{source}: {inner}")
         if config.get("tie_word_embeddings") is not None:           # the outer one is what is used
             text.left["tie_word_embeddings"] = config["tie_word_embeddings"]
-        around = families.tables()["_around"]["words"].split()
+        around = tables()["_around"]["words"].split()
         keys.drop(*(key for key in config if any(word in key for word in around)))
         keys.only(is_encoder_decoder=False)
-        _check_harmless(keys, ())
-        keys.none_left("no such key beside a language model")
+        keys.settle((), "no such key beside a language model")
         keys = text
     family = keys.left.get("model_type")
-    refused = families.tables()["_refused"]
-    if isinstance(family, str) and family in refused:
-        keys.refuse("model_type", family, f"a decoder that is counted here; this is "
-                    f"{refused[family]}")
+    for kind in (config.get("model_type"), family):
+        if why := tables()["_refused"].get(str(kind)):
+            keys.refuse("model_type", kind, f"a decoder that is counted here; this is {why}")
     if family not in FAMILIES:
         keys.refuse("model_type", keys.take("model_type"), ", ".join(FAMILIES))
     return keys, bool(inner)
-
-
-def _says(keys: Keys) -> dict:
-    return families.family(keys.left["model_type"])
-
-
-def _check_harmless(keys: Keys, own: Any) -> None:
-    """Take what changes no cost, if it is of the kind that it should be."""
-    groups = families.tables()["_groups"]
-    for key in own:
-        keys.drop(*groups.get(key, key).split())
-    for kind, names in families.tables()["_harmless"].items():
-        for key in names.split():
-            value = keys.take(key, None)
-            if value is None:
-                continue
-            wrong = not isinstance(value, _MAY_BE[kind]) or (
-                kind in ("positive", "number") and isinstance(value, bool))
-            if wrong or kind == "positive" and value <= 0:
-                keys.refuse(key, value, {"positive": "a number above 0", "number": "a number",
-                                         "flag": "true, false", "text": "a text",
-                                         "object": "an object"}[kind])

@@ -1,147 +1,155 @@
 """The numbers of a ModelShape from the keys of a config.json, as `data/families.toml` says for each
-family. What a table cannot say is in `special`."""
+family; its first lines say what an entry means."""
 
-import tomllib
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 
-from clawdemy_infer.arithmetic import MLA, MoE
-from clawdemy_infer.from_config import special
-from clawdemy_infer.from_config.keys import Keys
+from clawdemy_infer.arithmetic import MLA, SSM, MoE
+from clawdemy_infer.from_config.keys import Keys, harmless, tables
 
 MAX_LAYERS = 1000
-USUAL = {"L": "num_hidden_layers", "D": "hidden_size", "N": "num_attention_heads",
-         "K": "num_key_value_heads", "H": "head_dim", "F": "intermediate_size", "V": "vocab_size"}
-"""The keys that most families give the letters."""
-
 WORDS = {"full_attention": "global", "sliding_attention": "local"}
 """What every family may say in layer_types."""
 
-
-@cache
-def tables() -> dict[str, dict]:
-    return tomllib.loads(files("clawdemy_data").joinpath("families.toml").read_text("utf-8"))
+LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+"""The letters of hybrid_override_pattern."""
 
 
 @cache
 def family(name: str) -> dict:
     """All that holds for the family `name`, what it is like included."""
     own = tables()[name]
-    found = dict(family(own["like"])) if "like" in own else {}
-    if hasattr(special, name) or "by" not in found:
-        found["by"] = name
+    found = dict(family(own["like"] if "like" in own else "_decoder")) if name[0] != "_" else {}
     for entry, value in own.items():
-        if entry == "harmless":
-            value = [*found.get("harmless", ()), *value]
-        found[entry] = found.get(entry, {}) | value if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = found.get(entry, {}) | value
+        found[entry] = [*found.get(entry, ()), *value] if entry == "harmless" else value
     return found
 
 
-def names() -> list[str]:
-    return sorted(name for name in tables() if not name.startswith("_"))
+class Names(dict):
+    """What a formula may name: letters that are read, and keys, each asked for once. A key is true
+    or false where that is what its absence means, else a whole number."""
+
+    def __init__(self, keys: Keys, says: dict) -> None:
+        super().__init__(min=min, range=range)
+        self.keys, self.absent = keys, says.get("absent", {})
+
+    def __missing__(self, key: str) -> int | bool | None:
+        usual, least = self.absent.get(key), int(key not in tables()["_harmless"]["zero"].split())
+        default = usual if self.keys.left.get(key) is None else None
+        if isinstance(default, str) and default:
+            default = self.formula(default)
+        if isinstance(usual, bool):
+            self[key] = self.keys.flag(key, usual)
+        elif type(default) is int and default == 0:
+            self[key] = 0
+        else:
+            self[key] = self.keys.whole(key, default or None, least=0 if usual == 0 else least)
+        return self[key]
+
+    def formula(self, text: object) -> object:
+        """The value of a formula; what is no text is its own value. The formulas are ours."""
+        if not isinstance(text, str):
+            return text
+        return eval(text, {"__builtins__": {}}, self)
 
 
 def read(name: str, keys: Keys) -> dict:
     """The fields of the ModelShape of a config of the family `name`. What is left in `keys` nobody
     asked for."""
-    # 1. The keys under their usual names, and what their absence means.
+    # 1. The keys under their usual names.
     says = family(name)
+    for key in says.get("lift", ()):
+        keys.left |= {f"{key}.{inner}": value for inner, value in keys.inner(key).left.items()
+                      if inner not in harmless()}
+    for own in keys.inner("per_layer_config").left.values():    # of the layers that see all
+        for key, value in (own if isinstance(own, dict) else {}).items():
+            keys.left[f".{key}"] = value
+            keys.rename(f".{key}", {"head_dim": "global_head_dim", "num_key_value_heads":
+                                    "num_global_key_value_heads"}.get(key, key))
     for key, usual in says.get("says", {}).items():
         keys.rename(key, usual)
-    for key, value in says.get("absent", {}).items():
-        if keys.left.get(key) is None and value is not False:
-            keys.left[key] = _absent(keys, value)
-    keys.only(**{key: keys.left.get(value, value) if value in USUAL.values() else value
+    if letters := keys.take("hybrid_override_pattern", ""):
+        if not isinstance(letters, str) or set(letters) - set(LETTERS):
+            keys.refuse("hybrid_override_pattern", letters, f"letters of {' '.join(LETTERS)}")
+        keys.left["layer_types"] = keys.left.get("layer_types") or [LETTERS[one] for one in letters]
+    if isinstance(types := keys.left.get("layer_types"), list | tuple) and types:
+        keys.left.setdefault("num_hidden_layers", len(types))
+
+    # 2. Letters and other fields. What a missing head_dim means is D/N, if that is a whole number.
+    names, numbers = Names(keys, says), {}
+    for field, formula in says["shape"].items():
+        if formula == "head_dim" and not keys.left.get("head_dim"):
+            D, N = numbers["D"], numbers["N"]
+            if D % N and keys.said:
+                keys.refuse("num_attention_heads", N, f"a divisor of {keys.name('hidden_size')} = {D}")
+            names.absent = {"head_dim": None if D % N else D // N} | {
+                key: value for key, value in names.absent.items() if value != ""}
+        numbers[field] = names[field] = names.formula(formula)
+    L = numbers["L"]
+    if L > MAX_LAYERS:
+        keys.refuse("num_hidden_layers", L, f"{MAX_LAYERS} layers at most")
+    numbers |= {"tied": bool(numbers["tied"]), "max_context": numbers["max_context"] or None}
+    keys.only(**{key: names.formula(value[1:]) if str(value).startswith("=") else value
                  for key, value in says.get("only", {}).items()})
+    rules = [rule.partition(": ") for rule in says.get("biases", ())]
+    flags = {key: keys.flag(key, names.absent.get(key, False)) if key else True
+             for _, _, key in rules}
+    numbers["biases"] = tuple(dict.fromkeys(
+        matrix for matrices, _, key in rules if flags[key] for matrix in matrices.split()))
+    for key in keys.left.keys() & names.absent.keys() - {"sliding_window", "use_sliding_window"}:
+        names[key]                                      # no formula came to ask, but it is known
 
-    # 2. The letters.
-    numbers: dict = {letter: 0 for letter in USUAL}
-    mla = _latent(keys, says["mla"]) if "mla" in says else {}
-    by = getattr(special, says["by"], None)
-    fields = by(keys, says) if by else {}
-    for letter in says.get("letters", USUAL):
-        key, most = USUAL[letter], MAX_LAYERS if letter == "L" else 2**24
-        usual = {"K": numbers["N"], "H": _head(keys, numbers)}.get(letter)
-        numbers[letter] = keys.whole(key, usual, most=most)
-    if "letters" not in says:
-        numbers["max_context"] = keys.whole("max_position_embeddings")
-    numbers |= {"tied": keys.flag("tie_word_embeddings", False)} | mla | fields
-
-    # 3. Which matrices have biases, and what is fixed.
-    biases = []
-    for rule in says.get("biases", []):
-        matrices, _, key = rule.partition(": ")
-        if not key or keys.flag(key, False):
-            biases += matrices.split()
-    numbers["biases"] = tuple(dict.fromkeys(biases))
-    for rule in says.get("flags", []):
-        field, _, key = rule.partition(": ")
-        numbers[field] = keys.flag(key, False)
-    for field, value in says.get("shape", {}).items():
-        numbers.setdefault(field, numbers["max_context"] if isinstance(value, str)
-                           and field == "positions" else value)
-    if numbers.get("qk_norm") == "whole":               # a norm of width N*H and one of K*H
-        numbers["qk_norm"], heads = False, numbers["N"] + numbers["K"]
-        numbers["extra"] = numbers.get("extra", 0) + numbers["L"] * heads * numbers["H"]
-
-    # 4. Kinds of layers, and experts in them.
-    numbers |= _kinds(keys, says, numbers, numbers.pop("usual", None))
+    # 3. Kinds of layers, the numbers of their mixers, and experts.
+    types = keys.left.get("layer_types")
+    numbers |= _kinds(keys, says, names, L, numbers.pop("shared", ()))
+    for field, kind in (("mla", MLA), ("ssm", SSM)):
+        if field in says:
+            numbers[field] = kind(**{key: names.formula(value)
+                                     for key, value in says[field].items()})
     if "experts" in says:
-        numbers = experts(keys, says["experts"], numbers)
+        words = types if isinstance(types, list | tuple) and "moe" in says.get("layers", ()) else ()
+        numbers = _experts(keys, says["experts"], names, numbers,
+                           [word == "moe" for word in words])
     return numbers
 
 
-def _absent(keys: Keys, value: object) -> object:
-    """"4 * hidden_size" is four times what that key says."""
-    if not isinstance(value, str):
-        return value
-    times, _, key = value.partition(" * ")
-    keys.left[key] = whole = keys.whole(key)
-    return int(times) * whole
-
-
-def _head(keys: Keys, numbers: dict) -> int | None:
-    """What a missing head_dim means: D/N, if that is a whole number."""
-    D, N = numbers["D"], numbers["N"]
-    if N and D % N and keys.name("num_attention_heads") != "num_attention_heads":
-        keys.refuse("num_attention_heads", N, f"a divisor of {keys.name('hidden_size')} = {D}")
-    return D // N if N and D % N == 0 else None
-
-
-def _latent(keys: Keys, manner: str) -> dict:
-    nope, rope = keys.whole("qk_nope_head_dim"), keys.whole("qk_rope_head_dim")
-    index = (keys.whole("index_n_heads"), keys.whole("index_head_dim"), keys.whole("index_topk")
-             ) if manner == "indexed" else ()
-    query = keys.whole("q_lora_rank", 0, least=0) or None
-    keys.left["head_dim"] = nope + rope
-    return {"mla": MLA(keys.whole("kv_lora_rank"), rope, keys.whole("v_head_dim"), query, *index)}
-
-
-def _kinds(keys: Keys, says: dict, numbers: dict, usual: Sequence[str] | None) -> dict:
+def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) -> dict:
     """`window` and `pattern`. What the file says layer by layer goes before what is usual; a window
     that no layer looks through is none."""
-    L, window, per = numbers["L"], numbers.get("window"), None
-    shared = numbers.pop("shared", ())
-    if "windows" in says:
-        window = keys.whole("sliding_window", 0, least=0) or None
-        usual = usual or says["windows"]
-        for key in ("sliding_window_pattern", "_sliding_window_pattern"):
-            per = keys.take(key, per)
-        if isinstance(per, str) and per and set(per) <= set("LG"):
-            usual = [{"L": "local", "G": "global"}[letter] for letter in per]
+    usual, window = names.formula(says.get("usual", ["global"])), None
+    for key in ("sliding_window_pattern", "_sliding_window_pattern"):
+        per = keys.left.get(key)
+        if isinstance(per, str) and per and not set(per) - set("LG"):
+            usual = [{"L": "local", "G": "global"}[letter] for letter in keys.take(key)]
         elif per is not None:
-            keys.left[key] = per
-            usual = ["local"] * (keys.whole(key) - 1) + ["global"]
-    usual = usual or ["global"]
+            usual = ["local"] * min(L, keys.whole(key) - 1) + ["global"]
+    # Layers that are listed by number: those that attend, those whose positions turn.
+    for key, base in (("attn_layer_indices", 0), ("full_attn_layers", 1)):
+        if keys.left.get(key) and "ssm" in says:
+            full = keys.indices(key, L + base)
+            usual = ["global" if i + base in full else "ssm" for i in range(L)]
+            keys.indices("kda_layers", L + 1)
+    if "chunked_attention" in says.get("layers", ()) and keys.left.get("no_rope_layers"):
+        usual = ["local" if turned else "global"
+                 for turned in keys.one_each("no_rope_layers", L, (0, 1))]
+    if "indexer_types" in keys.left and "mla" in says:
+        kinds = keys.one_each("indexer_types", L, ("full", "shared"))
+        shared = [i for i, kind in enumerate(kinds) if kind == "shared"]
+    if "local" in usual or "usual" in says and "L" in str(says["usual"]):
+        used = keys.flag("use_sliding_window", names.absent.get("use_sliding_window", True))
+        window = (names["sliding_window"] if "sliding_window" in names.absent
+                  else keys.whole("sliding_window", 0, least=0)) * used or None
     kinds = [usual[i % len(usual)] for i in range(L)]
     if not window:
         kinds = [kind.replace("local", "global") for kind in kinds]
     words = WORDS | says.get("layers", {})
-    types = keys.one_each("layer_types", L, tuple(words))
-    said = [words[kind] for kind in types] or kinds
-    if said != kinds and (set(usual) == {"local"} or not window and "local" in said):
-        keys.refuse("layer_types", types, f"what agrees with a window of {window}")
+    said = [words[kind] for kind in keys.one_each("layer_types", L, tuple(words))] or kinds
+    if said != kinds and (usual == ["local"] or not window and "local" in said):
+        keys.refuse("layer_types", said, f"what agrees with a window of {window}")
+    if len(shared) and "local" in said:                 # Gemma 4's last layer sees all
+        said[-1] = "global"
     said = [f"{kind} shared" if i in shared else kind for i, kind in enumerate(said)]
     return {"window": window if any(kind.startswith("local") for kind in said) else None,
             "pattern": shortest(said)}
@@ -155,34 +163,29 @@ def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
     return () if length == 1 and kinds[0] in ("global", "local") else tuple(kinds[:length])
 
 
-def experts(keys: Keys, says: dict, numbers: dict) -> dict:
+def _experts(keys: Keys, says: dict, names: Names, numbers: dict, sparse: list[bool]) -> dict:
     """The numbers with their experts, if there are any. Where no layer has a plain MLP, F is the
-    experts' own width."""
-    # 1. How many, how wide.
-    L, least = numbers["L"], says.get("least", 1)
-    count = keys.whole(says["experts"], least=0)
-    active = keys.whole(says["active"], 0 if not count else None, least=0)
-    width = keys.whole(says["F"]) if count and "F" in says else numbers["F"]
-    if "shared_count" in says:
-        shared = keys.whole(says["shared_count"], 0, least=0) * width
-    else:
-        shared = keys.whole(says["shared"], 0, least=0) if "shared" in says else 0
-
-    # 2. In which layers.
-    more = numbers.pop("of_moe", {})
-    first = keys.whole(says["first_dense"], 0, least=0) if "first_dense" in says else 0
-    every = keys.whole(says["every"], 1) if "every" in says else 1
-    plain = keys.indices("mlp_only_layers", keys.take("mlp_only_layers", []), L)
+    experts' own width, and `moe` need not say it."""
+    L, least, first = numbers["L"], says.get("least", 1), says.get("first_dense", 0)
+    said = {field: names.formula(formula) for field, formula in says.items()}
+    plain = keys.indices("mlp_only_layers", L)
     types = keys.one_each("mlp_layer_types", L, ("dense", "sparse"))
-    sparse = numbers.pop("sparse", None) or [
-        kind == "sparse" for kind in types] or [
-        i >= first and (i + 1) % every == 0 and i not in plain for i in range(L)]
-    if count < least or not any(sparse):
+    chosen, every = keys.indices("moe_layers", L), said.pop("sparse", [1])
+    first = said.pop("first_dense", 0)
+    sparse = sparse or [kind == "sparse" for kind in types] or [
+        i in chosen if chosen else i >= first and bool(every[i % len(every)]) and i not in plain
+        for i in range(L)]
+    least = said.pop("least", 1)
+    if said["experts"] < least or not any(sparse):
         return numbers
-    own = width if not all(sparse) and width != numbers["F"] else None
-    moe = MoE(count, active, own, shared, says.get("shared_gate", False) and bool(shared),
-              **_where(sparse), **more)
-    return numbers | {"F": numbers["F"] if not all(sparse) else width, "moe": moe}
+    width, plain_F = said.pop("F", numbers["F"]), numbers["F"]
+    own = width if not all(sparse) and width != plain_F else None
+    said["shared_gate"] = bool(said.get("shared_gate") and said["shared"])
+    if said["active"] > said["experts"]:
+        raise ValueError(f"{keys.source}: active={said['active']}: 1 to {said['experts']} experts "
+                         "for each token")
+    return numbers | {"F": width if all(sparse) else plain_F,
+                      "moe": MoE(F=own, **said, **_where(sparse))}
 
 
 def _where(sparse: Sequence[bool]) -> dict:

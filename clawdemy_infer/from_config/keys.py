@@ -2,6 +2,10 @@
 asked for may change what the model is, so it is not passed over."""
 
 import json
+import tomllib
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +15,25 @@ MAX_VALUES = 1_000_000              # in one file, however small each is
 MAX_DEPTH = 32                      # of objects and lists in one another
 MAX_WHOLE = 2**63                   # above any size, id or count that a file may mean
 _MAY_BE_INFINITE = ("time_step_limit",)         # Mamba-2's range, open above, in published files
+TEXT = ("text_config", "llm_config", "language_config")
+"""Where a file that describes more than a language model has the language model."""
+
 _REQUIRED = object()
+_KINDS = {"positive": ((int, float), "a number above 0"), "number": ((int, float), "a number"),
+          "flag": ((bool,), "true, false"), "text": ((str,), "a text"),
+          "object": ((dict,), "an object"), "any": ((object, bool), "")}
+"""How the page of families groups the keys that cost nothing."""
+
+
+@cache
+def tables() -> dict[str, dict]:
+    """The page of families, data/families.toml."""
+    return tomllib.loads(files("clawdemy_data").joinpath("families.toml").read_text("utf-8"))
+
+
+@cache
+def harmless() -> frozenset[str]:
+    return frozenset(" ".join(tables()["_harmless"].values()).split())
 
 
 def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -113,11 +135,6 @@ class Keys:
             self.refuse(key, value, f"a whole number, {least} to {most:,}")
         return value
 
-    def peek(self, key: str) -> int:
-        """The same, of a key that others will ask for too."""
-        self.left[key] = self.whole(key)
-        return self.left[key]
-
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self.take(key, default)
         if type(value) not in (int, float) or not 0 < value < inf:
@@ -146,11 +163,9 @@ class Keys:
                 self.refuse(key, word, ", ".join(words))
         return list(found)
 
-    def bits(self, key: str, L: int) -> list[bool]:
-        return [bool(bit) for bit in self.one_each(key, L, (0, 1))]
-
-    def indices(self, key: str, found: Any, L: int) -> set[int]:
-        """Which layers a list names."""
+    def indices(self, key: str, L: int) -> set[int]:
+        """Which of L layers a list names."""
+        found = self.take(key, [])
         if not isinstance(found, list | tuple) or not all(
                 type(one) is int and 0 <= one < L for one in found):
             self.refuse(key, found, f"a list of whole numbers, 0 to {L - 1}")
@@ -162,17 +177,27 @@ class Keys:
             self.refuse(key, found, "a list of names")
         return list(found)
 
+    def settle(self, own: Iterable[str], why: str) -> None:
+        """Take what changes no cost, here or in any family, if it is of the kind that it should be.
+        What nobody asked for is refused, unless it says "none"."""
+        for key in own:
+            self.drop(*tables()["_groups"].get(key, key).split())
+        for kind, (types, accepted) in _KINDS.items():
+            for key in tables()["_harmless"][kind].split():
+                value = self.take(key, None)
+                if value is not None and (not isinstance(value, types) or (
+                        bool not in types and isinstance(value, bool))
+                        or kind == "positive" and value <= 0):
+                    self.refuse(key, value, accepted)
+        for key, value in self.left.items():
+            if value not in (None, False, 0, "", [], {}, ()):
+                self.refuse(key, value, why)
+
     def inner(self, key: str) -> "Keys":
         found = self.take(key, {})
         if not isinstance(found, dict):
             self.refuse(key, found, "an object")
         return Keys(found, f"{self.source}: {key}")
-
-    def none_left(self, why: str = "no such key, since it may change what the model costs") -> None:
-        """What nobody asked for is refused, unless it says "none"."""
-        for key, value in self.left.items():
-            if value not in (None, False, 0, "", [], {}, ()):
-                self.refuse(key, value, why)
 
     def drop(self, *keys: str) -> None:
         """Keys that change nothing here, whatever they say."""
