@@ -10,8 +10,9 @@ reads, besides the shape, what a decoder computes by. `catalog` has the shapes a
 from pathlib import Path
 from typing import Any
 
-from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.arithmetic import Format, ModelShape
 from clawdemy_infer.from_config import families
+from clawdemy_infer.from_config.formats import stated
 from clawdemy_infer.from_config.keys import TEXT, Keys, check_values, read_object, tables
 
 MAX_CONFIG_BYTES = 4 * 2**20            # of a config.json; the longest published ones have 0.2 MB
@@ -51,13 +52,21 @@ def from_config(config: Any, name: str = "") -> ModelShape:
     return ModelShape(name=name, source=keys.source, **numbers)
 
 
+def stated_formats(config: Any, shape: ModelShape) -> tuple[Format, Format]:
+    """Formats of weights and KV cache of a config, of which `from_config` gave `shape`."""
+    return stated(keys_of(config)[0], shape, shape.source)
+
+
 def keys_of(config: Any) -> tuple[dict[str, Any], str]:
     """The keys of a config in one of its three forms, and what to call it in an error."""
     source = "config"
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
         path = path / "config.json" if path.is_dir() else path
-        return read_object(path, MAX_CONFIG_BYTES), str(path)
+        found, beside = read_object(path, MAX_CONFIG_BYTES), path.with_name("hf_quant_config.json")
+        if beside.is_file() and not found.get("quantization_config"):       # ModelOpt's, of 2024
+            found["quantization_config"] = read_object(beside, MAX_CONFIG_BYTES).get("quantization")
+        return found, str(path)
     config = config if isinstance(config, dict) else config.to_dict()
     check_values(config, source)
     return config, source

@@ -4,10 +4,10 @@ import re
 from fnmatch import fnmatchcase
 from typing import Any
 
-from clawdemy_infer.arithmetic import Format, Mixed, ModelShape
+from clawdemy_infer.arithmetic import BYTES, Format, Mixed, ModelShape
 from clawdemy_infer.from_config.keys import TEXT, Keys, tables
 
-MAX_PATTERNS = 10_000           # names of modules in a file, where experts count as one
+MAX_PATTERNS = 5_000            # names of modules in a file, where experts count as one
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "auto": "bf16"}
 ALGORITHMS = {"FP8": (8, 0, 0), "FP8_PB_WO": (8, 32, 2**14), "NVFP4": (4, 8, 16),
               "W4A16_NVFP4": (4, 8, 16), "W4A8_NVFP4_FP8": (4, 8, 16), "MXFP4": (4, 8, 32),
@@ -50,8 +50,8 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
         return base, base
 
     # 2. What is, and what the file says of the cache.
-    ignored = [name for key in ("ignore", "exclude_modules", "modules_to_not_convert",
-                                "llm_int8_skip_modules") for name in keys.words(key)]
+    ignored = [re.sub(r"experts\.\d+", "experts.0", name) for key in ("ignore", "exclude_modules", "modules_to_not_convert",
+                                "llm_int8_skip_modules") for name in dict.fromkeys(keys.words(key))]
     groups, head = _groups(keys)
     if sum(len(names) for names, _, _ in groups) + len(ignored) > MAX_PATTERNS:
         keys.refuse("ignore", len(ignored), f"{MAX_PATTERNS:,} names of modules at most")
@@ -64,9 +64,9 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
 
     # 3. The parts.
     formats = {part: _mean(shape, part, groups, ignored, base) for part in MODULES}
-    if head and not _covers(ignored, ["lm_head"]):
+    if head and not _covered(ignored, ["lm_head"]):
         formats["head"] = next((bytes for names, bytes, _ in groups
-                                if _covers(names, ["lm_head"])), base)
+                                if _covered(names, ["lm_head"])), base)
     named = sorted({name for _, _, name in groups})
     parts = [(matrix, formats[part]) for part, names in (MATRICES | {"head": "head"}).items()
              if formats.get(part, base) != base for matrix in names.split()]
@@ -147,14 +147,13 @@ def _cache(scheme: Keys, algorithm: object) -> Format:
 def _mean(shape: ModelShape, part: str, groups: list[Group], ignored: list[str],
           base: Format) -> Format:
     """The format of a part, or the mean of its bytes over the layers that have it."""
-    plain = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}[base]
+    plain, modules = BYTES[base], MODULES[part].split()
     layers = [i for i, kind in enumerate(shape.kinds) if _has(shape, part, i, kind)]
-    found = []
-    for i in layers:
-        names = [f"layers.{i}.{module}" for module in MODULES[part].split()]
-        found.append(plain if _covers(ignored, names, i) else next(
-            (bytes for patterns, bytes, _ in groups if _covers(patterns, names, i)), plain))
-    return base if set(found) <= {plain} else sum(found) / len(found)
+    found = dict.fromkeys(layers, plain)
+    for patterns, bytes, _ in [*reversed(groups), (ignored, plain, "")]:
+        covered = _covered(patterns, modules)
+        found |= {i: bytes for i in layers if None in covered or i in covered}
+    return base if set(found.values()) <= {plain} else sum(found.values()) / len(found)
 
 
 def _has(shape: ModelShape, part: str, i: int, kind: str) -> bool:
@@ -165,20 +164,22 @@ def _has(shape: ModelShape, part: str, i: int, kind: str) -> bool:
             "shared": feeds and sparse and bool(shape.moe and shape.moe.shared)}[part]
 
 
-def _covers(patterns: list[str], names: list[str], layer: int | None = None) -> bool:
-    """Whether one of the patterns means one of the modules: a glob, "re:" and an expression, of
-    which stars and alternatives are read, or a name that is a part of the module's."""
+def _covered(patterns: list[str], modules: list[str]) -> set[int | None]:
+    """The layers whose module one of the patterns means, None for all: a glob, "re:" and an
+    expression, of which stars and alternatives are read, or a name that is a part of the module's.
+    """
+    found = set()
     for pattern in patterns:
-        number = re.search(r"\blayers\.(\d+)", pattern)
-        if number and layer is not None and int(number[1]) != layer and not (
-                pattern.startswith("re:")):
+        if pattern.startswith("mtp"):                       # draft layers, which are not counted
             continue
+        layer = re.search(r"\blayers\.(\d+)", pattern)
         text = re.sub(r"^.*\blayers\.", "layers.", pattern.removeprefix("re:"))
         if pattern.startswith("re:"):
             text = re.sub(r"[\^$]", "", text.replace("\\.", ".").replace(".*", "*")) + "*"
+        names = [f"layers.{layer[1] if layer else 0}.{one}" for one in modules]
         either = re.search(r"\(([^()]*)\)", text)
         for one in either[1].split("|") if either else [""]:
             glob = text[:either.start()] + one + text[either.end():] if either else text
             if any(fnmatchcase(name, glob) or f".{glob}." in f".{name}." for name in names):
-                return True
-    return False
+                found.add(int(layer[1]) if layer else None)
+    return found
