@@ -6,6 +6,7 @@ Jiang et al. 2023. A mixer passes information between tokens. This one and the t
     matrices()          weight matrices as (I, O)
     vectors()           numbers of norms, biases and the like
     window              tokens that a query sees, None for all
+    format              of what it keeps, "" for that of the cache
     kept(S)             numbers that a sequence of S tokens leaves in memory for the next step
     of_rows(run)        operations of a forward pass that ask only how many rows there are
     of_sequences(run)   those that ask whose row is whose: each row meets its own past
@@ -44,6 +45,7 @@ class Attention:
     biases: tuple[str, ...] = ()
     gate: int = 0
     one_kv: bool = False
+    format = ""
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Q, K, V and the gate are one product."""

@@ -7,7 +7,13 @@ shared experts: Dai et al. 2024. `numbers(tokens)` counts, matrix by matrix, the
 
 from dataclasses import dataclass, replace
 
-from clawdemy_infer.arithmetic.work import Pass, Work, matmul
+from clawdemy_infer.arithmetic.work import Format, Pass, Work, element_bytes, format_of, matmul
+
+
+def weigh(numbers: dict[str, float], weights: Format) -> float:
+    """Bytes of so many weights in each matrix."""
+    return sum(count * element_bytes("weights", format_of(weights, name))
+               for name, count in numbers.items())
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from clawdemy_infer.arithmetic.attention import Attention
-from clawdemy_infer.arithmetic.feed_forward import MLP, Experts, MoE
+from clawdemy_infer.arithmetic.feed_forward import MLP, Experts, MoE, weigh
 from clawdemy_infer.arithmetic.latent import MLA, LatentAttention
 from clawdemy_infer.arithmetic.state_space import SSM, StateSpace
-from clawdemy_infer.arithmetic.work import (
-    Format,
-    Pass,
-    Work,
-    at_least_1,
-    element_bytes,
-    total,
-    weigh,
-)
+from clawdemy_infer.arithmetic.work import Format, Pass, Work, at_least_1, element_bytes, total
 
 KINDS = ("global", "local", "global shared", "local shared", "ssm", "global alone", "ssm alone",
          "mlp alone")
@@ -33,21 +25,9 @@ BIASES = ("qkv", "out", "gate_up", "up", "down", "router", "head", "norm")
 class NoMixer:
     """In the place of a mixer, where a layer is a feed-forward part alone."""
 
-    window = None
-
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        return {}
-
-    def vectors(self) -> int:
-        return 0
-
-    def kept(self, S: int) -> int:
-        return 0
-
-    def of_rows(self, run: Pass) -> list[Work]:
-        return []
-
-    of_sequences = of_rows
+    window, format, matrices, vectors = None, "", staticmethod(dict), staticmethod(int)
+    kept = staticmethod(lambda S: 0)
+    of_rows = of_sequences = staticmethod(lambda run: [])
 
 
 NO_MIXER = NoMixer()
@@ -85,6 +65,10 @@ class Layer:
 
     def parameters(self) -> int:
         return sum(self.numbers().values())
+
+    def held(self, context: int, kv: Format) -> float:
+        """Bytes that a sequence leaves in memory for the next step."""
+        return self.mixer.kept(context) * element_bytes("kv", self.mixer.format or kv)
 
     def of_rows(self, run: Pass) -> list[Work]:
         """All but the mixer's `of_sequences`."""
@@ -282,15 +266,15 @@ class ModelShape:
 
     def kv_bytes_per_token(self, kv: Format = "bf16") -> float:
         """Bytes that a token adds while windows have room: 2·L·K·H numbers in plain attention."""
-        return (self._kept(1) - self._kept(0)) * element_bytes("kv", kv)
+        return self._held(1, kv) - self._held(0, kv)
 
     def state_bytes(self, kv: Format = "bf16") -> float:
         """Bytes of a sequence's state-space layers, whatever its context."""
-        return self._kept(0) * element_bytes("kv", kv)
+        return self._held(0, kv)
 
     def kv_bytes(self, batch: int, context: int, kv: Format = "bf16") -> float:
         """Bytes of the KV cache and the states of `batch` sequences of `context` tokens."""
-        return batch * self._kept(context) * element_bytes("kv", kv)
+        return batch * self._held(context, kv)
 
     def fits(self, memory: float, batch: int, context: int, weights: Format = "bf16",
              kv: Format = "bf16") -> Capacity:
@@ -299,8 +283,8 @@ class ModelShape:
         held = self.kv_bytes(batch, context, kv)
         return Capacity(memory, self.stored_bytes(weights), held, batch)
 
-    def _kept(self, context: int) -> int:
-        return sum(count * layer.mixer.kept(context) for layer, count in self.groups)
+    def _held(self, context: int, kv: Format) -> float:
+        return sum(count * layer.held(context, kv) for layer, count in self.groups)
 
     # ---- work ----
 

@@ -1,7 +1,6 @@
 """State-space mixers: a state of fixed size instead of a cache that grows. Mamba (Gu and Dao 2023),
-Mamba-2 (Dao and Gu 2024); gated delta networks (Yang et al. 2024) and, with a decay for each channel,
-Kimi's delta attention (2025), which are Mamba-2 with a correction: what the state already says
-about a key is taken off the value.
+Mamba-2 (Dao and Gu 2024). Gated delta networks (Yang et al. 2024) and Kimi's delta attention (2025)
+are Mamba-2 with a correction: what the state already says of a key is taken off the value.
 
     h_t = a_t h_{t-1} + (dt_t x_t) B_t      for each of `inner` channels, `state` numbers
     y_t = C_t · h_t
@@ -22,7 +21,8 @@ class SSM:
     """`inner` channels, `state` numbers for each, a convolution over `conv` tokens. Mamba has
     `dt_rank`, the width through which dt comes; Mamba-2 has `heads`, and `groups` that share B and
     C. `norms`: dt, B and C are normed (Jamba). `delta`: the correction, whose heads have keys of
-    `state` and values of inner/heads numbers; with a dt_rank too, that of thin matrices."""
+    `state` and values of inner/heads numbers; with a dt_rank too, that of thin matrices. `format`:
+    of the state, if not the cache's."""
 
     inner: int
     state: int
@@ -32,6 +32,7 @@ class SSM:
     groups: int = 1
     norms: bool = False
     delta: bool = False
+    format: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.dt_rank) == bool(self.heads) and not self.delta:
@@ -46,6 +47,10 @@ class StateSpace:
     D: int
     ssm: SSM
     window = None
+
+    @property
+    def format(self) -> str:
+        return self.ssm.format
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """`in` makes the gate beside the channels, and for Mamba-2 B, C and dt too."""
@@ -86,11 +91,12 @@ class StateSpace:
         """Convolution and recurrence, token by token. Kernels that go by chunks do more FLOPs.
 
         FLOPs a token: 2·conv a convolved channel, and for each state 1 for a·h, 2 to add x·B, 2 for
-        C·h, in Mamba 2 to make a = exp(dt·A), with a correction 2 for B·h. Bytes: the state is read and written once in a
-        pass, the inputs once for each token."""
+        C·h, and 2 to make a = exp(dt·A) in Mamba, or for B·h in a correction. Bytes: the state is
+        read and written once in a pass, the inputs once for each token."""
         s, channels = self.ssm, self._conv_channels
-        flops = run.tokens * (2 * s.conv * channels + (7 if s.delta or not s.heads else 5) * s.inner * s.state)
-        state = 2 * run.B * self.kept(run.S) * element_bytes("kv", run.kv)
+        steps = 7 if s.delta or not s.heads else 5
+        flops = run.tokens * (2 * s.conv * channels + steps * s.inner * s.state)
+        state = 2 * run.B * self.kept(run.S) * element_bytes("kv", s.format or run.kv)
         # Channels with B and C, and dt and the gate in; y out.
         inputs = channels + (s.heads if s.heads else 2 * s.state + s.inner) + s.inner
         moved = run.tokens * (inputs + s.inner) * element_bytes("activations", run.activations)

@@ -39,12 +39,6 @@ def format_of(format: Format, matrix: str) -> Format:
     return format
 
 
-def weigh(numbers: dict[str, float], weights: Format) -> float:
-    """Bytes of so many weights in each matrix."""
-    return sum(count * element_bytes("weights", format_of(weights, name))
-               for name, count in numbers.items())
-
-
 def element_bytes(name: str, format: Format) -> float:
     """Bytes per element of `format`. Raises ValueError, which names the argument `name`."""
     if format in BYTES:

@@ -56,7 +56,8 @@ def run(args: Args) -> int:
             rows = [row for (shape, formats), machine in pairs
                     for row in sweep(shape, machine, args.sweep, **options | formats)]
         else:
-            rows = [card(shape, machine, **options | formats) for (shape, formats), machine in pairs]
+            rows = [card(shape, machine, **options | formats)
+                    for (shape, formats), machine in pairs]
     if args.sweep:
         answer(args.json, {"sweep": args.sweep, "rows": rows}, table(rows, args.sweep))
     elif len(rows) == 1:

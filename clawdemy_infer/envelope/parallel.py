@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from clawdemy_infer.arithmetic import Capacity, Experts, Format, Layer, ModelShape, Work
-from clawdemy_infer.arithmetic.work import at_least_1, element_bytes, total, weigh
+from clawdemy_infer.arithmetic.feed_forward import weigh
+from clawdemy_infer.arithmetic.work import at_least_1, element_bytes, total
 from clawdemy_infer.envelope.roofline import Link
 
 
@@ -107,9 +108,8 @@ def fits(shape: ModelShape, layout: Layout, memory: float, batch: int, context: 
     held[0] += weigh({"embedding": own.gathered}, weights)
     held[-1] += weigh(own.ends, weights)
     held[0] += weigh({"head": own.V * own.D}, weights) if shape.tied and pp > 1 else 0
-    cached = [sequences * sum(layer.mixer.kept(context) for layer in stage) for stage in stages]
-    return max((Capacity(memory, bytes, c * element_bytes("kv", kv), sequences)
-                for bytes, c in zip(held, cached, strict=True)),
+    cached = [sequences * sum(layer.held(context, kv) for layer in stage) for stage in stages]
+    return max((Capacity(memory, *stage, sequences) for stage in zip(held, cached, strict=True)),
                key=lambda stage: stage.weight_bytes + stage.kv_bytes)
 
 

@@ -7,8 +7,8 @@ nothing, or refused by a ValueError that names it: a wrong model that runs is wo
 from typing import Any
 
 from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.from_config.keys import Keys
 from clawdemy_infer.from_config.families import read
+from clawdemy_infer.from_config.keys import Keys
 
 DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

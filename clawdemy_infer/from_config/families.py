@@ -2,6 +2,7 @@
 family; its first lines say what an entry means."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 from clawdemy_infer.arithmetic import MLA, SSM, MoE
@@ -40,6 +41,8 @@ class Names(dict):
         default = usual if self.keys.left.get(key) is None else None
         if isinstance(default, str) and default:
             default = self.formula(default)
+            if default is None:
+                self.keys.refuse(key, None, "a whole number")
         if isinstance(usual, bool):
             self[key] = self.keys.flag(key, usual)
         elif type(default) is int and default == 0:
@@ -83,7 +86,8 @@ def read(name: str, keys: Keys) -> dict:
         if formula == "head_dim" and not keys.left.get("head_dim"):
             D, N = numbers["D"], numbers["N"]
             if D % N and keys.said:
-                keys.refuse("num_attention_heads", N, f"a divisor of {keys.name('hidden_size')} = {D}")
+                keys.refuse("num_attention_heads", N,
+                            f"a divisor of {keys.name('hidden_size')} = {D}")
             names.absent = {"head_dim": None if D % N else D // N} | {
                 key: value for key, value in names.absent.items() if value != ""}
         numbers[field] = names[field] = names.formula(formula)
@@ -108,6 +112,8 @@ def read(name: str, keys: Keys) -> dict:
         if field in says:
             numbers[field] = kind(**{key: names.formula(value)
                                      for key, value in says[field].items()})
+    if "float32" in [keys.left.get(f"mamba_ssm_{what}") for what in ("dtype", "cache_dtype")]:
+        numbers |= {"ssm": replace(numbers["ssm"], format="fp32")} if "ssm" in numbers else {}
     if "experts" in says:
         words = types if isinstance(types, list | tuple) and "moe" in says.get("layers", ()) else ()
         numbers = _experts(keys, says["experts"], names, numbers,

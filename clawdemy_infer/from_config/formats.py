@@ -4,30 +4,11 @@ import re
 from fnmatch import fnmatchcase
 from typing import Any
 
-from clawdemy_infer.arithmetic import BYTES, Format, Mixed, ModelShape
+from clawdemy_infer.arithmetic import BYTES, Format, ModelShape
+from clawdemy_infer.arithmetic.work import Mixed
 from clawdemy_infer.from_config.keys import TEXT, Keys, tables
 
 MAX_PATTERNS = 5_000            # names of modules in a file, where experts count as one
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "auto": "bf16"}
-ALGORITHMS = {"FP8": (8, 0, 0), "FP8_PB_WO": (8, 32, 2**14), "NVFP4": (4, 8, 16),
-              "W4A16_NVFP4": (4, 8, 16), "W4A8_NVFP4_FP8": (4, 8, 16), "MXFP4": (4, 8, 32),
-              "W4A16_AWQ": (4, 16, 128), "W4A8_AWQ": (4, 16, 128), "INT4_AWQ": (4, 16, 128),
-              "W8A16": (8, 0, 0), "W8A8_SQ_PER_CHANNEL": (8, 0, 0)}
-"""ModelOpt's names: bits of a weight, and of the scale that so many of them share."""
-
-MODULES = {
-    "attention": "self_attn.q_proj self_attn.q_b_proj attention.wq attn.wq mixer.q_proj",
-    "state": "linear_attn.in_proj_qkv mixer.in_proj mamba.in_proj self_attn.q_proj",
-    "mlp": "mlp.down_proj feed_forward.down_proj mixer.up_proj mlp.fc2",
-    "expert": "mlp.experts.0.down_proj block_sparse_moe.experts.0.w2 mixer.experts.0.up_proj "
-              "feed_forward.experts.down_proj mlp.experts mixer.experts",
-    "shared": "mlp.shared_experts.down_proj mlp.shared_expert.down_proj "
-              "mixer.shared_experts.up_proj feed_forward.shared_expert.down_proj"}
-"""What published files call a module of each part; any of them stands for the whole part."""
-
-MATRICES = {"attention": "qkv out q q_a q_b kv_a kv_b absorb_k absorb_v", "state": "in x dt",
-            "mlp": "gate_up up down", "expert": "expert", "shared": "shared"}
-"""How the arithmetic calls the matrices of each part."""
 
 Group = tuple[list[str], float, str]
 """Names of modules, bytes of a weight in them, and what that is called."""
@@ -41,17 +22,20 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
     text = next((config[key] for key in TEXT if isinstance(config.get(key), dict)), {})
     named = next((one[key] for one in (text, config) for key in ("dtype", "torch_dtype")
                   if one.get(key)), "bfloat16")
-    base = DTYPES.get(str(named).removeprefix("torch."))
+    page = tables()["_quantization"]
+    base = page["dtypes"].get(str(named).removeprefix("torch."))
     if not base:
-        Keys({}, source).refuse("dtype", named, ", ".join(DTYPES))
-    found = Keys({key: config.get(key) or text.get(key) for key in ("quantization_config",)}, source)
-    keys = found.inner("quantization_config")
+        Keys({}, source).refuse("dtype", named, ", ".join(page["dtypes"]))
+    key = "quantization_config"
+    keys = Keys({key: config.get(key) or text.get(key)}, source).inner(key)
     if not keys.left:
         return base, base
 
     # 2. What is, and what the file says of the cache.
-    ignored = [re.sub(r"experts\.\d+", "experts.0", name) for key in ("ignore", "exclude_modules", "modules_to_not_convert",
-                                "llm_int8_skip_modules") for name in dict.fromkeys(keys.words(key))]
+    ignored = list(dict.fromkeys(
+        re.sub(r"experts\.\d+", "experts.0", name)
+        for key in ("ignore", "exclude_modules", "modules_to_not_convert", "llm_int8_skip_modules")
+        for name in keys.words(key)))
     groups, head = _groups(keys)
     if sum(len(names) for names, _, _ in groups) + len(ignored) > MAX_PATTERNS:
         keys.refuse("ignore", len(ignored), f"{MAX_PATTERNS:,} names of modules at most")
@@ -59,16 +43,15 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
     algorithm = keys.take("kv_cache_quant_algo", None)
     if scheme.left or algorithm:
         kv = _cache(scheme, algorithm)
-    keys.settle(tables()["_quantization"]["harmless"].split(),
-                "no such key, since it may change what the weights weigh")
+    keys.settle(page["harmless"].split(), "no such key, since it may change what the weights weigh")
 
     # 3. The parts.
-    formats = {part: _mean(shape, part, groups, ignored, base) for part in MODULES}
+    formats = {part: _mean(shape, part, groups, ignored, base) for part in page["modules"]}
     if head and not _covered(ignored, ["lm_head"]):
         formats["head"] = next((bytes for names, bytes, _ in groups
                                 if _covered(names, ["lm_head"])), base)
     named = sorted({name for _, _, name in groups})
-    parts = [(matrix, formats[part]) for part, names in (MATRICES | {"head": "head"}).items()
+    parts = [(matrix, formats[part]) for part, names in page["matrices"].items()
              if formats.get(part, base) != base for matrix in names.split()]
     return Mixed(" + ".join(named), base, tuple(parts)), kv
 
@@ -110,9 +93,10 @@ def _groups(keys: Keys) -> tuple[list[Group], bool]:
 
 
 def _algorithm(keys: Keys, name: object) -> tuple[float, str]:
-    if str(name) not in ALGORITHMS:
-        keys.refuse("quant_algo", name, ", ".join(ALGORITHMS))
-    return _bytes(*ALGORITHMS[str(name)]), str(name).lower()
+    known = tables()["_quantization"]["bits"]
+    if str(name) not in known:
+        keys.refuse("quant_algo", name, ", ".join(known))
+    return _bytes(*known[str(name)]), str(name).lower()
 
 
 def _group(keys: Keys) -> Group:
@@ -147,7 +131,7 @@ def _cache(scheme: Keys, algorithm: object) -> Format:
 def _mean(shape: ModelShape, part: str, groups: list[Group], ignored: list[str],
           base: Format) -> Format:
     """The format of a part, or the mean of its bytes over the layers that have it."""
-    plain, modules = BYTES[base], MODULES[part].split()
+    plain, modules = BYTES[base], tables()["_quantization"]["modules"][part].split()
     layers = [i for i, kind in enumerate(shape.kinds) if _has(shape, part, i, kind)]
     found = dict.fromkeys(layers, plain)
     for patterns, bytes, _ in [*reversed(groups), (ignored, plain, "")]:
@@ -176,7 +160,8 @@ def _covered(patterns: list[str], modules: list[str]) -> set[int | None]:
         text = re.sub(r"^.*\blayers\.", "layers.", pattern.removeprefix("re:"))
         if pattern.startswith("re:"):
             text = re.sub(r"[\^$]", "", text.replace("\\.", ".").replace(".*", "*")) + "*"
-        names = [f"layers.{layer[1] if layer else 0}.{one}" for one in modules]
+        within = "" if modules == ["lm_head"] else f"layers.{layer[1] if layer else 0}."
+        names = [within + one for one in modules]
         either = re.search(r"\(([^()]*)\)", text)
         for one in either[1].split("|") if either else [""]:
             glob = text[:either.start()] + one + text[either.end():] if either else text
