@@ -202,7 +202,7 @@ LLAMA = {
     "config, change, message",
     [(LLAMA, {"model_type": "lama"
               }, "model_type='lama' is not supported; accepted: apertus, arcee, baichuan, bamba"),
-     (LLAMA, {"model_type": "rwkv"}, "model_type='rwkv' is not supported; accepted: a decoder that"),
+     (LLAMA, {"model_type": "rwkv"}, "model_type='rwkv' is not supported; accepted: a decoder"),
      (LLAMA, {"model_type": None}, "model_type is missing"),
      (LLAMA, {"sliding_window": 512}, "sliding_window=512"),
      (LLAMA, {"num_local_experts": 8

@@ -306,11 +306,11 @@ def test_a_format_that_is_not_known_is_refused_by_name(quantization, message):
 
 # ---- anything at any key ----
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=9)
-    | st.sampled_from([0, 1, -1, 2**24, 2**24 + 1, 2.0, "auto", "full_attention", "fp8", "*E-M"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner,
-                                                                max_size=3), max_leaves=8)
+ONE = (st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=9)
+       | st.sampled_from([0, 1, -1, 2**24, 2**24 + 1, 2.0, "auto", "full_attention", "fp8", "*M"]))
+MANY = st.lists(ONE, max_size=4) | st.dictionaries(st.text(max_size=9), ONE, max_size=3)
+JSON = ONE | MANY | st.lists(MANY, max_size=2) | st.dictionaries(st.text(max_size=9), MANY,
+                                                                 max_size=2)
 SEEDS = {name: as_file(tiny(name, MORE.get(name, [{}])[0])) for name in (
     "llama", "qwen2", "gemma4_text", "llama4_text", "glm_moe_dsa", "nemotron_h", "qwen3_next",
     "kimi_linear", "jamba", "granitemoehybrid", "falcon", "mpt", "gpt2", "mamba")}
@@ -327,6 +327,8 @@ KEYS = sorted({key for seed in SEEDS.values() for key in seed}
 @example("kimi_linear", {"linear_attn_config": {"full_attn_layers": [0]}})
 @example("llama", {"quantization_config": {"quant_method": ["fp8"]}})
 @example("llama", {"model_type": []})
+@example("gemma4_text", {"per_layer_config": {"5": 7}})
+@example("llama", {"layer_types": ["full_attention"], "num_nextn_predict_layers": "one"})
 def test_anything_at_any_key_is_a_shape_or_one_sentence(name, change):
     config = SEEDS[name] | change
     try:
@@ -334,5 +336,28 @@ def test_anything_at_any_key_is_a_shape_or_one_sentence(name, change):
         weights, kv = stated_formats(config, shape)
         assert isinstance(shape, ModelShape) and shape.parameters() > 0
         assert shape.stored_bytes(weights) > 0 and shape.kv_bytes(1, 9, kv) >= 0
+    except ValueError as error:
+        assert len(str(error)) < 5000 and "\n" not in str(error)
+
+
+QUANTIZATION = [
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["gate"]},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128, "lm_head": False},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False},
+    {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": [], "ignore": ["*a*"],
+     "kv_cache_scheme": {"num_bits": 8, "type": "float"}, "kv_cache_quant_algo": "FP8"},
+    {"quant_method": "modelopt", "quantized_layers": {"lm_head": {"quant_algo": "FP8"}}},
+    {"quant_method": "compressed-tensors", "config_groups": {"g": GROUP}}]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(QUANTIZATION), st.data())
+def test_anything_in_quantization_config_is_a_format_or_one_sentence(seed, data):
+    change = data.draw(st.dictionaries(st.sampled_from(sorted(seed)), JSON, max_size=2))
+    config = MOE | {"quantization_config": seed | change}
+    try:
+        shape = from_config(config)
+        weights, kv = stated_formats(config, shape)
+        assert 0 < shape.stored_bytes(weights) <= 4 * ALL and shape.kv_bytes(1, 9, kv) > 0
     except ValueError as error:
         assert len(str(error)) < 5000 and "\n" not in str(error)

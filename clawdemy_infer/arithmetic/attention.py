@@ -6,7 +6,6 @@ Jiang et al. 2023. A mixer passes information between tokens. This one and the t
     matrices()          weight matrices as (I, O)
     vectors()           numbers of norms, biases and the like
     window              tokens that a query sees, None for all
-    format              of what it keeps, "" for that of the cache
     kept(S)             numbers that a sequence of S tokens leaves in memory for the next step
     of_rows(run)        operations of a forward pass that ask only how many rows there are
     of_sequences(run)   those that ask whose row is whose: each row meets its own past
@@ -31,7 +30,7 @@ class Attention:
     Without `owns_kv` the layer projects and stores no keys and values but reads an earlier one's
     (cross-layer attention, Brandon et al. 2024). `sinks`: a learned logit a head (gpt-oss). `gate`:
     numbers of a head that weigh its output (Qiu et al. 2025). `one_kv`: a product makes K, and V is
-    a copy of it (Gemma 4)."""
+    a copy of it; `per_layer`: width of an input of the layer's own (both Gemma 4)."""
 
     D: int
     N: int
@@ -45,13 +44,14 @@ class Attention:
     biases: tuple[str, ...] = ()
     gate: int = 0
     one_kv: bool = False
-    format = ""
+    per_layer: int = 0
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Q, K, V and the gate are one product."""
         made = self.N + self._kv_heads // (2 if self.one_kv else 1)
+        own = {"per_layer": (self.D, 3 * self.per_layer)} if self.per_layer else {}
         return {"qkv": (self.D, made * self.H + self.N * self.gate),
-                "out": (self.N * self.H, self.D)}
+                "out": (self.N * self.H, self.D)} | own
 
     @property
     def _kv_heads(self) -> int:

@@ -47,7 +47,7 @@ class LatentAttention:
     H: int
     mla: MLA
     indexes: bool = False
-    window, format = None, ""
+    window = None
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         D, N, H, mla = self.D, self.N, self.H, self.mla

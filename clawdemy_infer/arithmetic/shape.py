@@ -25,7 +25,7 @@ BIASES = ("qkv", "out", "gate_up", "up", "down", "router", "head", "norm")
 class NoMixer:
     """In the place of a mixer, where a layer is a feed-forward part alone."""
 
-    window, format, matrices, vectors = None, "", staticmethod(dict), staticmethod(int)
+    window, matrices, vectors = None, staticmethod(dict), staticmethod(int)
     kept = staticmethod(lambda S: 0)
     of_rows = of_sequences = staticmethod(lambda run: [])
 
@@ -44,7 +44,7 @@ class Layer:
     norms: int
     norm_bias: bool
     parallel: bool
-    per_layer: int = 0
+    format: Format = ""         # of what the mixer keeps, "" for that of the cache
 
     @property
     def parts(self) -> int:
@@ -52,14 +52,12 @@ class Layer:
         return (self.mixer is not NO_MIXER) + (self.feed_forward is not None)
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        own = self.mixer.matrices() | (self.feed_forward.matrices() if self.feed_forward else {})
-        return own | ({"per_layer": (self.D, 3 * self.per_layer)} if self.per_layer else {})
+        return self.mixer.matrices() | (self.feed_forward.matrices() if self.feed_forward else {})
 
     def numbers(self, tokens: int | None = None) -> dict[str, float]:
         """What `tokens` tokens meet of it, None for all, by matrix; norms and biases: "vectors"."""
         feed = self.feed_forward.numbers(tokens) if self.feed_forward else {"vectors": 0}
-        own = {name: I * O for name, (I, O) in self.matrices().items()
-               if name in ("per_layer", *self.mixer.matrices())}
+        own = {name: I * O for name, (I, O) in self.mixer.matrices().items()}
         norms = self.norms * self.D * (2 if self.norm_bias else 1)
         return own | feed | {"vectors": self.mixer.vectors() + feed["vectors"] + norms}
 
@@ -68,13 +66,11 @@ class Layer:
 
     def held(self, context: int, kv: Format) -> float:
         """Bytes that a sequence leaves in memory for the next step."""
-        return self.mixer.kept(context) * element_bytes("kv", self.mixer.format or kv)
+        return self.mixer.kept(context) * element_bytes("kv", self.format or kv)
 
     def of_rows(self, run: Pass) -> list[Work]:
         """All but the mixer's `of_sequences`."""
         feed_forward = self.feed_forward.work(run) if self.feed_forward else []
-        if self.per_layer:
-            feed_forward.append(run.matmul("per_layer", self.D, 3 * self.per_layer))
         # A norm reads and writes the residual stream, a sum reads one array more: 3, or 4 with two.
         sums = 4 if self.parallel else 3 * self.parts
         norms = run.elementwise("norms", 2 * self.norms * run.tokens * self.D)
@@ -206,7 +202,7 @@ class ModelShape:
             mixer = Attention(self.D, self.N, *((K, H) if own else self.full),
                               self.window if kind == "local" else None, manner != "shared",
                               self.rope, self.qk_norm, self.sinks, self.biases, self.gate,
-                              self.one_kv and kind == "global")
+                              self.one_kv and kind == "global", self.per_layer)
         F = self.F * (2 if self.wide and manner == "shared" else 1)
         feed_forward = MLP(self.D, F, self.gated, self.biases) if F else None
         if has_experts:
@@ -214,7 +210,7 @@ class ModelShape:
         if manner == "alone" and kind != "mlp":
             feed_forward = None
         return Layer(self.D, mixer, feed_forward, self.norms, "norm" in self.biases, self.parallel,
-                     self.per_layer)
+                     self.ssm.format if kind == "ssm" else "")
 
     # ---- parameters and what they weigh ----
 

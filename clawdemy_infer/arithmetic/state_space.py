@@ -48,10 +48,6 @@ class StateSpace:
     ssm: SSM
     window = None
 
-    @property
-    def format(self) -> str:
-        return self.ssm.format
-
     def matrices(self) -> dict[str, tuple[int, int]]:
         """`in` makes the gate beside the channels, and for Mamba-2 B, C and dt too."""
         D, s = self.D, self.ssm

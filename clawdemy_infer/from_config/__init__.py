@@ -7,6 +7,7 @@ reads, besides the shape, what a decoder computes by. `catalog` has the shapes a
 `data/`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,17 @@ def from_config(config: Any, name: str = "") -> ModelShape:
     """
     # 1. The keys of the language model.
     keys, part = text_keys(*keys_of(config))
-    for architecture in keys.words("architectures"):
-        if not architecture.endswith(LANGUAGE_MODELS) and architecture not in (
-                families.family(keys.left["model_type"]).get("architectures", ())):
-            keys.refuse("architectures", architecture,
-                        f"a language model of its own, …{', …'.join(LANGUAGE_MODELS)}; "
-                        "this is a part or a draft of one")
-    keys.only(is_encoder_decoder=False)
 
     # 2. Its numbers, and what is left over.
     family, called = keys.take("model_type"), keys.left.get("_name_or_path")
     numbers, says = families.read(family, keys), families.family(family)
     keys.settle(says.get("harmless", ()),
                 f"no such key for {family}, since it may change what the model costs")
-    name = (name or str(called or family)) + ", text" * (part or "part" in says)
-    return ModelShape(name=name, source=keys.source, **numbers)
+    name = (name or keys.name(str(called or family))) + ", text" * (part or "part" in says)
+    try:
+        return ModelShape(name=name, source=keys.source, **numbers)
+    except ValueError as error:                         # numbers that do not go together
+        raise ValueError(f"{keys.source}: {error}") from None
 
 
 def stated_formats(config: Any, shape: ModelShape) -> tuple[Format, Format]:
@@ -83,7 +80,7 @@ def text_keys(config: dict[str, Any], source: str) -> tuple[Keys, bool]:
             text.left["tie_word_embeddings"] = config["tie_word_embeddings"]
         around = tables()["_around"]["words"].split()
         keys.drop(*(key for key in config if any(word in key for word in around)))
-        keys.only(is_encoder_decoder=False)
+        _check_architectures(keys, ())
         keys.settle((), "no such key beside a language model")
         keys = text
     family = keys.left.get("model_type")
@@ -92,4 +89,14 @@ def text_keys(config: dict[str, Any], source: str) -> tuple[Keys, bool]:
             keys.refuse("model_type", kind, f"a decoder that is counted here; this is {why}")
     if family not in FAMILIES:
         keys.refuse("model_type", keys.take("model_type"), ", ".join(FAMILIES))
+    _check_architectures(keys, families.family(family).get("architectures", ()))
     return keys, bool(inner)
+
+
+def _check_architectures(keys: Keys, more: Sequence[str]) -> None:
+    keys.only(is_encoder_decoder=False)
+    for architecture in keys.words("architectures"):
+        if not architecture.endswith(LANGUAGE_MODELS) and architecture not in more:
+            keys.refuse("architectures", architecture,
+                        f"a language model of its own, …{', …'.join(LANGUAGE_MODELS)}; "
+                        "this is a part or a draft of one")

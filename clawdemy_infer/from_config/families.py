@@ -38,6 +38,8 @@ class Names(dict):
 
     def __missing__(self, key: str) -> int | bool | None:
         usual, least = self.absent.get(key), int(key not in tables()["_harmless"]["zero"].split())
+        if self.keys.left.get(key) == "auto":
+            del self.keys.left[key]
         default = usual if self.keys.left.get(key) is None else None
         if isinstance(default, str) and default:
             default = self.formula(default)
@@ -66,11 +68,13 @@ def read(name: str, keys: Keys) -> dict:
     for key in says.get("lift", ()):
         keys.left |= {f"{key}.{inner}": value for inner, value in keys.inner(key).left.items()
                       if inner not in harmless()}
-    for own in keys.inner("per_layer_config").left.values():    # of the layers that see all
-        for key, value in (own if isinstance(own, dict) else {}).items():
-            keys.left[f".{key}"] = value
-            keys.rename(f".{key}", {"head_dim": "global_head_dim", "num_key_value_heads":
-                                    "num_global_key_value_heads"}.get(key, key))
+    layers = keys.inner("per_layer_config")
+    for layer in list(layers.left):                     # those that see all; they say the same
+        for key, value in layers.inner(layer).left.items():
+            keys.left["per_layer_config"] = value
+            keys.rename("per_layer_config", {
+                "head_dim": "global_head_dim",
+                "num_key_value_heads": "num_global_key_value_heads"}.get(key, key))
     for key, usual in says.get("says", {}).items():
         keys.rename(key, usual)
     if letters := keys.take("hybrid_override_pattern", ""):
@@ -78,7 +82,10 @@ def read(name: str, keys: Keys) -> dict:
             keys.refuse("hybrid_override_pattern", letters, f"letters of {' '.join(LETTERS)}")
         keys.left["layer_types"] = keys.left.get("layer_types") or [LETTERS[one] for one in letters]
     if isinstance(types := keys.left.get("layer_types"), list | tuple) and types:
-        keys.left.setdefault("num_hidden_layers", len(types))
+        L, drafts = (keys.left.setdefault("num_hidden_layers", len(types)),
+                     keys.left.get("num_nextn_predict_layers"))
+        if type(drafts) is int and len(types) - drafts == L:
+            keys.left["layer_types"] = types[:L]        # without those of draft layers
 
     # 2. Letters and other fields. What a missing head_dim means is D/N, if that is a whole number.
     names, numbers = Names(keys, says), {}
@@ -125,12 +132,16 @@ def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) 
     """`window` and `pattern`. What the file says layer by layer goes before what is usual; a window
     that no layer looks through is none."""
     usual, window = names.formula(says.get("usual", ["global"])), None
-    for key in ("sliding_window_pattern", "_sliding_window_pattern"):
-        per = keys.left.get(key)
-        if isinstance(per, str) and per and not set(per) - set("LG"):
-            usual = [{"L": "local", "G": "global"}[letter] for letter in keys.take(key)]
-        elif per is not None:
-            usual = ["local"] * min(L, keys.whole(key) - 1) + ["global"]
+    if "local" in str(says.get("usual")):
+        for key in ("sliding_window_pattern", "_sliding_window_pattern"):
+            per = keys.left.get(key)
+            if isinstance(per, str) and per and not set(per) - set("LG"):
+                usual = [{"L": "local", "G": "global"}[letter] for letter in keys.take(key)]
+            elif per is not None:
+                usual = ["local"] * min(L, keys.whole(key) - 1) + ["global"]
+        used = keys.flag("use_sliding_window", names.absent.get("use_sliding_window", True))
+        window = (names["sliding_window"] if "sliding_window" in names.absent
+                  else keys.whole("sliding_window", 0, least=0)) * used or None
     # Layers that are listed by number: those that attend, those whose positions turn.
     for key, base in (("attn_layer_indices", 0), ("full_attn_layers", 1)):
         if keys.left.get(key) and "ssm" in says:
@@ -140,13 +151,9 @@ def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) 
     if "chunked_attention" in says.get("layers", ()) and keys.left.get("no_rope_layers"):
         usual = ["local" if turned else "global"
                  for turned in keys.one_each("no_rope_layers", L, (0, 1))]
-    if "indexer_types" in keys.left and "mla" in says:
+    if "index" in says.get("mla", ()):
         kinds = keys.one_each("indexer_types", L, ("full", "shared"))
         shared = [i for i, kind in enumerate(kinds) if kind == "shared"]
-    if "local" in usual or "usual" in says and "L" in str(says["usual"]):
-        used = keys.flag("use_sliding_window", names.absent.get("use_sliding_window", True))
-        window = (names["sliding_window"] if "sliding_window" in names.absent
-                  else keys.whole("sliding_window", 0, least=0)) * used or None
     kinds = [usual[i % len(usual)] for i in range(L)]
     if not window:
         kinds = [kind.replace("local", "global") for kind in kinds]
@@ -154,7 +161,7 @@ def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) 
     said = [words[kind] for kind in keys.one_each("layer_types", L, tuple(words))] or kinds
     if said != kinds and (usual == ["local"] or not window and "local" in said):
         keys.refuse("layer_types", said, f"what agrees with a window of {window}")
-    if len(shared) and "local" in said:                 # Gemma 4's last layer sees all
+    if "full" in says["shape"]:                         # Gemma 4's last layer sees all
         said[-1] = "global"
     said = [f"{kind} shared" if i in shared else kind for i, kind in enumerate(said)]
     return {"window": window if any(kind.startswith("local") for kind in said) else None,
@@ -172,7 +179,7 @@ def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
 def _experts(keys: Keys, says: dict, names: Names, numbers: dict, sparse: list[bool]) -> dict:
     """The numbers with their experts, if there are any. Where no layer has a plain MLP, F is the
     experts' own width, and `moe` need not say it."""
-    L, least, first = numbers["L"], says.get("least", 1), says.get("first_dense", 0)
+    L = numbers["L"]
     said = {field: names.formula(formula) for field, formula in says.items()}
     plain = keys.indices("mlp_only_layers", L)
     types = keys.one_each("mlp_layer_types", L, ("dense", "sparse"))

@@ -61,7 +61,8 @@ def _groups(keys: Keys) -> tuple[list[Group], bool]:
     method, head = keys.take("quant_method", "modelopt"), keys.flag("lm_head", False)
     block = keys.take("weight_block_size", None) or []
     if method in ("fp8", "fbgemm_fp8"):
-        if block and (len(block) != 2 or not all(type(one) is int and one > 0 for one in block)):
+        if block and (not isinstance(block, list | tuple) or len(block) != 2
+                      or not all(type(one) is int and one > 0 for one in block)):
             keys.refuse("weight_block_size", block, "rows and columns of a block, above 0")
         scales = 4 / (block[0] * block[1]) if block else 0
         return [(["*"], 1 + scales, "fp8")], head
