@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.envelope.parallel import Layout, fits
 from clawdemy_infer.from_config import FAMILIES, from_config, keys, stated_formats
 
 COMMON = dict(
@@ -285,6 +286,26 @@ def test_a_stated_format_weighs_what_a_count_by_hand_does(quantization, stored, 
     weights, cache = stated_formats(config, shape)
     assert shape.parameters() == ALL
     assert (shape.stored_bytes(weights), cache) == (pytest.approx(stored), kv)
+
+
+def test_a_step_reads_each_part_in_its_own_format_and_devices_hold_it_so():
+    """One token meets 2 of the 4 experts, which lie in mxfp4; two devices hold a half each."""
+    shape = from_config(MOE)
+    mxfp4, _ = stated_formats(MOE | {"quantization_config": {"quant_method": "mxfp4"}}, shape)
+    saved = EXPERTS / 2 * (2 - 17 / 32)
+    assert shape.decode(1, 9).bytes - shape.decode(1, 9, weights=mxfp4).bytes == pytest.approx(saved)
+    assert shape.streamed_bytes() - shape.streamed_bytes(mxfp4) == pytest.approx(saved)
+    held = [fits(shape, Layout(pp=2), 1e9, 1, 9, weights).weight_bytes for weights in ("bf16", mxfp4)]
+    assert held[0] - held[1] == pytest.approx(EXPERTS / 2 * (2 - 17 / 32))
+
+
+def test_a_state_is_kept_in_the_format_that_the_file_says():
+    """Qwen3.5's mamba_ssm_dtype: the state in fp32, whatever format the cache of the rest has."""
+    config = SEEDS["qwen3_next"]
+    states = [from_config(config | more).state_bytes(kv) for more, kv in (
+        ({}, "bf16"), ({"mamba_ssm_dtype": "float32"}, "bf16"),
+        ({"mamba_ssm_dtype": "float32"}, "fp8"))]
+    assert states[1] == states[2] == 2 * states[0] > 0
 
 
 @pytest.mark.parametrize("quantization, message", [

@@ -69,8 +69,10 @@ def _groups(keys: Keys) -> tuple[list[Group], bool]:
     if method == "mxfp4":
         return [(["*experts*"], _bytes(4, 8, 32), "mxfp4")], head
     if method in ("gptq", "awq"):
-        bits, group = (keys.whole(a, keys.whole(b, usual), most=most) for a, b, usual, most in (
-            ("bits", "w_bit", 4, 8), ("group_size", "q_group_size", 128, 2**16)))
+        keys.rename("w_bit", "bits")
+        keys.rename("q_group_size", "group_size")
+        keys.left.setdefault("group_size", 128)
+        bits, group = keys.whole("bits", 4, most=8), _group_size(keys)
         return [(["*"], _bytes(bits, 16 + bits, group), f"{method} int{bits}")], head
     if method == "bitsandbytes":
         four = any([keys.flag("load_in_4bit", False), keys.flag("_load_in_4bit", False)])
@@ -106,13 +108,18 @@ def _group(keys: Keys) -> Group:
     bits, kind = weights.whole("num_bits", most=16), weights.take("type", "int")
     if kind not in ("int", "float"):
         weights.refuse("type", kind, "int, float")
-    group = weights.take("group_size", None)
-    group = 0 if group in (None, -1) else Keys({"group_size": group}, weights.source).whole(
-        "group_size")
+    group = _group_size(weights)
     name = {(4, 16): "nvfp4", (4, 32): "mxfp4"}.get((bits, group), f"fp{bits}")
     targets = ["*" if name == "Linear" else name for name in keys.words("targets") or ["Linear"]]
     return (targets, _bytes(bits, 8 if kind == "float" else 16, group),
             name if kind == "float" else f"int{bits}")
+
+
+def _group_size(keys: Keys) -> int:
+    """Weights that share a scale; 0 where -1 or nothing says that a whole row does."""
+    if keys.left.get("group_size") == -1:
+        keys.drop("group_size")
+    return keys.whole("group_size", 0, least=0)
 
 
 def _bytes(bits: int, scale: int, group: int) -> float:
