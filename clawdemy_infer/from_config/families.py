@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from clawdemy_infer.arithmetic import MLA, SSM, MoE
-from clawdemy_infer.from_config.keys import Keys, harmless, tables
+from clawdemy_infer.from_config.keys import Keys, tables
 
 MAX_LAYERS = 1000
 WORDS = {"full_attention": "global", "sliding_attention": "local"}
@@ -66,8 +66,9 @@ def read(name: str, keys: Keys) -> dict:
     # 1. The keys under their usual names.
     says = family(name)
     for key in says.get("lift", ()):
-        keys.left |= {f"{key}.{inner}": value for inner, value in keys.inner(key).left.items()
-                      if inner not in harmless()}
+        lifted = keys.inner(key)
+        lifted.drop(*" ".join(tables()["_harmless"].values()).split())
+        keys.left |= {f"{key}.{inner}": value for inner, value in lifted.left.items()}
     layers = keys.inner("per_layer_config")
     for layer in list(layers.left):                     # those that see all; they say the same
         for key, value in layers.inner(layer).left.items():
@@ -122,9 +123,8 @@ def read(name: str, keys: Keys) -> dict:
     if "float32" in [keys.left.get(f"mamba_ssm_{what}") for what in ("dtype", "cache_dtype")]:
         numbers |= {"ssm": replace(numbers["ssm"], format="fp32")} if "ssm" in numbers else {}
     if "experts" in says:
-        words = types if isinstance(types, list | tuple) and "moe" in says.get("layers", ()) else ()
-        numbers = _experts(keys, says["experts"], names, numbers,
-                           [word == "moe" for word in words])
+        sparse = [word == "moe" for word in types or ()] if "moe" in says.get("layers", ()) else []
+        numbers = _experts(keys, says["experts"], names, numbers, sparse)
     return numbers
 
 

@@ -31,11 +31,6 @@ def tables() -> dict[str, dict]:
     return tomllib.loads(files("clawdemy_data").joinpath("families.toml").read_text("utf-8"))
 
 
-@cache
-def harmless() -> frozenset[str]:
-    return frozenset(" ".join(tables()["_harmless"].values()).split())
-
-
 def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in the regular file `path` of at most `limit` bytes. A key may stand twice if
     both say the same. ValueError in one line naming the path, for anything else; FileNotFoundError
