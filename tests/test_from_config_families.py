@@ -138,6 +138,17 @@ PUBLISHED = {
         "model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "hidden_size": 4096,
         "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32,
         "model_max_length": 4096, "vocab_size": 125696, "tie_word_embeddings": False}),
+    "Qwen/Qwen-7B, 7,721,324,544 weights": (7_721_324_544, {
+        "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "hidden_size": 4096,
+        "intermediate_size": 22016, "kv_channels": 128, "num_attention_heads": 32, "no_bias": True,
+        "num_hidden_layers": 32, "seq_length": 8192, "vocab_size": 151936, "rotary_pct": 1.0,
+        "tie_word_embeddings": False}),
+    "inclusionAI/Ling-flash-2.0, 100 billion": (103e9, {
+        "model_type": "bailing_moe", "hidden_size": 4096, "intermediate_size": 9216,
+        "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 256,
+        "num_hidden_layers": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
+        "num_shared_experts": 1, "first_k_dense_replace": 1, "vocab_size": 157184,
+        "max_position_embeddings": 32768, "use_qk_norm": True, "use_bias": False}),
     "IEITYuan/Yuan2-2B, 2.1 billion": (2.1e9, {
         "model_type": "yuan", "architectures": ["YuanForCausalLM"], "hidden_size": 2048,
         "intermediate_size": 8192, "num_attention_heads": 32, "num_hidden_layers": 24,
