@@ -116,12 +116,12 @@ class Experts:
                 | {f"shared {name}": size for name, size in apart.items()})
 
     def numbers(self, tokens: int | None = None) -> dict[str, float]:
-        moe, shared = self.moe, self.shared.numbers() if self.shared else {"vectors": 0}
+        moe, shared = self.moe, self.shared.numbers() if self.shared else {}
         read = moe.experts if tokens is None else moe.touched(tokens)
         found = {name: I * O for name, (I, O) in self.common.items()}
-        found |= {f"expert {name}": read * count for name, count in self.expert.numbers().items()}
-        vectors = found.pop("expert vectors") + shared.pop("vectors")
-        vectors += self.D * moe.shared_gate + moe.experts * ("router" in self.biases)
+        found |= {"vectors expert" if name == "vectors" else f"expert {name}": read * count
+                  for name, count in self.expert.numbers().items()}
+        vectors = self.D * moe.shared_gate + moe.experts * ("router" in self.biases)
         return found | {f"shared {name}": n for name, n in shared.items()} | {"vectors": vectors}
 
     def work(self, run: Pass) -> list[Work]:

@@ -80,16 +80,13 @@ class LatentAttention:
         forms = ([self._absorbed, self._naive] if run.absorbed is None
                  else [self._absorbed if run.absorbed else self._naive])
         best = min((form(run) for form in forms), key=lambda ops: sum(op.flops for op in ops))
-        return [*self._chooses(run), *best]
-
-    def _chooses(self, run: Pass) -> list[Work]:
-        """Scores of every earlier token's index, read once for all the heads."""
         if not self.indexes:
-            return []
+            return best
+        # Scores of every earlier token's index, read once for all the heads.
         heads, width = self.mla.index_heads, self.mla.index
         flops = 2 * run.B * heads * width * visible_pairs(run.T, run.S, None)
         moved = run.B * run.S * width * element_bytes("kv", run.kv)
-        return [Work(flops, moved, "index", run.activations, "attention", run.T * heads)]
+        return [Work(flops, moved, "index", run.activations, "attention", run.T * heads), *best]
 
     def _naive(self, run: Pass) -> list[Work]:
         """kv_b over all S tokens, then attention with N KV heads, which reads once what kv_b wrote,

@@ -115,12 +115,8 @@ def fits(shape: ModelShape, layout: Layout, memory: float, batch: int, context: 
 
 def _held(layer: Layer, ep: int) -> dict[str, float]:
     """Numbers of a layer on one device: all of it but the experts that live elsewhere."""
-    here, feed = layer.numbers(), layer.feed_forward
-    if isinstance(feed, Experts):
-        away = feed.moe.experts - feed.moe.experts // ep
-        for name, count in feed.expert.numbers().items():
-            here[name if name == "vectors" else f"expert {name}"] -= away * count
-    return here
+    return {name: count // ep if "expert" in name.split() else count
+            for name, count in layer.numbers().items()}
 
 
 def all_reduce_s(bytes: float, devices: int, link: Link) -> float:
