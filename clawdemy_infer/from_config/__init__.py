@@ -2,9 +2,9 @@
 `transformers` config object.
 
 The files in reading order: `keys` reads JSON and asks for each key once; `families` makes numbers
-of them, by the tables of data/families.toml; `special` has what a table cannot say. `decoder`
-reads, besides the shape, what a decoder computes by. `catalog` has the shapes and machines of
-`data/`.
+of them, by the tables of data/families.toml; `formats` reads what a file says of weights and cache.
+`decoder` reads, besides the shape, what a decoder computes by. `catalog` has the shapes and
+machines of `data/`.
 """
 
 from collections.abc import Sequence
