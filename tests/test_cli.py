@@ -322,6 +322,30 @@ def test_a_config_file_is_a_model(run, tmp_path):
     assert refused.code in (1, 2) and refused.err.count("\n") == 1 and "unheard of" in refused.err
 
 
+def test_the_formats_of_a_config_file_are_taken_and_said_unless_an_option_says_otherwise(
+        run, tmp_path):
+    """gpt-oss-20b, of which its authors say 12.8 GiB: experts in mxfp4, all else in bf16."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({
+        "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 24,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
+        "vocab_size": 201088, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
+        "quantization_config": {"quant_method": "mxfp4", "kv_cache_quant_algo": "FP8"}}))
+    asked = ["napkin", "--model", path, "--machine", "h100-sxm"]
+    card = json.loads(run(*asked, "--json").out)
+    assert (card["weights"], card["kv"], card["activations"]) == ("mxfp4", "fp8", "bf16")
+    assert card["weight_bytes"] / 2**30 == pytest.approx(12.8, abs=0.05)
+    assert card["weights_of_parts"] == {"expert": 4.25 / 8}
+    assert "Formats as the file says: expert 0.5312 B a weight" in run(*asked).out
+    asked = [*asked, "--weights", "int8", "--kv", "bf16", "--json"]
+    card = json.loads(run(*asked).out)
+    assert (card["weights"], card["kv"], card["weights_of_parts"]) == ("int8", "bf16", {})
+    path.write_text(path.read_text().replace("mxfp4", "quip"))
+    refused = run(*asked[:5])
+    assert refused.code in (1, 2) and "quant_method='quip' is not supported" in refused.err
+
+
 def test_a_window_keeps_no_more_than_itself(run):
     out = run("napkin", "--model", "mistral-7b", "--machine", "h100-sxm", "--context", 10000).out
     assert "× 4,096 × 1" in out

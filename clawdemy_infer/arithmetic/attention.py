@@ -4,7 +4,7 @@ Vaswani et al. 2017; MQA: Shazeer 2019; GQA: Ainslie et al. 2023; windows: Belta
 Jiang et al. 2023. A mixer passes information between tokens. This one and the two after it have:
 
     matrices()          weight matrices as (I, O)
-    parameters()        those and the vectors
+    vectors()           numbers of norms, biases and the like
     window              tokens that a query sees, None for all
     kept(S)             numbers that a sequence of S tokens leaves in memory for the next step
     of_rows(run)        operations of a forward pass that ask only how many rows there are
@@ -28,7 +28,9 @@ class Attention:
     """N query heads, K KV heads, H numbers in each. `window` in tokens, None to see everything.
 
     Without `owns_kv` the layer projects and stores no keys and values but reads an earlier one's
-    (cross-layer attention, Brandon et al. 2024). `sinks`: a learned logit a head (gpt-oss)."""
+    (cross-layer attention, Brandon et al. 2024). `sinks`: a learned logit a head (gpt-oss). `gate`:
+    numbers of a head that weigh its output (Qiu et al. 2025). `one_kv`: a product makes K, and V is
+    a copy of it; `per_layer`: width of an input of the layer's own (both Gemma 4)."""
 
     D: int
     N: int
@@ -40,21 +42,25 @@ class Attention:
     qk_norm: bool = False
     sinks: bool = False
     biases: tuple[str, ...] = ()
+    gate: int = 0
+    one_kv: bool = False
+    per_layer: int = 0
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Q, K, V are one product."""
-        return {"qkv": (self.D, (self.N + self._kv_heads) * self.H),
-                "out": (self.N * self.H, self.D)}
+        """Q, K, V and the gate are one product."""
+        made = self.N + self._kv_heads // (2 if self.one_kv else 1)
+        own = {"per_layer": (self.D, 3 * self.per_layer)} if self.per_layer else {}
+        return {"qkv": (self.D, made * self.H + self.N * self.gate),
+                "out": (self.N * self.H, self.D)} | own
 
     @property
     def _kv_heads(self) -> int:
         return 2 * self.K if self.owns_kv else 0
 
-    def parameters(self) -> int:
-        matrices = self.matrices()
-        biases = sum(O for name, (_, O) in matrices.items() if name in self.biases)
+    def vectors(self) -> int:
+        biases = sum(O for name, (_, O) in self.matrices().items() if name in self.biases)
         norms = self.qk_norm * (2 if self.owns_kv else 1) * self.H
-        return sum(I * O for I, O in matrices.values()) + biases + norms + self.sinks * self.N
+        return biases + norms + self.sinks * self.N
 
     def kept(self, S: int) -> int:
         """K and V of each KV head (not query head) and token that the next one can still see."""

@@ -23,39 +23,50 @@ from clawdemy_infer.arithmetic.work import Pass, Work, element_bytes, matmul
 @dataclass(frozen=True)
 class MLA:
     """Widths: `latent` and `rope` rotated numbers are kept for all heads, `value` is a head's
-    output. `q_latent`: queries come through a bottleneck of this width, None if straight from D."""
+    output. `q_latent`: queries come through a bottleneck of this width, None if straight from D.
+
+    Sparse attention (DeepSeek-V3.2, 2025): `index_heads` cheap heads of `index` numbers, whose keys
+    are kept too, choose the `chosen` tokens that the others attend to."""
 
     latent: int
     rope: int
     value: int
     q_latent: int | None = None
+    index_heads: int = 0
+    index: int = 0
+    chosen: int = 0
 
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """N heads whose queries and keys have H numbers, of which the last `mla.rope` are rotated."""
+    """N heads whose queries and keys have H numbers, of which the last `mla.rope` are rotated.
+    Without `indexes` it takes the tokens that a layer before it chose."""
 
     D: int
     N: int
     H: int
     mla: MLA
+    indexes: bool = False
     window = None
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         D, N, H, mla = self.D, self.N, self.H, self.mla
         q = ({"q_a": (D, mla.q_latent), "q_b": (mla.q_latent, N * H)} if mla.q_latent
              else {"q": (D, N * H)})
+        if self.indexes:
+            q |= {"index_q": (mla.q_latent or D, mla.index_heads * mla.index),
+                  "index": (D, mla.index + mla.index_heads)}
         return q | {"kv_a": (D, mla.latent + mla.rope),
                     "kv_b": (mla.latent, N * (H - mla.rope + mla.value)),
                     "out": (N * mla.value, D)}
 
-    def parameters(self) -> int:
-        norms = self.mla.latent + (self.mla.q_latent or 0)
-        return sum(I * O for I, O in self.matrices().values()) + norms
+    def vectors(self) -> int:
+        return self.mla.latent + (self.mla.q_latent or 0) + 2 * self.mla.index * self.indexes
 
     def kept(self, S: int) -> int:
-        """Latent and rotated part, once for all heads; values are made from the latent."""
-        return (self.mla.latent + self.mla.rope) * S
+        """Latent and rotated part, once for all heads; values are made from the latent. And the
+        keys of the index."""
+        return (self.mla.latent + self.mla.rope + self.mla.index * self.indexes) * S
 
     def of_rows(self, run: Pass) -> list[Work]:
         products = [run.matmul(name, I, O)
@@ -65,11 +76,17 @@ class LatentAttention:
 
     def of_sequences(self, run: Pass) -> list[Work]:
         """What lies between the queries and the output matrix, kv_b included, in the form that
-        `run.absorbed` says; for None, the one with fewer FLOPs."""
-        if run.absorbed is None:
-            return min(self._absorbed(run), self._naive(run),
-                       key=lambda form: sum(op.flops for op in form))
-        return self._absorbed(run) if run.absorbed else self._naive(run)
+        `run.absorbed` says; for None, the one with fewer FLOPs. Before it, the index."""
+        forms = ([self._absorbed, self._naive] if run.absorbed is None
+                 else [self._absorbed if run.absorbed else self._naive])
+        best = min((form(run) for form in forms), key=lambda ops: sum(op.flops for op in ops))
+        if not self.indexes:
+            return best
+        # Scores of every earlier token's index, read once for all the heads.
+        heads, width = self.mla.index_heads, self.mla.index
+        flops = 2 * run.B * heads * width * visible_pairs(run.T, run.S, None)
+        moved = run.B * run.S * width * element_bytes("kv", run.kv)
+        return [Work(flops, moved, "index", run.activations, "attention", run.T * heads), *best]
 
     def _naive(self, run: Pass) -> list[Work]:
         """kv_b over all S tokens, then attention with N KV heads, which reads once what kv_b wrote,
@@ -86,7 +103,8 @@ class LatentAttention:
         """Two small products a head instead of kv_b; the latents are keys and values at once."""
         latent, rope = self.mla.latent, self.mla.rope
         readers, rows = (1, run.T * self.N) if run.shared else (self.N, run.T)
-        read = run.B * run.S * readers * (latent + rope) * element_bytes("kv", run.kv)
+        seen = min(run.S, run.T * self.mla.chosen) if self.mla.chosen else run.S
+        read = run.B * seen * readers * (latent + rope) * element_bytes("kv", run.kv)
         return [run.matmul("absorb_k", self.H - rope, latent) * self.N,
                 self._attention(run, read, latent + rope, latent, rows),
                 run.matmul("absorb_v", latent, self.mla.value) * self.N]
@@ -95,6 +113,6 @@ class LatentAttention:
         """Scores of `key` numbers and sums of `value` for each head and visible pair; `read` bytes
         of keys and values."""
         width = self.N * (key + value)                          # of Q and the output together
-        flops = 2 * run.B * width * visible_pairs(run.T, run.S, None)
+        flops = 2 * run.B * width * visible_pairs(run.T, run.S, self.mla.chosen or None)
         q_and_o = run.tokens * width * element_bytes("activations", run.activations)
         return Work(flops, read + q_and_o, "attention", run.activations, "attention", rows)

@@ -8,16 +8,29 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from clawdemy_infer.arithmetic.attention import Attention
-from clawdemy_infer.arithmetic.feed_forward import MLP, Experts, MoE
+from clawdemy_infer.arithmetic.feed_forward import MLP, Experts, MoE, weigh
 from clawdemy_infer.arithmetic.latent import MLA, LatentAttention
 from clawdemy_infer.arithmetic.state_space import SSM, StateSpace
 from clawdemy_infer.arithmetic.work import Format, Pass, Work, at_least_1, element_bytes, total
 
-KINDS = ("global", "local", "global shared", "local shared", "ssm")
-"""Mixers: attention to all or through a window, with its own cache or an earlier one's; a state."""
+KINDS = ("global", "local", "global shared", "local shared", "ssm", "global alone", "ssm alone",
+         "mlp alone")
+"""Mixers: attention to all or through a window, with its own cache (of sparse latent attention, its
+own index) or an earlier one's; a state. Alone: a layer without a feed-forward part, or only it."""
 
 BIASES = ("qkv", "out", "gate_up", "up", "down", "router", "head", "norm")
 """Matrices that may add a bias to their outputs, and the norms."""
+
+
+class NoMixer:
+    """In the place of a mixer, where a layer is a feed-forward part alone."""
+
+    window, matrices, vectors = None, staticmethod(dict), staticmethod(int)
+    kept = staticmethod(lambda S: 0)
+    of_rows = of_sequences = staticmethod(lambda run: [])
+
+
+NO_MIXER = NoMixer()
 
 
 @dataclass(frozen=True)
@@ -26,25 +39,40 @@ class Layer:
     layer both parts read the same input, and one sum adds both (Wang and Komatsuzaki 2021)."""
 
     D: int
-    mixer: Attention | LatentAttention | StateSpace
+    mixer: Attention | LatentAttention | StateSpace | NoMixer
     feed_forward: MLP | Experts | None
     norms: int
     norm_bias: bool
     parallel: bool
+    format: Format = ""         # of what the mixer keeps, "" for that of the cache
+
+    @property
+    def parts(self) -> int:
+        """Of mixer and feed-forward part, those that it has."""
+        return (self.mixer is not NO_MIXER) + (self.feed_forward is not None)
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         return self.mixer.matrices() | (self.feed_forward.matrices() if self.feed_forward else {})
 
-    def parameters(self, tokens: int | None = None) -> float:
+    def numbers(self, tokens: int | None = None) -> dict[str, float]:
+        """What `tokens` tokens meet of it, None for all, by matrix; norms and biases: "vectors"."""
+        feed = self.feed_forward.numbers(tokens) if self.feed_forward else {"vectors": 0}
+        own = {name: I * O for name, (I, O) in self.mixer.matrices().items()}
         norms = self.norms * self.D * (2 if self.norm_bias else 1)
-        feed_forward = self.feed_forward.parameters(tokens) if self.feed_forward else 0
-        return self.mixer.parameters() + feed_forward + norms
+        return own | feed | {"vectors": self.mixer.vectors() + feed["vectors"] + norms}
+
+    def parameters(self) -> int:
+        return sum(self.numbers().values())
+
+    def held(self, context: int, kv: Format) -> float:
+        """Bytes that a sequence leaves in memory for the next step."""
+        return self.mixer.kept(context) * element_bytes("kv", self.format or kv)
 
     def of_rows(self, run: Pass) -> list[Work]:
         """All but the mixer's `of_sequences`."""
         feed_forward = self.feed_forward.work(run) if self.feed_forward else []
         # A norm reads and writes the residual stream, a sum reads one array more: 3, or 4 with two.
-        sums = 4 if self.parallel else 3 * (2 if self.feed_forward else 1)
+        sums = 4 if self.parallel else 3 * self.parts
         norms = run.elementwise("norms", 2 * self.norms * run.tokens * self.D)
         residual = run.elementwise("residual", sums * run.tokens * self.D)
         return [*self.mixer.of_rows(run), *feed_forward, norms, residual]
@@ -89,6 +117,12 @@ class ModelShape:
     rope        whether positions are rotations; else `positions` rows of a learned table, or none
     biases      what adds one, of `BIASES`
     sinks       a learned logit for each query head
+    gate        numbers of a query head that weigh its output
+    full        K and H of the layers without a window, where theirs are others
+    one_kv      there a product makes K, and V is a copy of it
+    wide        twice the width F in the layers that use another's cache
+    per_layer   width of the input that each layer has of its own, from a table of its own
+    extra       numbers beside all these: norms of an unusual width, scales
     """
 
     name: str
@@ -115,13 +149,19 @@ class ModelShape:
     positions: int = 0
     biases: tuple[str, ...] = ()
     sinks: bool = False
+    gate: int = 0
+    full: tuple[int, ...] = ()
+    one_kv: bool = False
+    wide: bool = False
+    per_layer: int = 0
+    extra: int = 0
 
     def __post_init__(self) -> None:
         kinds = set(self.kinds)
         for name, given, known in (("pattern", kinds, KINDS), ("biases", self.biases, BIASES)):
             if unknown := set(given) - set(known):
                 raise ValueError(f"{name}={sorted(unknown)[0]!r}: accepted are {', '.join(known)}")
-        if "ssm" in kinds and not self.ssm:
+        if kinds & {"ssm", "ssm alone"} and not self.ssm:
             raise ValueError("pattern='ssm' needs the numbers of `ssm`")
         if (self.window is not None) != any(kind.startswith("local") for kind in kinds):
             raise ValueError(f"window={self.window}: layers of the pattern are local if and only "
@@ -149,63 +189,88 @@ class ModelShape:
         return tuple(Counter(self.layers).items())
 
     def _layer(self, kind: str, has_experts: bool) -> Layer:
+        kind, _, manner = kind.partition(" ")
         if kind == "ssm":
             mixer = StateSpace(self.D, self.ssm)
+        elif kind == "mlp":
+            mixer = NO_MIXER
         elif self.mla:
-            mixer = LatentAttention(self.D, self.N, self.H, self.mla)
+            mixer = LatentAttention(self.D, self.N, self.H, self.mla,
+                                    bool(self.mla.index) and manner != "shared")
         else:
-            window = self.window if kind.startswith("local") else None
-            mixer = Attention(self.D, self.N, self.K, self.H, window, "shared" not in kind,
-                              self.rope, self.qk_norm, self.sinks, self.biases)
-        feed_forward = MLP(self.D, self.F, self.gated, self.biases) if self.F else None
+            (K, H), own = (self.K, self.H), kind == "local" or not self.full
+            mixer = Attention(self.D, self.N, *((K, H) if own else self.full),
+                              self.window if kind == "local" else None, manner != "shared",
+                              self.rope, self.qk_norm, self.sinks, self.biases, self.gate,
+                              self.one_kv and kind == "global", self.per_layer)
+        F = self.F * (2 if self.wide and manner == "shared" else 1)
+        feed_forward = MLP(self.D, F, self.gated, self.biases) if F else None
         if has_experts:
-            feed_forward = Experts(self.D, self.moe.F or self.F, self.moe, self.biases)
-        return Layer(self.D, mixer, feed_forward, self.norms, "norm" in self.biases, self.parallel)
+            feed_forward = Experts(self.D, self.moe.F or self.F, self.moe, self.biases, self.gated)
+        if manner == "alone" and kind != "mlp":
+            feed_forward = None
+        return Layer(self.D, mixer, feed_forward, self.norms, "norm" in self.biases, self.parallel,
+                     self.ssm.format if kind == "ssm" else "")
 
     # ---- parameters and what they weigh ----
 
     def parameters(self) -> int:
         """Every stored number: embedding, layers, final norm, and the head where it is not tied."""
-        tables = self.V * self.D * (1 if self.tied else 2) + self.positions * self.D
-        return tables + self._met_by()
+        return sum(self.numbers().values()) + self.gathered
 
     def active_parameters(self) -> int:
         """Those without the experts that a token is not sent to (Jiang et al. 2024)."""
-        return self.parameters() - self._met_by() + round(self._met_by(tokens=1))
+        return round(sum(self.numbers(tokens=1).values())) + self.gathered
 
     def matrix_parameters(self) -> int:
         """w: numbers that a token meets in the layers' matrices, two FLOPs each; not the head's."""
         return sum(count * I * O for layer, count in self.groups
                    for I, O in layer.matrices().values())
 
-    def _met_by(self, tokens: int | None = None) -> float:
-        """Numbers that `tokens` tokens meet in the layers, the final norm and the head's bias."""
-        ends = self.D * (2 if "norm" in self.biases else 1) + self.V * ("head" in self.biases)
-        return sum(count * layer.parameters(tokens) for layer, count in self.groups) + ends
+    @property
+    def gathered(self) -> int:
+        """Numbers of the tables of which a step takes B*T rows, and not all: what is no head."""
+        return (0 if self.tied else self.V * self.D) + self.positions * self.D + (
+            self.L * self.V * self.per_layer)
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """Numbers of what follows the layers, by matrix."""
+        norm = self.D * (2 if "norm" in self.biases else 1)
+        return {"head": self.V * self.D,
+                "vectors": norm + self.V * ("head" in self.biases) + self.extra}
+
+    def numbers(self, tokens: int | None = None) -> dict[str, float]:
+        """Numbers that `tokens` tokens meet, None for all, by matrix: those of the layers, "head"
+        (or the table that it is tied to), "vectors". Not `gathered`."""
+        found = Counter(self.ends)
+        for layer, count in self.groups:
+            found.update({name: count * n for name, n in layer.numbers(tokens).items()})
+        return dict(found)
 
     def stored_bytes(self, weights: Format = "bf16") -> float:
         """Bytes the weights occupy in memory."""
-        return self.parameters() * element_bytes("weights", weights)
+        return weigh(self.numbers() | {"embedding": self.gathered}, weights)
 
     def streamed_bytes(self, weights: Format = "bf16", tokens: int = 1) -> float:
         """Weight bytes that a pass over `tokens` tokens must read: not the tables from which it
         gathers rows, nor the experts that none of the tokens goes to."""
         at_least_1(tokens=tokens)
-        return (self._met_by(tokens) + self.V * self.D) * element_bytes("weights", weights)
+        return weigh(self.numbers(tokens), weights)
 
     # ---- the KV cache, the states, and whether they fit ----
 
     def kv_bytes_per_token(self, kv: Format = "bf16") -> float:
         """Bytes that a token adds while windows have room: 2·L·K·H numbers in plain attention."""
-        return (self._kept(1) - self._kept(0)) * element_bytes("kv", kv)
+        return self._held(1, kv) - self._held(0, kv)
 
     def state_bytes(self, kv: Format = "bf16") -> float:
         """Bytes of a sequence's state-space layers, whatever its context."""
-        return self._kept(0) * element_bytes("kv", kv)
+        return self._held(0, kv)
 
     def kv_bytes(self, batch: int, context: int, kv: Format = "bf16") -> float:
         """Bytes of the KV cache and the states of `batch` sequences of `context` tokens."""
-        return batch * self._kept(context) * element_bytes("kv", kv)
+        return batch * self._held(context, kv)
 
     def fits(self, memory: float, batch: int, context: int, weights: Format = "bf16",
              kv: Format = "bf16") -> Capacity:
@@ -214,8 +279,8 @@ class ModelShape:
         held = self.kv_bytes(batch, context, kv)
         return Capacity(memory, self.stored_bytes(weights), held, batch)
 
-    def _kept(self, context: int) -> int:
-        return sum(count * layer.mixer.kept(context) for layer, count in self.groups)
+    def _held(self, context: int, kv: Format) -> float:
+        return sum(count * layer.held(context, kv) for layer, count in self.groups)
 
     # ---- work ----
 

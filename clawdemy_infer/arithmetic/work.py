@@ -18,8 +18,25 @@ BYTES = {
 }
 """Bytes per element, for plain integers without scales, which are the method's choice."""
 
-Format = str | float
+
+class Mixed(NamedTuple):
+    """A format `name` that some weights have: `parts` by the first word of a matrix's name, `rest`
+    for all others."""
+
+    name: str
+    rest: "Format"
+    parts: tuple[tuple[str, "Format"], ...] = ()
+
+
+Format = str | float | Mixed
 """A name in `BYTES`, or bytes per element: int4 with a 16-bit scale for 128 weights is 0.515625."""
+
+
+def format_of(format: Format, matrix: str) -> Format:
+    """The format of one matrix, or of the "vectors"."""
+    if isinstance(format, Mixed):
+        return dict(format.parts).get(matrix.partition(" ")[0], format.rest)
+    return format
 
 
 def element_bytes(name: str, format: Format) -> float:
@@ -91,7 +108,7 @@ def matmul(M: float, I: int, O: int, name: str = "matmul", weights: Format = "fp
     """X[M, I] @ W[I, O] -> Y[M, O], each read or written once. With 2-byte weights the intensity
     tends to M FLOPs per byte as I and O grow. Raises ValueError for sizes below 1."""
     at_least_1(M=M, I=I, O=O)
-    w, x_and_y = I * O, M * I + M * O
+    w, x_and_y, weights = I * O, M * I + M * O, format_of(weights, name)
     moved = w * element_bytes("weights", weights) + x_and_y * element_bytes("activations",
                                                                             activations)
     return Work(2 * M * I * O, moved, name, activations, "gemm", M, weights=weights, numbers=w)

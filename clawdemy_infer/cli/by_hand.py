@@ -27,6 +27,10 @@ def card_blocks(c: dict, shape: ModelShape) -> list[Table | str]:
         f"prompt T = {T:,}; weights {c['weights']}, KV {c['kv']}\n"
         f"{letters}{experts}; P = {c['parameters']:,} parameters; "
         f"a token meets w{formula} = {shape.matrix_parameters():,} in matrices"]
+    if parts := c["weights_of_parts"]:
+        own = {name.partition(" ")[0] for name in shape.numbers()}
+        said = ", ".join(f"{part} {parts[part]:.4g} B" for part in parts if part in own)
+        blocks.append(f"Formats as the file says: {said} a weight, all else as without a method.")
     if shape.max_context and max(S, T) > shape.max_context:
         blocks.append(f"Note: this model was made for contexts of up to {shape.max_context:,} "
                       "tokens.")

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from clawdemy_infer.arithmetic import BYTES, ModelShape
+from clawdemy_infer.arithmetic import BYTES, Format, ModelShape
 from clawdemy_infer.cli.arguments import Args, checked, command, count, idle, option, there, tokens
 from clawdemy_infer.cli.by_hand import card_blocks, ways
 from clawdemy_infer.cli.output import answer, table_of
 from clawdemy_infer.envelope.napkin import card, sweep
 from clawdemy_infer.envelope.parallel import Layout
 from clawdemy_infer.envelope.roofline import Machine
-from clawdemy_infer.from_config import catalog, from_config
+from clawdemy_infer.from_config import catalog, from_config, stated_formats
 from clawdemy_infer.lesson.tables import Table
 
 
@@ -31,8 +31,9 @@ def add(subparsers) -> None:
     option(c, "--batch B", "sequences", count, 1)
     option(c, "--context S", "tokens a sequence holds at the decode step", tokens, 1024)
     option(c, "--prompt T", "tokens of the prompt (default: the context)", tokens)
-    option(c, "--weights F", f"of the weights: {', '.join(BYTES)}", tuple(BYTES), "bf16")
-    option(c, "--kv F", "of the KV cache, one of the same", tuple(BYTES), "bf16")
+    option(c, "--weights F", f"of the weights: {', '.join(BYTES)} (default: as the file of the "
+           "model says, else bf16)", tuple(BYTES))
+    option(c, "--kv F", "of the KV cache, one of the same, with the same default", tuple(BYTES))
     option(c, "--activations", "computed in (default: as the weights, or bf16 for fewer bits)",
            ("fp32", "bf16", "fp16", "fp8", "int8"))
     option(c, "--tp N", "devices that share every matrix: tensor parallel", count, 1)
@@ -44,22 +45,24 @@ def add(subparsers) -> None:
 
 def run(args: Args) -> int:
     idle(args, args.sweep, f"with --sweep {args.sweep}", f"--{args.sweep}")
-    options = {name: getattr(args, name) for name in ("batch", "context", "prompt", "weights", "kv",
-                                                      "activations")}
+    options = {name: getattr(args, name) for name in ("batch", "context", "prompt", "activations")}
     options["layout"] = Layout(args.tp, args.pp, args.ep)
     with checked():
         if not args.model and not args.compare:
             raise ValueError("model: name one, or several with --compare")
-        shapes = [shape_of(name) for name in [*filter(None, [args.model]), *args.compare]]
-        pairs = list(product(shapes, [machine_of(name) for name in args.machine]))
+        models = [model_of(name, args.weights, args.kv)
+                  for name in [*filter(None, [args.model]), *args.compare]]
+        pairs = list(product(models, [machine_of(name) for name in args.machine]))
         if args.sweep:
-            rows = [row for pair in pairs for row in sweep(*pair, args.sweep, **options)]
+            rows = [row for (shape, formats), machine in pairs
+                    for row in sweep(shape, machine, args.sweep, **options | formats)]
         else:
-            rows = [card(*pair, **options) for pair in pairs]
+            rows = [card(shape, machine, **options | formats)
+                    for (shape, formats), machine in pairs]
     if args.sweep:
         answer(args.json, {"sweep": args.sweep, "rows": rows}, table(rows, args.sweep))
     elif len(rows) == 1:
-        answer(args.json, rows[0], *card_blocks(rows[0], shapes[0]))
+        answer(args.json, rows[0], *card_blocks(rows[0], models[0][0]))
     else:
         answer(args.json, {"cards": rows}, table(rows))
     enough = any if args.sweep else all
@@ -70,9 +73,18 @@ def shape_of(name: str) -> ModelShape:
     """A model of the catalog, or the one that a config.json describes."""
     if not name.endswith(".json"):
         return catalog.model(there(name))
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise ValueError(f"model={name!r}: no such file")
     return from_config(name)
+
+
+def model_of(name: str, weights: str | None,
+             kv: str | None) -> tuple[ModelShape, dict[str, Format]]:
+    """The model, and its formats of weights and cache: the options', else the file's."""
+    shape, said = shape_of(name), ("bf16", "bf16")
+    if name.endswith(".json") and not (weights and kv):
+        said = stated_formats(name, shape)
+    return shape, {"weights": weights or said[0], "kv": kv or said[1]}
 
 
 def machine_of(name: str) -> Machine:

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from clawdemy_infer.arithmetic import Format, ModelShape, Work, element_bytes
-from clawdemy_infer.arithmetic.work import at_least_1
+from clawdemy_infer.arithmetic.work import at_least_1, format_of
 from clawdemy_infer.envelope import parallel
 from clawdemy_infer.envelope.parallel import ONE_DEVICE, Layout
 from clawdemy_infer.envelope.roofline import Machine
@@ -35,13 +35,14 @@ def card(shape: ModelShape, machine: Machine, batch: int = 1, context: int = 102
     # 1. What is asked for, and whether the machine has figures for it.
     prompt = context if prompt is None else prompt
     at_least_1(batch=batch, context=context, prompt=prompt)
-    computed = activations or (weights if weights in ("fp32", "bf16", "fp16") else "bf16")
+    plain, said = format_of(weights, "vectors"), getattr(weights, "name", weights)
+    computed = activations or (plain if plain in ("fp32", "bf16", "fp16") else "bf16")
     longest = max(context, prompt)
     capacity, half_full = (parallel.fits(shape, layout, machine.memory, batch, tokens, weights, kv)
                            for tokens in (longest, longest + BLOCK // 2))
     if computed not in machine.peak_flops:
         asked = (f"activations={computed!r}" if activations
-                 else f"weights={weights!r} is computed with in {computed}")
+                 else f"weights={said!r} is computed with in {computed}")
         raise ValueError(f"{asked}: {machine.name} has a peak for {', '.join(machine.peak_flops)}")
     if layout.devices > 1 and not machine.link:
         name, ways = next((name, ways) for name, ways in asdict(layout).items() if ways > 1)
@@ -56,7 +57,8 @@ def card(shape: ModelShape, machine: Machine, batch: int = 1, context: int = 102
     used = capacity.weight_bytes + capacity.kv_bytes + activation_bytes + paging_bytes
     result = {
         "model": shape.name, "machine": machine.name, "batch": batch, "context": context,
-        "prompt": prompt, "weights": weights, "kv": kv, "activations": computed,
+        "prompt": prompt, "weights": said, "kv": kv,
+        "weights_of_parts": dict(getattr(weights, "parts", ())), "activations": computed,
         "layout": asdict(layout) | {"devices": layout.devices},
         "parameters": shape.parameters(), "active_parameters": shape.active_parameters(),
         "kv_bytes_per_token": shape.kv_bytes_per_token(kv), "fits": bool(capacity),

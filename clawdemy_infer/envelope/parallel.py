@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from clawdemy_infer.arithmetic import Capacity, Experts, Format, Layer, ModelShape, Work
+from clawdemy_infer.arithmetic.feed_forward import weigh
 from clawdemy_infer.arithmetic.work import at_least_1, element_bytes, total
 from clawdemy_infer.envelope.roofline import Link
 
@@ -74,8 +75,9 @@ def share(shape: ModelShape, tp: int) -> ModelShape:
     if ssm:
         ssm = replace(ssm, inner=ssm.inner // tp, heads=ssm.heads // tp,
                       groups=ceil(ssm.groups / tp))
+    full = (ceil(shape.full[0] / tp), shape.full[1]) if shape.full else ()
     return replace(shape, N=shape.N // tp, K=ceil(shape.K / tp), F=ceil(shape.F / tp),
-                   V=ceil(shape.V / tp), moe=moe, ssm=ssm)
+                   V=ceil(shape.V / tp), moe=moe, ssm=ssm, full=full)
 
 
 def step(shape: ModelShape, layout: Layout, batch: int, new: int, context: int, **formats) -> Work:
@@ -101,26 +103,20 @@ def fits(shape: ModelShape, layout: Layout, memory: float, batch: int, context: 
     at_least_1(batch=batch, context=context)
     own, sequences, pp = share(shape, layout.tp), layout.sequences(batch), layout.pp
     stages = [own.layers[i * shape.L // pp:(i + 1) * shape.L // pp] for i in range(pp)]
-    parameters = [sum(_held(layer, layout.ep) for layer in stage) for stage in stages]
-    # The first stage has the embedding, the last what follows the layers, with a copy if tied.
-    table = own.V * shape.D
-    before = table + shape.positions * shape.D
-    after = own.parameters() - sum(layer.parameters() for layer in own.layers) - before
-    parameters[0] += before
-    parameters[-1] += after + table * (shape.tied and pp > 1)
-    cached = [sequences * sum(layer.mixer.kept(context) for layer in stage) for stage in stages]
-    return max((Capacity(memory, p * element_bytes("weights", weights),
-                         c * element_bytes("kv", kv), sequences)
-                for p, c in zip(parameters, cached, strict=True)),
+    held = [sum(weigh(_held(layer, layout.ep), weights) for layer in stage) for stage in stages]
+    # The first stage has the tables, the last what follows the layers, with a copy if tied.
+    held[0] += weigh({"embedding": own.gathered}, weights)
+    held[-1] += weigh(own.ends, weights)
+    held[0] += weigh({"head": own.V * own.D}, weights) if shape.tied and pp > 1 else 0
+    cached = [sequences * sum(layer.held(context, kv) for layer in stage) for stage in stages]
+    return max((Capacity(memory, *stage, sequences) for stage in zip(held, cached, strict=True)),
                key=lambda stage: stage.weight_bytes + stage.kv_bytes)
 
 
-def _held(layer: Layer, ep: int) -> int:
-    """Parameters of a layer on one device: all of it but the experts that live elsewhere."""
-    if not isinstance(layer.feed_forward, Experts):
-        return layer.parameters()
-    experts = layer.feed_forward.moe.experts
-    return layer.parameters() - (experts - experts // ep) * layer.feed_forward.expert.parameters()
+def _held(layer: Layer, ep: int) -> dict[str, float]:
+    """Numbers of a layer on one device: all of it but the experts that live elsewhere."""
+    return {name: count // ep if "expert" in name.split() else count
+            for name, count in layer.numbers().items()}
 
 
 def all_reduce_s(bytes: float, devices: int, link: Link) -> float:
@@ -159,7 +155,7 @@ def transfers(shape: ModelShape, layout: Layout, batch: int, new: int, link: Lin
     stream = layout.microbatch(batch) * new * shape.D * element_bytes("activations", activations)
     found = []
     if layout.tp > 1:
-        calls = sum(count * (2 if layer.feed_forward and not layer.parallel else 1)
+        calls = sum(count * (1 if layer.parallel else layer.parts)
                     for layer, count in shape.groups)
         found.append(("all-reduce", calls, stream, all_reduce_s(stream, layout.tp, link)))
     if layout.ep > 1:

@@ -1,72 +1,102 @@
 """The shape of a model from what describes it to Hugging Face: a config.json, its keys, or a
 `transformers` config object.
 
-The files in reading order: `keys`, then a file for each kind of model: `llama` (gated, rotary,
-RMSNorm: Llama, Mistral, Qwen, Gemma, Phi-3, Command R), `gpt` (what was usual before), `sparse`
-(experts, latent attention), `recurrent` (state spaces). `decoder` reads, besides the shape, what a
-decoder computes by. `catalog` has the shapes and machines of `data/`.
+The files in reading order: `keys` reads JSON and asks for each key once; `families` makes numbers
+of them, by the tables of data/families.toml; `formats` reads what a file says of weights and cache.
+`decoder` reads, besides the shape, what a decoder computes by. `catalog` has the shapes and
+machines of `data/`.
 """
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clawdemy_infer.arithmetic import ModelShape
-from clawdemy_infer.from_config import gpt, llama, recurrent, sparse
-from clawdemy_infer.from_config.decoder import CHANGES_NOTHING
-from clawdemy_infer.from_config.keys import Keys
+from clawdemy_infer.arithmetic import Format, ModelShape
+from clawdemy_infer.from_config import families
+from clawdemy_infer.from_config.formats import stated
+from clawdemy_infer.from_config.keys import TEXT, Keys, check_values, read_object, tables
 
-FAMILIES = llama.FAMILIES | gpt.FAMILIES | sparse.FAMILIES | recurrent.FAMILIES
-"""What reads each `model_type`: from keys to the fields of a ModelShape."""
+MAX_CONFIG_BYTES = 4 * 2**20            # of a config.json; the longest published ones have 0.2 MB
 
-COSTS_NOTHING = CHANGES_NOTHING.union(
-    # How the model was trained, what Hugging Face's own classes do with it.
-    "_attn_implementation architectures attn_implementation auto_map aux_loss_alpha bos_token_id "
-    "cache_implementation chunk_size_feed_forward eod_token_id eos_token_id ep_size "
-    "gradient_checkpointing id2label init_std is_decoder label2id output_router_logits "
-    "predict_special_tokens pretraining_tp problem_type router_aux_loss_coef router_jitter_noise "
-    "sep_token_id seq_aux summary_activation summary_first_dropout summary_proj_to_labels "
-    "summary_type summary_use_proj task_specific_params tokenizer_class "
-    # Off in inference.
-    "activation_dropout attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop "
-    "embedding_dropout hidden_dropout layerdrop resid_pdrop residual_dropout "
-    # Values, not sizes: an activation function, a scale, an angle or an epsilon costs the same
-    # whatever it is.
-    "activation activation_function hidden_act hidden_activation layer_norm_eps layer_norm_epsilon "
-    "mixer_rms_eps norm_eps norm_epsilon rms_norm_eps original_max_position_embeddings "
-    "partial_rotary_factor rope_interleave rope_interleaved rope_local_base_freq rope_parameters "
-    "rope_scaling rope_theta rotary rotary_dim rotary_emb_base rotary_pct use_mrope "
-    "attention_softmax_in_fp32 attn_logit_softcapping final_logit_softcapping logit_scale "
-    "query_pre_attn_scalar reorder_and_upcast_attn scale_attention_softmax_in_fp32 "
-    "scale_attn_by_inverse_layer_idx scale_attn_weights n_group norm_topk_prob "
-    "routed_scaling_factor scoring_func swiglu_alpha swiglu_limit topk_group topk_method "
-    # The format of the weights is no part of a shape: `weights=` says it, step by step.
-    "quantization_config".split())
+FAMILIES = sorted(name for name in tables() if not name.startswith("_"))
+"""What `model_type` may be."""
 
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How an architecture ends that has a head over the vocabulary."""
 
 def from_config(config: Any, name: str = "") -> ModelShape:
     """The `ModelShape` that `config` describes: the path of a config.json or of a folder with one,
     a dict of its keys, or any `transformers` config object. `transformers` itself is not imported.
+    Of a model that sees or hears too it is the shape of the language model, whose name then ends in
+    ", text".
 
     Raises ValueError naming the key, its value and what is accepted for every key that is not known
     to leave the cost as it is, for a `model_type` outside `FAMILIES`, and for a size that is
-    missing; FileNotFoundError where there is no such file.
+    missing or beyond its range; FileNotFoundError where there is no such file.
     """
+    # 1. The keys of the language model.
+    keys, part = text_keys(*keys_of(config))
+
+    # 2. Its numbers, and what is left over.
+    family, called = keys.take("model_type"), keys.left.get("_name_or_path")
+    numbers, says = families.read(family, keys), families.family(family)
+    keys.settle(says.get("harmless", ()),
+                f"no such key for {family}, since it may change what the model costs")
+    name = (name or keys.name(str(called or family))) + ", text" * (part or "part" in says)
+    try:
+        return ModelShape(name=name, source=keys.source, **numbers)
+    except ValueError as error:                         # numbers that do not go together
+        raise ValueError(f"{keys.source}: {error}") from None
+
+
+def stated_formats(config: Any, shape: ModelShape) -> tuple[Format, Format]:
+    """Formats of weights and KV cache of a config, of which `from_config` gave `shape`."""
+    return stated(keys_of(config)[0], shape, shape.source)
+
+
+def keys_of(config: Any) -> tuple[dict[str, Any], str]:
+    """The keys of a config in one of its three forms, and what to call it in an error."""
     source = "config"
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
         path = path / "config.json" if path.is_dir() else path
-        config, source = json.loads(path.read_text(encoding="utf-8")), str(path)
-    elif not isinstance(config, dict):
-        config = config.to_dict()
+        found, beside = read_object(path, MAX_CONFIG_BYTES), path.with_name("hf_quant_config.json")
+        if beside.is_file() and not found.get("quantization_config"):       # ModelOpt's, of 2024
+            found["quantization_config"] = read_object(beside, MAX_CONFIG_BYTES).get("quantization")
+        return found, str(path)
+    config = config if isinstance(config, dict) else config.to_dict()
+    check_values(config, source)
+    return config, source
+
+
+def text_keys(config: dict[str, Any], source: str) -> tuple[Keys, bool]:
+    """The keys of the language model, and whether they are a part of the file's."""
     keys = Keys(config, source)
-    family = keys.take("model_type")
+    inner = next((key for key in TEXT if isinstance(config.get(key), dict)), "")
+    if inner:
+        text = Keys({"model_type": config.get("model_type")} | keys.take(inner),
+                    f"{source}: {inner}")
+        if config.get("tie_word_embeddings") is not None:           # the outer one is what is used
+            text.left["tie_word_embeddings"] = config["tie_word_embeddings"]
+        around = tables()["_around"]["words"].split()
+        keys.drop(*(key for key in config if any(word in key for word in around)))
+        _check_architectures(keys, ())
+        keys.settle((), "no such key beside a language model")
+        keys = text
+    family = keys.left.get("model_type")
+    for kind in (config.get("model_type"), family):
+        if why := tables()["_refused"].get(str(kind)):
+            keys.refuse("model_type", kind, f"a decoder that is counted here; this is {why}")
     if family not in FAMILIES:
-        keys.refuse("model_type", family, ", ".join(sorted(FAMILIES)))
+        keys.refuse("model_type", keys.take("model_type"), ", ".join(FAMILIES))
+    _check_architectures(keys, families.family(family).get("architectures", ()))
+    return keys, bool(inner)
+
+
+def _check_architectures(keys: Keys, more: Sequence[str]) -> None:
     keys.only(is_encoder_decoder=False)
-    numbers = FAMILIES[family](keys)
-    for key, value in keys.left.items():
-        if value is not None and key not in COSTS_NOTHING:
-            keys.refuse(key, value,
-                        f"no such key for {family}, since it may change what the model costs")
-    return ModelShape(name=name or config.get("_name_or_path") or family, source=source, **numbers)
+    for architecture in keys.words("architectures"):
+        if not architecture.endswith(LANGUAGE_MODELS) and architecture not in more:
+            keys.refuse("architectures", architecture,
+                        f"a language model of its own, …{', …'.join(LANGUAGE_MODELS)}; "
+                        "this is a part or a draft of one")

@@ -7,10 +7,10 @@ nothing, or refused by a ValueError that names it: a wrong model that runs is wo
 from typing import Any
 
 from clawdemy_infer.arithmetic import ModelShape
+from clawdemy_infer.from_config.families import read
 from clawdemy_infer.from_config.keys import Keys
-from clawdemy_infer.from_config.llama import llama, mistral, qwen2, qwen3
 
-DECODER_FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 STATED = {"llama": [], "mistral": ["num_key_value_heads"], "qwen2": ["num_key_value_heads"],
           "qwen3": ["num_key_value_heads", "head_dim"]}
@@ -39,7 +39,7 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     # 1. What kind of model it is, and what it must not say.
     keys = Keys(config, source)
     family = keys.take("model_type")
-    if family not in tuple(DECODER_FAMILIES):           # a tuple, for the value may be a list
+    if family not in DECODER_FAMILIES:           # a tuple, for the value may be a list
         keys.refuse("model_type", family, ", ".join(DECODER_FAMILIES))
     for architecture in keys.take("architectures", None) or ():
         if not architecture.endswith("ForCausalLM"):
@@ -52,7 +52,7 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     if family == "mistral" and "sliding_window" not in config:
         raise ValueError(f"{source}: sliding_window is missing; "
                          "a mistral config says it, if only as null")
-    numbers = DECODER_FAMILIES[family](keys)
+    numbers = read(family, keys)
     if numbers.get("pattern"):
         key = "layer_types" if config.get("layer_types") else "max_window_layers"
         keys.refuse(key, config[key], "one kind for all layers: with a window, or without")
