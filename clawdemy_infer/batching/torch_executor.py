@@ -14,6 +14,7 @@ from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.request import Request, Sequence
 from clawdemy_infer.kv_cache import BlockTables, PagedCache
 from clawdemy_infer.model import Decoder, Sampling, sample
+from clawdemy_infer.model.sampling import likeliest
 from clawdemy_infer.model.writing import Writer
 from clawdemy_infer.timing import now
 
@@ -56,7 +57,7 @@ class TorchExecutor:
 
     def run(self, plan: Plan) -> Mapping[Sequence, Emission]:
         logits, rows = self._logits(plan)
-        greedy = logits.argmax(-1).tolist()
+        greedy = likeliest(logits).tolist()
         chosen = {sequence: [self._choose(sequence, greedy[row], logits[row])]
                   for row, sequence in enumerate(rows)
                   if sequence in plan.num_new_tokens

@@ -55,24 +55,29 @@ class BlockTables:
 
     # ---- sequences come and go ----
 
-    def blocks_to_add(self, tokens: int, ids: Sequence[int] = ()) -> int:
+    def blocks_to_add(self, tokens: int, ids: Sequence[int] = (),
+                      digests: list[bytes] | None = None) -> int:
         """Free blocks that `add` and `reserve` take for a sequence of `tokens` tokens, the first of
-        them `ids`: all but those that are found and used. Found and idle, a block is free too."""
-        found, _ = self.prefix.find(ids) if self.prefix else ([], [])
+        them `ids`: all but those that are found and used. Found and idle, a block is free too. Who
+        asks again, with a list that was empty at first for `digests`, hashes nothing twice."""
+        found = self.prefix.find(ids, [] if digests is None else digests) if self.prefix else []
         return self.pool.blocks_for(tokens) - sum(self.pool.ref_counts[each] > 0 for each in found)
 
-    def add(self, sequence: Hashable, ids: Sequence[int] = ()) -> int:
+    def add(self, sequence: Hashable, ids: Sequence[int] = (), digests: list[bytes] | None = None,
+            again: bool = False) -> int:
         """A new sequence, which will bring the token `ids`. Returns how many of them are in the
-        pool already: those count as its own from now on. 0 without a prefix cache."""
+        pool already: those count as its own from now on. 0 without a prefix cache, whose statistics
+        leave out who comes `again`."""
         self._check_new("sequence", sequence)
-        found, digests = self.prefix.find(ids) if self.prefix else ([], [])
+        digests = [] if digests is None else digests
+        found = self.prefix.find(ids, digests) if self.prefix else []
         for block in found:
             self.pool.touch(block)
         length = len(found) * self.pool.block_size
-        if self.prefix:
+        if self.prefix and not again:
             self.prefix.asked += len(ids)
             self.prefix.found += length
-        self._enter(sequence, found, length, list(ids[:length]), digests)
+        self._enter(sequence, found, length, list(ids[:length]), digests[:len(found)])
         return length
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
@@ -93,6 +98,11 @@ class BlockTables:
         blocks = self.blocks.pop(sequence)
         del self.lengths[sequence], self._ids[sequence], self._digests[sequence]
         self._release(blocks)
+
+    def forget(self, sequence: Hashable) -> None:
+        """What it has computed is in doubt: nobody is to find its blocks from now on."""
+        for block in self.blocks[sequence] if self.prefix else ():
+            self.prefix.forget(block)
 
     def truncate(self, length: int, sequence: Hashable) -> None:
         """Forget all but the first `length` tokens."""

@@ -8,7 +8,7 @@ import torch
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.model.decoder import Decoder
 from clawdemy_infer.model.sampling import Sampling, sample
-from clawdemy_infer.model.writing import Writer
+from clawdemy_infer.model.writing import Writer, uninterrupted
 from clawdemy_infer.timing import now
 
 CACHES = {"contiguous": ContiguousCache.for_model, "paged": PagedCache.for_model}
@@ -23,7 +23,8 @@ class Generation:
     string if that is what ended it; `text` has neither. `ttft_s`, time to first token, runs from
     the call to the first token: the prefill and its choice. `tpot_s`, time per output token, is
     (last - first) / (tokens - 1): decode alone; None for fewer than two. `finish_reason` is eos,
-    stop (a stop string came), length (max_tokens reached) or interrupted (Ctrl-C).
+    stop (a stop string came), length (max_tokens reached), interrupted (Ctrl-C), or failed (no
+    finite logits), which only `speculate_batch` returns.
     """
 
     prompt_tokens: list[int]
@@ -44,8 +45,9 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64,
     `on_token` is called with each new piece of text; joined they are `text`. `cache` names one of
     `CACHES`, or is a cache for one sequence, and the prompt follows on what that one holds; "none"
     runs the whole text anew for every token. An interrupt ends the generation: what is there by
-    then comes back. Raises ValueError, before any work, for an empty prompt, a wrong `max_tokens`,
-    `stop` or `cache`, or more than the context holds.
+    then has gone to `on_token`, and comes back. However it ends, the cache holds all but the last
+    token. Raises ValueError, before any work, for an empty prompt, a wrong `max_tokens`, `stop` or
+    `cache`, or more than the context holds; and where the logits leave nothing to choose.
     """
     # 1) Check, and make a cache.
     start, sampling = now(), sampling or Sampling()
@@ -57,24 +59,37 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64,
     generator = sampling.generator(model.device)
     writer = Writer(max_tokens, model.config.eos_ids, model.tokenizer, stop)
     tokens, times, reason = [], [], ""
+    held = (sum(cache.lengths.values()) if cached else 0) + len(ids) - 1
     try:
         new = ids                                       # 2) Prefill: the whole prompt at once.
         while not writer.reason:
             inputs = torch.tensor([new if cached else ids + tokens], device=model.device)
             logits = model(inputs, cache, last_only=True)[:, -1]
-            new = [int(sample(logits, sampling, generator))]
-            times.append(now())
-            tokens += new                               # 3) Decode: one token a step.
-            _, piece = writer.take(new)
-            if piece and on_token:
-                on_token(piece)
+            with uninterrupted():                       # What has come is kept, and said.
+                new, piece = writer.take(sample(logits, sampling, generator).tolist())
+                times += [now()] * len(new)
+                tokens += new                           # 3) Decode: one token a step.
+                if piece and on_token:
+                    on_token(piece)
     except KeyboardInterrupt:
         reason = "interrupted"
-    return Generation(
+    finally:
+        if cached:
+            cache.truncate(min(held + len(tokens), *cache.lengths.values()))
+    return unless_failed(Generation(
         prompt_tokens=ids, tokens=tokens, text=writer.stream.text if writer.stream else "",
         ttft_s=times[0] - start if times else None,
         tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        finish_reason=reason or writer.reason)
+        finish_reason=reason or writer.reason))
+
+
+def unless_failed(generation: Generation) -> Generation:
+    """The same. ValueError where the model gave nothing to choose a token from."""
+    if generation.finish_reason == "failed":
+        raise ValueError(f"logits: behind {len(generation.prompt_tokens + generation.tokens)} "
+                         "tokens there is NaN or +inf among them, or all are -inf: no token can be "
+                         "chosen")
+    return generation
 
 
 def prompt_ids(model: Decoder, prompt: str | Sequence[int]) -> list[int]:
