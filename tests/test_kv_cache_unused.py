@@ -1,5 +1,5 @@
-"""What lies in slots that hold no token of a sequence does not matter, NaN and infinity included, in
-any cache and on any way of attending; what lies in a sequence's own slots is never passed over."""
+"""What lies in slots that hold no token of a sequence does not matter, NaN and infinity included,
+in any cache and on any way of attending; what lies in its own slots is never passed over."""
 
 import importlib.util
 from itertools import product

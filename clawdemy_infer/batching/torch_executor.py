@@ -14,6 +14,7 @@ from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.request import Request, Sequence
 from clawdemy_infer.kv_cache import BlockTables, PagedCache
 from clawdemy_infer.model import Decoder, Sampling, sample
+from clawdemy_infer.model.generate import prompt_ids
 from clawdemy_infer.model.sampling import likeliest
 from clawdemy_infer.model.writing import Writer
 from clawdemy_infer.timing import now
@@ -43,16 +44,13 @@ class TorchExecutor:
         if (isinstance(prompt, str) or request.stop) and tokenizer is None:
             raise ValueError(f"request {request.id!r}: this model has no tokenizer; token ids are "
                              "accepted, and no stop")
-        if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-        elif isinstance(prompt, int):
+        if isinstance(prompt, int):
             random = Random(str(request.id))
-            ids = [random.randrange(V) for _ in range(prompt)]
-        else:
-            ids = [int(token) for token in prompt]
-            if ids and not (0 <= min(ids) and max(ids) < V):
-                raise ValueError(f"prompt: request {request.id!r} has ids from {min(ids)} to "
-                                 f"{max(ids)}; 0 to V-1 = {V - 1} are accepted")
+            return prompt, [random.randrange(V) for _ in range(prompt)]
+        ids = prompt_ids(self.model, prompt)
+        if ids and not (0 <= min(ids) and max(ids) < V):
+            raise ValueError(f"prompt: request {request.id!r} has ids from {min(ids)} to "
+                             f"{max(ids)}; 0 to V-1 = {V - 1} are accepted")
         return len(ids), ids
 
     def run(self, plan: Plan) -> Mapping[Sequence, Emission]:

@@ -1,6 +1,7 @@
 """Generation: prefill the prompt, then decode token by token, and keep the two times apart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -56,39 +57,66 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64,
     cached = cache != "none"
     if isinstance(cache, str):
         cache = CACHES[cache](model, 1, len(ids) + max_tokens) if cached else None
+    past = sum(cache.lengths.values()) if cached else 0
     generator = sampling.generator(model.device)
-    writer = Writer(max_tokens, model.config.eos_ids, model.tokenizer, stop)
-    tokens, times, reason = [], [], ""
-    held = (sum(cache.lengths.values()) if cached else 0) + len(ids) - 1
+    text = Text(model, ids, max_tokens, stop, on_token)
     try:
         new = ids                                       # 2) Prefill: the whole prompt at once.
-        while not writer.reason:
-            inputs = torch.tensor([new if cached else ids + tokens], device=model.device)
+        while not text.writer.reason:
+            inputs = torch.tensor([new if cached else text.ids], device=model.device)
             logits = model(inputs, cache, last_only=True)[:, -1]
-            with uninterrupted():                       # What has come is kept, and said.
-                new, piece = writer.take(sample(logits, sampling, generator).tolist())
-                times += [now()] * len(new)
-                tokens += new                           # 3) Decode: one token a step.
-                if piece and on_token:
-                    on_token(piece)
+            keep([(text, sample(logits, sampling, generator).tolist())])
+            new = text.ids[-1:]                         # 3) Decode: one token a step.
     except KeyboardInterrupt:
-        reason = "interrupted"
+        text.writer.reason = "interrupted"
     finally:
         if cached:
-            cache.truncate(min(held + len(tokens), *cache.lengths.values()))
-    return unless_failed(Generation(
-        prompt_tokens=ids, tokens=tokens, text=writer.stream.text if writer.stream else "",
-        ttft_s=times[0] - start if times else None,
-        tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        finish_reason=reason or writer.reason))
+            cache.truncate(min(past + len(text.ids) - 1, *cache.lengths.values()))
+    return checked(text.result(start))
 
 
-def unless_failed(generation: Generation) -> Generation:
+class Text:
+    """What is being written behind a prompt: all `ids`, when each token came, and whom to tell."""
+
+    def __init__(self, model: Decoder, prompt: list[int], max_tokens: int, stop: tuple[str, ...],
+                 say: Callable[[str], None] | None) -> None:
+        self.prompt, self.ids, self.times, self.say = prompt, list(prompt), [], say
+        self.writer = Writer(max_tokens, model.config.eos_ids, model.tokenizer, stop)
+
+    def result(self, start: float, kind: type[Generation] = Generation, **more) -> Generation:
+        times, stream = self.times, self.writer.stream
+        return kind(
+            prompt_tokens=self.prompt, tokens=self.ids[len(self.prompt):],
+            text=stream.text if stream else "", ttft_s=times[0] - start if times else None,
+            tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+            finish_reason=self.writer.reason, **more)
+
+
+def keep(came: Iterable[tuple[Text, list[int]]]) -> None:
+    """Each text takes its tokens as far as it goes on, and then each piece is said, though Ctrl-C
+    comes or somebody who is told raises: the first error comes out at the end."""
+    with uninterrupted():
+        pieces = []
+        for text, tokens in came:
+            taken, piece = text.writer.take(tokens)
+            text.ids += taken
+            text.times += [now()] * len(taken)
+            pieces += [(text.say, piece)] if piece and text.say else []
+        unsaid = iter(pieces)
+        try:
+            for say, piece in unsaid:
+                say(piece)
+        finally:
+            for say, piece in unsaid:
+                with suppress(Exception):
+                    say(piece)
+
+
+def checked(generation: Generation) -> Generation:
     """The same. ValueError where the model gave nothing to choose a token from."""
     if generation.finish_reason == "failed":
         raise ValueError(f"logits: behind {len(generation.prompt_tokens + generation.tokens)} "
-                         "tokens there is NaN or +inf among them, or all are -inf: no token can be "
-                         "chosen")
+                         "tokens they hold NaN or +inf, or are all -inf: no token can be chosen")
     return generation
 
 

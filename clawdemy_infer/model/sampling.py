@@ -85,9 +85,9 @@ def sample(logits: torch.Tensor, sampling: Sampling,
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest token of each row: logits [..., V] -> ids [...], or `NOTHING`. The largest logit
-    comes with its place, in one walk over V numbers; what it is takes a few bytes a row to ask."""
-    largest, token = logits.max(-1)                             # NaN, if there is one
+    """The likeliest token of each row: logits [..., V] -> ids [...], or `NOTHING`. One walk over
+    the V logits, as of argmax, and some bytes a row: the largest is NaN where there is one."""
+    largest, token = logits.max(-1)
     return token.masked_fill(largest - largest != 0, NOTHING)   # x - x is 0 for finite x alone
 
 

@@ -215,5 +215,5 @@ class _SinkAttention:
         scores = torch.cat((turned @ sinks.mT, q @ window.mT), dim=-1) * H**-0.5
         if mask is not None:
             scores = (scores.unflatten(2, (N // K, M // B)) + mask[:, :, None]).flatten(2, 3)
-        out = scores.softmax(-1).to(values.dtype) @ values                                           # [B, K, G*T, H]
+        out = scores.softmax(-1).to(values.dtype) @ values                       # [B, K, G*T, H]
         return out.unflatten(2, (N // K, M // B)).permute(0, 3, 1, 2, 4).reshape(M, N * H)
