@@ -58,8 +58,8 @@ class BlockTables:
     def blocks_to_add(self, tokens: int, ids: Sequence[int] = (),
                       digests: list[bytes] | None = None) -> int:
         """Free blocks that `add` and `reserve` take for a sequence of `tokens` tokens, the first of
-        them `ids`: all but those that are found and used. Found and idle, a block is free too. Who
-        asks again, with a list that was empty at first for `digests`, hashes nothing twice."""
+        them `ids`: all but those that are found and used. Found and idle, a block is free too.
+        `digests` as of `PrefixCache.find`."""
         found = self.prefix.find(ids, [] if digests is None else digests) if self.prefix else []
         return self.pool.blocks_for(tokens) - sum(self.pool.ref_counts[each] > 0 for each in found)
 

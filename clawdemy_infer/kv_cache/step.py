@@ -104,16 +104,13 @@ class Rectangle(NamedTuple):
 
 
 def rectangles(step: Step) -> list[Rectangle]:
-    """The step over sequences 0 ... B-1 of a cache cut into rectangles, in its own order. Where the
-    model's window hides something, the sequences of one are equally long and see the same."""
+    """The step over sequences 0 ... B-1 of a cache cut into rectangles, in its own order. Of one,
+    the model's window hides the same from all."""
     found, row, places = [], 0, step.sequences
-
-    def alike(i: int) -> tuple[int, int, int]:
-        past, T = step.past[i], step.num_new_tokens[i]
-        # i - place is constant among neighbours in the step that are neighbours in the cache too.
-        return i - places[i], T, past if step.window and past + T > step.window else -1
-
-    for (_, T, _), members in groupby(range(len(places)), alike):
+    ends = [past + T for past, T in zip(step.past, step.num_new_tokens, strict=True)]
+    # i - place is constant among neighbours in the step that are neighbours in the cache too.
+    for (_, T, _), members in groupby(range(len(places)), lambda i: (
+            i - places[i], step.num_new_tokens[i], max(0, ends[i] - (step.window or ends[i])))):
         members = list(members)
         rows = slice(row, row := row + len(members) * T)
         found.append(Rectangle(rows, places[members[0]], [step.past[i] for i in members], T))

@@ -12,15 +12,13 @@ from clawdemy_infer.model.sampling import NOTHING
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Put Ctrl-C off to the end of the block. Python delivers it to the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = []
-    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    pressed, here = [], threading.current_thread() is threading.main_thread()
+    handler = here and signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)  # None: one that Python did not set
+        if here:                                        # None: a handler that Python did not set
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
         if pressed:
             signal.raise_signal(signal.SIGINT)
 
@@ -50,14 +48,13 @@ class Writer:
         for token in tokens:
             if self.reason:
                 break
-            if token == NOTHING:
-                self.reason = "failed"
-            else:
-                taken.append(token)
-                self.left -= 1
-                self.reason = "eos" if token in self.eos_ids else "" if self.left > 0 else "length"
+            came = [token] if token != NOTHING else []
+            taken += came
+            self.left -= len(came)
+            self.reason = ("failed" if not came else "eos" if token in self.eos_ids
+                           else "" if self.left > 0 else "length")
             if self.stream:
-                text += self.stream.push(token) if self.reason != "failed" else ""
+                text += self.stream.push(token) if came else ""
                 if self.reason and not self.stream.stopped:
                     text += self.stream.close()
                 if self.stream.stopped:
