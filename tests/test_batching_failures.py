@@ -80,7 +80,8 @@ def spoiled(served, spoil):
             size, tables = cache.tables.pool.block_size, cache.tables
             owned = {(tables.blocks[name][i // size], i % size)
                      for name, length in tables.lengths.items() for i in range(length)}
-            for block, offset in set(product(range(tables.pool.blocks), range(size))) - owned:
+            blocks = set(range(tables.pool.blocks)) - set(tables.pool.idle)     # which may be found
+            for block, offset in set(product(blocks, range(size))) - owned:
                 cache.keys[:, block, :, offset] = cache.values[:, block, :, offset] = nan
         logits = step(new, cache, logits_to_keep)
         if cache is not executor.cache:                         # a draft's
@@ -178,15 +179,14 @@ def test_a_storm_of_failures_and_interrupts_changes_no_other_token(small, name, 
     expected = {each.id: alone(small, each) for each in requests}
     bad = {each.id: (random.randrange(each.max_tokens), random.choice([nan, inf, -inf]))
            for each in requests if random.random() < 0.4}
-    pressed, original = [], layer.forward
+    original = layer.forward
 
     def spoil(sequence, length):
         at, value = bad.get(sequence.request.id, (99, nan))
         return value if length == sequence.prompt_tokens + at else None
 
     def breaks(*arguments):
-        if random.random() < 0.1:
-            pressed.append(True)
+        if random.random() < 0.15:
             raise KeyboardInterrupt
         return original(*arguments)
 
@@ -204,7 +204,7 @@ def test_a_storm_of_failures_and_interrupts_changes_no_other_token(small, name, 
         id, failed = sequence.request.id, sequence.request.id in bad
         assert sequence.state is (State.FAILED if failed else State.FINISHED)
         assert sequence.tokens == expected[id][:bad[id][0] if failed else None]
-    assert pressed and served.scheduler.tables.pool.used == 0 and not served.executor.generators
+    assert served.scheduler.tables.pool.used == 0 and not served.executor.generators
 
 
 # ---- drafts ----

@@ -56,6 +56,7 @@ class Scheduler:
         if policy.prefix_caching and not tables.prefix:
             raise ValueError("prefix_caching=True: these block tables have no prefix cache")
         self.policy, self.tables, self.max_context = policy, tables, max_context
+        tables.on_proof = True                              # keys that led to a token are no NaN
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -117,8 +118,8 @@ class Scheduler:
             sequence.extend([now] * num_tokens, ids, text)
             sequence.drafted += num_draft_tokens
             sequence.accepted += max(0, num_tokens - 1)
+            (self.tables.forget if reason == State.FAILED else self.tables.learn)(sequence)
             if reason == State.FAILED:
-                self.tables.forget(sequence)
                 self._end(sequence, State.FAILED, f"behind its {sequence.total} tokens the logits "
                           "hold NaN or +inf, or are all -inf: no token can be chosen", now)
             elif reason or sequence.generated >= sequence.limit:

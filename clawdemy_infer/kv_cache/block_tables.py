@@ -47,6 +47,7 @@ class BlockTables:
         self.prefix = PrefixCache(pool.block_size) if prefix_caching else None
         if self.prefix:
             pool.on_evict = self.prefix.forget
+        self.on_proof = False           # full blocks are learned by `learn` alone, not by `commit`
         self.lengths: dict[Hashable, int] = {}
         self.blocks: dict[Hashable, list[int]] = {}
         # For the prefix cache: what the blocks hold, and the digests of those that are full.
@@ -98,6 +99,14 @@ class BlockTables:
         blocks = self.blocks.pop(sequence)
         del self.lengths[sequence], self._ids[sequence], self._digests[sequence]
         self._release(blocks)
+
+    def learn(self, sequence: Hashable) -> None:
+        """Tell the prefix cache of the blocks that have become full."""
+        size, ids, digests = self.pool.block_size, self._ids[sequence], self._digests[sequence]
+        for i in range(len(digests), len(ids) // size if self.prefix else 0):
+            before = digests[-1] if digests else ROOT
+            digests.append(self.prefix.digest(before, ids[i * size:(i + 1) * size]))
+            self.prefix.learn(digests[i], self.blocks[sequence][i])
 
     def forget(self, sequence: Hashable) -> None:
         """What it has computed is in doubt: nobody is to find its blocks from now on."""
@@ -173,7 +182,8 @@ class BlockTables:
             self.lengths[sequence] += len(ids)
             if self.prefix:
                 self._ids[sequence] += ids
-                self._learn(sequence)
+            if not self.on_proof:
+                self.learn(sequence)
 
     # ---- details ----
 
@@ -189,16 +199,8 @@ class BlockTables:
                digests: list[bytes]) -> None:
         self.blocks[sequence], self.lengths[sequence] = blocks, length
         self._ids[sequence], self._digests[sequence] = ids, digests
-        if self.prefix:
-            self._learn(sequence)
-
-    def _learn(self, sequence: Hashable) -> None:
-        """Tell the prefix cache of the blocks that have become full."""
-        size, ids, digests = self.pool.block_size, self._ids[sequence], self._digests[sequence]
-        for i in range(len(digests), len(ids) // size):
-            before = digests[-1] if digests else ROOT
-            digests.append(self.prefix.digest(before, ids[i * size:(i + 1) * size]))
-            self.prefix.learn(digests[i], self.blocks[sequence][i])
+        if not self.on_proof:
+            self.learn(sequence)
 
     def _release(self, blocks: list[int]) -> None:
         """The last block first: so it is evicted first, and the beginning stays longest."""
