@@ -7,6 +7,7 @@ from math import inf, nan
 
 import pytest
 import torch
+from tolerances import LOGITS
 
 from clawdemy_infer.arithmetic import MLA, ModelShape
 from clawdemy_infer.fast import cpp
@@ -127,7 +128,7 @@ def test_nor_in_16_bits(dtype):
     for name in ("contiguous", "paged", "ring with sinks"):
         model = random_model().to(dtype)
         clean, spoiled = (logits(model, CACHES[name](model), value) for value in (None, nan))
-        torch.testing.assert_close(spoiled, clean, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(spoiled, clean, **LOGITS[dtype])
 
 
 @pytest.mark.skipif(not cpp.available(), reason="no C++ compiler here")

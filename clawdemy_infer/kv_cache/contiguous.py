@@ -3,7 +3,7 @@
 A step cuts the batch into rectangles: neighbouring sequences that bring equally many tokens are
 computed together. A batch that decodes in step is a single rectangle. So is one whose sequences
 have different lengths, under a mask that hides what is not theirs: it reads as far as the longest,
-and as a mask hides a number but no NaN, the rest is cleared first: the price of a rectangle.
+which is the price of a rectangle.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,14 +37,7 @@ class RectangularCache:
                v: torch.Tensor) -> torch.Tensor:
         """`Step.attend` for one rectangle: q [B*T, N, H], k and v [B*T, K, H] -> [B*T, N*H]."""
         self.write(layer, part, k, v)
-        mask = part.mask                                    # which clears what `read` may copy
-        return attend(q, *self.read(layer, part), mask)
-
-    def clear(self, part: "RectanglePart") -> None:
-        """Zeros, in all layers, to slots that a rectangle reads and whose tokens are not there."""
-        for sequence, past in enumerate(part.rectangle.past, part.rectangle.first):
-            for tensor in self.tensors:
-                tensor[:, sequence, :, past + part.rectangle.T:part.end] = 0
+        return attend(q, *self.read(layer, part), part.mask)
 
     def can_append(self, num_new_tokens: Mapping[int, int]) -> bool:
         """Does each sequence stay within the capacity?"""
@@ -120,21 +113,15 @@ class RectanglePart:
 
     def __init__(self, rectangle: Rectangle, cache: RectangularCache, window: int | None) -> None:
         past, T, device = rectangle.past, rectangle.T, cache.device
-        self.cache, self.rectangle, self.window, self.end = cache, rectangle, window, max(past) + T
+        self.rectangle, self.window, self.end = rectangle, window, max(past) + T
         self.alike = len(set(past)) == 1                    # the sequences are equally long
         self.begin = self.end - visible_keys(T, self.end, window) if self.alike else 0
+        self.mask = causal_mask([each - self.begin for each in past], T, window, cache.dtype,
+                                device)
         if not self.alike:
             b = torch.arange(len(past), device=device)[:, None]
             places = torch.tensor(past, device=device)[:, None] + torch.arange(T, device=device)
             self.index = b, slice(None), places             # [B, 1] and [B, T]
-
-    @cached_property
-    def mask(self) -> torch.Tensor | None:
-        """Made once a step. It hides a number but no NaN, so what is not there is cleared."""
-        if not self.alike:
-            self.cache.clear(self)
-        return causal_mask([past - self.begin for past in self.rectangle.past], self.rectangle.T,
-                           self.window, self.cache.dtype, self.cache.device)
 
     def put(self, tensor: torch.Tensor, x: torch.Tensor) -> None:
         """Write x [B*T, K, X] to the tensor [all sequences, K, capacity, X] of a layer."""

@@ -95,7 +95,7 @@ class RoundedTensor:
         self.read(layer, mine, 0, out=out[:, :, :part.codes])
         out[:, :, part.codes:past] = self.tail[layer, mine, :, :part.tail]
         out[:, :, past:] = new
-        return out if part.hidden is None else out.masked_fill_(part.hidden, 0)
+        return out
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes, scales and lowest values as the kernel takes them: without the dimension of 1."""
@@ -163,7 +163,6 @@ class _Part:
             self.numbers = [torch.tensor(x, dtype=torch.int32, device=cache.device)
                             for x in ([[each] for each in mine], mine, codes, tails)]
         elif self.alike and not window:
-            self.hidden = None
             self.mask = causal_mask(past, rectangle.T, None, cache.dtype, cache.device)
         else:
             past, whole, waiting = (torch.tensor(x, device=cache.device)[:, None]
@@ -173,8 +172,6 @@ class _Part:
             keys = torch.cat((in_codes.where(in_codes < whole, NOWHERE),
                               (whole + in_tail).where(in_tail < waiting, NOWHERE), past + new), 1)
             self.mask = position_mask(past + new, keys, window, 0, cache.dtype)
-            # From all queries: cleared, since a mask hides a number but no NaN. [B, 1, S, 1]
-            self.hidden = self.mask.isneginf().all(2)[..., None]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         B, keys, values = len(self.rectangle.past), self.cache.keys, self.cache.values

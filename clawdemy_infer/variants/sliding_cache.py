@@ -120,9 +120,8 @@ class _OneToken:
         self.lengths = (past + 1).clamp(max=cache.span).int()
         self.end = min(max(rectangle.past) + 1, cache.span)
         self.attention, self.mask = _SinkAttention(cache, past[:, None]), None
-        if cache.backend != "triton" and min(rectangle.past) + 1 < self.end:
+        if min(rectangle.past) + 1 < self.end:
             # Some sequence has not yet written all the slots that are read.
-            cache.clear(self)
             slots = torch.arange(self.end, device=cache.device)
             keys = slots.where(slots <= past[:, None], NOWHERE)
             self.mask = position_mask(past[:, None], keys, None, 0, cache.dtype)
@@ -213,7 +212,9 @@ class _SinkAttention:
                      for x in (q, self.turned(q)))                                  # [B, K, G*T, H]
         sinks, window = keys.float().split((s, keys.shape[2] - s), dim=2)
         scores = torch.cat((turned @ sinks.mT, q @ window.mT), dim=-1) * H**-0.5
-        if mask is not None:
-            scores = (scores.unflatten(2, (N // K, M // B)) + mask[:, :, None]).flatten(2, 3)
+        if mask is not None:                            # A weight of 0 would not hide a NaN.
+            scores, hidden = scores.unflatten(2, (N // K, M // B)), mask.isneginf()
+            scores = scores.masked_fill(hidden[:, :, None], -torch.inf).flatten(2, 3)
+            values = values.masked_fill(hidden.all(2)[..., None], 0)
         out = scores.softmax(-1).to(values.dtype) @ values                       # [B, K, G*T, H]
         return out.unflatten(2, (N // K, M // B)).permute(0, 3, 1, 2, 4).reshape(M, N * H)
