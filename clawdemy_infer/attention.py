@@ -12,9 +12,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     """softmax(q kᵀ / sqrt(H) + mask) v (Vaswani et al. 2017, equation 1) for k, v [B, K, S, H] and
     q [B*T, N, H], the T new tokens of each sequence one behind the other.
 
-    Returns [B*T, N*H]. Query head n reads KV head n // G, where G = N/K. `mask` is added to the
-    scores, [B or 1, 1, T, S] or [T, S]; without one, T is 1 and sees all keys, or T is S and query
-    i sees the keys up to i.
+    Returns [B*T, N*H]. Query head n reads KV head n // G, where G = N/K. `mask`, 0 or -inf, is
+    added to the scores, [B or 1, 1, T, S] or [T, S]; without one, T is 1 and sees all keys, or T is
+    S and query i sees the keys up to i. What a mask hides does not matter, NaN included.
     """
     (B, K), (M, N, H) = k.shape[:2], q.shape
     T = M // B
@@ -22,11 +22,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         # Decode is bound by reading K and V, so each KV head must be read once and not G times:
         # its G query heads become G rows of one product. They are one token and see the same keys.
         out = scaled_dot_product_attention(q.reshape(B, K, N // K, H), k, v, attn_mask=mask)
-        return out.reshape(M, -1)                                       # [B, K, G, H] before
-    q = q.view(B, T, N, H).transpose(1, 2)                              # [B, N, T, H]
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                       enable_gqa=True)
-    return out.transpose(1, 2).reshape(M, -1)
+        out = out.reshape(M, -1)                                        # [B, K, G, H] before
+    else:
+        rows = q.view(B, T, N, H).transpose(1, 2)                       # [B, N, T, H]
+        out = scaled_dot_product_attention(rows, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=True).transpose(1, 2).reshape(M, -1)
+    if mask is None or torch.equal(out, out):                           # NaN is not equal to itself
+        return out
+    # NaN - inf and 0 * NaN are NaN: now each query by itself, over nothing but the keys it sees.
+    seen = ~mask.expand(B, 1, T, -1).flatten(0, 2).isneginf()           # [B*T, S]
+    return torch.cat([attend(q[i:i + 1], *(x[i // T, :, seen[i]][None] for x in (k, v)))
+                      for i in range(M)])
 
 
 def visible_keys(T: int, S: int, window: int | None) -> int:

@@ -7,7 +7,8 @@ its weight; the second walk finds whose piece it is, by inversion of the distrib
 
     token = the first v with  weight[0] + ... + weight[v] > u * sum
 
-Temperature 0 is greedy: the first of the largest logits.
+Temperature 0 is greedy: the first of the largest logits. Where NaN or +inf is among the logits, or
+all are -inf, the sum is no number above 0, and the token is -1: there is none to choose.
 
     bytes asked for = 2 * B * V * e (once for greedy) + B * (8 + 4)
 """
@@ -51,12 +52,12 @@ def sample_kernel(logits, uniform, out, scale, logits_stride_row, V, GREEDY: tl.
         # The two walks may round their sums apart, and the point lie behind the last piece: then it
         # is that piece's.
         token = tl.minimum(token, last)
-    tl.store(out + b, token)
+    tl.store(out + b, tl.where(total > 0, token, -1))
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """logits [B, V] (-inf where a filter struck a token out), uniform [B] of fp32 in [0, 1) ->
-    tokens [B] of int32.
+    tokens [B] of int32, -1 where there is none to choose.
 
     Raises ValueError for other shapes, and for a temperature below 0.
     """
@@ -74,8 +75,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
 def sample_reference(logits: torch.Tensor, uniform: torch.Tensor,
                      temperature: float = 1.0) -> torch.Tensor:
     """The same in plain PyTorch, in fp64."""
-    if temperature == 0:
-        return logits.argmax(-1).int()
-    sums = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    sums = (logits.double() / (temperature or 1.0)).softmax(-1).cumsum(-1)
     points = uniform.double()[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, points, right=True)[:, 0].int()
+    found = torch.searchsorted(sums, points, right=True)[:, 0] if temperature else logits.argmax(-1)
+    return torch.where(sums[:, -1] > 0, found, -1).int()

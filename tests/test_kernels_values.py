@@ -4,6 +4,7 @@ device with one."""
 import importlib
 import importlib.util
 import inspect
+from math import inf, nan
 
 import pytest
 import torch
@@ -386,6 +387,53 @@ def test_sampling_draws_the_token_that_inversion_in_fp64_draws(guarded, temperat
     assert torch.equal(sample(logits, uniform, temperature),
                        sample_reference(logits, uniform, temperature))
     assert guarded()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_row_that_leaves_nothing_to_choose_gives_no_token(temperature):
+    logits = torch.randn(6, 2100, device=DEVICE)
+    logits[1, 1500], logits[2, 3], logits[3], logits[5, 7] = nan, inf, -inf, -inf
+    uniform = torch.rand(6, device=DEVICE)
+    got = sample(logits, uniform, temperature)
+    assert got.tolist() == sample_reference(logits, uniform, temperature).tolist()
+    assert got[[1, 2, 3]].tolist() == [-1] * 3 and (got[[0, 4, 5]] >= 0).all()
+
+
+@pytest.mark.parametrize("lost", [nan, inf])
+def test_slots_behind_a_sequence_do_not_matter_and_its_own_are_never_passed_over(lost):
+    """To every kernel of attention: what lies behind is NaN or infinite, and what comes out is what
+    came out before. One such key of its own, and what comes out is NaN."""
+    B, N, K, S, H, C = 2, 4, 2, 40, 32, 16
+    q, turned = torch.randn(2, B, N, H, device=DEVICE)
+    clean = torch.randn(2, B, K, S + 8, H, device=DEVICE)
+    table, lengths, starts = int32([[1, 2, 3], [4, 5, 6]]), int32([S, 19]), int32([0, 1, 2])
+    paged = torch.randn(2, 8, K, C, H, device=DEVICE)
+    halves = [(torch.rand(2, 8, K, C, device=DEVICE) / 50).half() for _ in "kv"]
+    codes = torch.randint(-127, 128, (2, 8, K, C, H), dtype=torch.int8, device=DEVICE)
+    behind = torch.arange(S + 8, device=DEVICE) >= lengths[:, None]             # [B, S + 8]
+    free = torch.ones(8, C, dtype=torch.bool, device=DEVICE)                    # [blocks, C]
+    for blocks, length in zip(table.tolist(), lengths.tolist(), strict=True):
+        for token in range(length):
+            free[blocks[token // C], token % C] = False
+
+    def out(fill, own=None):
+        plain, pages, scales = (x.clone() for x in (clean, paged, torch.stack(halves)[:, 0]))
+        if fill is not None:
+            plain.masked_fill_(behind[:, None, :, None], fill)
+            pages.masked_fill_(free[:, None, :, None], fill)
+            scales.masked_fill_(free[:, None], fill)
+        if own is not None:
+            plain[0, 0, :, 3, 5] = pages[0, 1, :, 3, 5] = scales[0, 1, :, 3] = own
+        return [decode_naive(q, *plain, lengths), decode_grouped(q, *plain, lengths),
+                decode_split(q, *plain, lengths, parts=3),
+                decode_sinks(q, turned, *plain, lengths, 4, parts=2),
+                decode_paged(q, *pages, table, lengths, parts=2),
+                prefill_paged(q, *pages, table, starts, lengths - 1, max_seqlen_q=1),
+                decode_int8(q, codes[0], scales[0], codes[1], scales[1], table, lengths, parts=2)]
+
+    for was, now, hurt in zip(out(None), out(lost), out(None, nan), strict=True):
+        assert was.isfinite().all() and torch.equal(was, now)
+        assert hurt[0].isnan().all() and torch.equal(hurt[1], was[1])
 
 
 def test_of_equals_greedy_takes_the_first_and_a_point_on_a_border_belongs_to_the_second_piece():

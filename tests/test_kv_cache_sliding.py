@@ -9,11 +9,12 @@ from tolerances import LOGITS
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from clawdemy_infer.attention import attend
 from clawdemy_infer.files import load_model
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import generate
 from clawdemy_infer.variants.named_caches import CACHES
-from clawdemy_infer.variants.sliding_cache import SlidingWindowCache
+from clawdemy_infer.variants.sliding_cache import SlidingWindowCache, _SinkAttention
 
 SMALL = {
     "num_hidden_layers": 3, "hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -292,3 +293,27 @@ def test_a_window_that_holds_all_of_the_text_changes_nothing_for_the_real_model(
     whole = SlidingWindowCache.for_model(smollm, 1, window=64, sinks=4)
     assert generate(smollm, prompt, max_tokens=10, cache=whole).tokens == generate(
         smollm, prompt, max_tokens=10).tokens
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_scores_beside_sinks_are_rounded_no_more_than_any_others(T):
+    """In bf16, against fp64 on the same 16-bit numbers: as near as PyTorch's own attention is,
+    which keeps its scores in fp32. Rounded to 8 bits, scores of 30 would be off by a tenth."""
+    torch.manual_seed(0)
+    cache = SlidingWindowCache(1, 1, 2, 64, window=300, sinks=4, dtype=torch.bfloat16,
+                               frequencies=10_000.0 ** -(torch.arange(32) / 32))
+    keys, values = torch.randn(2, 1, 2, 304, 64).bfloat16()
+    q = 4 * torch.randn(T, 4, 64).bfloat16()
+    attention = _SinkAttention(cache, torch.arange(5000, 5000 + T)[None])
+    turned, mask = attention.turned(q), torch.zeros(1, 1, T, 304, dtype=torch.bfloat16)
+
+    def exact(first):
+        sides = [x.double().view(T, 2, 2, 64) for x in (first, q)]
+        scores = [torch.einsum("tkgh,ksh->tkgs", x, keys[0].double()) / 8 for x in sides]
+        scores = torch.cat((scores[0][..., :4], scores[1][..., 4:]), -1)
+        return torch.einsum("tkgs,ksh->tkgh", scores.softmax(-1), values[0].double()).flatten(1)
+
+    ours, theirs = ((out.double() - right).square().mean().sqrt() for out, right in (
+        (attention.attend(q, keys, values, mask), exact(turned)),
+        (attend(q, keys, values, mask), exact(q))))
+    assert ours < 1.5 * theirs

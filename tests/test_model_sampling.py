@@ -2,6 +2,7 @@
 it."""
 
 import re
+from math import inf, nan
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from clawdemy_infer.model import Sampling, probabilities, sample
+from clawdemy_infer.model import Sampling, draw, probabilities, sample
+from clawdemy_infer.model.sampling import NOTHING
 
 LOGITS = torch.randn(7, 331, generator=torch.Generator().manual_seed(5)) * 3
 
@@ -88,3 +90,27 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name_and_value(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=re.escape(f"{name}={value}: ")):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=3),
+                                      Sampling(1.0, top_p=0.9), Sampling(2.0, min_p=0.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_row_that_leaves_nothing_to_choose_gives_no_token_and_the_others_theirs(sampling, dtype):
+    logits = torch.randn(6, 50, dtype=dtype)
+    logits[1, 7], logits[2, 8], logits[3], logits[5, 1:] = nan, inf, -inf, -inf
+    drawn = sample(logits, sampling, torch.Generator().manual_seed(0)).tolist()
+    assert [token == NOTHING for token in drawn] == [False, True, True, True, False, False]
+    assert drawn[5] == 0 and all(NOTHING <= token < 50 for token in drawn)
+    p = probabilities(logits, sampling)
+    assert p[1:4].isnan().any(-1).all() and p[[0, 4, 5]].sum(-1).tolist() == pytest.approx([1] * 3)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 5e-324])
+def test_a_tiny_temperature_is_greedy_and_no_failure(temperature):
+    logits = torch.randn(20, 50)
+    assert sample(logits, Sampling(temperature)).tolist() == logits.argmax(-1).tolist()
+
+
+def test_weights_that_sum_to_no_number_give_no_token():
+    weights = torch.tensor([[0.0, 0, 0], [1, nan, 1], [inf, 1, 1], [0, 2, 0]])
+    assert draw(weights).tolist() == [NOTHING] * 3 + [1]

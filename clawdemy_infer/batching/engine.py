@@ -5,11 +5,8 @@ It knows no clock but its executor's: `TorchExecutor` runs the model and reads t
 an engine does, a simulation does.
 """
 
-import signal
-import threading
 from bisect import insort
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping
 from operator import attrgetter
 from typing import Protocol
 
@@ -17,6 +14,7 @@ from clawdemy_infer.batching.metrics import SLO, Report, StepRecord
 from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.request import Request, Sequence
 from clawdemy_infer.batching.scheduler import Scheduler
+from clawdemy_infer.model.writing import uninterrupted
 
 
 class Executor(Protocol):
@@ -39,27 +37,12 @@ class Executor(Protocol):
         """It has ended."""
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put Ctrl-C off to the end of the block. Python delivers it to the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = []
-    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)  # None: one that Python did not set
-        if pressed:
-            signal.raise_signal(signal.SIGINT)
-
-
 class Engine:
     """Serves requests with `executor` as `scheduler` says. `block_bytes` are for the report.
 
     Ctrl-C or Jupyter's stop button takes effect between two steps, so that nothing is ever half
-    done: the engine goes on with the next `step` or `run`, or `cancel_all` clears it.
+    done: each `Sequence` has what the step brought, and the engine goes on with the next `step` or
+    `run`, or `cancel_all` clears it. A request whose logits leave nothing to choose fails alone.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor, block_bytes: float = 0.0) -> None:

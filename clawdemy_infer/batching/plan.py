@@ -19,7 +19,8 @@ class Plan(NamedTuple):
 class Emission(NamedTuple):
     """What a sequence gets: token ids (None where nobody needs them), their text, and why it ends
     with the last of them, or "". A step brings one token; or several at once, where
-    `num_draft_tokens` were drafted: those that were accepted, and one of the model's own."""
+    `num_draft_tokens` were drafted: those that were accepted, and one of the model's own, unless
+    the reason is "failed" and there was none to choose."""
 
     ids: list[int] | None = None
     text: str = ""

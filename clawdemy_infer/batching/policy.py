@@ -18,7 +18,8 @@ class Policy:
                      gets what is left, in chunks (Agrawal et al. 2024, Sarathi-Serve). None: a
                      prompt comes whole, and all who decode wait for it
     order            "fcfs": first come, first served
-                     "priority": smaller numbers first, then first come
+                     "priority": smaller numbers first, then first come; nobody ages, so a request
+                     may wait for as long as smaller numbers keep coming
     preemption       what becomes of the sequence that gives way when no block is free: "recompute"
                      begins it anew, "swap" moves its blocks to the host (Kwon et al. 2023, 4.5)
     prefix_caching   prompts that begin alike share blocks

@@ -9,7 +9,7 @@ from math import inf
 
 
 class State(StrEnum):
-    """Where a sequence stands. The last four are final; only somebody else's server fails."""
+    """Where a sequence stands. The last four are final."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -74,6 +74,7 @@ class Sequence:
     token_times         seconds on the engine's clock when each generated token was there
     history             (seconds, state) whenever the state changed
     num_cached_tokens   tokens of the prompt that the prefix cache had on admission
+    digests             of its first blocks, as far as the prefix cache has looked for them
     drafted, accepted   tokens that a draft proposed for it, and those that it has taken
     reason, text        why it ended, or what was wrong with it; and what was generated
     """
@@ -86,6 +87,7 @@ class Sequence:
         self.serial = next(_serial)
         self.rank = (0, arrival_s, self.serial)
         self.state, self.reason, self.text, self.num_cached_tokens = State.WAITING, "", "", 0
+        self.digests: list[bytes] = []
         self.token_times: list[float] = []
         self.history: list[tuple[float, State]] = []
         self.generated = self.preemptions = self.drafted = self.accepted = 0

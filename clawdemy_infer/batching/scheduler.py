@@ -56,6 +56,7 @@ class Scheduler:
         if policy.prefix_caching and not tables.prefix:
             raise ValueError("prefix_caching=True: these block tables have no prefix cache")
         self.policy, self.tables, self.max_context = policy, tables, max_context
+        tables.on_proof = True                              # keys that led to a token are no NaN
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -116,9 +117,14 @@ class Scheduler:
         for sequence, (ids, text, reason, num_tokens, num_draft_tokens) in emitted.items():
             sequence.extend([now] * num_tokens, ids, text)
             sequence.drafted += num_draft_tokens
-            sequence.accepted += num_tokens - 1
-            if reason or sequence.generated >= sequence.limit:
+            sequence.accepted += max(0, num_tokens - 1)
+            (self.tables.forget if reason == State.FAILED else self.tables.learn)(sequence)
+            if reason == State.FAILED:
+                self._end(sequence, State.FAILED, f"behind its {sequence.total} tokens the logits "
+                          "hold NaN or +inf, or are all -inf: no token can be chosen", now)
+            elif reason or sequence.generated >= sequence.limit:
                 self._end(sequence, State.FINISHED, reason or "length", now)
+            if sequence.over:
                 ended.append(sequence)
         return ended
 
@@ -162,10 +168,10 @@ class Scheduler:
     def _make_room(self, sequence: Sequence) -> bool:
         """Take the blocks for all that `sequence` has: chunks of its prompt never wait half-way. A
         block for each that runs stays free: each may soon need one, and who joins should stay."""
-        tables, ids = self.tables, sequence.ids or ()
-        if tables.blocks_to_add(sequence.total, ids) > tables.pool.free - len(self.running):
+        tables, prompt = self.tables, (sequence.ids or (), sequence.digests)
+        if tables.blocks_to_add(sequence.total, *prompt) > tables.pool.free - len(self.running):
             return False
-        num_cached_tokens = tables.add(sequence, ids)
+        num_cached_tokens = tables.add(sequence, *prompt, again=sequence.preemptions > 0)
         if not sequence.preemptions:
             sequence.num_cached_tokens = num_cached_tokens
         tables.reserve({sequence: sequence.total - num_cached_tokens})

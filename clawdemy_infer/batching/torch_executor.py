@@ -6,6 +6,7 @@ One forward pass serves sequences that decode and chunks of prompts alike, over 
 
 import time
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from random import Random
 
 import torch
@@ -14,6 +15,8 @@ from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.request import Request, Sequence
 from clawdemy_infer.kv_cache import BlockTables, PagedCache
 from clawdemy_infer.model import Decoder, Sampling, sample
+from clawdemy_infer.model.generate import prompt_ids
+from clawdemy_infer.model.sampling import NOTHING
 from clawdemy_infer.model.writing import Writer
 from clawdemy_infer.timing import now
 
@@ -42,21 +45,19 @@ class TorchExecutor:
         if (isinstance(prompt, str) or request.stop) and tokenizer is None:
             raise ValueError(f"request {request.id!r}: this model has no tokenizer; token ids are "
                              "accepted, and no stop")
-        if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-        elif isinstance(prompt, int):
+        if isinstance(prompt, int):
             random = Random(str(request.id))
-            ids = [random.randrange(V) for _ in range(prompt)]
-        else:
-            ids = [int(token) for token in prompt]
-            if ids and not (0 <= min(ids) and max(ids) < V):
-                raise ValueError(f"prompt: request {request.id!r} has ids from {min(ids)} to "
-                                 f"{max(ids)}; 0 to V-1 = {V - 1} are accepted")
+            return prompt, [random.randrange(V) for _ in range(prompt)]
+        ids = prompt_ids(self.model, prompt)
+        if ids and not (0 <= min(ids) and max(ids) < V):
+            raise ValueError(f"prompt: request {request.id!r} has ids from {min(ids)} to "
+                             f"{max(ids)}; 0 to V-1 = {V - 1} are accepted")
         return len(ids), ids
 
     def run(self, plan: Plan) -> Mapping[Sequence, Emission]:
         logits, rows = self._logits(plan)
-        greedy = logits.argmax(-1).tolist()
+        largest, token = (x.tolist() for x in logits.max(-1))       # as `likeliest`, in fewer calls
+        greedy = [i if isfinite(x) else NOTHING for x, i in zip(largest, token, strict=True)]
         chosen = {sequence: [self._choose(sequence, greedy[row], logits[row])]
                   for row, sequence in enumerate(rows)
                   if sequence in plan.num_new_tokens

@@ -31,9 +31,9 @@ from clawdemy_infer.timing import now
 FOLDER = Path(__file__).parent / "cpp"
 FLAGS = [
     "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-strict-aliasing",
-    # Numbers are finite, and nobody asks for errno; but sums keep their order, and the smallest
-    # numbers of the whole process stay what they are, which -ffast-math would not grant.
-    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only",
+    # Nobody asks for errno; but sums keep their order, NaN stays NaN, and the smallest numbers of
+    # the whole process stay what they are, which -ffast-math would not grant.
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-Wno-psabi", "-Wno-unknown-pragmas",
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 ]

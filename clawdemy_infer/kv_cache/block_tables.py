@@ -47,6 +47,7 @@ class BlockTables:
         self.prefix = PrefixCache(pool.block_size) if prefix_caching else None
         if self.prefix:
             pool.on_evict = self.prefix.forget
+        self.on_proof = False           # full blocks are learned by `learn` alone, not by `commit`
         self.lengths: dict[Hashable, int] = {}
         self.blocks: dict[Hashable, list[int]] = {}
         # For the prefix cache: what the blocks hold, and the digests of those that are full.
@@ -55,24 +56,29 @@ class BlockTables:
 
     # ---- sequences come and go ----
 
-    def blocks_to_add(self, tokens: int, ids: Sequence[int] = ()) -> int:
+    def blocks_to_add(self, tokens: int, ids: Sequence[int] = (),
+                      digests: list[bytes] | None = None) -> int:
         """Free blocks that `add` and `reserve` take for a sequence of `tokens` tokens, the first of
-        them `ids`: all but those that are found and used. Found and idle, a block is free too."""
-        found, _ = self.prefix.find(ids) if self.prefix else ([], [])
+        them `ids`: all but those that are found and used. Found and idle, a block is free too.
+        `digests` as of `PrefixCache.find`."""
+        found = self.prefix.find(ids, [] if digests is None else digests) if self.prefix else []
         return self.pool.blocks_for(tokens) - sum(self.pool.ref_counts[each] > 0 for each in found)
 
-    def add(self, sequence: Hashable, ids: Sequence[int] = ()) -> int:
+    def add(self, sequence: Hashable, ids: Sequence[int] = (), digests: list[bytes] | None = None,
+            again: bool = False) -> int:
         """A new sequence, which will bring the token `ids`. Returns how many of them are in the
-        pool already: those count as its own from now on. 0 without a prefix cache."""
+        pool already: those count as its own from now on. 0 without a prefix cache, whose statistics
+        leave out who comes `again`."""
         self._check_new("sequence", sequence)
-        found, digests = self.prefix.find(ids) if self.prefix else ([], [])
+        digests = [] if digests is None else digests
+        found = self.prefix.find(ids, digests) if self.prefix else []
         for block in found:
             self.pool.touch(block)
         length = len(found) * self.pool.block_size
-        if self.prefix:
+        if self.prefix and not again:
             self.prefix.asked += len(ids)
             self.prefix.found += length
-        self._enter(sequence, found, length, list(ids[:length]), digests)
+        self._enter(sequence, found, length, list(ids[:length]), digests[:len(found)])
         return length
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
@@ -93,6 +99,19 @@ class BlockTables:
         blocks = self.blocks.pop(sequence)
         del self.lengths[sequence], self._ids[sequence], self._digests[sequence]
         self._release(blocks)
+
+    def learn(self, sequence: Hashable) -> None:
+        """Tell the prefix cache of the blocks that have become full."""
+        size, ids, digests = self.pool.block_size, self._ids[sequence], self._digests[sequence]
+        for i in range(len(digests), len(ids) // size if self.prefix else 0):
+            before = digests[-1] if digests else ROOT
+            digests.append(self.prefix.digest(before, ids[i * size:(i + 1) * size]))
+            self.prefix.learn(digests[i], self.blocks[sequence][i])
+
+    def forget(self, sequence: Hashable) -> None:
+        """What it has computed is in doubt: nobody is to find its blocks from now on."""
+        for block in self.blocks[sequence] if self.prefix else ():
+            self.prefix.forget(block)
 
     def truncate(self, length: int, sequence: Hashable) -> None:
         """Forget all but the first `length` tokens."""
@@ -163,7 +182,8 @@ class BlockTables:
             self.lengths[sequence] += len(ids)
             if self.prefix:
                 self._ids[sequence] += ids
-                self._learn(sequence)
+            if not self.on_proof:
+                self.learn(sequence)
 
     # ---- details ----
 
@@ -179,16 +199,8 @@ class BlockTables:
                digests: list[bytes]) -> None:
         self.blocks[sequence], self.lengths[sequence] = blocks, length
         self._ids[sequence], self._digests[sequence] = ids, digests
-        if self.prefix:
-            self._learn(sequence)
-
-    def _learn(self, sequence: Hashable) -> None:
-        """Tell the prefix cache of the blocks that have become full."""
-        size, ids, digests = self.pool.block_size, self._ids[sequence], self._digests[sequence]
-        for i in range(len(digests), len(ids) // size):
-            before = digests[-1] if digests else ROOT
-            digests.append(self.prefix.digest(before, ids[i * size:(i + 1) * size]))
-            self.prefix.learn(digests[i], self.blocks[sequence][i])
+        if not self.on_proof:
+            self.learn(sequence)
 
     def _release(self, blocks: list[int]) -> None:
         """The last block first: so it is evicted first, and the beginning stays longest."""

@@ -88,7 +88,6 @@ class ContiguousCache(RectangularCache):
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         at_least_1(layers=layers, kv_heads=kv_heads, head_dim=head_dim)
         super().__init__(batch, capacity, dtype, device)
-        # Zeros, because a mask hides a stale number but not a NaN.
         self.keys = torch.zeros(layers, batch, kv_heads, capacity, head_dim, dtype=dtype,
                                 device=device)
         self.values = torch.zeros_like(self.keys)

@@ -34,7 +34,6 @@ class PagedCache:
         pool, self.tables, self.kv_heads = tables.pool, tables, kv_heads
         self.dtype, self.device = dtype, torch.device(device)
         self.capacity = capacity or pool.blocks * pool.block_size
-        # Zeros, because a mask hides a stale number but not a NaN.
         self.keys = torch.zeros(layers, pool.blocks, kv_heads, pool.block_size, head_dim,
                                 dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)

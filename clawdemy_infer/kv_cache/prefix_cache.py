@@ -37,18 +37,19 @@ class PrefixCache:
         """The name of the block that holds `tokens`, behind the block named `before`."""
         return sha256(before + array("q", tokens).tobytes()).digest()
 
-    def find(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
-        """The blocks that hold the longest known beginning of `tokens`, and their digests. The last
-        token is left out: a prompt that is known whole still has to bring one token, from whose
-        logits generation goes on."""
-        blocks, digests, before = [], [], ROOT
-        for start in range(0, len(tokens) - self.block_size, self.block_size):
-            before = self.digest(before, tokens[start:start + self.block_size])
-            if before not in self._block_of:
+    def find(self, tokens: Sequence[int], digests: list[bytes]) -> list[int]:
+        """The blocks that hold the longest known beginning of `tokens`. The last token is left out:
+        a prompt that is known whole still has to bring one token, from whose logits generation goes
+        on. Digests of `tokens` that are not yet among `digests` are added to them."""
+        blocks, size = [], self.block_size
+        for i in range((len(tokens) - 1) // size):
+            if i == len(digests):
+                before = digests[-1] if digests else ROOT
+                digests.append(self.digest(before, tokens[i * size:(i + 1) * size]))
+            if digests[i] not in self._block_of:
                 break
-            blocks.append(self._block_of[before])
-            digests.append(before)
-        return blocks, digests
+            blocks.append(self._block_of[digests[i]])
+        return blocks
 
     def learn(self, digest: bytes, block: int) -> None:
         """`block` is full, and this is what it holds. Where another block is known for the same

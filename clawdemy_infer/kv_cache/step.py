@@ -104,11 +104,13 @@ class Rectangle(NamedTuple):
 
 
 def rectangles(step: Step) -> list[Rectangle]:
-    """The step over sequences 0 ... B-1 of a cache cut into rectangles, in its own order."""
+    """The step over sequences 0 ... B-1 of a cache cut into rectangles, in its own order. Of one,
+    the model's window hides the same from all."""
     found, row, places = [], 0, step.sequences
+    ends = [past + T for past, T in zip(step.past, step.num_new_tokens, strict=True)]
     # i - place is constant among neighbours in the step that are neighbours in the cache too.
-    for (_, T), members in groupby(range(len(places)),
-                                   lambda i: (i - places[i], step.num_new_tokens[i])):
+    for (_, T, _), members in groupby(range(len(places)), lambda i: (
+            i - places[i], step.num_new_tokens[i], max(0, ends[i] - (step.window or ends[i])))):
         members = list(members)
         rows = slice(row, row := row + len(members) * T)
         found.append(Rectangle(rows, places[members[0]], [step.past[i] for i in members], T))

@@ -1,6 +1,7 @@
 """Generation: prefill the prompt, then decode token by token, and keep the two times apart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.model.decoder import Decoder
 from clawdemy_infer.model.sampling import Sampling, sample
-from clawdemy_infer.model.writing import Writer
+from clawdemy_infer.model.writing import Writer, uninterrupted
 from clawdemy_infer.timing import now
 
 CACHES = {"contiguous": ContiguousCache.for_model, "paged": PagedCache.for_model}
@@ -23,7 +24,8 @@ class Generation:
     string if that is what ended it; `text` has neither. `ttft_s`, time to first token, runs from
     the call to the first token: the prefill and its choice. `tpot_s`, time per output token, is
     (last - first) / (tokens - 1): decode alone; None for fewer than two. `finish_reason` is eos,
-    stop (a stop string came), length (max_tokens reached) or interrupted (Ctrl-C).
+    stop (a stop string came), length (max_tokens reached), interrupted (Ctrl-C), or failed (no
+    finite logits), which only `speculate_batch` returns.
     """
 
     prompt_tokens: list[int]
@@ -44,8 +46,9 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64,
     `on_token` is called with each new piece of text; joined they are `text`. `cache` names one of
     `CACHES`, or is a cache for one sequence, and the prompt follows on what that one holds; "none"
     runs the whole text anew for every token. An interrupt ends the generation: what is there by
-    then comes back. Raises ValueError, before any work, for an empty prompt, a wrong `max_tokens`,
-    `stop` or `cache`, or more than the context holds.
+    then has gone to `on_token`, and comes back. However it ends, the cache holds all but the last
+    token. Raises ValueError, before any work, for an empty prompt, a wrong `max_tokens`, `stop` or
+    `cache`, or more than the context holds; and where the logits leave nothing to choose.
     """
     # 1) Check, and make a cache.
     start, sampling = now(), sampling or Sampling()
@@ -54,27 +57,67 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64,
     cached = cache != "none"
     if isinstance(cache, str):
         cache = CACHES[cache](model, 1, len(ids) + max_tokens) if cached else None
+    past = sum(cache.lengths.values()) if cached else 0
     generator = sampling.generator(model.device)
-    writer = Writer(max_tokens, model.config.eos_ids, model.tokenizer, stop)
-    tokens, times, reason = [], [], ""
+    text = Text(model, ids, max_tokens, stop, on_token)
     try:
         new = ids                                       # 2) Prefill: the whole prompt at once.
-        while not writer.reason:
-            inputs = torch.tensor([new if cached else ids + tokens], device=model.device)
+        while not text.writer.reason:
+            inputs = torch.tensor([new if cached else text.ids], device=model.device)
             logits = model(inputs, cache, last_only=True)[:, -1]
-            new = [int(sample(logits, sampling, generator))]
-            times.append(now())
-            tokens += new                               # 3) Decode: one token a step.
-            _, piece = writer.take(new)
-            if piece and on_token:
-                on_token(piece)
+            keep([(text, sample(logits, sampling, generator).tolist())])
+            new = text.ids[-1:]                         # 3) Decode: one token a step.
     except KeyboardInterrupt:
-        reason = "interrupted"
-    return Generation(
-        prompt_tokens=ids, tokens=tokens, text=writer.stream.text if writer.stream else "",
-        ttft_s=times[0] - start if times else None,
-        tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        finish_reason=reason or writer.reason)
+        text.writer.reason = "interrupted"
+    finally:
+        if cached:
+            cache.truncate(min(past + len(text.ids) - 1, *cache.lengths.values()))
+    return checked(text.result(start))
+
+
+class Text:
+    """What is being written behind a prompt: all `ids`, when each token came, and whom to tell."""
+
+    def __init__(self, model: Decoder, prompt: list[int], max_tokens: int, stop: tuple[str, ...],
+                 say: Callable[[str], None] | None) -> None:
+        self.prompt, self.ids, self.times, self.say = prompt, list(prompt), [], say
+        self.writer = Writer(max_tokens, model.config.eos_ids, model.tokenizer, stop)
+
+    def result(self, start: float, kind: type[Generation] = Generation, **more) -> Generation:
+        times, stream = self.times, self.writer.stream
+        return kind(
+            prompt_tokens=self.prompt, tokens=self.ids[len(self.prompt):],
+            text=stream.text if stream else "", ttft_s=times[0] - start if times else None,
+            tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+            finish_reason=self.writer.reason, **more)
+
+
+def keep(came: Iterable[tuple[Text, list[int]]]) -> None:
+    """Each text takes its tokens as far as it goes on, and then each piece is said, though Ctrl-C
+    comes or somebody who is told raises: the first error comes out at the end."""
+    with uninterrupted():
+        pieces = []
+        for text, tokens in came:
+            taken, piece = text.writer.take(tokens)
+            text.ids += taken
+            text.times += [now()] * len(taken)
+            pieces += [(text.say, piece)] if piece and text.say else []
+        unsaid = iter(pieces)
+        try:
+            for say, piece in unsaid:
+                say(piece)
+        finally:
+            for say, piece in unsaid:
+                with suppress(Exception):
+                    say(piece)
+
+
+def checked(generation: Generation) -> Generation:
+    """The same. ValueError where the model gave nothing to choose a token from."""
+    if generation.finish_reason == "failed":
+        raise ValueError(f"logits: behind {len(generation.prompt_tokens + generation.tokens)} "
+                         "tokens they hold NaN or +inf, or are all -inf: no token can be chosen")
+    return generation
 
 
 def prompt_ids(model: Decoder, prompt: str | Sequence[int]) -> list[int]:

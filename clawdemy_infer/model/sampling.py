@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+NOTHING = -1
+"""The token of a row of logits that leaves none to choose: NaN or +inf among them, or all -inf."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,13 +51,15 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
     Filters act in the order temperature, top-k, top-p, min-p, each on what the one before left:
     transformers' order, and other orders give other distributions. Greedy is the distribution that
-    is certain of the likeliest token.
+    is certain of the likeliest token. NaN where there is none, as in `NOTHING`.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # Shifted so that the largest is 0: a tiny temperature then cannot overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+        largest, token = logits.max(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, token, 1 + 0 * largest)
+    # Shifted so that the largest is 0: a tiny temperature then cannot overflow, unless to 0 / 0.
+    temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if sampling.top_k is not None:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -73,18 +78,27 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def sample(logits: torch.Tensor, sampling: Sampling,
            generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw one token for each row: logits [B, V] -> ids [B]."""
+    """Draw one token for each row: logits [B, V] -> ids [B], or `NOTHING`."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return likeliest(logits)
     return draw(probabilities(logits, sampling), generator)
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row: logits [..., V] -> ids [...], or `NOTHING`. One walk over
+    the V logits, as of argmax, and some bytes a row: the largest is NaN where there is one."""
+    largest, token = logits.max(-1)
+    return token.masked_fill(largest - largest != 0, NOTHING)   # x - x is 0 for finite x alone
+
+
 def draw(weights: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token for each row of `weights` [B, V], which need not sum to 1: ids [B].
+    """One token for each row of `weights` [B, V], which need not sum to 1: ids [B], and `NOTHING`
+    for a row that sums to nothing, to NaN or to infinity.
 
     The first at which the running sum exceeds a random share of the whole. `torch.multinomial`
     draws a random number for each token of the vocabulary, and takes twenty times as long.
     """
     sums = weights.cumsum(-1, dtype=torch.float64)
     u = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64, device=sums.device)
-    return torch.searchsorted(sums, u * sums[:, -1:], right=True).squeeze(-1)
+    found = torch.searchsorted(sums, u * sums[:, -1:], right=True).squeeze(-1)
+    return found.where(found < sums.shape[-1], NOTHING)

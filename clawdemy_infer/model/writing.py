@@ -1,15 +1,35 @@
 """A text that grows: tokens in, text out, and the one rule for when it ends, for `generate`,
 speculative decoding and the engine alike."""
 
-from collections.abc import Collection, Sequence
+import signal
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from clawdemy_infer.model.sampling import NOTHING
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off to the end of the block. Python delivers it to the main thread alone."""
+    pressed, here = [], threading.current_thread() is threading.main_thread()
+    handler = here and signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        if here:                                        # None: a handler that Python did not set
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 class Writer:
     """One sequence that is being written.
 
-    A text ends with an end-of-sequence token ("eos"), with a stop string ("stop"), or with its
-    `limit`-th token ("length"); `reason` is empty until then. `left` is how many tokens may still
-    come. Without a tokenizer there is no text, and no stop string.
+    A text ends with an end-of-sequence token ("eos"), with a stop string ("stop"), with its
+    `limit`-th token ("length"), or where `NOTHING` could be chosen ("failed"); `reason` is empty
+    until then. `left` is how many tokens may still come. Without a tokenizer there is no text, and
+    no stop string.
 
     >>> writer = Writer(limit=3, eos_ids=(2,))
     >>> writer.take([5, 2, 7]), writer.reason        # 7 comes after the end
@@ -28,11 +48,13 @@ class Writer:
         for token in tokens:
             if self.reason:
                 break
-            taken.append(token)
-            self.left -= 1
-            self.reason = "eos" if token in self.eos_ids else "" if self.left > 0 else "length"
+            came = [token] if token != NOTHING else []
+            taken += came
+            self.left -= len(came)
+            self.reason = ("failed" if not came else "eos" if token in self.eos_ids
+                           else "" if self.left > 0 else "length")
             if self.stream:
-                text += self.stream.push(token)
+                text += self.stream.push(token) if came else ""
                 if self.reason and not self.stream.stopped:
                     text += self.stream.close()
                 if self.stream.stopped:

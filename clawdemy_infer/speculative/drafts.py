@@ -17,13 +17,14 @@ import torch
 
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.model import Decoder, Sampling, draw, probabilities
+from clawdemy_infer.model.sampling import NOTHING, likeliest
 
 Texts = Mapping[Hashable, Sequence[int]]     # token ids by sequence: prompt and what was generated
 
 
 class Proposal(NamedTuple):
     """The drafted `tokens` of each sequence, at most G, and q [B, G, V], what they were drawn from:
-    zero behind a sequence's last, and None where the draft was certain of each."""
+    not looked at behind a sequence's last, and None where the draft was certain of each."""
 
     tokens: list[list[int]]
     q: torch.Tensor | None = None
@@ -92,7 +93,8 @@ class PromptLookup:
 
 class ModelDraft:
     """Another model with the same tokens and a cache of its own: a forward pass for each drafted
-    token. Raises ValueError, at `begin`, for another vocabulary or too short a context."""
+    token. Where its logits leave nothing to choose, as behind a NaN, it drafts no further, and the
+    target goes on. Raises ValueError, at `begin`, for another vocabulary or too short a context."""
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
@@ -145,16 +147,20 @@ class ModelDraft:
         longest, q = max(counts[sequence] for sequence in texts), None
         drafted: dict[Hashable, list[int]] = {sequence: [] for sequence in texts}
         for i in range(longest):
-            active = [sequence for sequence in texts if counts[sequence] > i]
+            if not (active := [sequence for sequence in texts if counts[sequence] > i]):
+                break
             logits = self._step({sequence: new[sequence] for sequence in active})   # [B', V]
             if sampling.temperature == 0:
-                tokens = logits.argmax(-1)
+                tokens = likeliest(logits)
             else:
                 chances = probabilities(logits, sampling)
                 tokens = draw(chances, generator)
                 q = chances.new_zeros(len(texts), longest, logits.shape[-1]) if q is None else q
                 q[[row for row, sequence in enumerate(texts) if counts[sequence] > i], i] = chances
             for sequence, token in zip(active, tokens.tolist(), strict=True):
+                if token == NOTHING:
+                    counts[sequence] = i
+                    continue
                 drafted[sequence].append(token)
                 new[sequence] = [token]
         return Proposal(list(drafted.values()), q)

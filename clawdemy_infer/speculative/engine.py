@@ -15,6 +15,7 @@ from clawdemy_infer.batching.serving import engine as plain_engine
 from clawdemy_infer.batching.torch_executor import TorchExecutor
 from clawdemy_infer.kv_cache import PagedCache
 from clawdemy_infer.model import Decoder, Sampling
+from clawdemy_infer.model.sampling import likeliest
 from clawdemy_infer.speculative.drafts import Draft
 from clawdemy_infer.speculative.verification import verify_rows
 
@@ -22,8 +23,10 @@ from clawdemy_infer.speculative.verification import verify_rows
 def engine(model: Decoder, draft: Draft, policy: Policy | None = None, **memory) -> Engine:
     """An engine that serves `model` and speculates with `draft`, by default with gamma = 4;
     `memory` as of `serving.engine`. Greedy requests get the tokens that they would alone, others
-    tokens of the same distribution. A draft with a model of its own keeps keys and values in as
-    many blocks as the target's. Raises ValueError as that, and for a draft that does not fit."""
+    tokens of the same distribution. A seed repeats them as long as as many are drafted: where the
+    budget or the blocks are scarce, neighbours change how many, and so which are drawn. A draft
+    with a model of its own keeps keys and values in as many blocks as the target's. Raises
+    ValueError as that, and for a draft that does not fit."""
     executor = partial(SpeculativeExecutor, draft=draft)
     return plain_engine(model, policy or Policy(gamma=4), executor=executor, **memory)
 
@@ -44,7 +47,7 @@ class SpeculativeExecutor(TorchExecutor):
             self.joined.add(sequence)
         if not plan.num_lookahead_tokens:
             return super().run(plan)
-        # 1. Draft in groups that sample alike; with a seed alone: neighbours change nothing.
+        # 1. Draft in groups that sample alike; with a seed alone, from its own generator.
         groups, drafts, drafted = {}, [], {}
         for sequence in plan.num_lookahead_tokens:
             sampling = sequence.request.sampling
@@ -75,7 +78,7 @@ class SpeculativeExecutor(TorchExecutor):
         for sequence in brought:
             if sequence not in drafted and self.tables.lengths[sequence] == sequence.total:
                 row = logits[first[sequence]]
-                chosen[sequence] = [self._choose(sequence, int(row.argmax()), row)]
+                chosen[sequence] = [self._choose(sequence, int(likeliest(row)), row)]
         return self._write(chosen, drafted)
 
     def forget(self, sequence: Sequence) -> None:

@@ -4,14 +4,14 @@ A forward pass at batch 1 streams all the weights for one row. With γ drafted t
 once for γ + 1 rows, and brings up to γ + 1 tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from clawdemy_infer.kv_cache import KVCache
 from clawdemy_infer.model import Decoder, Generation, Sampling, sample
-from clawdemy_infer.model.generate import CACHES, check_generation, prompt_ids
-from clawdemy_infer.model.writing import Writer
+from clawdemy_infer.model.generate import CACHES, Text, check_generation, checked, keep, prompt_ids
 from clawdemy_infer.speculative.drafts import Draft
 from clawdemy_infer.speculative.verification import verify_rows
 from clawdemy_infer.timing import now
@@ -19,7 +19,7 @@ from clawdemy_infer.timing import now
 
 class Round(NamedTuple):
     """What was drafted for a sequence, how many of it were accepted, and the token that the target
-    put after those. The text may end before all of them."""
+    put after those, or `NOTHING`. The text may end before all of them."""
 
     drafted: list[int]
     accepted: int
@@ -39,11 +39,12 @@ def speculate(model: Decoder, prompt: str | Sequence[int], draft: Draft, max_tok
               cache: str | KVCache = "contiguous") -> Speculation:
     """`model.generate` with a `draft` that proposes `gamma` tokens at a time. Greedy: the same
     tokens. Else: the same distribution. `cache` is "contiguous" or "paged", or an empty cache for
-    one sequence that can be truncated. Raises ValueError, before any work, for what `generate`
-    refuses, for a gamma below 0, and for a draft that does not fit the model."""
+    one sequence that can be truncated. Raises ValueError, as `generate`, and for a gamma below 0
+    and a draft that does not fit the model."""
     pieces = on_token and (lambda index, piece: on_token(piece))
-    return speculate_batch(model, [prompt], draft, max_tokens, sampling, gamma=gamma, stop=stop,
-                           on_token=pieces, cache=cache)[0]
+    return checked(speculate_batch(
+        model, [prompt], draft, max_tokens, sampling, gamma=gamma, stop=stop, on_token=pieces,
+        cache=cache)[0])
 
 
 def speculate_batch(model: Decoder, prompts: Sequence[str | Sequence[int]], draft: Draft,
@@ -52,8 +53,10 @@ def speculate_batch(model: Decoder, prompts: Sequence[str | Sequence[int]], draf
                     on_token: Callable[[int, str], None] | None = None,
                     cache: str | KVCache = "contiguous") -> list[Speculation]:
     """The same for several prompts at once: each sequence keeps its own number of tokens a round,
-    and leaves when it has ended. `on_token` gets the index of the prompt and a piece of its text.
-    All draw from one generator: a seed repeats the whole batch."""
+    and leaves when it has ended, or has "failed" since the target's logits leave it nothing to
+    choose. `on_token` gets the index of the prompt and a piece of its text; if it raises, what came
+    in that round is said of all, and then the first error comes out. All draw from one generator: a
+    seed repeats the whole batch."""
     # 1. Check, and make a cache.
     start, sampling = now(), sampling or Sampling()
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -73,15 +76,15 @@ def speculate_batch(model: Decoder, prompts: Sequence[str | Sequence[int]], draf
         raise ValueError(f"cache: it holds {list(cache.lengths.values())} tokens; {len(ids)} empty "
                          "sequences are accepted")
     generator = sampling.generator(model.device)
-    texts = {sequence: _Text(model, index, prompt, max_tokens, stop, on_token)
+    texts = {sequence: Text(model, prompt, max_tokens, stop, on_token and partial(on_token, index))
              for index, (sequence, prompt) in enumerate(zip(cache.lengths, ids, strict=True))}
     prompts = {sequence: text.ids for sequence, text in texts.items()}
+    rounds: dict[Hashable, list[Round]] = {sequence: [] for sequence in texts}
     try:
         # 2. Prefill, which gives the first token.
         draft.begin(model, cache, prompts)
-        first = sample(model.step(prompts, cache), sampling, generator).tolist()
-        for text, token in zip(texts.values(), first, strict=True):
-            text.take([token])
+        first = sample(model.step(prompts, cache), sampling, generator)[:, None]
+        keep(zip(texts.values(), first.tolist(), strict=True))
         while active := {each: text for each, text in texts.items() if not text.writer.reason}:
             # 3. Propose. The target's own token comes on top of what is drafted.
             known = {sequence: text.ids for sequence, text in active.items()}
@@ -93,43 +96,24 @@ def speculate_batch(model: Decoder, prompts: Sequence[str | Sequence[int]], draf
             logits = model.step(new, cache, logits_to_keep=0)
             # 5. Verify.
             verdict = verify_rows(logits, drafted, q, sampling, generator)
-            accepted, tokens = verdict.accepted.tolist(), verdict.token.tolist()
             # 6. Keep what was accepted and the token after it. All but the last are cached.
-            for (sequence, text), mine, count, token in zip(active.items(), drafted, accepted,
-                                                            tokens, strict=True):
-                text.rounds.append(Round(mine, count, token))
-                text.take([*mine[:count], token])
-                cache.truncate(len(text.ids) - 1, sequence)
+            came = dict(zip(active, map(Round, drafted, verdict.accepted.tolist(),
+                                        verdict.token.tolist()), strict=True))
+            for sequence, round in came.items():
+                rounds[sequence].append(round)
+            keep((texts[sequence], [*mine[:count], token])
+                 for sequence, (mine, count, token) in came.items())
+            forget_rejected(texts, cache)
     except KeyboardInterrupt:
-        for sequence, text in texts.items():
+        for text in texts.values():
             text.writer.reason = text.writer.reason or "interrupted"
-            cache.truncate(min(cache.lengths[sequence], len(text.ids) - 1), sequence)
-    return [text.result(start) for text in texts.values()]
+    finally:
+        forget_rejected(texts, cache)
+    return [text.result(start, Speculation, rounds=rounds[sequence])
+            for sequence, text in texts.items()]
 
 
-class _Text:
-    """One sequence: its prompt, what was written, and when which token came."""
-
-    def __init__(self, model: Decoder, index: int, prompt: list[int], max_tokens: int,
-                 stop: tuple[str, ...], on_token: Callable[[int, str], None] | None) -> None:
-        self.index, self.ids, self.prompt, self.on_token = index, list(prompt), prompt, on_token
-        self.writer = Writer(max_tokens, model.config.eos_ids, model.tokenizer, stop)
-        self.rounds, self.times = [], []
-
-    def take(self, tokens: list[int]) -> None:
-        """Take the tokens as far as the text goes on."""
-        came = now()
-        for token in tokens:
-            taken, piece = self.writer.take([token])
-            self.ids += taken
-            self.times += [came] * len(taken)
-            if piece and self.on_token:
-                self.on_token(self.index, piece)
-
-    def result(self, start: float) -> Speculation:
-        times, stream = self.times, self.writer.stream
-        return Speculation(
-            prompt_tokens=self.prompt, tokens=self.ids[len(self.prompt):],
-            text=stream.text if stream else "", ttft_s=times[0] - start if times else None,
-            tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-            finish_reason=self.writer.reason, rounds=self.rounds)
+def forget_rejected(texts: dict[Hashable, Text], cache: KVCache) -> None:
+    """All but the last token of each text stays, as far as it was brought."""
+    for sequence, text in texts.items():
+        cache.truncate(min(cache.lengths[sequence], len(text.ids) - 1), sequence)

@@ -22,11 +22,12 @@ from typing import NamedTuple
 import torch
 
 from clawdemy_infer.model import Sampling, draw, probabilities
+from clawdemy_infer.model.sampling import likeliest
 
 
 class Verdict(NamedTuple):
     """`accepted` [B]: how many drafted tokens of each row, and `token` [B], which follows them: a
-    correction, or the bonus."""
+    correction, or the bonus; `NOTHING` where the target has none, as behind a NaN."""
 
     accepted: torch.Tensor
     token: torch.Tensor
@@ -58,8 +59,9 @@ def verify(p: torch.Tensor, q: torch.Tensor | None, drafted: torch.Tensor, count
     # 2. Draw from the residual, or behind the last drafted token from p.
     after = p[rows, accepted]                                           # [B, V]
     if G:
-        rejected = (accepted < counts).to(p.dtype)[:, None]
-        residual = (after - rejected * q[rows, accepted.clamp(max=G - 1)]).clamp(min=0)
+        rejected = (accepted < counts)[:, None]             # else q is not to be looked at
+        excess = after - q[rows, accepted.clamp(max=G - 1)]
+        residual = torch.where(rejected, excess, after).clamp(min=0)
         # Where p and q are the same but for rounding, a rejected token may leave no residual.
         after = torch.where(residual.sum(-1, keepdim=True) > 0, residual, after)
     return Verdict(accepted, draw(after, generator))
@@ -92,6 +94,6 @@ def verify_rows(logits: torch.Tensor, drafted: list[list[int]], q: torch.Tensor 
     tokens = torch.tensor([mine + [0] * (G - len(mine)) for mine in drafted], device=device).long()
     counts = torch.tensor(counts, device=device)
     if sampling.temperature == 0:
-        return verify_greedy(logits.argmax(-1)[rows], tokens, counts)
+        return verify_greedy(likeliest(logits)[rows], tokens, counts)
     return verify(probabilities(logits[rows], sampling), q if q is None else q[:, :G], tokens,
                   counts, generator)

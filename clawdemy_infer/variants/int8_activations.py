@@ -58,7 +58,7 @@ class LLMInt8(Int8Activations):
     outliers = 0
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        outlier = x.abs().amax(0) >= self.threshold                             # [I]
+        outlier = (x.abs() >= self.threshold).any(0)            # [I]; a NaN hides nobody else's
         self.outliers = int(outlier.sum())
         kept = self.codes[:, outlier] * self.scale[:, None]             # [O, outliers], fp32
         return super().product(x.masked_fill(outlier, 0)) + x[:, outlier].float() @ kept.t()

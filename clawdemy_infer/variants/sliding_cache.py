@@ -48,7 +48,6 @@ class SlidingWindowCache(KernelCache):
         self.frequencies = frequencies
         # The longest a sequence has been: what was overwritten by then is gone.
         self.written = dict.fromkeys(range(batch), 0)
-        # Zeros, because a mask hides a stale number but not a NaN.
         self.keys = torch.zeros(layers, batch, kv_heads, self.span, head_dim, dtype=dtype,
                                 device=device)
         self.values = torch.zeros_like(self.keys)
@@ -119,18 +118,18 @@ class _OneToken:
         mine = torch.arange(rectangle.first, rectangle.sequences.stop, device=cache.device)
         self.at = mine, slice(None), cache.slots(past)
         self.lengths = (past + 1).clamp(max=cache.span).int()
-        self.filled = min(max(rectangle.past) + 1, cache.span)
+        self.end = min(max(rectangle.past) + 1, cache.span)
         self.attention, self.mask = _SinkAttention(cache, past[:, None]), None
-        if min(rectangle.past) + 1 < self.filled:
+        if min(rectangle.past) + 1 < self.end:
             # Some sequence has not yet written all the slots that are read.
-            slots = torch.arange(self.filled, device=cache.device)
+            slots = torch.arange(self.end, device=cache.device)
             keys = slots.where(slots <= past[:, None], NOWHERE)
             self.mask = position_mask(past[:, None], keys, None, 0, cache.dtype)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]             # [B, K, s+W, H]
         keys[self.at], values[self.at] = k, v
-        keys, values = (x[self.rectangle.sequences, :, :self.filled] for x in (keys, values))
+        keys, values = (x[self.rectangle.sequences, :, :self.end] for x in (keys, values))
         if self.cache.backend != "triton":
             return self.attention.attend(q, keys, values, self.mask)
         if self.attention.turn is None:
@@ -208,10 +207,14 @@ class _SinkAttention:
         if self.turn is None:
             return attend(q, keys, values, mask)
         (B, K), (M, N, H), s = keys.shape[:2], q.shape, self.sinks
-        q, turned = (x.view(B, M // B, K, N // K, H).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        # Scores in fp32, as SDPA has them: bf16 would keep 8 bits of each.
+        q, turned = (x.view(B, M // B, K, N // K, H).permute(0, 2, 3, 1, 4).flatten(2, 3).float()
                      for x in (q, self.turned(q)))                                  # [B, K, G*T, H]
-        scores = torch.cat((turned @ keys[:, :, :s].mT, q @ keys[:, :, s:].mT), dim=-1) * H**-0.5
-        if mask is not None:
-            scores = (scores.unflatten(2, (N // K, M // B)) + mask[:, :, None]).flatten(2, 3)
-        out = scores.softmax(-1) @ values                                           # [B, K, G*T, H]
+        sinks, window = keys.float().split((s, keys.shape[2] - s), dim=2)
+        scores = torch.cat((turned @ sinks.mT, q @ window.mT), dim=-1) * H**-0.5
+        if mask is not None:                            # A weight of 0 would not hide a NaN.
+            scores, hidden = scores.unflatten(2, (N // K, M // B)), mask.isneginf()
+            scores = scores.masked_fill(hidden[:, :, None], -torch.inf).flatten(2, 3)
+            values = values.masked_fill(hidden.all(2)[..., None], 0)
+        out = scores.softmax(-1).to(values.dtype) @ values                       # [B, K, G*T, H]
         return out.unflatten(2, (N // K, M // B)).permute(0, 3, 1, 2, 4).reshape(M, N * H)

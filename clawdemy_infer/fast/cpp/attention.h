@@ -135,20 +135,20 @@ template <> struct By<bf16> {
 typedef By<R> by;
 
 // KEYS keys [KEYS, H] -> [KEYS / 16, HP / PAIR, 16, PAIR]; their values -> [HP / 16, KEYS / PAIR,
-// 16, PAIR]. What lies behind the last token is zero.
-static void lay_out(const Pages& in, int64_t b, int64_t k, int64_t first, int64_t length, R* keys,
-                    R* values) {
+// 16, PAIR]. What lies outside the tokens `from` to `length` is zero: no weight of 0 hides a NaN.
+static void lay_out(const Pages& in, int64_t b, int64_t k, int64_t first, int64_t from,
+                    int64_t length, R* keys, R* values) {
     const int PAIR = by::PAIR;
     auto at = [](int depths, int depth, int column) {
         const int row = column / 16 * depths + depth / PAIR * PAIR;
         return row * 16 + column % 16 * PAIR + depth % PAIR;
     };
     for (int t = 0; t < KEYS; t++) {
-        const bool there = first + t < length;
-        const int64_t from = there ? in.place(b, k, first + t) : 0;
+        const bool there = first + t >= from && first + t < length;
+        const int64_t place = there ? in.place(b, k, first + t) : 0;
         for (int h = 0; h < HP; h++) {
-            put(there && h < H ? number(in.keys[from + h]) : 0.f, keys + at(HP, h, t));
-            put(there && h < H ? number(in.values[from + h]) : 0.f, values + at(KEYS, t, h));
+            put(there && h < H ? number(in.keys[place + h]) : 0.f, keys + at(HP, h, t));
+            put(there && h < H ? number(in.values[place + h]) : 0.f, values + at(KEYS, t, h));
         }
     }
 }
@@ -239,13 +239,14 @@ static void attend(const float* q, int64_t stride, const Pages& in, const Rows& 
             }
         } else {
             const int64_t past = rows.past[b], length = past + count;
-            const int64_t begin = std::max(int64_t(0), past + 1 - in.window) / KEYS * KEYS;
+            const int64_t from = std::max(int64_t(0), past + 1 - in.window);    // seen by any
+            const int64_t begin = from / KEYS * KEYS;
             const int64_t blocks = (length - begin + KEYS - 1) / KEYS;
             #pragma omp single
             for (int i = 0; i < 2; i++) room[i].resize(K * blocks * KEYS * HP);
             #pragma omp for schedule(static)
             for (int64_t task = 0; task < K * blocks; task++)
-                lay_out(in, b, task / blocks, begin + task % blocks * KEYS, length,
+                lay_out(in, b, task / blocks, begin + task % blocks * KEYS, from, length,
                         &room[0][task * KEYS * HP], &room[1][task * KEYS * HP]);
             #pragma omp for schedule(dynamic)
             for (int64_t task = K * ((count + QUERIES - 1) / QUERIES) - 1; task >= 0; task--) {

@@ -95,6 +95,7 @@ static inline float sum_of(vec x) {
     return sum;
 #endif
 }
+// Of a number and NaN it is y. What is done with a maximum makes NaN of the rest.
 static inline vec larger(vec x, vec y) { return x > y ? x : y; }
 static inline float largest_of(vec x) {
     float most = x[0];
@@ -103,9 +104,11 @@ static inline float largest_of(vec x) {
 }
 
 // 2^x: a whole part, which becomes an exponent, and the series of 2^f for |f| up to a half, six
-// terms of which leave less than fp32 can tell. Below 2^-126 it is 0, above 2^127 that.
+// terms of which leave less than fp32 can tell. Below 2^-126 it is 0, above 2^127 that, of NaN NaN:
+// so stand the limits in front, as a processor's maximum of two is the second if one is NaN.
 static inline vec power_of_2(vec x) {
-    x = x < -127.f ? all(-127.f) : x > 127.f ? all(127.f) : x;
+    x = all(-127) > x ? all(-127) : x;
+    x = all(127) < x ? all(127) : x;
     const vec half = (vec)(((uvec)x & 0x80000000u) | 0x3f000000u); // 0.5 with the sign of x
     const ivec whole = __builtin_convertvector(x + half, ivec);    // which cuts towards zero
     const vec f = x - __builtin_convertvector(whole, vec);
