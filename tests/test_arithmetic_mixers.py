@@ -1,6 +1,7 @@
 """The parts that the families differ in, each against something that is not our formula: float64,
 enumeration, a count by hand."""
 
+from dataclasses import replace
 from itertools import combinations, product
 from math import exp
 
@@ -13,6 +14,7 @@ from clawdemy_infer.arithmetic import (
     BYTES,
     MLA,
     SSM,
+    Experts,
     LatentAttention,
     ModelShape,
     MoE,
@@ -142,6 +144,39 @@ def test_a_batch_spreads_over_the_experts_and_each_sees_few_rows():
     assert up.flops == pytest.approx(32 * (2 * 16 * 2 * 4096 * 28672), rel=1e-12)
     weights = 32 * 7.92 * 4096 * 28672 * 2
     assert up.bytes == pytest.approx(weights, rel=0.005)  # and the activations: a few MB
+
+
+def test_the_bytes_of_experts_counted_by_hand():
+    """Three tokens of width 8, two of four experts of width 5 for each, one shared of width 7, in
+    bf16: 4 (1 - 1/2^3) = 3.5 experts are touched, and 6 rows go through them."""
+    layer = Experts(8, 5, MoE(4, 2, shared=7))
+    bytes = {op.name: op.bytes for op in layer.work(Pass(1, 3, 3))}
+    assert bytes == pytest.approx({
+        "router": 2 * (8 * 4 + 3 * (8 + 4)),
+        "expert gate_up": 2 * (3.5 * 8 * 10 + 6 * (8 + 10)),
+        "expert down": 2 * (3.5 * 5 * 8 + 6 * (5 + 8)),
+        "silu(gate)*up": 2 * 6 * (10 + 5),                  # gate and up read, their product written
+        "shared gate_up": 2 * (8 * 14 + 3 * (8 + 14)),
+        "shared silu(gate)*up": 2 * 3 * (14 + 7), "shared down": 2 * (7 * 8 + 3 * (7 + 8)),
+        "combine": 2 * 3 * (2 * 8 + 8),                     # two outputs read, their sum written
+    })
+    flops = {op.name: op.flops for op in layer.work(Pass(1, 3, 3))}
+    assert flops["expert gate_up"] == 2 * 6 * 8 * 10 and flops["combine"] == 0
+
+
+def test_the_element_wise_bytes_of_a_layer_counted_by_hand():
+    """Five rows of width 8 in bf16. A norm reads and writes; a sum reads two arrays and writes one,
+    or three where attention and MLP lie side by side; RoPE reads and writes Q and K; an activation
+    reads what it writes, and the gate beside it."""
+    shape = ModelShape("", L=1, D=8, N=4, K=2, H=6, F=12, V=3)
+    for more, norms, sums, act in (({}, 2, 6, ("silu(gate)*up", 3)),
+                                   ({"parallel": True, "norms": 1, "gated": False}, 1, 4,
+                                    ("activation", 2))):
+        ops = replace(shape, **more).layers[0].of_rows(Pass(5, 1, 9))
+        bytes = {op.name: op.bytes for op in ops if op.kernel == "elementwise"}
+        assert bytes == {"norms": 2 * norms * 5 * 8 * 2, "residual": sums * 5 * 8 * 2,
+                         "rope": 2 * 5 * (4 + 2) * 6 * 2, act[0]: act[1] * 5 * 12 * 2}
+        assert all(op.flops == 0 for op in ops if op.kernel == "elementwise")
 
 
 def test_the_layers_with_experts_are_where_the_config_puts_them():

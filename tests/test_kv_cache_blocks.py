@@ -4,7 +4,7 @@ them: test_kv_cache_machine.py."""
 import pytest
 
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
-from clawdemy_infer.kv_cache import BlockPool, BlockTables
+from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
 
 
 def tables_of(blocks=12, block_size=4, host=0, prefix_caching=False):
@@ -182,6 +182,21 @@ def test_truncate_gives_back_the_blocks_behind():
         tables.truncate(5, "A")
 
 
+def test_a_truncate_that_one_sequence_refuses_leaves_all_as_they_were():
+    cache = PagedCache(tables_of(), 1, 1, 4)
+    for sequence, count in (("long", 11), ("short", 3), ("middle", 6)):
+        cache.add(sequence)
+        bring(cache.tables, sequence, range(count))
+    before = dict(cache.lengths), {each: list(mine) for each, mine in cache.tables.blocks.items()}
+    for length, said in ((5, "length=5: sequence 'short' has 3 tokens"), (-1, "length=-1")):
+        with pytest.raises(ValueError, match=said):
+            cache.truncate(length)
+        assert (cache.lengths, cache.tables.blocks) == before and cache.tables.pool.used == 6
+    cache.truncate(3)
+    assert cache.lengths == dict.fromkeys(("long", "short", "middle"), 3)
+    assert cache.tables.pool.used == 3
+
+
 def test_a_swapped_sequence_comes_back_as_it_was():
     tables = tables_of(blocks=4, host=3)
     tables.add("A")
@@ -201,6 +216,21 @@ def test_a_swapped_sequence_comes_back_as_it_was():
     tables.swap_out("A")
     tables.free("A")                        # cancelled while it waits
     assert tables.host.used == 0
+
+
+def test_a_sequence_that_comes_back_is_found_by_prompts_that_begin_like_it():
+    tables = tables_of(blocks=4, host=3, prefix_caching=True)
+    tables.add("A", range(9))
+    bring(tables, "A", range(9))
+    tables.swap_out("A")
+    tables.add("B")
+    bring(tables, "B", range(100, 116))                     # takes the room of what A left behind
+    assert tables.prefix.find(range(9)) == ([], [])
+    tables.free("B")
+    tables.swap_in("A")
+    assert tables.add("C", range(9)) == 8 and tables.blocks["C"] == tables.blocks["A"][:2]
+    bring(tables, "A", range(9, 12))                        # and goes on being learned
+    assert tables.add("D", range(13)) == 12
 
 
 def test_a_sequence_without_tokens_can_be_swapped():

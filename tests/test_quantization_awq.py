@@ -114,6 +114,24 @@ def test_a_sink_among_the_tokens_does_not_move_the_scales():
     assert torch.equal(*found)
 
 
+def test_sinks_do_not_count_among_the_sizes_of_channels(monkeypatch):
+    """Token 7 is as long as 100 others, and each text begins with it. What goes into the first
+    product of its own accord, and the mean over all other tokens."""
+    model, tokens, sizes = tiny(), TOKENS.masked_fill(TOKENS == 7, 8), []
+    model.embed.weight[7] *= 100
+    tokens[:, 0] = 7
+    plain = awq.__globals__["best_scales"]
+
+    def see(linear, size, *rest):
+        sizes.append(size)
+        return plain(linear, size, *rest)
+    monkeypatch.setitem(awq.__globals__, "best_scales", see)
+    awq(model, tokens, IntFormat(4, 16))
+    x = model.embed(tokens)[:, 1:].flatten(0, 1)
+    normed = x / x.square().mean(1, keepdim=True).sqrt() * model.layers[0].attention_norm.weight
+    torch.testing.assert_close(sizes[0], normed.abs().mean(0), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("name", ["int3-g16", "int4-g32-asym"])
 def test_clipping_lowers_the_error_of_every_group_or_leaves_it(name):
     torch.manual_seed(6)

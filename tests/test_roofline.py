@@ -135,6 +135,15 @@ def test_utilisation_is_one_at_the_roofline_and_above_it_beyond():
     assert SHEET.mbu(work, 1.5) == pytest.approx(2)
 
 
+def test_utilisation_and_ridge_are_of_main_memory_however_small_the_work():
+    """1,000 bytes would come at 400 bytes/s out of a cache, and at 100 from memory."""
+    work = Work(3000, 1000)
+    assert CALIBRATED.bandwidth_at(1000) == 400
+    assert CALIBRATED.mbu(work, 20.0) == pytest.approx(0.5)
+    assert CALIBRATED.mfu(work, 20.0) == pytest.approx(0.15)
+    assert CALIBRATED.ridge("fp32") == 10 and CALIBRATED.napkin(work) == 10
+
+
 def test_an_unknown_dtype_is_refused_by_name():
     with pytest.raises(ValueError, match="dtype='int8': sheet has figures for fp32, bf16"):
         SHEET.napkin(Work(1, 1, dtype="int8"))
