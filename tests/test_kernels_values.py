@@ -465,6 +465,31 @@ def test_a_linear_layer_of_4_bits_equals_fp64_on_what_the_codes_stand_for(guarde
     assert guarded()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_small_terms_of_a_product_between_two_large_ones_are_summed_in_32_bits(dtype):
+    """2^15, then some hundred times 1/64, then -2^15."""
+    x = torch.full((1, 384), 1 / 64, device=DEVICE).to(dtype)
+    x[0, 0] = x[0, -1] = x[0, 95] = 2**15
+    codes = torch.ones(32, 384, dtype=torch.int8, device=DEVICE)
+    codes[:, [95, 383]] = torch.tensor([0, -1], dtype=torch.int8, device=DEVICE)
+    in8 = linear_int8(x, codes, torch.ones(32, device=DEVICE))
+    codes[:, 95] = -1
+    zeros = torch.full((3, 32), 8.0, device=DEVICE).half()
+    in4 = linear_int4(x[:, :96].contiguous(), pack_int4(codes[:, :96] + 8, 32),
+                      torch.ones_like(zeros), zeros)
+    for got, count in ((in8, 384 - 3), (in4, 96 - 2)):
+        torch.testing.assert_close(got.double(), torch.full_like(got, count / 64).double(),
+                                   rtol=4e-3, atol=0)
+
+
+def test_the_squares_of_a_norm_may_be_beyond_fp16():
+    """1000^2 is, and so is the sum of 70 of them."""
+    x = torch.full((2, 70), 1000.0, device=DEVICE).half()
+    x[1, ::2] = -1000
+    got = rms_norm(x, torch.ones(70, device=DEVICE).half(), 1e-5)
+    torch.testing.assert_close(got, x.sign())
+
+
 # ---- sampling ----
 
 

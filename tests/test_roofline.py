@@ -153,6 +153,14 @@ def test_a_difference_of_predictions_is_taken_part_by_part_and_is_never_below_0(
     assert (equal.seconds, equal.spread) == pytest.approx((0.06, 10))
 
 
+def test_a_product_is_as_uncertain_as_those_of_its_weights_whatever_it_computes_in():
+    machine = replace(CALIBRATED, spreads={"gemm": {"int4": 0.5, "fp32": 0.1}})
+    int4, fp32, unsaid = (
+        machine.time(Work(9, 9, "qkv", kernel="gemm", weights=weights)).parts["qkv"].spread
+        for weights in ("int4", "fp32", ""))
+    assert int4 - fp32 == pytest.approx(0.4) and unsaid == fp32
+
+
 def test_each_part_says_what_it_waits_for():
     """The ridge lies at 10 FLOPs a byte."""
     work = total("step", [Work(1100, 100, "above", kernel="gemm"), Work(900, 100, "below")])
