@@ -209,7 +209,7 @@ def test_the_bytes_of_experts_counted_by_hand():
         "router": 2 * (8 * 4 + 3 * (8 + 4)),
         "expert gate_up": 2 * (3.5 * 8 * 10 + 6 * (8 + 10)),
         "expert down": 2 * (3.5 * 5 * 8 + 6 * (5 + 8)),
-        "silu(gate)*up": 2 * 6 * (10 + 5),                  # gate and up read, their product written
+        "silu(gate)*up": 2 * 6 * (10 + 5),                  # both read, their product written
         "shared gate_up": 2 * (8 * 14 + 3 * (8 + 14)),
         "shared silu(gate)*up": 2 * 3 * (14 + 7), "shared down": 2 * (7 * 8 + 3 * (7 + 8)),
         "combine": 2 * 3 * (2 * 8 + 8),                     # two outputs read, their sum written

@@ -579,13 +579,13 @@ def test_numbers_beyond_the_2_31st_are_found(name):
     whole, ones = (9 * pool).to(torch.int8), torch.ones(3, 1, 8, dtype=torch.half, device=DEVICE)
     table, lengths = int32([[2], [0], [1]]), int32([7, 7, 5])
     p = torch.softmax(torch.randn(3, 2, 8, device=DEVICE), -1)
-    drafted, ids = torch.tensor([[1], [2], [3]], device=DEVICE), torch.arange(3, device=DEVICE)
+    drafted, slots = torch.tensor([[1], [2], [3]], device=DEVICE), int32([1, 9, 17]).long()
     fours = nibbles(3, 1, 16, 32, 16)
     run = {
-        "verify": lambda of: verify(of(p), of(p[:, :1].roll(1, -1)), drafted, p[0, 0, :6].view(3, 2)
-                                    .contiguous()),
+        "verify": lambda of: verify(of(p), of(p[:, :1].roll(1, -1)), drafted,
+                                    p[0, 0, :6].view(3, 2).contiguous()),
         "rope_append": lambda of: rope_appended(of(normal(3, 3, 16, dtype=torch.half)),
-                                                p[:, 0].contiguous(), ids * 8 + 1, of(pool.clone())),
+                                                p[:, 0].contiguous(), slots, of(pool.clone())),
         "decode_naive": lambda of: decode_naive(q, of(pool), of(pool), lengths),
         "decode_split": lambda of: decode_split(q, of(pool), of(pool), lengths, parts=1),
         "decode_sinks": lambda of: decode_sinks(q, q, of(pool), of(pool), lengths, 2, parts=1),

@@ -104,7 +104,7 @@ def test_gptq_is_the_optimal_brain_update_of_every_column(name, O, I, act_order,
     assert rows_that_differ(ours.dequantize(), expected) <= 1
 
 
-@pytest.mark.parametrize("options", [{}, {"static_groups": False}], ids=["as it is", "as they come"])
+@pytest.mark.parametrize("options", [{}, {"static_groups": False}], ids=["default", "as they come"])
 @pytest.mark.parametrize("name, O, I", SHAPES)
 def test_unless_one_says_otherwise_each_grid_is_searched_for_and_large_inputs_go_first(
         name, O, I, options):
