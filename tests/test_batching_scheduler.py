@@ -73,11 +73,11 @@ def test_a_static_batch_pads_and_waits_for_its_longest():
 def test_a_static_batch_is_as_large_as_its_rectangle_of_blocks_allows():
     """The last token is never brought: 4 + 5 - 1 tokens are two blocks of 4. And a rectangle is as
     long as the longest prompt and the longest output together: 8 + 8 - 1 are four."""
-    for blocks, requests, together in (
-            (4, [(4, 5)] * 3, 2), (7, [(8, 1), (2, 8)], 1), (8, [(8, 1), (2, 8)], 2)):
+    for blocks, requests, together, taken in (
+            (4, [(4, 5)] * 3, 2, 4), (7, [(8, 1), (2, 8)], 1, 2), (8, [(8, 1), (2, 8)], 2, 8)):
         report = engine(Policy("static"), blocks).run(
             [Request(i, prompt, output, 0.0) for i, (prompt, output) in enumerate(requests)])
-        assert report.steps[0].sequences == together
+        assert (report.steps[0].sequences, report.steps[0].blocks) == (together, taken)
         assert [sequence.state for sequence in report.sequences] == [State.FINISHED] * len(requests)
 
 
@@ -156,6 +156,14 @@ def test_who_is_given_up_before_arriving_is_given_up_on_arrival():
     sequence = made.add(Request("late", 4, 3, 5.0))
     made.cancel("late")
     assert sequence.history == [(5.0, State.WAITING), (5.0, State.CANCELLED)]
+
+
+def test_a_report_tells_of_what_no_report_has_told_before():
+    made = engine(Policy())
+    first, second = (made.run([Request(name, 4, 2, 0.0)]) for name in "ab")
+    assert [len(report.steps) for report in (first, second)] == [2, 2]
+    assert [[each["id"] for each in report.requests] for report in (first, second)] == [["a"],
+                                                                                        ["b"]]
 
 
 def test_a_request_that_just_fills_the_context_is_served():

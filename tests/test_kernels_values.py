@@ -385,6 +385,14 @@ def test_small_values_between_two_large_ones_are_summed_in_32_bits(kernel, dtype
     torch.testing.assert_close(got.double(), wanted, rtol=4e-3, atol=0)
 
 
+@pytest.mark.parametrize("kernel", HARD)
+def test_sums_of_values_may_be_beyond_fp16_where_their_mean_is_not(kernel):
+    """144 times 1024 is; parts of a sequence hand on such sums."""
+    q, k = torch.ones(1, 2, 32, device=DEVICE).half(), torch.zeros(1, 1, 144, 32, device=DEVICE)
+    got, _ = attended(kernel, q, k.half(), torch.full_like(k, 1024).half())
+    torch.testing.assert_close(got, torch.full_like(got, 1024))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kernel", HARD)
 def test_what_an_attention_sink_leaves_to_the_others_is_not_lost(kernel, dtype):

@@ -105,6 +105,14 @@ def test_two_samples_of_one_prompt_share_it_and_copy_one_block_when_they_part():
     assert tables.pool.used == 3
 
 
+def test_who_brings_nothing_needs_no_copy_of_a_shared_block():
+    tables = tables_of()
+    tables.add("A")
+    bring(tables, "A", range(5))
+    tables.fork("A", "B")
+    assert tables.blocks_needed({"A": 0, "B": 0}) == 0 and tables.blocks_needed({"B": 1}) == 1
+
+
 def test_chunks_of_a_prompt_fill_the_blocks_that_were_reserved_for_all_of_it():
     tables = tables_of()
     tables.add("A")
