@@ -83,7 +83,8 @@ def test_a_ragged_step_counted_by_hand():
 
 def test_operations_and_drafted_logits_counted_by_hand():
     """Bytes alone as above. Two more rows of logits: 8 numbers in and 32 out. Three groups of
-    sequences, those that decode among them, dispatch 3 + 3 * 7 operations of 1,000 s; one, 3 + 5."""
+    sequences, those that decode among them, dispatch 3 + 3 * 7 operations of 1,000 s; one 3 + 5.
+    """
     shape = replace(catalog.model("smollm2-135m"), name="tiny", L=1, D=8, N=1, K=1, H=8, F=16, V=32)
     machine = Machine("bytes", bandwidth=((1.0, 1.0),), peak_flops={"bf16": 1e30}, memory=1e9)
     step, operations = ([10], [(5, 9), (5, 7), (3, 3)]), Operations(step=3, group=5, split=7)

@@ -2,6 +2,7 @@
 them: test_kv_cache_machine.py."""
 
 import pytest
+import torch
 
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
@@ -203,6 +204,25 @@ def test_a_truncate_that_one_sequence_refuses_leaves_all_as_they_were():
     cache.truncate(3)
     assert cache.lengths == dict.fromkeys(("long", "short", "middle"), 3)
     assert cache.tables.pool.used == 3
+
+
+def test_a_sequence_can_grow_to_the_capacity_and_no_further():
+    cache = PagedCache(tables_of(), 1, 1, 4, capacity=6)
+    cache.add("A")
+    bring(cache.tables, "A", range(2))
+    assert cache.can_append({"A": 4}) and not cache.can_append({"A": 5})
+
+
+def test_a_short_sequence_beside_a_long_one_reads_nothing_of_a_third():
+    """Whose numbers are none."""
+    cache = PagedCache(tables_of(block_size=2), 1, 1, 4)
+    for sequence, count in (("third", 2), ("long", 7), ("short", 1)):
+        cache.add(sequence)
+        bring(cache.tables, sequence, range(count))
+    cache.keys[:, cache.tables.blocks["third"]] = torch.nan
+    cache.values[:, cache.tables.blocks["third"]] = torch.nan
+    step = cache.begin({"long": [1], "short": [1]})
+    assert step.attend(0, *torch.randn(3, 2, 1, 4)).isfinite().all()
 
 
 def test_a_swapped_sequence_comes_back_as_it_was():
