@@ -80,11 +80,15 @@ def decode_int8_kernel(q, k, v, k_scale, v_scale, block_table, acc_out, largest_
         values = tl.load(v + at_v[:, None] + h[None, :], mask=here, other=0)
         value_scale = tl.load(v_scale + block * v_scale_stride_block + head * v_scale_stride_head
                               + slot, mask=seen, other=0.0).to(tl.float32)
-        scaled = (weights * value_scale[None, :]).to(queries.dtype)
+        # A weight beside a sink's, times a scale, is below what fp16 has: the largest scale waits.
+        top = 1.0
+        if queries.dtype == tl.float16:
+            top = tl.maximum(tl.max(value_scale, 0), 2.0**-24)
+        scaled = (weights * (value_scale * (1.0 / top))[None, :]).to(queries.dtype)
         # Masked once more: codes that go to a product and nowhere else would be fetched in its
         # layout, 8 bytes at a time.
         values = tl.where(here, values, 0).to(tl.float32).to(queries.dtype)
-        acc = acc * shrink[:, None] + tl.dot(scaled, values, input_precision="ieee")
+        acc = acc * shrink[:, None] + tl.dot(scaled, values, input_precision="ieee") * top
 
     store_part(acc_out, largest_out, total_out, acc, largest, total,
                (part * tl.num_programs(0) + b) * N + head * G, G, G_BLOCK, H, H_BLOCK)

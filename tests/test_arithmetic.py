@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicCache
 
-from clawdemy_infer.arithmetic import ModelShape, Work, matmul, total
+from clawdemy_infer.arithmetic import Capacity, ModelShape, Work, matmul, total
 from clawdemy_infer.from_config import catalog
 
 ODD = ModelShape("odd", L=3, D=60, N=6, K=2, H=14, F=84, V=131)
@@ -267,6 +267,20 @@ def test_a_sum_of_work_remembers_what_it_is_made_of():
     assert sum(op.bytes for op in step.operations()) == step.bytes
     # four layers do not share one read
     assert {op.rows for op in step.operations() if op.name == "matmul"} == {2}
+
+
+def test_a_verification_needs_the_logits_of_several_positions():
+    """Three of four new tokens of two sequences: a head on six rows."""
+    shape = ModelShape("", L=1, D=8, N=2, K=1, H=4, F=8, V=50)
+    [head] = [op for op in shape.step(2, 4, 9, 3).operations() if op.name == "head"]
+    assert (head.flops, head.bytes) == (2 * 6 * 8 * 50, 2 * (8 * 50 + 6 * (8 + 50)))
+
+
+def test_what_just_fits_fits_and_work_without_bytes_has_no_end_of_intensity():
+    assert Capacity(memory=10, weight_bytes=6, kv_bytes=4, batch=2)
+    assert not Capacity(memory=10, weight_bytes=6, kv_bytes=4.1, batch=2)
+    assert Capacity(memory=10, weight_bytes=6, kv_bytes=4, batch=2).max_batch == 2
+    assert Work(5, 0).intensity == float("inf") and Work(5, 2).intensity == 2.5
 
 
 def test_only_the_last_position_needs_logits():

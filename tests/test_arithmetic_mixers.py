@@ -1,6 +1,7 @@
 """The parts that the families differ in, each against something that is not our formula: float64,
 enumeration, a count by hand."""
 
+from dataclasses import replace
 from itertools import combinations, product
 from math import exp
 
@@ -13,6 +14,8 @@ from clawdemy_infer.arithmetic import (
     BYTES,
     MLA,
     SSM,
+    Attention,
+    Experts,
     LatentAttention,
     ModelShape,
     MoE,
@@ -111,6 +114,50 @@ def test_latent_products_read_int4_weights_and_say_so(absorbed, products):
     assert {op.numbers for op in found} == ({128 * 512} if absorbed else {512 * 32768})
 
 
+LATENT = LatentAttention(16, 3, 10, MLA(latent=12, rope=4, value=5, q_latent=7))
+RUN = Pass(2, 3, 9, weights="int8", kv="fp8")           # activations in bf16
+
+
+def test_the_bytes_of_latent_rows_counted_by_hand():
+    """Six rows: weights of a byte, what goes in and out of two; of RoPE three heads and the shared
+    part, 4 numbers of each, read and written."""
+    bytes = {op.name: op.bytes for op in LATENT.of_rows(RUN)}
+    assert bytes == {"q_a": 16 * 7 + 6 * (16 + 7) * 2, "q_b": 7 * 30 + 6 * (7 + 30) * 2,
+                     "kv_a": 16 * 16 + 6 * (16 + 16) * 2, "out": 15 * 16 + 6 * (15 + 16) * 2,
+                     "rope": 2 * 6 * (3 + 1) * 4 * 2}
+
+
+def test_the_bytes_of_both_forms_of_latent_attention_counted_by_hand():
+    """Two sequences of 9 tokens bring 3 each, and see 7 + 8 + 9 pairs. Latents lie in the cache in
+    a byte a number; keys of 6 and values of 5 numbers made of them, in two."""
+    kv_b, attention = LATENT.of_sequences(RUN._replace(absorbed=False))
+    assert kv_b.bytes == 12 * 33 + 18 * 12 * 1 + 18 * 33 * 2
+    assert attention.bytes == 18 * 33 * 2 + 18 * 4 * 1 + 6 * 3 * (10 + 5) * 2
+    assert (attention.flops, attention.rows) == (2 * 2 * 3 * (10 + 5) * 24, 3)
+    k, attention, v = LATENT.of_sequences(RUN._replace(absorbed=True))
+    assert k.bytes == 3 * (6 * 12 + 6 * (6 + 12) * 2) and v.bytes == 3 * (12*5 + 6 * (12 + 5) * 2)
+    assert attention.bytes == 18 * (12 + 4) * 1 + 6 * 3 * (16 + 12) * 2
+    assert (attention.flops, attention.rows) == (2 * 2 * 3 * (16 + 12) * 24, 9)
+
+
+def test_what_a_machine_is_asked_about_attention_counted_by_hand():
+    """Rows that share a read, and of a decode step the keys that each sequence sees and the KV
+    heads of all: a rate goes by them."""
+    layer = Attention(24, N=6, K=2, H=4, window=5)
+    found = {(T, shared): (op.rows, op.keys, op.heads) for T in (1, 2) for shared in (True, False)
+             for op in layer.of_sequences(Pass(3, T, 9, shared=shared))}
+    assert found == {(1, True): (3, 5, 3 * 2), (1, False): (1, 5, 3 * 6), (2, True): (6, 0, 0),
+                     (2, False): (2, 0, 0)}
+
+
+def test_a_layer_that_reads_an_earlier_cache_norms_its_queries_alone():
+    """Q 24 x 24 and out 24 x 24, and 4 numbers of a norm; with its own K and V, 24 x 16 and 4
+    more."""
+    own = Attention(24, N=6, K=2, H=4, qk_norm=True)
+    assert own.parameters() == 24 * 24 * 2 + 24 * 16 + 4 + 4
+    assert replace(own, owns_kv=False).parameters() == 24 * 24 * 2 + 4
+
+
 def test_attention_of_a_latent_model_is_all_between_queries_and_output():
     """Two products and the attention, absorbed, by hand: DeepSeek-V2 at batch 3 and 50 tokens."""
     work = catalog.model("deepseek-v2").attention(3, 1, 50)
@@ -142,6 +189,48 @@ def test_a_batch_spreads_over_the_experts_and_each_sees_few_rows():
     assert up.flops == pytest.approx(32 * (2 * 16 * 2 * 4096 * 28672), rel=1e-12)
     weights = 32 * 7.92 * 4096 * 28672 * 2
     assert up.bytes == pytest.approx(weights, rel=0.005)  # and the activations: a few MB
+
+
+def test_one_token_is_one_row_for_each_of_its_experts_however_many_there_are():
+    """Also where 1 - (1 - active / experts) is not quite active / experts in floating point."""
+    for experts in range(1, 65):
+        for active in range(1, experts + 1):
+            _, gate_up, *_ = Experts(4, 4, MoE(experts, active)).work(Pass(1, 1, 1))
+            assert gate_up.rows == pytest.approx(1) and gate_up.flops == pytest.approx(
+                2 * active * 4 * 8)
+
+
+def test_the_bytes_of_experts_counted_by_hand():
+    """Three tokens of width 8, two of four experts of width 5 for each, one shared of width 7, in
+    bf16: 4 (1 - 1/2^3) = 3.5 experts are touched, and 6 rows go through them."""
+    layer = Experts(8, 5, MoE(4, 2, shared=7))
+    bytes = {op.name: op.bytes for op in layer.work(Pass(1, 3, 3))}
+    assert bytes == pytest.approx({
+        "router": 2 * (8 * 4 + 3 * (8 + 4)),
+        "expert gate_up": 2 * (3.5 * 8 * 10 + 6 * (8 + 10)),
+        "expert down": 2 * (3.5 * 5 * 8 + 6 * (5 + 8)),
+        "silu(gate)*up": 2 * 6 * (10 + 5),                  # both read, their product written
+        "shared gate_up": 2 * (8 * 14 + 3 * (8 + 14)),
+        "shared silu(gate)*up": 2 * 3 * (14 + 7), "shared down": 2 * (7 * 8 + 3 * (7 + 8)),
+        "combine": 2 * 3 * (2 * 8 + 8),                     # two outputs read, their sum written
+    })
+    flops = {op.name: op.flops for op in layer.work(Pass(1, 3, 3))}
+    assert flops["expert gate_up"] == 2 * 6 * 8 * 10 and flops["combine"] == 0
+
+
+def test_the_element_wise_bytes_of_a_layer_counted_by_hand():
+    """Five rows of width 8 in bf16. A norm reads and writes; a sum reads two arrays and writes one,
+    or three where attention and MLP lie side by side; RoPE reads and writes Q and K; an activation
+    reads what it writes, and the gate beside it."""
+    shape = ModelShape("", L=1, D=8, N=4, K=2, H=6, F=12, V=3)
+    for more, norms, sums, act in (({}, 2, 6, ("silu(gate)*up", 3)),
+                                   ({"parallel": True, "norms": 1, "gated": False}, 1, 4,
+                                    ("activation", 2))):
+        ops = replace(shape, **more).layers[0].of_rows(Pass(5, 1, 9))
+        bytes = {op.name: op.bytes for op in ops if op.kernel == "elementwise"}
+        assert bytes == {"norms": 2 * norms * 5 * 8 * 2, "residual": sums * 5 * 8 * 2,
+                         "rope": 2 * 5 * (4 + 2) * 6 * 2, act[0]: act[1] * 5 * 12 * 2}
+        assert all(op.flops == 0 for op in ops if op.kernel == "elementwise")
 
 
 def test_the_layers_with_experts_are_where_the_config_puts_them():
@@ -203,6 +292,17 @@ def test_a_scan_costs_what_its_recurrence_does_number_by_number(second):
     assert scan.flops == Counted.flops
 
 
+@pytest.mark.parametrize("more, kept, inputs", [
+    ({"dt_rank": 2}, 6 * 5 + 6 * 4, 6 + 2 * 5 + 6 + 6),         # x; B and C; dt; the gate
+    ({"heads": 3, "groups": 2}, 6 * 5 + 26 * 4, 6 + 2 * 2 * 5 + 3 + 6),
+], ids=["mamba", "mamba2"])
+def test_the_bytes_of_a_scan_counted_by_hand(more, kept, inputs):
+    """Two sequences read their states and write them, in a byte a number; six tokens read what goes
+    in and write y, in two."""
+    [scan] = StateSpace(8, SSM(inner=6, state=5, conv=4, **more)).of_sequences(RUN)
+    assert scan.bytes == 2 * 2 * kept * 1 + 6 * (inputs + 6) * 2
+
+
 def test_a_state_does_not_grow_with_the_context():
     """Mamba-2.8B by hand: 64 layers · 5,120 channels · (16 states + 4 inputs of the convolution) ·
     2 bytes = 13,107,200."""
@@ -227,6 +327,12 @@ def test_formats_that_name_their_scales_count_them():
                 name: bytes/numbers
                 for name, (bytes, numbers) in blocks.items()
             }
+
+
+def test_the_most_bytes_an_element_may_have():
+    assert element_bytes("kv", 16) == 16
+    with pytest.raises(ValueError, match="kv=16.5: accepted are"):
+        element_bytes("kv", 16.5)
 
 
 def test_a_number_of_bytes_is_a_format_too():

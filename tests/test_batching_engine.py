@@ -249,6 +249,9 @@ def test_a_second_run_counts_its_arrivals_from_its_own_beginning(small):
 def test_the_engine_holds_what_it_was_given(small):
     served = made(small, POLICIES["continuous"])
     assert served.executor.cache.allocated_bytes == 16 * BLOCK
+    swapping = made(small, POLICIES["swap"]).executor.cache
+    assert swapping.allocated_bytes == 16 * BLOCK
+    assert sum(each.nbytes for each in swapping.host) == 6 * BLOCK
     with pytest.raises(ValueError, match="kv_bytes"):
         made(small, Policy(), blocks=0.9)
     with pytest.raises(ValueError, match="no tokenizer"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clawdemy_infer.batching import Engine, Policy, Request, State
+from clawdemy_infer.batching import Engine, Policy, Request, Sequence, State
 from clawdemy_infer.batching.plan import Emission
 from clawdemy_infer.batching.serving import scheduler_for
 from clawdemy_infer.batching.simulator import RooflineExecutor
@@ -68,6 +68,116 @@ def test_a_static_batch_pads_and_waits_for_its_longest():
     assert times(report) == {"a": [8, 10, 12], "b": [8, 10, 12, 14, 16], "c": [17]}
     assert report.summary["wasted"] == pytest.approx(1 - (12 + 1) / (16 + 1))
     assert report.summary["seconds"] == 17
+
+
+def test_a_static_batch_is_as_large_as_its_rectangle_of_blocks_allows():
+    """The last token is never brought: 4 + 5 - 1 tokens are two blocks of 4. And a rectangle is as
+    long as the longest prompt and the longest output together: 8 + 8 - 1 are four."""
+    for blocks, requests, together, taken in (
+            (4, [(4, 5)] * 3, 2, 4), (7, [(8, 1), (2, 8)], 1, 2), (8, [(8, 1), (2, 8)], 2, 8)):
+        report = engine(Policy("static"), blocks).run(
+            [Request(i, prompt, output, 0.0) for i, (prompt, output) in enumerate(requests)])
+        assert (report.steps[0].sequences, report.steps[0].blocks) == (together, taken)
+        assert [sequence.state for sequence in report.sequences] == [State.FINISHED] * len(requests)
+
+
+def test_a_static_step_is_charged_for_the_context_that_its_new_token_is_part_of():
+    """Four tokens of the prompt over four, then its last over five, and one over six."""
+    report = engine(Policy("static"), cost=WithKeys).run([Request("a", 5, 2, 0.0)])
+    assert times(report)["a"] == [4 + 4/64 + 1 + 5/64, 4 + 4/64 + 1 + 5/64 + 1 + 6/64]
+
+
+class Asked(ByHand):
+    """What a step is charged for, call by call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def seconds(self, contexts, chunks=(), drafted=0):
+        self.calls.append((list(contexts), list(chunks), drafted))
+        return 1.0
+
+
+def test_chunks_and_new_tokens_are_charged_for_the_contexts_that_they_end():
+    asked = Asked()
+    engine(Policy(max_batch=2, token_budget=3), cost=lambda: asked).run([Request("a", 5, 3, 0.0)])
+    assert asked.calls == [([], [(3, 3)], 0), ([], [(2, 5)], 0), ([6], [], 0), ([7], [], 0)]
+
+
+def test_drafted_tokens_are_charged_to_the_draft_one_by_one_and_to_the_step_at_once():
+    """a may have two drafted tokens and b, which ends with its third token, one; all are accepted.
+    Then a has one token to go beside its own."""
+    asked, draft = Asked(), Asked()
+    engine(Policy(gamma=2), cost=lambda: asked, alpha=1.0, draft=draft).run(
+        [Request("a", 4, 6, 0.0), Request("b", 4, 3, 0.0)])
+    assert asked.calls == [([], [(4, 4), (4, 4)], 0), ([], [(3, 7), (2, 6)], 3),
+                           ([], [(2, 9)], 1)]
+    assert [contexts for contexts, _, _ in draft.calls] == [[5, 5], [6], [8]]
+
+
+def test_time_does_not_run_back_to_an_arrival_that_was_missed():
+    made = engine(Policy())
+    report = made.run([Request("a", 4, 1, 0.0), Request("b", 4, 1, 1.0)])
+    assert times(report) == {"a": [4.0], "b": [8.0]}
+
+
+def test_blocks_are_paid_for_on_their_way_out_and_on_their_way_back():
+    """A block takes a second. b is swapped out before the second step, and back after a's end."""
+    report = engine(Policy(preemption="swap"), blocks=3, host=3, block_bytes=10.0,
+                    swap_bytes_per_s=10.0).run([Request("a", 4, 3, 0.0), Request("b", 4, 3, 0.0)])
+    assert times(report) == {"a": [8, 8 + 1 + 1, 11], "b": [8, 11 + 1 + 1, 14]}
+
+
+@pytest.mark.parametrize("blocks, joins", [(4, False), (5, True)])
+def test_a_swapped_sequence_comes_back_where_a_block_stays_free_for_each_that_runs(blocks, joins):
+    """One runs with two blocks, and the other needs two."""
+    scheduler = scheduler_for(Policy(preemption="swap"), blocks, 4, host_blocks=2)
+    scheduler.swapper = tables = scheduler.tables
+    runs, waits = (Sequence(Request(name, tokens, 9), tokens + 1) for name, tokens in
+                   (("runs", 7), ("waits", 4)))
+    for sequence in (waits, runs):
+        tables.add(sequence)
+        tables.reserve({sequence: sequence.total - 1})
+        tables.commit({sequence: range(sequence.total - 1)})
+        if sequence is waits:
+            tables.swap_out(waits)
+    scheduler.running, scheduler.waiting = [runs], [waits]
+    assert set(scheduler.schedule(0.0).num_new_tokens) == ({runs, waits} if joins else {runs})
+
+
+def test_a_known_length_ends_a_request_no_later_than_its_limit():
+    report = engine(Policy()).run([Request("short", 4, 9, 0.0, output_tokens=2),
+                                   Request("long", 4, 3, 0.0, output_tokens=9)])
+    assert [each["tokens"] for each in report.requests] == [2, 3]
+
+
+def test_who_is_given_up_before_arriving_is_given_up_on_arrival():
+    made = engine(Policy())
+    sequence = made.add(Request("late", 4, 3, 5.0))
+    made.cancel("late")
+    assert sequence.history == [(5.0, State.WAITING), (5.0, State.CANCELLED)]
+
+
+def test_a_report_tells_of_what_no_report_has_told_before():
+    made = engine(Policy())
+    first, second = (made.run([Request(name, 4, 2, 0.0)]) for name in "ab")
+    assert [len(report.steps) for report in (first, second)] == [2, 2]
+    assert [[each["id"] for each in report.requests] for report in (first, second)] == [["a"],
+                                                                                        ["b"]]
+
+
+def test_a_request_that_just_fills_the_context_is_served():
+    report = engine(Policy(), max_context=12).run([Request("fits", 8, 4, 0.0),
+                                                   Request("does not", 9, 4, 0.0)])
+    assert [sequence.state for sequence in report.sequences] == [State.FINISHED, State.REFUSED]
+
+
+def test_what_the_prefix_cache_had_on_admission_is_not_counted_anew_after_a_preemption():
+    """Both need a second block, and one is free: b gives way, and finds its first block again."""
+    report = engine(Policy(prefix_caching=True), blocks=3).run(
+        [Request("a", [1, 2, 3, 4], 3, 0.0), Request("b", [5, 6, 7, 8], 3, 0.0)])
+    assert [(each["preemptions"], each["cached_tokens"]) for each in report.requests] == [(0, 0),
+                                                                                          (1, 0)]
 
 
 def test_a_continuous_batch_lets_go_and_lets_in_after_every_step():

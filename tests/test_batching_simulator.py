@@ -25,6 +25,8 @@ CURVED = Calibrated(
         "attention": {"bf16": ((1, 5e9), (64, 4e10), (1000, 1e11))}
     }, elementwise={"bf16": ((1, 5e9), )}, fixed_s_per_op=7e-6,
 )
+# and one on which bytes are all that counts, and come faster the fewer there are
+BENT = replace(H100, name="bent", bandwidth=((1e6, 9e12), (3e9, 3e12), (1e12, 1e12)))
 SHAPES = [
     "llama-3-8b", "smollm2-135m", "mistral-7b", "gemma-2-9b", "mixtral-8x7b", "gpt-oss-20b",
     "deepseek-v2-lite", "mamba-2.8b", "mamba-codestral-7b", "jamba-v0.1", "hunyuan-large",
@@ -32,7 +34,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("machine", [H100, CURVED], ids=lambda machine: machine.name)
+@pytest.mark.parametrize("machine", [H100, CURVED, BENT], ids=lambda machine: machine.name)
 @pytest.mark.parametrize("name", SHAPES)
 def test_sequences_that_are_all_alike_cost_what_the_roofline_says(name, machine):
     """The oracle is `Machine.time(ModelShape.step)`, tested by itself against transformers and by
@@ -77,6 +79,22 @@ def test_a_ragged_step_counted_by_hand():
     glue = M * (2 * 2 * 8 + 2 * 3 * 8 + 2 * 2 * 8 + 3 * 16)
     assert StepCost(shape, machine).seconds([10, 20], [(5, 9)]) == pytest.approx(
         2 * (matrices + ends + head + keys + glue))
+
+
+def test_operations_and_drafted_logits_counted_by_hand():
+    """Bytes alone as above. Two more rows of logits: 8 numbers in and 32 out. Three groups of
+    sequences, those that decode among them, dispatch 3 + 3 * 7 operations of 1,000 s; one 3 + 5.
+    """
+    shape = replace(catalog.model("smollm2-135m"), name="tiny", L=1, D=8, N=1, K=1, H=8, F=16, V=32)
+    machine = Machine("bytes", bandwidth=((1.0, 1.0),), peak_flops={"bf16": 1e30}, memory=1e9)
+    step, operations = ([10], [(5, 9), (5, 7), (3, 3)]), Operations(step=3, group=5, split=7)
+    assert StepCost(shape, machine).seconds(*step, 2) - StepCost(shape, machine).seconds(
+        *step) == pytest.approx(2 * 2 * (8 + 32))
+    slow = replace(machine, fixed_s_per_op=1000.0)
+    for some, count in ((step, 3 + 3 * 7), (([10, 20], []), 3 + 5), (([], [(5, 9)]), 3 + 5)):
+        more = (StepCost(shape, slow, operations=operations).seconds(*some)
+                - StepCost(shape, machine).seconds(*some))
+        assert more == pytest.approx(1000 * count)
 
 
 def test_windows_are_seen_sequence_by_sequence():
@@ -232,6 +250,16 @@ def test_the_cache_gets_what_the_weights_leave():
     engine = simulator(shape, H100, Policy(max_batch=4), memory=20e9)
     # 128 KiB a token: 2 * 32 layers * 8 heads * 128 * 2 bytes
     expected = (20e9 - shape.stored_bytes("bf16")) // (16 * 131_072)
+    assert engine.scheduler.tables.pool.blocks == expected
+    # Unless it is said, nine tenths of what the machine has.
+    engine = simulator(shape, H100)
+    expected = (0.9 * H100.memory - shape.stored_bytes("bf16")) // (16 * 131_072)
+    assert engine.scheduler.tables.pool.blocks == expected
+    # Each of the batch has a state: of 28 Mamba layers, 8192 channels of 16 and the last 4 inputs.
+    # A token has keys and values in 4 layers.
+    jamba, states = catalog.model("jamba-v0.1"), 28 * 8192 * (16 + 4) * 2
+    engine = simulator(jamba, H100, Policy(max_batch=4), memory=110e9)
+    expected = (110e9 - jamba.stored_bytes("bf16") - 4 * states) // (16 * 4 * 2 * 8 * 128 * 2)
     assert engine.scheduler.tables.pool.blocks == expected
     with pytest.raises(ValueError, match="memory="):
         simulator(shape, H100, memory=16e9)

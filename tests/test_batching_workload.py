@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from clawdemy_course.timeline import draw_gantt, spans
 from clawdemy_infer.batching import Policy, Request, Sequence, State
-from clawdemy_infer.batching.metrics import SLO, Report, StepRecord, e2e, tpot, ttft
+from clawdemy_infer.batching.metrics import SLO, Report, StepRecord, e2e, percentiles, tpot, ttft
 from clawdemy_infer.rigs.trace import load_trace, save_trace
 from clawdemy_infer.rigs.workload import lognormal, uniform, workload
 
@@ -257,6 +257,35 @@ def test_the_summary_of_a_run_by_hand():
     assert found["kv_usage"] == pytest.approx(
         (3 + 6)/2/12) and found["wasted"] == pytest.approx(1 - 12/18)
     assert report.goodput(SLO(ttft_s=1.0)) == 1 / 8 and report.goodput(SLO(tpot_s=2.0)) == 1 / 8
+
+
+def test_the_summary_of_a_run_in_which_not_all_went_well_by_hand():
+    """A step of 1 s with two sequences and 7 blocks, one of 3 s with one and 3. The second request
+    is given up after a token: what it found in the prefix cache and its end count for nothing."""
+    steps = [StepRecord(0.0, 1.0, 2, 5, 8, 7), StepRecord(1.0, 4.0, 1, 1, 1, 3)]
+    served, given_up = sequence(0.0, [1.0, 4.0]), sequence(0.0, [1.0], state=State.CANCELLED)
+    served.num_cached_tokens, given_up.num_cached_tokens = 5, 8
+    report = Report([served, given_up], steps, max_batch=4, blocks=14, block_bytes=100.0)
+    found = report.summary
+    assert found["occupancy"] == pytest.approx((1*2 + 3*1)/4/4)
+    assert found["kv_usage"] == pytest.approx((1*7 + 3*3)/4/14) and found["kv_peak_bytes"] == 700
+    assert (found["finished"], found["cancelled"], found["cached"]) == (1, 1, 5 / 10)
+    assert (found["output_tokens_per_s"], found["input_tokens_per_s"]) == (3 / 4, 10 / 4)
+    assert (found["requests_per_s"], found["ttft_p50"], found["e2e_p50"]) == (1 / 4, 1.0, 4.0)
+    assert e2e(given_up) is None
+    # Just in time is in time, for what finished.
+    assert [report.goodput(SLO(*slo)) for slo in ((1.0, 3.0), (1.0, 2.9), (0.9, 3.0))] == [
+        1 / 4, 0, 0]
+
+
+def test_percentiles_have_the_names_of_their_percents():
+    assert percentiles("x", [*range(101), None]) == {"x_p50": 50, "x_p95": 95, "x_p99": 99}
+    assert percentiles("x", [0.0, 1.0])["x_p95"] == pytest.approx(0.95)     # by a straight line
+
+
+def test_without_steps_a_run_lasts_from_the_first_arrival_to_the_last_token():
+    report = Report([sequence(5.0, [6.0, 9.0]), sequence(3.0, [4.0])], [], 4, 8)
+    assert report.seconds == 6 and report.summary["busy"] is None
 
 
 def test_a_report_of_nothing_has_no_figures_and_no_errors():

@@ -311,6 +311,105 @@ def test_groups_of_1_to_8_heads_and_blocks_of_any_size_on_every_kernel_that_shar
         agree(decode_int4(q, *in4, parts=2), decode_int4_reference(wide[0], *in4), dtype)
 
 
+# ---- numbers that are hard on attention ----
+
+
+def in_8_bits(x):
+    """Codes and scales that are just x, where its numbers have few bits."""
+    scale = x.float().abs().amax(-1).clamp(min=2**-14).log2().ceil().exp2() / 64
+    return (x / scale[..., None]).round().to(torch.int8), scale.half()
+
+
+def in_4_bits(x, dim):
+    """Codes, scales and lowest values of x [1, 1, S, H], 16 neighbours along `dim` alike."""
+    groups = x.float().unflatten(dim, (-1, 16))
+    low, high = groups.aminmax(dim=dim)
+    scale = ((high - low) / 15).half()
+    codes = ((groups - low.unsqueeze(dim)) / scale.unsqueeze(dim).float().clamp(min=1e-9)).round()
+    halves = codes.flatten(dim - 1, dim).to(torch.uint8).chunk(2, -1)
+    return halves[0] | halves[1] << 4, scale, low.half()
+
+
+ONE_BLOCK = int32([[0]])
+HARD = {
+    "decode_naive": decode_naive, "decode_grouped": decode_grouped,
+    "decode_split": lambda *all: decode_split(*all, parts=1),
+    "decode_sinks": lambda q, *rest: decode_sinks(q, q, *rest, sinks=1, parts=1),
+    "decode_paged": lambda q, k, v, n: decode_paged(q, k, v, ONE_BLOCK, n, parts=1),
+    "prefill_paged": lambda q, k, v, n: prefill_paged(q, k, v, ONE_BLOCK, int32([0, 1]), n - 1, 1),
+    "decode_int8": decode_int8, "decode_int4": decode_int4,
+}
+
+
+def attended(kernel, q, k, v):
+    """Of a kernel, and in fp64 of the same numbers or codes: queries [1, N, H] on one sequence
+    [1, 1, S, H]."""
+    lengths = int32([k.shape[2]])
+    if kernel == "decode_int8":
+        codes = *in_8_bits(k), *in_8_bits(v), ONE_BLOCK, lengths
+        return decode_int8(q, *codes, parts=1), decode_int8_reference(q.double(), *codes)
+    if kernel == "decode_int4":
+        codes = *in_4_bits(k, -2), *in_4_bits(v, -1), ONE_BLOCK, lengths
+        return decode_int4(q, *codes, parts=1), decode_int4_reference(q.double(), *codes)
+    wanted = decode_reference(q.double(), k.double(), v.double(), lengths)
+    return HARD[kernel](q, k, v, lengths), wanted
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kernel", HARD)
+def test_scores_of_thousands_that_differ_by_less_than_one_are_told_apart(kernel, dtype):
+    """One query's scores are 4096 and some, too large for 2^x, and the other's as far below 0: what
+    is exponentiated is their difference from the largest so far, which rises from block to block.
+    In 16 bits they would be all alike."""
+    S, H = 144, 32
+    q, k = torch.zeros(1, 2, H, device=DEVICE), torch.zeros(1, 1, S, H, device=DEVICE)
+    q[0, 0, :2], q[0, 1, :2] = torch.tensor([64.0, 1]), torch.tensor([-64.0, 1])
+    k[..., 0], k[..., 1] = 64, torch.arange(S, device=DEVICE) // 18
+    v = torch.randint(-64, 65, (1, 1, S, H), device=DEVICE) / 64
+    v[..., 0] = k[..., 1] / 8
+    got, wanted = attended(kernel, *(x.to(dtype) for x in (q, k, v)))
+    agree(got, wanted, dtype)
+    alike = v.mean(2).to(wanted.dtype)
+    assert not torch.allclose(wanted, alike.expand_as(wanted), **KERNEL[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kernel", HARD)
+def test_small_values_between_two_large_ones_are_summed_in_32_bits(kernel, dtype):
+    """All weights are 1, and the values 2^15, then 142 times 1/64, then -2^15: a sum in 16 bits
+    would lose all that is small on its way."""
+    S, H = 144, 32
+    k, v = torch.zeros(1, 1, S, H, device=DEVICE), torch.full((1, 1, S, H), 1 / 64, device=DEVICE)
+    v[:, :, 0], v[:, :, -1] = 2**15, -2**15
+    got, _ = attended(kernel, *(x.to(dtype) for x in (torch.ones(1, 2, H, device=DEVICE), k, v)))
+    wanted = torch.full((1, 2, H), 142 / 64 / 144, dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(got.double(), wanted, rtol=4e-3, atol=0)
+
+
+@pytest.mark.parametrize("kernel", HARD)
+def test_sums_of_values_may_be_beyond_fp16_where_their_mean_is_not(kernel):
+    """144 times 1024 is; parts of a sequence hand on such sums."""
+    q, k = torch.ones(1, 2, 32, device=DEVICE).half(), torch.zeros(1, 1, 144, 32, device=DEVICE)
+    got, _ = attended(kernel, q, k.half(), torch.full_like(k, 1024).half())
+    torch.testing.assert_close(got, torch.full_like(got, 1024))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kernel", HARD)
+def test_what_an_attention_sink_leaves_to_the_others_is_not_lost(kernel, dtype):
+    """The first token takes all attention but some 1e-5 a token, and has nothing to say (Xiao et
+    al. 2023): what comes out is of the others."""
+    S, H = 144, 32
+    q, k = torch.randn(1, 2, H, device=DEVICE) / 3, torch.randn(1, 1, S, H, device=DEVICE) / 3
+    q[..., 0], k[..., 0] = 8, 0
+    k[:, :, 0, 0] = 12 * H**0.5 / 8
+    v = torch.randn(1, 1, S, H, device=DEVICE) / 5
+    v[:, :, 0] = 0
+    got, wanted = attended(kernel, *(x.to(dtype) for x in (q, k, v)))
+    assert 0 < wanted.abs().max() < 1e-3
+    assert (got.double() - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
 # ---- what lies between the products ----
 
 
@@ -373,6 +472,31 @@ def test_a_linear_layer_of_4_bits_equals_fp64_on_what_the_codes_stand_for(guarde
     got = linear_int4(x, pack_int4(codes, g), scales, zeros)
     agree(got, linear_int4_reference(x.double(), codes, scales, zeros), dtype)
     assert guarded()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_small_terms_of_a_product_between_two_large_ones_are_summed_in_32_bits(dtype):
+    """2^15, then some hundred times 1/64, then -2^15."""
+    x = torch.full((1, 384), 1 / 64, device=DEVICE).to(dtype)
+    x[0, 0] = x[0, -1] = x[0, 95] = 2**15
+    codes = torch.ones(32, 384, dtype=torch.int8, device=DEVICE)
+    codes[:, [95, 383]] = torch.tensor([0, -1], dtype=torch.int8, device=DEVICE)
+    in8 = linear_int8(x, codes, torch.ones(32, device=DEVICE))
+    codes[:, 95] = -1
+    zeros = torch.full((3, 32), 8.0, device=DEVICE).half()
+    in4 = linear_int4(x[:, :96].contiguous(), pack_int4(codes[:, :96] + 8, 32),
+                      torch.ones_like(zeros), zeros)
+    for got, count in ((in8, 384 - 3), (in4, 96 - 2)):
+        torch.testing.assert_close(got.double(), torch.full_like(got, count / 64).double(),
+                                   rtol=4e-3, atol=0)
+
+
+def test_the_squares_of_a_norm_may_be_beyond_fp16():
+    """1000^2 is, and so is the sum of 70 of them."""
+    x = torch.full((2, 70), 1000.0, device=DEVICE).half()
+    x[1, ::2] = -1000
+    got = rms_norm(x, torch.ones(70, device=DEVICE).half(), 1e-5)
+    torch.testing.assert_close(got, x.sign())
 
 
 # ---- sampling ----
@@ -491,8 +615,17 @@ def far(x):
     return made
 
 
-@pytest.mark.parametrize("name", ["swiglu", "rms_norm", "linear_int8", "linear_int4", "sample",
-                                  "decode_grouped", "decode_paged", "decode_int8"])
+def rope_appended(qkv, angles, slots, pool):
+    """Turned queries, and the keys and values that were put to these slots of a pool."""
+    values = pool.clone() if pool.is_contiguous() else far(pool)
+    return (rope_append(qkv, angles, angles, slots, pool, values), pool.contiguous(),
+            values.contiguous())
+
+
+@pytest.mark.parametrize("name", [
+    "swiglu", "rms_norm", "linear_int8", "linear_int4", "sample", "verify", "rope_append",
+    "decode_naive", "decode_grouped", "decode_split", "decode_sinks", "decode_paged", "decode_int8",
+    "decode_int4", "prefill_paged"])
 def test_numbers_beyond_the_2_31st_are_found(name):
     """Where an offset is a product of 32-bit numbers it wraps round, and the kernel reads what lies
     elsewhere."""
@@ -500,8 +633,23 @@ def test_numbers_beyond_the_2_31st_are_found(name):
     codes = torch.randint(-9, 9, (3, 64), device=DEVICE).to(torch.int8)
     pool = normal(3, 1, 8, 16, dtype=torch.half)
     whole, ones = (9 * pool).to(torch.int8), torch.ones(3, 1, 8, dtype=torch.half, device=DEVICE)
-    table, lengths = int32([[2], [0], [1]]), int32([7, 7, 1])
+    table, lengths = int32([[2], [0], [1]]), int32([7, 7, 5])
+    p = torch.softmax(torch.randn(3, 2, 8, device=DEVICE), -1)
+    drafted, slots = torch.tensor([[1], [2], [3]], device=DEVICE), int32([1, 9, 17]).long()
+    fours = nibbles(3, 1, 16, 32, 16)
     run = {
+        "verify": lambda of: verify(of(p), of(p[:, :1].roll(1, -1)), drafted,
+                                    p[0, 0, :6].view(3, 2).contiguous()),
+        "rope_append": lambda of: rope_appended(of(normal(3, 3, 16, dtype=torch.half)),
+                                                p[:, 0].contiguous(), slots, of(pool.clone())),
+        "decode_naive": lambda of: decode_naive(q, of(pool), of(pool), lengths),
+        "decode_split": lambda of: decode_split(q, of(pool), of(pool), lengths, parts=1),
+        "decode_sinks": lambda of: decode_sinks(q, q, of(pool), of(pool), lengths, 2, parts=1),
+        "decode_int4": lambda of: decode_int4(normal(3, 1, 32, dtype=torch.half),
+                                              of(fours[0]), *fours[1:3], of(fours[3]), *fours[4:],
+                                              table, lengths, parts=1),
+        "prefill_paged": lambda of: prefill_paged(of(q), of(pool), of(pool), table,
+                                                  int32([0, 1, 2, 3]), lengths - 1, 1),
         "swiglu": lambda of: swiglu(of(x)),
         "rms_norm": lambda of: rms_norm(of(x), x[0], 1e-5),
         "linear_int8": lambda of: linear_int8(x, of(codes), torch.ones(3, device=DEVICE)),
@@ -512,7 +660,8 @@ def test_numbers_beyond_the_2_31st_are_found(name):
         "decode_paged": lambda of: decode_paged(q, of(pool), of(pool), table, lengths),
         "decode_int8": lambda of: decode_int8(q, of(whole), ones, of(whole), ones, table, lengths),
     }[name]
-    torch.testing.assert_close(run(far), run(lambda near: near))
+    beyond, wanted = (torch.manual_seed(1) and run(of) for of in (far, lambda near: near))
+    torch.testing.assert_close(beyond, wanted)
 
 
 def test_a_product_of_bf16_multiplies_numbers_and_not_their_bits(monkeypatch):

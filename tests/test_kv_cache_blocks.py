@@ -2,9 +2,10 @@
 them: test_kv_cache_machine.py."""
 
 import pytest
+import torch
 
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
-from clawdemy_infer.kv_cache import BlockPool, BlockTables
+from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
 
 
 def tables_of(blocks=12, block_size=4, host=0, prefix_caching=False):
@@ -105,6 +106,14 @@ def test_two_samples_of_one_prompt_share_it_and_copy_one_block_when_they_part():
     assert tables.pool.used == 3
 
 
+def test_who_brings_nothing_needs_no_copy_of_a_shared_block():
+    tables = tables_of()
+    tables.add("A")
+    bring(tables, "A", range(5))
+    tables.fork("A", "B")
+    assert tables.blocks_needed({"A": 0, "B": 0}) == 0 and tables.blocks_needed({"B": 1}) == 1
+
+
 def test_chunks_of_a_prompt_fill_the_blocks_that_were_reserved_for_all_of_it():
     tables = tables_of()
     tables.add("A")
@@ -182,6 +191,40 @@ def test_truncate_gives_back_the_blocks_behind():
         tables.truncate(5, "A")
 
 
+def test_a_truncate_that_one_sequence_refuses_leaves_all_as_they_were():
+    cache = PagedCache(tables_of(), 1, 1, 4)
+    for sequence, count in (("long", 11), ("short", 3), ("middle", 6)):
+        cache.add(sequence)
+        bring(cache.tables, sequence, range(count))
+    before = dict(cache.lengths), {each: list(mine) for each, mine in cache.tables.blocks.items()}
+    for length, said in ((5, "length=5: sequence 'short' has 3 tokens"), (-1, "length=-1")):
+        with pytest.raises(ValueError, match=said):
+            cache.truncate(length)
+        assert (cache.lengths, cache.tables.blocks) == before and cache.tables.pool.used == 6
+    cache.truncate(3)
+    assert cache.lengths == dict.fromkeys(("long", "short", "middle"), 3)
+    assert cache.tables.pool.used == 3
+
+
+def test_a_sequence_can_grow_to_the_capacity_and_no_further():
+    cache = PagedCache(tables_of(), 1, 1, 4, capacity=6)
+    cache.add("A")
+    bring(cache.tables, "A", range(2))
+    assert cache.can_append({"A": 4}) and not cache.can_append({"A": 5})
+
+
+def test_a_short_sequence_beside_a_long_one_reads_nothing_of_a_third():
+    """Whose numbers are none."""
+    cache = PagedCache(tables_of(block_size=2), 1, 1, 4)
+    for sequence, count in (("third", 2), ("long", 7), ("short", 1)):
+        cache.add(sequence)
+        bring(cache.tables, sequence, range(count))
+    cache.keys[:, cache.tables.blocks["third"]] = torch.nan
+    cache.values[:, cache.tables.blocks["third"]] = torch.nan
+    step = cache.begin({"long": [1], "short": [1]})
+    assert step.attend(0, *torch.randn(3, 2, 1, 4)).isfinite().all()
+
+
 def test_a_swapped_sequence_comes_back_as_it_was():
     tables = tables_of(blocks=4, host=3)
     tables.add("A")
@@ -201,6 +244,21 @@ def test_a_swapped_sequence_comes_back_as_it_was():
     tables.swap_out("A")
     tables.free("A")                        # cancelled while it waits
     assert tables.host.used == 0
+
+
+def test_a_sequence_that_comes_back_is_found_by_prompts_that_begin_like_it():
+    tables = tables_of(blocks=4, host=3, prefix_caching=True)
+    tables.add("A", range(9))
+    bring(tables, "A", range(9))
+    tables.swap_out("A")
+    tables.add("B")
+    bring(tables, "B", range(100, 116))                     # takes the room of what A left behind
+    assert tables.prefix.find(range(9)) == ([], [])
+    tables.free("B")
+    tables.swap_in("A")
+    assert tables.add("C", range(9)) == 8 and tables.blocks["C"] == tables.blocks["A"][:2]
+    bring(tables, "A", range(9, 12))                        # and goes on being learned
+    assert tables.add("D", range(13)) == 12
 
 
 def test_a_sequence_without_tokens_can_be_swapped():

@@ -64,6 +64,17 @@ def test_truncate_forgets_the_end_and_keeps_the_beginning():
                                rtol=0, atol=0)
 
 
+def test_all_can_be_forgotten_and_through_a_window_no_more_is_read_than_it_shows():
+    cache = ContiguousCache(1, 1, 2, 5, capacity=12)
+    cache.length = 9
+    [part] = cache.begin({0: [1]}, window=4).parts
+    assert part.seen(cache.keys[0]).shape == (1, 2, 4, 5)
+    [part] = cache.begin({0: [1, 2, 3]}, window=4).parts
+    assert part.seen(cache.keys[0]).shape == (1, 2, 6, 5)   # by the first to the last
+    cache.truncate(0)
+    assert cache.lengths == {0: 0}
+
+
 def test_one_sequence_can_be_truncated_alone():
     cache = cache_of()
     cache.length = 9

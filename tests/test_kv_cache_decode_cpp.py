@@ -102,6 +102,54 @@ def test_chunks_of_prompts_among_decodes_see_theirs_up_to_themselves(size, K, G,
     check(scattered(blocks, size, lengths), blocks, size, past, new, K, G, H, window, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("new", [1, 40])
+def test_scores_of_thousands_that_differ_by_less_than_one_are_told_apart(new, dtype):
+    """4096 and some for one query, as far below 0 for the next, and small ones for the third: 2^x
+    is taken of their difference from the largest so far, which rises on the way."""
+    S, size, H = 150, 16, 64
+    keys, values = torch.zeros(2, 10, 1, size, H)
+    text = torch.arange(10 * size).view(10, 1, size)
+    keys[..., 0], keys[..., 1] = 64, text // 19
+    values[...] = torch.randint(-64, 65, values.shape) / 64
+    values[..., 0] = keys[..., 1] / 8
+    q = torch.zeros(new, 3, H)
+    q[:, :, :2] = torch.tensor([[64.0, 1], [-64, 1], [0, 1]])
+    q, keys, values = (x.to(dtype) for x in (q, keys, values))
+    got = attend_pages(q, keys, values, torch.arange(10).int()[None], [S - new], [new])
+    right = torch.stack([in_fp64(query, keys, values, range(S - new + 1 + i))
+                         for i, query in enumerate(q)])
+    torch.testing.assert_close(got.double(), right, **KERNEL[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("new", [1, 40])
+def test_small_values_between_two_large_ones_are_summed_in_32_bits(new, dtype):
+    """All weights are 1, and the values 2^15, then many times 1/64, then -2^15 at the place of the
+    first query."""
+    S, size, H = 150, 16, 64
+    keys, values = torch.zeros(10, 1, size, H), torch.full((10, 1, size, H), 1 / 64)
+    first = S - new
+    values[0, 0, 0], values[first // size, 0, first % size] = 2**15, -2**15
+    q = torch.ones(new, 3, H)
+    got = attend_pages(*(x.to(dtype) for x in (q, keys, values)), torch.arange(10).int()[None],
+                       [first], [new])
+    right = [(S - new + i - 1) / 64 / (S - new + i + 1) for i in range(new)]
+    torch.testing.assert_close(got[:, 0, 0].double(), torch.tensor(right, dtype=torch.float64),
+                               rtol=4e-3, atol=0)
+
+
+def test_pages_beyond_the_2_31st_number_are_found():
+    """Only the tokens of the last block that are written to take memory."""
+    pool = torch.empty(3, 1, -(-2**31 // 20), 10, dtype=torch.bfloat16)
+    pool[2, 0, :5] = torch.randn(5, 10)
+    q = torch.randn(1, 1, 10).bfloat16()
+    got = attend_pages(q, pool, pool, torch.tensor([[2]], dtype=torch.int32), [4], [1])
+    small = pool[2:, :, :5]
+    torch.testing.assert_close(got[0].double(), in_fp64(q[0], small, small, range(5)),
+                               **KERNEL[torch.bfloat16])
+
+
 def test_a_gpu_is_told_that_it_is_for_a_cpu():
     with pytest.raises(ValueError, match="backend='cpp': it is for a CPU, and this is cuda"):
         choose("cuda", "cpp")

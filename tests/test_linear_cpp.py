@@ -31,6 +31,28 @@ def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(format, d
     assert room[:32].eq(7).all() and room[-32:].eq(7).all()
 
 
+@pytest.mark.parametrize("M", [1, 20])
+def test_a_result_in_bf16_is_rounded_to_nearest_and_of_two_to_the_even_one(M):
+    """Each output is one weight: numbers with 16 more bits than bf16 has, half of them on a
+    border."""
+    bits = torch.randint(0x3f000000, 0x40000000, (48,), dtype=torch.int32)
+    bits[::2] = bits[::2] >> 16 << 16 | 0x8000
+    weight, x = torch.zeros(48, 32), torch.zeros(M, 32, dtype=torch.bfloat16)
+    weight[:, 5], x[:, 5] = bits.view(torch.float32), 1
+    got = CppProduct("fp32", weight)(x)
+    assert torch.equal(got, weight[:, 5].bfloat16().expand(M, -1))
+
+
+@pytest.mark.parametrize("M", [1, 20])
+def test_an_x_of_fp32_is_taken_as_it_is_or_rounded_to_the_nearest_bf16(M):
+    """As the processor has it. Each output is one number of x."""
+    bits = torch.randint(0x3f000000, 0x40000000, (M, 32), dtype=torch.int32)
+    bits[:, ::2] = bits[:, ::2] >> 16 << 16 | 0x8000
+    x = bits.view(torch.float32)
+    got = CppProduct("bf16", torch.eye(32).bfloat16())(x)
+    assert torch.equal(got, x) or torch.equal(got, x.bfloat16().float())
+
+
 @pytest.mark.parametrize("group", [8, 24, 48, 96])
 @pytest.mark.parametrize("M", [1, 4, 40])
 def test_groups_of_any_eights_have_scales_and_zeros_of_their_own(group, M):

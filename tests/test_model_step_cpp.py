@@ -96,6 +96,22 @@ def test_the_odd_model_says_what_its_layers_say_on_ragged_steps(both, cache):
     assert caches[0].lengths == caches[1].lengths == {0: 9, 1: 8, 2: 25}
 
 
+def test_numbers_so_small_that_the_epsilon_of_a_norm_rules_are_normed_alike():
+    """Embeddings and queries near 1e-4, whose squares are below the 1e-5 that norms add."""
+    eager = random_model(ODD)
+    eager.embed.weight.mul_(1e-3)
+    for layer in eager.layers:
+        layer.qkv.weight.mul_(1e-2)
+        layer.qkv.bias.mul_(1e-2)
+    models = eager, in_cpp(eager)
+    caches = [ContiguousCache.for_model(model, 3, 32) for model in models]
+    right, got = (model.step(PROMPTS, cache, logits_to_keep=0)
+                  for model, cache in zip(models, caches, strict=True))
+    agree(got, right)
+    torch.testing.assert_close(*(cache.keys[:, 2, :, :21] for cache in reversed(caches)),
+                               **LOGITS[torch.float32])
+
+
 @pytest.mark.parametrize("cache", ["contiguous", "paged", "int8"])
 def test_greedy_tokens_are_those_of_the_eager_model_on_every_cache(both, cache):
     made = {"int8": Int8Cache.for_model, **CACHES}[cache]

@@ -10,7 +10,14 @@ from tolerances import LOGITS
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.fast.quantized import on_kernels
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.quantization import IntFormat, Quantized, awq, format_named, round_to_nearest
+from clawdemy_infer.quantization import (
+    IntFormat,
+    Quantized,
+    awq,
+    format_named,
+    observe,
+    round_to_nearest,
+)
 from clawdemy_infer.quantization.awq import (
     SINK,
     _ordinary,
@@ -112,6 +119,72 @@ def test_a_sink_among_the_tokens_does_not_move_the_scales():
         size = x[ordinary].abs().mean(0)
         found.append(best_scales(linear, size, format, lambda: linear(x), ~ordinary))
     assert torch.equal(*found)
+
+
+def with_sinks():
+    """A model, and texts that each begin with token 7, which is as long as 100 others."""
+    model, tokens = tiny(), TOKENS.masked_fill(TOKENS == 7, 8)
+    model.embed.weight[7] *= 100
+    tokens[:, 0] = 7
+    return model, tokens
+
+
+def seen_by(name, model, tokens, monkeypatch):
+    """What `awq` calls its function `name` with, call by call."""
+    calls, plain = [], awq.__globals__[name]
+
+    def see(*given):
+        calls.append([x.clone() if isinstance(x, torch.Tensor) else x for x in given])
+        return plain(*given)
+    monkeypatch.setitem(awq.__globals__, name, see)
+    awq(model, tokens, IntFormat(4, 16))
+    return calls
+
+
+def test_sinks_do_not_count_among_the_sizes_of_channels(monkeypatch):
+    """Of what goes into the first product, the mean over all other tokens."""
+    model, tokens = with_sinks()
+    (_, size, *_), *_ = seen_by("best_scales", model, tokens, monkeypatch)
+    x = model.embed(tokens)[:, 1:].flatten(0, 1)
+    normed = x / x.square().mean(1, keepdim=True).sqrt() * model.layers[0].attention_norm.weight
+    torch.testing.assert_close(size, normed.abs().mean(0), rtol=1e-4, atol=0)
+
+
+def test_all_sinks_judge_and_of_the_other_tokens_some_from_everywhere(monkeypatch):
+    """3 sinks and 90 others, of which each tenth where at most 10 tokens are to judge; attention is
+    judged on all."""
+    model, tokens = with_sinks()
+    monkeypatch.setitem(awq.__globals__, "MAX_JUDGES", 10)
+    qkv, out, gate_up, down, *_ = seen_by("best_scales", model, tokens, monkeypatch)
+    assert qkv[4].nonzero().flatten().tolist() == [0, 31, 62]
+    for _, _, _, block, sink in (out, gate_up, down):
+        assert len(block()) == len(sink) == 9 + 3 and sink.tolist() == [False] * 9 + [True] * 3
+    seen = []
+    observe(model, tokens, lambda name, x: seen.append(x) if name == "layers.0.down" else None)
+    others = [row for row in range(93) if row % 31][::10]
+    torch.testing.assert_close(down[3].args[0], torch.cat(seen)[[*others, 0, 31, 62]])
+
+
+def test_a_token_that_is_long_before_a_layer_or_behind_it_is_a_sink(monkeypatch):
+    rows, masks = torch.arange(93), iter([0, 5, 7, 9])
+    monkeypatch.setitem(awq.__globals__, "_ordinary", lambda x: rows != next(masks))
+    calls = seen_by("best_scales", tiny(), TOKENS, monkeypatch)
+    assert [calls[i][4].nonzero().flatten().tolist() for i in (0, 4)] == [[0, 5], [7, 9]]
+
+
+def test_clips_are_judged_on_what_the_scaled_matrices_get(monkeypatch):
+    """Weights times s on inputs over s: what they make is what the model makes, but for V and up,
+    whose own outputs the scales of the next matrix divide."""
+    model, tokens = with_sinks()
+    made = {}
+    observe(model, tokens, lambda name, x: made.setdefault(name, []).append(
+        x @ model.get_submodule(name).weight.T))
+    calls = seen_by("clipped", model, tokens, monkeypatch)
+    for name, (weight, x, *_) in zip(("qkv", "out", "gate_up", "down"), calls, strict=False):
+        expected = torch.cat(made[f"layers.0.{name}"])
+        same = {"qkv": 0, "gate_up": 160}.get(name, 96)
+        torch.testing.assert_close((x @ weight.T)[:, :same], expected[:, :same],
+                                   rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["int3-g16", "int4-g32-asym"])

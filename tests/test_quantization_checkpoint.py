@@ -102,6 +102,27 @@ def test_a_zero_point_of_0_asks_for_version_2():
     assert torch.equal(read_gptq(stored, 4, version=2), quantized.dequantize())
 
 
+@pytest.mark.parametrize("positive, written_as", [(False, "gptq"), (True, "gptq_v2")])
+def test_a_model_with_zero_points_of_0_is_saved_so_that_a_reader_finds_them(positive, written_as,
+                                                                            tmp_path):
+    model = tiny()
+    if positive:                                            # one matrix whose grids begin at 0
+        model.layers[1].down.weight.abs_()
+    result = round_to_nearest(model, format_named("int4-g32-asym"))
+    kept = result.tensors["layers.1.down"]
+    assert bool((kept.zero == 0).any()) == positive
+    directory = save_quantized(result, tmp_path / "out", "gptq")
+    said = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert said["checkpoint_format"] == written_as
+    stored = load_file(directory / "model.safetensors")
+    stored = {key: stored[f"model.layers.1.mlp.down_proj.{key}"]
+              for key in ("qweight", "qzeros", "scales", "g_idx")}
+    version = 2 if written_as == "gptq_v2" else 1
+    assert torch.equal(read_gptq(stored, 4, version), kept.dequantize())
+    assert torch.equal(load_quantized(directory).tensors["layers.1.down"].dequantize(),
+                       kept.dequantize())
+
+
 METHODS = {
     "rtn": (lambda m, f: round_to_nearest(m, f), "int4-g32", "gptq"),
     "gptq": (lambda m, f: gptq(m, TOKENS, f), "int3-g32", "gptq"),

@@ -190,6 +190,15 @@ def test_llm_int8_keeps_outliers_out_of_the_scales():
     assert (decomposed - exact).norm() < 0.05 * (plain - exact).norm()
 
 
+def test_a_column_that_just_reaches_the_threshold_is_an_outlier():
+    """Of magnitude 6 or more (Dettmers et al. 2022, section 3.2), of either sign."""
+    x, weight = torch.full((3, 96), 0.5), torch.ones(40, 96)
+    x[1, 2], x[2, 5], x[0, 7], x[0, 9] = 6, -6, 5.996, 8
+    layer = LLMInt8(Quantized.of(IntFormat(8), weight))
+    layer(x)
+    assert layer.outliers == 3
+
+
 def test_llm_int8_against_equation_8_in_float64():
     x, weight = layer_inputs()
     quantized, outlier = Quantized.of(IntFormat(8), weight), torch.zeros(96, dtype=torch.bool)

@@ -8,7 +8,14 @@ import pytest
 from clawdemy_infer.arithmetic import ModelShape, MoE, Work, total
 from clawdemy_infer.envelope.napkin import card, sweep
 from clawdemy_infer.envelope.parallel import Layout
-from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Link, Machine, interpolate
+from clawdemy_infer.envelope.roofline import (
+    PAGED_ATTENTION,
+    Link,
+    Machine,
+    Part,
+    Prediction,
+    interpolate,
+)
 from clawdemy_infer.machine.calibrated import (
     ATTENTION_KEYS,
     PROBE_KV_HEADS,
@@ -123,6 +130,47 @@ def test_element_wise_work_is_slowed_by_its_own_rate_but_never_sped_up():
         assert machine.time(Work(0, 1e6)).seconds == pytest.approx(1e4)
 
 
+def test_the_interval_of_a_prediction_by_hand():
+    """3 s within a factor of 1.5 and 1 s within 1.1: (3 * 0.5 + 1 * 0.1) / 4 = 0.4 of all 4 s."""
+    both = Prediction({"a": Part(3, 0.5), "launches": Part(1, 0.1, "launches")}, 0.5, 2.5)
+    assert (both.seconds, both.spread) == pytest.approx((4, 0.4))
+    assert (both.low_s, both.high_s) == pytest.approx((4 / 1.4, 4 * 1.4))
+    assert (both.fixed_s, both.bound) == (1, "memory")
+    assert replace(both, memory_s=0.9).bound == "fixed"
+    assert replace(both, compute_s=9).bound == "compute"
+    assert replace(both, parts=both.parts | {"communication": Part(7)}).bound == "communication"
+    nothing = Prediction({}, 0, 0)
+    assert (nothing.seconds, nothing.spread, nothing.low_s, nothing.fixed_s) == (0, 0, 0, 0)
+
+
+def test_a_difference_of_predictions_is_taken_part_by_part_and_is_never_below_0():
+    more = Prediction({"a": Part(3, 0.5), "b": Part(1, 0.1), "c": Part(2)}, 5, 6)
+    less = Prediction({"a": Part(1, 0.2), "b": Part(4, 0.9)}, 7, 1)
+    found = more - less
+    assert found.parts == {"a": Part(2, 0.5), "b": Part(0, 0.1), "c": Part(2)}
+    assert (found.compute_s, found.memory_s) == (0, 5)
+    equal = more - more                         # the figures cannot tell: a hundredth, give or take
+    assert (equal.seconds, equal.spread) == pytest.approx((0.06, 10))
+
+
+def test_a_product_is_as_uncertain_as_those_of_its_weights_whatever_it_computes_in():
+    machine = replace(CALIBRATED, spreads={"gemm": {"int4": 0.5, "fp32": 0.1}})
+    int4, fp32, unsaid = (
+        machine.time(Work(9, 9, "qkv", kernel="gemm", weights=weights)).parts["qkv"].spread
+        for weights in ("int4", "fp32", ""))
+    assert int4 - fp32 == pytest.approx(0.4) and unsaid == fp32
+
+
+def test_each_part_says_what_it_waits_for():
+    """The ridge lies at 10 FLOPs a byte."""
+    work = total("step", [Work(1100, 100, "above", kernel="gemm"), Work(900, 100, "below")])
+    found = SHEET.time(work, ops=1, communication_s=2.0)
+    assert {name: part.bound for name, part in found.parts.items()} == {
+        "above": "compute", "below": "memory", "launches": "launches",
+        "communication": "communication"}
+    assert (found.compute_s, found.memory_s) == pytest.approx((2.0, 2.0))
+
+
 # ---- utilisation ----
 
 
@@ -133,6 +181,15 @@ def test_utilisation_is_one_at_the_roofline_and_above_it_beyond():
     assert SHEET.mbu(work, 3.0) == pytest.approx(1)
     assert SHEET.mfu(work, 2.0) == pytest.approx(1)
     assert SHEET.mbu(work, 1.5) == pytest.approx(2)
+
+
+def test_utilisation_and_ridge_are_of_main_memory_however_small_the_work():
+    """1,000 bytes would come at 400 bytes/s out of a cache, and at 100 from memory."""
+    work = Work(3000, 1000)
+    assert CALIBRATED.bandwidth_at(1000) == 400
+    assert CALIBRATED.mbu(work, 20.0) == pytest.approx(0.5)
+    assert CALIBRATED.mfu(work, 20.0) == pytest.approx(0.15)
+    assert CALIBRATED.ridge("fp32") == 10 and CALIBRATED.napkin(work) == 10
 
 
 def test_an_unknown_dtype_is_refused_by_name():
@@ -241,6 +298,26 @@ def test_the_card_counts_what_weights_and_cache_leave():
     assert c["paging_bytes"] == 5 * 8 * 2 * 3 * 2 * 14 * 2
     assert c["left_bytes"] == 1e6 - c["weight_bytes"] - c["kv_bytes"] - c["activation_bytes"] - c[
         "paging_bytes"]
+
+
+def test_the_price_of_a_token_is_that_of_the_machine_over_what_the_whole_batch_makes():
+    """3.60 dollars an hour are 1,000 millionths a second."""
+    machine = replace(SHEET, dollars_per_hour=3.6, watts=200.0)
+    shape = ModelShape("", L=1, D=8, N=2, K=1, H=4, F=8, V=50)
+    priced = card(shape, machine, batch=4, context=9, weights="fp32")
+    seconds, rate = priced["decode"]["seconds"], priced["tokens_per_s"]
+    assert rate == pytest.approx(4 / seconds)
+    assert priced["tokens_per_s_per_user"] == pytest.approx(1 / seconds)
+    assert priced["dollars_per_million_tokens"] == pytest.approx(1000 / rate)
+    assert priced["joules_per_token"] == pytest.approx(200 / rate)
+
+
+def test_between_two_kernels_lie_the_rows_of_a_microbatch_or_of_a_prompt():
+    machine = replace(SHEET, link=Link(1e3))
+    shape = ModelShape("", L=2, D=8, N=2, K=1, H=4, F=8, V=50)
+    rows = [card(shape, machine, batch=5, context=9, prompt=prompt, layout=Layout(pp=2),
+                 weights="fp32")["activation_rows"] for prompt in (2, 7)]
+    assert rows == [3, 7]
 
 
 def test_experts_have_their_own_part():

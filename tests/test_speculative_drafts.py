@@ -26,6 +26,8 @@ def copied(text, count=4):
     ([1, 2, 3, 4, 5, 1, 2], [3, 4, 5, 1]),
     # two tokens that came before beat one that came later
     ([1, 2, 7, 9, 2, 8, 1, 2], [7, 9, 2, 8]),
+    # and three beat two
+    ([1, 2, 3, 9, 5, 2, 3, 8, 1, 2, 3], [9, 5, 2, 3]),
     ([5, 1, 5, 2, 5], [2, 5, 2, 5]),  # of equals the latest, and the copy runs into itself
     ([6, 6], [6, 6, 6, 6]),
     ([1, 2, 3], []), ([4], []),

@@ -137,6 +137,15 @@ def test_a_bonus_from_the_wrong_row_is_seen_in_what_follows():
     assert single > FALSE_ALARM and pair < FALSE_ALARM**2
 
 
+def test_what_the_target_excludes_is_rejected_also_where_the_random_number_is_0(monkeypatch):
+    monkeypatch.setattr(torch, "rand",
+                        lambda *size, dtype, **options: torch.zeros(*size, dtype=dtype))
+    p = torch.tensor([[[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]])
+    q, drafted, one = torch.tensor([[[0.9, 0.1, 0.0]]]), torch.tensor([[0]]), torch.tensor([1])
+    for drawn_from in (q, None):
+        assert verify(p, drawn_from, drafted, one) == (torch.tensor([0]), torch.tensor([1]))
+
+
 def test_where_p_and_q_agree_but_for_rounding_there_is_still_a_token():
     p = torch.tensor([[[0.25, 0.75, 0.0]]]).expand(1000, 2, 3)
     q = p[:, :1] * (1 + 2e-7)                           # the residual is 0 everywhere

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.speculative import Round, theory
@@ -63,6 +64,13 @@ def test_a_verification_streams_the_weights_once_and_names_every_row():
     pairs = 96 + 97 + 98 + 99 + 100
     assert five.flops == 2 * 5 * matrices + shape.L * 4 * shape.N * shape.H * pairs
     assert five.bytes < 1.05 * one.bytes
+
+
+def test_each_row_that_is_checked_needs_its_logits():
+    """Where the head is nearly all there is and compute all that counts, four rows cost four."""
+    shape = ModelShape("", L=1, D=8, N=1, K=1, H=8, F=8, V=100_000)
+    machine = Machine("compute", ((1.0, 1e30),), {"fp32": 1.0}, 1e10)
+    assert theory.verification_cost(machine, shape, 4, 9, **FP32) == pytest.approx(4, rel=0.01)
 
 
 def test_checking_is_free_under_the_roof_and_dear_beyond_the_ridge():

@@ -116,7 +116,8 @@ class BlockTables:
     def truncate(self, length: int, sequence: Hashable) -> None:
         """Forget all but the first `length` tokens."""
         self._known(sequence)
-        if not 0 <= length <= (most := self.lengths[sequence]):
+        most = self.lengths[sequence]
+        if not 0 <= length <= most:
             raise ValueError(f"length={length}: sequence {sequence!r} has {most} tokens, "
                              f"so 0 to {most}")
         keep = self.pool.blocks_for(length)
