@@ -97,7 +97,7 @@ def _library(name: str, **defines: object) -> ctypes.CDLL | CompilerFailed:
                     return ctypes.CDLL(str(kept))
                 kept.unlink()                           # damaged, or not what we made
             made = _compiled([*command, f"-I{FOLDER}", str(FOLDER / f"{name}.cpp")],
-                             folder / "unfinished")
+                             folder / "unfinished", name_and_key)
             library = ctypes.CDLL(str(made))            # or it is not worth keeping
             os.replace(made, folder / f"{name_and_key}{_digest(made)}.so")
             shutil.rmtree(made.parent, ignore_errors=True)
@@ -130,12 +130,13 @@ def _our_folder() -> Iterator[Path]:
         yield folder
 
 
-def _compiled(command: list[str], folder: Path) -> Path:
+def _compiled(command: list[str], folder: Path, name: str) -> Path:
     """The library that `command` makes in `folder`, which is emptied of what a process that was
-    killed has left there. Raises OSError with the compiler's words."""
+    killed has left there. `name` is its own: a loader that knows a path gives what it had loaded
+    from there. Raises OSError with the compiler's words."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    made, words = folder / "made.so", folder / "words"
+    made, words = folder / f"{name}.so", folder / "words"
     with words.open("wb") as stderr, subprocess.Popen(
             [*command, "-o", str(made)], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
             env=os.environ | {"TMPDIR": str(folder)}, start_new_session=True) as process:
