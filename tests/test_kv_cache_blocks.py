@@ -253,7 +253,7 @@ def test_a_sequence_that_comes_back_is_found_by_prompts_that_begin_like_it():
     tables.swap_out("A")
     tables.add("B")
     bring(tables, "B", range(100, 116))                     # takes the room of what A left behind
-    assert tables.prefix.find(range(9)) == ([], [])
+    assert tables.prefix.find(range(9), []) == []
     tables.free("B")
     tables.swap_in("A")
     assert tables.add("C", range(9)) == 8 and tables.blocks["C"] == tables.blocks["A"][:2]

@@ -174,13 +174,22 @@ def test_what_is_compiled_goes_by_the_text_of_all_files_and_is_kept_whole(tmp_pa
     (folder / "half.h").write_text("const int HALF = N / 2;\n")
     (folder / "one.cpp").write_text('#include "half.h"\nextern "C" int half() { return HALF; }\n')
     monkeypatch.setattr(cpp, "FOLDER", folder)
-    load = cpp.library.__wrapped__
-    assert load("one", N=10).half() == 5 and load("one", N=20).half() == 10
-    kept = sorted((tmp_path / "cache" / "cpp").iterdir())
-    assert len(kept) == 2 and load("one", N=10).half() == 5
-    (folder / "half.h").write_text("const int HALF = N / 2 + 1;\n")
-    assert load("one", N=10).half() == 6 and len(list(kept[0].parent.iterdir())) == 3
-    (folder / "half.h").write_text("const int HALF = ;\n")
-    with pytest.raises(RuntimeError, match="(?s)compile: .* refused: .*half.h"):
-        load("one", N=10)
-    assert len(list(kept[0].parent.iterdir())) == 3                 # and nothing half-made
+
+    def load(name, **defines):
+        cpp._library.cache_clear()
+        return cpp.library(name, **defines)
+
+    def kept():
+        return len(list((tmp_path / "cache" / "cpp").glob("*.so")))
+
+    try:
+        assert load("one", N=10).half() == 5 and load("one", N=20).half() == 10
+        assert kept() == 2 and load("one", N=10).half() == 5
+        (folder / "half.h").write_text("const int HALF = N / 2 + 1;\n")
+        assert load("one", N=10).half() == 6 and kept() == 3
+        (folder / "half.h").write_text("const int HALF = ;\n")
+        with pytest.raises(cpp.CompilerFailed, match="(?s)compile: .* refused: .*half.h"):
+            load("one", N=10)
+        assert kept() == 3 and not list((tmp_path / "cache" / "cpp").glob("unfinished/*.so"))
+    finally:
+        cpp._library.cache_clear()

@@ -164,10 +164,10 @@ def test_an_interrupt_keeps_text_and_cache_in_step(smollm, plain):
 
     def impatient(piece):
         shown.append(piece)
-        if len(shown) == 4:
+        if len(shown) == 3:
             raise KeyboardInterrupt
 
-    result = speculate(smollm, PROMPTS[0], oracle(plain[:1]), TOKENS, gamma=8, cache=cache,
+    result = speculate(smollm, PROMPTS[0], oracle(plain[:1]), TOKENS, gamma=2, cache=cache,
                        on_token=impatient)
     assert result.finish_reason == "interrupted" and result.tokens == plain[0].tokens[:len(result.
                                                                                            tokens)]
