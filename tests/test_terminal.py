@@ -118,7 +118,8 @@ def test_options_that_mean_nothing_together_are_refused_by_one_line_that_names_b
     code, out, err = run(*shlex.split(line))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "changes nothing with" in err
-    named = [word for word in shlex.split(line) if word.startswith("--") and f"{word} changes nothing" in err]
+    named = [word for word in shlex.split(line)
+             if word.startswith("--") and f"{word} changes nothing" in err]
     assert len(named) == 1
 
 
