@@ -5,7 +5,6 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clawdemy_infer.files.tokenizer import Tokenizer
+from clawdemy_infer.from_config.rope import SAID
 from clawdemy_infer.model import Decoder, ModelConfig
 
 # ---- reading ----
@@ -175,7 +175,9 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a `ModelConfig`: what transformers, serving engines and
     `ModelConfig.from_hf` read."""
-    shape = config.shape
+    shape, rope = config.shape, config.rope_scaling
+    context = (rope.original_max_position_embeddings     # which such a config says, not the longer
+               if rope and rope.rope_type in ("linear", "dynamic") else shape.max_context)
     family = ("qwen3" if shape.qk_norm else "qwen2" if shape.biases else
               "mistral" if shape.window else "llama")
     said = {
@@ -183,10 +185,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "model_type": family, "hidden_act": "silu", "num_hidden_layers": shape.L,
         "hidden_size": shape.D, "num_attention_heads": shape.N, "num_key_value_heads": shape.K,
         "head_dim": shape.H, "intermediate_size": shape.F, "vocab_size": shape.V,
-        "tie_word_embeddings": shape.tied, "max_position_embeddings": shape.max_context,
+        "tie_word_embeddings": shape.tied, "max_position_embeddings": context,
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": ({"rope_type": "llama3"} | asdict(config.rope_scaling)
-                         if config.rope_scaling else None),
+        "rope_scaling": rope and {"rope_type": rope.rope_type} | {
+            key: getattr(rope, key) for key in SAID[rope.rope_type]},
         "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None,
     }
     if family in ("llama", "qwen3"):

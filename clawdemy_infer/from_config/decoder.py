@@ -9,6 +9,7 @@ from typing import Any
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.keys import Keys
 from clawdemy_infer.from_config.llama import llama, mistral, qwen2, qwen3
+from clawdemy_infer.from_config.rope import SAID, Llama3Scaling, RopeScaling, scaling_of
 
 DECODER_FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
 
@@ -31,7 +32,6 @@ ONLY_AS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "at
 def decoder_from_config(config: dict[str, Any], name: str = "",
                         source: str = "config.json") -> dict[str, Any]:
     """The fields of a `ModelConfig`, from the keys of a config.json of one of `DECODER_FAMILIES`.
-    `rope_scaling` is a dict of Llama 3's four numbers, or None.
 
     Raises ValueError naming key, value and what is accepted, for anything that a decoder would not
     compute as it is meant.
@@ -63,7 +63,7 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
                     f"a divisor of the {numbers['N']} query heads")
 
     # 3. The values, and what is left over.
-    theta, scaling = _rope(keys)
+    theta, scaling = _rope(keys, numbers)
     eos = keys.take("eos_token_id", None)
     fields = {"shape": ModelShape(name=name, source=source, **numbers),
               "norm_eps": keys.number("rms_norm_eps"), "rope_theta": theta, "rope_scaling": scaling,
@@ -75,9 +75,10 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     return fields
 
 
-def _rope(keys: Keys) -> tuple[float, dict[str, float] | None]:
-    """Base frequency, and Llama 3's scaling. transformers 5 writes both into `rope_parameters`,
-    older ones `rope_theta` beside `rope_scaling`."""
+def _rope(keys: Keys, numbers: dict[str, Any]) -> tuple[float, Llama3Scaling | RopeScaling | None]:
+    """Base frequency and scaling. transformers 5 writes both into `rope_parameters`, older ones
+    `rope_theta` beside `rope_scaling`. A scaling makes the context of `numbers` longer where the
+    file says the one before it."""
     old, new = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
     if not isinstance(new or old or {}, dict):
         keys.refuse("rope_parameters" if new else "rope_scaling", new or old, "an object")
@@ -88,17 +89,18 @@ def _rope(keys: Keys) -> tuple[float, dict[str, float] | None]:
     theta = inner.number("rope_theta", keys.number("rope_theta", 10_000.0))
     # Older files call the type `type`, some say it twice.
     kinds = {str(inner.take(key, "default")) for key in ("rope_type", "type")} - {"default"}
-    if kinds - {"llama3"}:
-        inner.refuse("rope_type", min(kinds), "default, llama3")
-    scaling = {key: inner.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")
-               } if kinds else None
-    if scaling:
-        scaling["original_max_position_embeddings"] = inner.whole(
-            "original_max_position_embeddings")
-        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            inner.refuse("high_freq_factor", scaling["high_freq_factor"],
-                         f"above low_freq_factor = {scaling['low_freq_factor']}")
+    if len(kinds) > 1 or kinds - set(SAID):
+        inner.refuse("rope_type", min(kinds - set(SAID) or kinds), f"default, {', '.join(SAID)}")
+    original = keys.left.get("original_max_position_embeddings") and keys.whole(
+        "original_max_position_embeddings")
+    scaling, context = None, numbers["max_context"]
+    if kinds:
+        scaling = scaling_of(inner, kinds.pop(), numbers["H"], theta, context, original)
+    if scaling and scaling.rope_type in ("linear", "dynamic", "yarn"):
+        longer = int(scaling.factor * scaling.original_max_position_embeddings)
+        numbers["max_context"] = max(context, longer)
     inner.only(partial_rotary_factor=1)
     for key, value in inner.left.items():
-        inner.refuse(key, value, "no such key with this rope_type")
+        if value is not None:
+            inner.refuse(key, value, "no such key with this rope_type")
     return theta, scaling
