@@ -17,6 +17,8 @@ STATED = {"llama": [], "mistral": ["num_key_value_heads"], "qwen2": ["num_key_va
           "qwen3": ["num_key_value_heads", "head_dim"]}
 """Keys whose absence means a number of the family's own: then they are refused and not guessed."""
 
+MAX_LAYERS = 10_000             # more than any model has, and few enough to be looked at one by one
+
 CHANGES_NOTHING = frozenset(
     # Where the file came from, how the model was trained, what Hugging Face's own classes return.
     "_name_or_path torch_dtype dtype transformers_version unsloth_version unsloth_fixed "
@@ -41,9 +43,12 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     family = keys.take("model_type")
     if family not in tuple(DECODER_FAMILIES):           # a tuple, for the value may be a list
         keys.refuse("model_type", family, ", ".join(DECODER_FAMILIES))
-    for architecture in keys.take("architectures", None) or ():
-        if not architecture.endswith("ForCausalLM"):
-            keys.refuse("architectures", architecture, "a causal language model, …ForCausalLM")
+    architectures = keys.take("architectures", [])
+    for each in architectures if isinstance(architectures, list) else [architectures]:
+        if not str(each).endswith("ForCausalLM"):
+            keys.refuse("architectures", each, "a causal language model, …ForCausalLM")
+    if type(layers := config.get("num_hidden_layers")) is int and layers > MAX_LAYERS:
+        keys.refuse("num_hidden_layers", layers, f"at most {MAX_LAYERS:,}")
     keys.only(**ONLY_AS)
 
     # 2. The shape.
@@ -64,11 +69,15 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
 
     # 3. The values, and what is left over.
     theta, scaling = _rope(keys, numbers)
-    eos = keys.take("eos_token_id", None)
+    ends = keys.take("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    begin = keys.take("bos_token_id", None)
+    for key, token in [("eos_token_id", end) for end in ends] + [("bos_token_id", begin)]:
+        if token is not None and (type(token) is not int or token < 0):
+            keys.refuse(key, token, "the number of a token, 0 or more")
     fields = {"shape": ModelShape(name=name, source=source, **numbers),
               "norm_eps": keys.number("rms_norm_eps"), "rope_theta": theta, "rope_scaling": scaling,
-              "bos_id": keys.take("bos_token_id", None),
-              "eos_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)}
+              "bos_id": begin, "eos_ids": tuple(end for end in ends if end is not None)}
     for key, value in keys.left.items():
         if value is not None and key not in CHANGES_NOTHING:
             keys.refuse(key, value, "no such key, since it may change what the model computes")

@@ -1,6 +1,9 @@
 """The keys of a config.json, each to be asked for once. What nobody asked for may change what the
 model is, so it is not passed over."""
 
+import json
+import math
+from pathlib import Path
 from typing import Any, NoReturn
 
 _REQUIRED = object()
@@ -51,3 +54,33 @@ class Keys:
         """Keys that change nothing here, whatever they say."""
         for key in keys:
             self.left.pop(key, None)
+
+
+MAX_JSON_BYTES = 64 * 2**20     # of a file; the longest published ones, indices of weights, have 10
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file that others wrote. Raises ValueError naming the file: no regular
+    one, longer than MAX_JSON_BYTES, no JSON, a number that is not finite, or no object on top."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
+        with path.open("rb") as stream:
+            content = stream.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
+        found = json.loads(content.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: {path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {type(found).__name__} on top; a JSON object is accepted")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text} is not finite")
+    return number
