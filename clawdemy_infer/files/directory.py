@@ -74,17 +74,23 @@ def stored_tensors(directory: Path,
     files stored. Raises ValueError for a damaged file, and for a name that comes twice."""
     seen = set()
     for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    if key in seen:
-                        raise ValueError(f"{file}: {key} is stored twice")
-                    seen.add(key)
-                    if not (key == "lm_head.weight" and config.shape.tied
-                            or key.endswith(".rotary_emb.inv_freq")):
-                        yield file, key, tensors.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged, or not in safetensors format ({error})") from error
+        with opened(file) as tensors:
+            for key in tensors.keys():
+                if key in seen:
+                    raise ValueError(f"{file}: {key} is stored twice")
+                seen.add(key)
+                if not (key == "lm_head.weight" and config.shape.tied
+                        or key.endswith(".rotary_emb.inv_freq")):
+                    yield file, key, tensors.get_tensor(key)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged, or not in safetensors format ({error})") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -93,10 +99,10 @@ def weight_files(directory: Path) -> list[Path]:
     index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         said = read_object(index).get("weight_map")
-        names = list(said.values()) if isinstance(said, dict) else []
-        for name in names or [said]:
+        names = list(said.values()) if said and isinstance(said, dict) else [None]
+        for name in names:
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{index}: weight_map: {repr(name)[:200]} is not supported; "
+                raise ValueError(f"{index}: weight_map={repr(name or said)[:200]} is not supported; "
                                  "accepted: for each tensor a file in the same folder")
     files = sorted({directory / name for name in names})
     if absent := [file.name for file in files if not file.is_file()]:      # a FIFO is none
@@ -106,6 +112,9 @@ def weight_files(directory: Path) -> list[Path]:
                    if pickled else "")
         raise ValueError(f"{directory}: {', '.join(absent)} is missing.{instead} "
                          "Only safetensors weights are accepted")
+    for file in files:
+        with opened(file):              # or it says that the file is torn
+            pass
     return files
 
 

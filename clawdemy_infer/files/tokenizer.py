@@ -20,7 +20,7 @@ MAX_TOKENIZER_BYTES = 256 * 2**20       # of a tokenizer.json; published ones ha
 MAX_TEMPLATE_BYTES = 2**20              # of a chat_template.jinja; published ones have up to 30 kB
 MAX_TEMPLATE_SECONDS = 60.0             # on the clock; see `chat_template` for the processor's
 
-DAMAGED = Exception     # what `tokenizers` raises for a file that it cannot read: no class of its own
+DAMAGED = Exception     # what `tokenizers` raises for a damaged file: it has no class of its own
 
 
 class Tokenizer:
@@ -56,10 +56,9 @@ class Tokenizer:
         template = settings.get("chat_template")
         if template_file.exists():
             template = read_bytes(template_file, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
-        elif isinstance(template, list):                    # several templates, each with a name
-            named = [each for each in template if isinstance(each, dict)]
-            template = {str(each.get("name")): each.get("template") for each in named
-                        }.get("default")
+        elif isinstance(template, list) and all(isinstance(each, dict) for each in template):
+            template = next((each.get("template") for each in template      # each with a name
+                             if each.get("name") == "default"), None)
         if not isinstance(template, str | None):
             raise ValueError(f"{source}: chat_template={repr(template)[:200]} is not supported; "
                              "accepted: a text")

@@ -86,7 +86,8 @@ def can_save(model: Decoder, format: Format, directory: str | Path, layout: str)
         if name.endswith("_proj.weight"):
             layouts.accepts(layout, format, *matrix.shape)
         elif not (most := matrix.abs().max()) <= torch.finfo(torch.float16).max:
-            raise ValueError(f"{name}: it holds {most:g}, and is saved in fp16, which ends at 65504")
+            raise ValueError(f"{name}: it holds {most:g}; it is saved in fp16, where at most 65504 "
+                             "is accepted")
     return Path(directory)
 
 
@@ -207,8 +208,8 @@ def _settings(model: QuantizedModel, layout: str, version: int) -> dict:
 
 CHANGES_NOTHING = frozenset(
     # How the codes were found, what they were found for, and how other programs run them.
-    "damp_percent damp_auto_increment true_sequential static_groups mse dataset batch_size tokenizer "
-    "model_name_or_path model_file_base_name model_seqlen block_name_to_quantize pad_token_id "
+    "damp_percent damp_auto_increment true_sequential static_groups mse dataset batch_size "
+    "tokenizer model_name_or_path model_file_base_name model_seqlen block_name_to_quantize pad_token_id "
     "module_name_preceding_first_block modules_in_block_to_quantize cache_block_outputs meta uri "
     "exllama_config use_exllama disable_exllama max_input_length use_cuda_fp16 backend quantizer "
     "parallel offload_to_disk offload_to_disk_path act_group_aware desc_act lm_head vram_strategy "
