@@ -31,35 +31,6 @@ class Generation(Extension):
         return jinja2.nodes.Scope(body).set_lineno(line)
 
 
-class Names(jinja2.utils.Namespace):
-    """`namespace`, without the underscored names by which a template could leave the sandbox."""
-
-    def __init__(*args: object, **names: object) -> None:       # one of them may be called `self`
-        made = dict(*args[1:], **names)
-        for name in made:
-            Names.check(name)
-        jinja2.utils.Namespace.__init__(args[0], made)
-
-    def __setitem__(self, name: str, value: object) -> None:
-        Names.check(name)
-        super().__setitem__(name, value)
-
-    @staticmethod
-    def check(name: object) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"namespace: {name!r} begins with an underscore")
-
-
-class Dict:
-    """`dict` and `dict.fromkeys`, and nothing else of that class."""
-
-    def __call__(self, *args: object, **more: object) -> dict:
-        return dict(*args, **more)
-
-    def fromkeys(self, *args: object) -> dict:
-        return dict.fromkeys(*args)
-
-
 def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None,
            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
@@ -82,7 +53,7 @@ def main() -> None:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
     environment.globals |= {
-        "raise_exception": refuse, "namespace": Names, "dict": Dict(),
+        "raise_exception": refuse,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
     text = environment.from_string(asked["template"]).render(asked["variables"])
     if len(text) > MAX_CHARACTERS:

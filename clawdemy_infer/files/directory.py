@@ -102,8 +102,8 @@ def weight_files(directory: Path) -> list[Path]:
         names = list(said.values()) if said and isinstance(said, dict) else [None]
         for name in names:
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{index}: weight_map={repr(name or said)[:200]} is not supported; "
-                                 "accepted: for each tensor a file in the same folder")
+                raise ValueError(f"{index}: weight_map={repr(name or said)[:200]} is not "
+                                 "supported; accepted: for each tensor a file in the same folder")
     files = sorted({directory / name for name in names})
     if absent := [file.name for file in files if not file.is_file()]:      # a FIFO is none
         pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -169,8 +169,8 @@ class Header:
 
         magic, (version,), (tensors, keys) = self.take(4), self.numbers("I"), self.numbers("Q", 2)
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"it begins with {bytes(magic)!r}, version {version}; GGUF 2 and 3 are "
-                             "accepted")
+            raise ValueError(f"it begins with {bytes(magic)!r}, version {version}; GGUF 2 and 3 "
+                             "are accepted")
         metadata: dict[str, Any] = {}
         for _ in range(keys):
             name = self.text()

@@ -130,8 +130,6 @@ def read_bytes(file: Path, most: int) -> bytes:
     """A file's content. ValueError where it is no regular file, or longer than `most` bytes."""
     if not file.is_file():
         raise ValueError(f"{file}: a regular file is accepted")
-    with file.open("rb") as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
+    if file.stat().st_size > most:
         raise ValueError(f"{file}: longer than {most:,} bytes")
-    return content
+    return file.read_bytes()

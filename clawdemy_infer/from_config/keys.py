@@ -66,11 +66,9 @@ def read_object(path: str | Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
-        with path.open("rb") as stream:
-            content = stream.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
-        found = json.loads(content.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        found = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
         raise ValueError(f"{path}: {path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -209,13 +209,13 @@ def _settings(model: QuantizedModel, layout: str, version: int) -> dict:
 CHANGES_NOTHING = frozenset(
     # How the codes were found, what they were found for, and how other programs run them.
     "damp_percent damp_auto_increment true_sequential static_groups mse dataset batch_size "
-    "tokenizer model_name_or_path model_file_base_name model_seqlen block_name_to_quantize pad_token_id "
-    "module_name_preceding_first_block modules_in_block_to_quantize cache_block_outputs meta uri "
-    "exllama_config use_exllama disable_exllama max_input_length use_cuda_fp16 backend quantizer "
-    "parallel offload_to_disk offload_to_disk_path act_group_aware desc_act lm_head vram_strategy "
-    "modules_to_not_convert modules_to_fuse do_fuse fuse_max_seq_len act_order hyb_act "
-    "gptaq gptaq_alpha fail_safe auto_forward_data_parallel compute_device_filter "
-    "is_marlin_format".split())
+    "tokenizer model_name_or_path model_file_base_name model_seqlen block_name_to_quantize "
+    "pad_token_id module_name_preceding_first_block modules_in_block_to_quantize "
+    "cache_block_outputs meta uri exllama_config use_exllama disable_exllama max_input_length "
+    "use_cuda_fp16 backend quantizer parallel offload_to_disk offload_to_disk_path "
+    "act_group_aware desc_act lm_head vram_strategy modules_to_not_convert modules_to_fuse "
+    "do_fuse fuse_max_seq_len act_order hyb_act gptaq gptaq_alpha fail_safe "
+    "auto_forward_data_parallel compute_device_filter is_marlin_format".split())
 """Keys of a quantization_config. Whether the order was changed, and whether the head has codes, is
 seen in the tensors."""
 
