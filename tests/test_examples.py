@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "clawdemy_infer"
-WITH_EXAMPLES = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text()]
+REPOSITORY = Path(__file__).parents[1]
+FOLDERS = {"clawdemy_infer": "clawdemy_infer", "clawdemy_course": "notebooks/course"}
+WITH_EXAMPLES = [".".join([package, *path.relative_to(REPOSITORY / folder).with_suffix("").parts])
+                 for package, folder in FOLDERS.items()
+                 for path in sorted((REPOSITORY / folder).rglob("*.py"))
+                 if ">>> " in path.read_text()]
 
 
-@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_examples_of_a_module_give_what_they_say(path):
-    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_the_examples_of_a_module_give_what_they_say(name):
     failed, tried = doctest.testmod(import_module(name))
     assert tried and not failed

@@ -223,12 +223,12 @@ def test_an_unknown_key_that_says_none_is_harmless(none):
 
 @pytest.mark.parametrize("text, message", [
     (b"[1]", r"\[1\]; accepted: a JSON object"), (b"7", "7; accepted: a JSON object"),
-    (b"", "no JSON in UTF-8"), (b'{"a": "\xff"}', "no JSON in UTF-8"),
+    (b"", "not valid JSON in UTF-8"), (b'{"a": "\xff"}', "not valid JSON in UTF-8"),
     (b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "32 levels deep"),
     (b'{"a": ' + b"[" * 50 + b"]" * 50 + b"}", "32 levels deep"),
     (b'{"a": [NaN]}', "a=nan; accepted: a finite number"),
     (b'{"a": 1e999}', "a=inf; accepted: a finite number"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "no JSON in UTF-8"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON in UTF-8"),
     (b'{"a": ' + b"9" * 50 + b"}", r"a is beyond 2\^63"),
     (b'{"a": 1, "a": 2}', "'a' stands twice, with values that differ"),
     (b'{"a": [' + b"0," * 10**6 + b"0]}", "more than 1,000,000 values"),

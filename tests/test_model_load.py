@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_file import TYPE, write_gguf
 from reference import transformers_model
 from safetensors.torch import load_file, save_file
 from tolerances import LOGITS
@@ -20,70 +20,10 @@ from clawdemy_infer.files.gguf import converted
 from clawdemy_infer.model import generate
 from clawdemy_infer.paths import cache_dir
 
-TYPE = gguf.GGMLQuantizationType
-L, D, N, K, H, F = 2, 128, 4, 2, 32, 96  # every row a multiple of the 32 weights that share a scale
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CLAWDEMY_CACHE", str(tmp_path / "cache"))
-
-
-def write_gguf(path, kind=TYPE.F32, tied=True, seed=0, extra=None, architecture="llama",
-               pre="smollm", tensor=None):
-    """A random Llama with a byte-level vocabulary, as llama.cpp's converter lays it out."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    vocabulary = SPECIAL + sorted(
-        ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(L)
-    writer.add_context_length(64)
-    writer.add_embedding_length(D)
-    writer.add_feed_forward_length(F)
-    writer.add_head_count(N)
-    writer.add_head_count_kv(K)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_rope_dimension_count(H)
-    writer.add_vocab_size(len(vocabulary))
-    for key, value in (extra or {}).items():
-        writer.add_uint32(key, value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(vocabulary)
-    writer.add_token_merges(MERGES)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(vocabulary) - len(SPECIAL)))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(True)
-    writer.add_chat_template("{% for message in messages %}[{{ message['content'] }}]{% endfor %}")
-
-    rng = np.random.default_rng(seed)
-    shapes = {"token_embd": (len(vocabulary), D)
-              } | ({} if tied else {"output": (len(vocabulary), D)})
-    for i in range(L):
-        shapes |= {
-            f"blk.{i}.attn_q": (N*H, D), f"blk.{i}.attn_k": (K*H, D), f"blk.{i}.attn_v": (K*H, D),
-            f"blk.{i}.attn_output": (D, N*H), f"blk.{i}.ffn_gate": (F, D),
-            f"blk.{i}.ffn_up": (F, D), f"blk.{i}.ffn_down": (D, F)
-        }
-    for name, shape in shapes.items():
-        data = gguf.quants.quantize(rng.normal(0, 0.1, shape).astype(np.float32), kind)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-    for name in [
-            "output_norm", *(f"blk.{i}.{kind}_norm" for i in range(L) for kind in ("attn", "ffn"))
-    ]:
-        writer.add_tensor(f"{name}.weight", rng.normal(1, 0.1, D).astype(np.float32))
-    if tensor:
-        writer.add_tensor(*tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 # ---- GGUF ----

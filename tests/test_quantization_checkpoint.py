@@ -2,9 +2,12 @@
 definition, and run by transformers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tolerances import LOGITS
 from transformers import AutoConfig, LlamaForCausalLM
@@ -25,7 +28,7 @@ from clawdemy_infer.quantization import (
     gptq,
     round_to_nearest,
 )
-from clawdemy_infer.rigs.checkpoint import load_quantized, save_quantized
+from clawdemy_infer.rigs.checkpoint import is_quantized, load_quantized, save_quantized
 
 TOKENS = torch.randint(0, 101, (3, 31), generator=torch.Generator().manual_seed(1))
 
@@ -283,6 +286,247 @@ def test_a_matrix_without_its_scales_is_named(key, tmp_path):
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(ValueError, match=f"model.layers.1.{key}: missing"):
         load_quantized(directory)
+
+
+# ---- zero points, groups and the head, as other programs write them ----
+
+
+def edited(directory, change, **keys):
+    """A checkpoint with other tensors, and other keys of its quantization_config."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file({name: each.contiguous() for name, each in tensors.items()},
+              directory / "model.safetensors")
+    return broken(directory, lambda config: config.update(keys))
+
+
+def words(fields, bits, less=0):
+    """int32 words [G, n·bits/32] of fields [G, n], by hand; `less` is taken off each word (or, for
+    3 bits, three words) as a whole number."""
+    size = 96 if bits == 3 else 32
+    per = size // bits
+    rows = []
+    for row in fields.tolist():
+        out = []
+        for start in range(0, len(row), per):
+            number = sum(code << (bits * i) for i, code in enumerate(row[start:start + per]))
+            number = (number - less * sum(1 << (bits * i) for i in range(per))) % 2**size
+            out += [(number >> at) % 2**32 for at in range(0, size, 32)]
+        rows.append([word - 2**32 if word >= 2**31 else word for word in out])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def gptq_parts(bits, zeros, seed=0):
+    """A stored matrix [O, 64] in two groups with these zero points [2, O], and what it means."""
+    rng, O = torch.Generator().manual_seed(seed), zeros.shape[1]
+    codes = torch.randint(0, 2**bits, (O, 64), generator=rng)
+    scales = torch.rand(2, O, generator=rng).half()
+    meant = (codes - zeros.T.repeat_interleave(32, 1)) * scales.T.float().repeat_interleave(32, 1)
+    return {"qweight": words(codes, bits).T.contiguous(), "scales": scales}, meant
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("smallest", [0, 1])
+def test_version_1_is_undone_word_by_word_also_where_a_zero_point_is_0(bits, smallest):
+    zeros = torch.randint(smallest, 2**bits, (2, 96), generator=torch.Generator().manual_seed(bits))
+    zeros[:, ::7] = smallest
+    stored, meant = gptq_parts(bits, zeros)
+    format = IntFormat(bits, 32, "integer")
+    found = from_gptq(stored | {"qzeros": words(zeros, bits, less=1)}, format, version=1)
+    assert torch.equal(found.dequantize(), meant)
+    if smallest:                        # then nothing is borrowed, and code by code is the same
+        assert torch.equal(words(zeros, bits, less=1), words(zeros - 1, bits))
+    found = from_gptq(stored | {"qzeros": words(zeros, bits)}, format, version=2)
+    assert torch.equal(found.dequantize(), meant)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_that_wrote_over_their_neighbours_are_recognised(bits):
+    """AutoGPTQ's `pack`: (zero - 1) as uint32, shifted and or-ed into the word, so that -1 sets all
+    bits above."""
+    zeros = torch.randint(0, 2**bits, (2, 96), generator=torch.Generator().manual_seed(bits))
+    zeros[:, 0] = 0
+    rows = []
+    for row in zeros.tolist():
+        out, at = [0] * (96 * bits // 32), 0
+        for zero in row:
+            word, shift = divmod(at, 32)
+            code = (zero - 1) % 2**32
+            out[word] |= code << shift & 0xFFFFFFFF
+            if shift + bits > 32:
+                out[word + 1] |= code % 2**bits >> (32 - shift)
+            at += bits
+        rows.append([word - 2**32 if word >= 2**31 else word for word in out])
+    stored, _ = gptq_parts(bits, zeros)
+    with pytest.raises(ValueError, match="qzeros: zero points of 0 have written over their"):
+        from_gptq(stored | {"qzeros": torch.tensor(rows, dtype=torch.int32)},
+                  IntFormat(bits, 32, "integer"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("stored_as", [1, 2])
+def test_a_symmetric_matrix_is_one_whatever_its_version_is_called(bits, version, stored_as):
+    zeros = torch.full((2, 32), 2 ** (bits - 1))
+    stored, meant = gptq_parts(bits, zeros)
+    stored["qzeros"] = words(zeros, bits, less=1 if stored_as == 1 else 0)
+    found = from_gptq(stored, IntFormat(bits, 32), version)
+    assert torch.equal(found.dequantize(), meant)
+
+
+def test_an_index_of_groups_that_is_all_zeros_means_none_and_another_is_followed():
+    zeros = torch.randint(1, 16, (2, 32), generator=torch.Generator().manual_seed(0))
+    stored, meant = gptq_parts(4, zeros)
+    stored["qzeros"], format = words(zeros, 4, less=1), IntFormat(4, 32, "integer")
+    unset = from_gptq(stored | {"g_idx": torch.zeros(64, dtype=torch.int32)}, format)
+    assert torch.equal(unset.dequantize(), meant) and unset.group_of is None
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1)) % 2
+    moved = from_gptq(stored | {"g_idx": order.int()}, format)
+    assert torch.equal(moved.dequantize(), read_gptq(stored | {"g_idx": order}, 4))
+    for wrong in (torch.full((64,), 2), torch.full((64,), -1), torch.zeros(63)):
+        with pytest.raises(ValueError, match="g_idx: "):
+            from_gptq(stored | {"g_idx": wrong.int()}, format)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A symmetric model in 4 bits and groups of 32, with a head of its own."""
+    shape = replace(tiny(V=104).config.shape, tied=False)
+    torch.manual_seed(3)
+    model = Decoder(ModelConfig(shape)).eval().requires_grad_(False)
+    return save_quantized(round_to_nearest(model, IntFormat(4, 32)), tmp_path / "out")
+
+
+def test_a_quantized_head_is_used(checkpoint):
+    expected = Quantized.of(IntFormat(4, 32),
+                            load_file(checkpoint / "model.safetensors")["lm_head.weight"].float())
+
+    def change(tensors):
+        del tensors["lm_head.weight"]
+        tensors |= {f"lm_head.{key}": each for key, each in to_gptq(expected).items()}
+    model = load_quantized(edited(checkpoint, change, lm_head=True)).decoder
+    assert torch.equal(model.head.weight, expected.dequantize())
+    assert model(TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize("stem", ["model.layers.0.self_attn.x_proj", "model.norm", "x"])
+def test_codes_without_a_place_are_refused(checkpoint, stem):
+    def change(tensors):
+        for key in ("qweight", "qzeros", "scales"):
+            tensors[f"{stem}.{key}"] = tensors[f"model.layers.0.self_attn.q_proj.{key}"].clone()
+    with pytest.raises(ValueError, match=f"{stem}"):
+        load_quantized(edited(checkpoint, change))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_refused_by_tensor(checkpoint, value):
+    key = "model.layers.1.mlp.down_proj.scales"
+    with pytest.raises(ValueError, match=f"{key}: they hold a number that is not finite"):
+        load_quantized(edited(checkpoint, lambda tensors: tensors[key][0].fill_(value)))
+
+
+def test_what_others_store_and_means_nothing_is_passed_over(checkpoint):
+    expected = load_quantized(checkpoint).decoder(TOKENS)
+
+    def change(tensors):
+        tensors["model.layers.0.mlp.down_proj.bias"] = torch.zeros(96, dtype=torch.float16)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    more = {"damp_percent": 0.01, "static_groups": False, "true_sequential": True, "dataset": None,
+            "model_name_or_path": None, "dynamic": None, "meta": {"quantizer": ["gptqmodel:1.0"]},
+            "use_exllama": False, "pack_dtype": "int32"}
+    model = load_quantized(edited(checkpoint, change, **more)).decoder
+    torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=0)
+
+
+def test_one_loader_reads_the_ends_of_a_text_as_the_other(checkpoint):
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load_quantized(checkpoint).decoder.config.eos_ids == (2, 7)
+
+
+WRONG_KEYS = [
+    ({"bits": "4"}, "bits='4'"), ({"bits": True}, "bits=True"), ({"bits": 4.0}, "bits=4.0"),
+    ({"bits": 5}, "5"), ({"bits": 8}, "does not divide|config.json makes it"),
+    ({"bits": 2}, "quantization_config makes it|config.json makes it"),
+    ({"group_size": "32"}, "group_size='32'"), ({"group_size": True}, "group_size=True"),
+    ({"group_size": 0}, "group_size=0"), ({"group_size": -2}, "group_size=-2"),
+    ({"group_size": 64}, "qzeros: .* quantization_config makes it|does not divide"),
+    ({"group_size": 16}, "qzeros: .* quantization_config makes it"),
+    ({"group_size": 10**12}, "does not divide"), ({"group_size": -1}, "qzeros: "),
+    ({"sym": "true"}, "sym='true'"), ({"sym": 1}, "sym=1"),
+    ({"dynamic": {"+:.*down": {"bits": 8}}}, "quantization_config: dynamic="),
+    ({"checkpoint_format": {}}, "checkpoint_format={}"), ({"quant_method": ["gptq"]}, "quant_meth"),
+    ({"pack_dtype": "int8"}, "pack_dtype='int8'"), ({"rotation": "h"}, "rotation='h'"),
+    ({"is_marlin_format": True}, "is_marlin_format=True"), ({"adapter": {"a": 1}}, "adapter="),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), WRONG_KEYS, ids=[str(k) for k, _ in WRONG_KEYS])
+def test_keys_that_disagree_or_are_unknown_are_refused_by_name(checkpoint, keys, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_quantized(broken(checkpoint, lambda config: config.update(keys)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("said", ["x", [1], 5, True])
+def test_a_quantization_config_that_is_no_object_is_refused(checkpoint, said):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    with pytest.raises(ValueError, match="quantization_config: quant_method=None"):
+        load_quantized(checkpoint)
+
+
+def test_a_config_that_says_null_is_not_of_a_quantized_model(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert is_quantized(checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert not is_quantized(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["qweight", "qzeros", "scales", "g_idx"])
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.flatten(), lambda t: t.sum(),
+                                    lambda t: t[:0], lambda t: t.to(torch.int16)],
+                         ids=["short", "flat", "scalar", "empty", "int16"])
+def test_tensors_of_another_shape_or_kind_are_refused_by_name(checkpoint, key, change):
+    name = f"model.layers.0.mlp.down_proj.{key}"
+    if key == "g_idx" and change(torch.ones(3)).shape == (3,) and change(
+            torch.ones(3)).dtype == torch.float32:
+        pytest.skip("it is flat already")
+    with pytest.raises(ValueError, match="model.layers.0.mlp.down_proj"):
+        load_quantized(edited(checkpoint, lambda tensors: tensors.update(
+            {name: change(tensors[name])})))
+
+
+@pytest.mark.parametrize("name", ["embed", "norm", "head"])
+@pytest.mark.parametrize("value", [7e4, -7e4, float("nan")])
+def test_what_fp16_cannot_hold_is_refused_before_anything_is_written(name, value, tmp_path):
+    shape = replace(tiny().config.shape, tied=False)
+    model = Decoder(ModelConfig(shape)).eval().requires_grad_(False)
+    quantized = round_to_nearest(model, IntFormat(4, 32))
+    getattr(quantized.decoder, name).weight.view(-1)[5] = value
+    with pytest.raises(ValueError, match=r"(embed_tokens|norm|lm_head).weight: it holds .*65504"):
+        save_quantized(quantized, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.dictionaries(st.sampled_from(
+    ["bits", "group_size", "sym", "desc_act", "quant_method", "checkpoint_format", "lm_head",
+     "dynamic", "version", "zero_point", "format", "method", "pack_dtype", "other"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+    | st.sampled_from(["gptq", "awq", "gptq_v2", "gemm", 2, 3, 4, 8, 16, 32, 64, -1])
+    | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=2), st.integers()),
+    min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_any_quantization_config_gives_a_model_or_one_line(tmp_path_factory, keys):
+    directory = tmp_path_factory.getbasetemp() / "any-config"
+    if not directory.exists():
+        save_quantized(round_to_nearest(tiny(), IntFormat(4, 32)), directory)
+    original = (directory / "config.json").read_text()
+    try:
+        load_quantized(broken(directory, lambda config: config.update(keys)))
+    except ValueError as error:
+        assert "\n" not in str(error)
+    finally:
+        (directory / "config.json").write_text(original)
 
 
 # ---- the commands ----

@@ -4,10 +4,11 @@ import random
 
 import pytest
 
+from clawdemy_course import theory
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.speculative import Round, theory
+from clawdemy_infer.speculative import Round
 
 FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
 # Leviathan et al. 2023, table 1: alpha, gamma, and the factors of operations and of speed with c =

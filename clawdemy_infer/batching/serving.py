@@ -42,7 +42,8 @@ def engine(model: Decoder, policy: Policy | None = None, *, kv_bytes: float = 2*
         raise ValueError(f"kv_bytes={kv_bytes}: at least {block_bytes}, a block of {block_size} "
                          "tokens")
     host_blocks = int(host_bytes // block_bytes)
-    scheduler = scheduler_for(policy, blocks, block_size, host_blocks, shape.max_context)
+    scheduler = scheduler_for(policy, blocks, block_size, host_blocks,
+                              model.config.same_angles_until or shape.max_context)
     if policy.batching == "static":
         return Engine(scheduler, StaticExecutor(model, scheduler.tables), block_bytes)
     if policy.preemption == "swap":

@@ -91,15 +91,13 @@ class RooflineExecutor:
         return seconds + self.cost.seconds(contexts, chunks, sum(drafts.values()))
 
     def swap_out(self, sequence: Sequence) -> None:
-        self.tables.swap_out(sequence)
-        self._charge(len(self.tables.swapped[sequence].blocks))
+        self.tables.swap_out(sequence, self._copy)
 
     def swap_in(self, sequence: Sequence) -> None:
-        self._charge(len(self.tables.swapped[sequence].blocks))
-        self.tables.swap_in(sequence)
+        self.tables.swap_in(sequence, self._copy)
 
-    def _charge(self, blocks: int) -> None:
-        self.time += blocks * self.block_bytes / self.swap_bytes_per_s
+    def _copy(self, sources: list[int], targets: list[int]) -> None:
+        self.time += len(sources) * self.block_bytes / self.swap_bytes_per_s
 
 
 def simulator(shape: ModelShape, machine: Machine, policy: Policy | None = None, *, weights="bf16",

@@ -10,7 +10,7 @@ import torch
 from clawdemy_infer.batching.request import Sequence, State
 from clawdemy_infer.batching.scheduler import Scheduler
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
-from clawdemy_infer.kv_cache.block_tables import Copy, copy_nothing, released_if_interrupted
+from clawdemy_infer.kv_cache.block_tables import Copy, copied, copy_nothing
 from clawdemy_infer.kv_cache.paged import copy_blocks
 
 
@@ -50,9 +50,7 @@ class SwappingTables(BlockTables):
             raise ValueError(f"sequence={sequence!r}: the host has no room for "
                              f"{self.lengths[sequence]} tokens")
         sources = self.blocks[sequence][:self.pool.blocks_for(self.lengths[sequence])]
-        targets = [self.host.allocate() for _ in sources]
-        with released_if_interrupted(self.host, targets):
-            copy(sources, targets)
+        targets = copied(self.host, sources, copy)
         self.swapped[sequence] = Swapped(targets, self.lengths[sequence], self._ids[sequence])
         super().free(sequence)
 
@@ -68,9 +66,7 @@ class SwappingTables(BlockTables):
             raise ValueError(f"sequence={sequence!r}: {len(self.swapped[sequence].blocks)} blocks "
                              f"are needed, and {self.pool.free} of {self.pool.blocks} are free")
         sources, length, ids = self.swapped[sequence]
-        targets = [self.pool.allocate() for _ in sources]
-        with released_if_interrupted(self.pool, targets):
-            copy(sources, targets)
+        targets = copied(self.pool, sources, copy)
         del self.swapped[sequence]
         self._enter(sequence, targets, length, ids, [])
         for block in sources:

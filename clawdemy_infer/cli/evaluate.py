@@ -2,7 +2,6 @@
 method."""
 
 import functools
-import json
 import sys
 import zlib
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, load, option
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.cli.quantize import text_file
+from clawdemy_infer.from_config.keys import read_object
 from clawdemy_infer.lesson.ledger import today, versions
 from clawdemy_infer.lesson.tables import Table
 
@@ -38,9 +38,8 @@ def run(args: Args) -> int:
         raise UsageError(f"directory={args.directory!r}: the directory of a quantized model is "
                          "accepted")
     quantized = load_quantized(args.directory)
-    config = json.loads((Path(args.directory) / "config.json").read_text("utf-8"))
-    name = args.reference or config.get("_name_or_path")
-    if not name:
+    name = args.reference or read_object(Path(args.directory) / "config.json").get("_name_or_path")
+    if not name or not isinstance(name, str):
         raise UsageError(f"reference: {args.directory} does not say what it was made of; name it")
     model, tokens = reference(args, name, sequences=8)
     if (theirs := model.config.shape.V) != (ours := quantized.decoder.config.shape.V):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from clawdemy_infer.quantization.integers import to_int8
+from clawdemy_infer.quantization.integers import SMALLEST_SCALE
 
 
 class Codes(NamedTuple):
@@ -31,6 +31,14 @@ class Codes(NamedTuple):
             return self.codes.float() * self.scales.float()[:, None]
         groups = self.codes.float().view(*self.scales.shape, -1)  # [O, I/group, group]
         return ((groups - self.zeros.float()[..., None])*self.scales.float()[..., None]).flatten(1)
+
+
+def to_int8(x: torch.Tensor, scale_dtype: torch.dtype = torch.float16
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., n] rounded to 8 bits, symmetric, with a scale for each vector: codes int8 [..., n]
+    from -127 to 127, and scales [..., 1]."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / 127).to(scale_dtype).clamp(SMALLEST_SCALE)
+    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def int8_codes(weight: torch.Tensor) -> Codes:

@@ -46,7 +46,7 @@ class CppLayers:
         if shape.F % 16:
             raise ValueError(f"compile: F={shape.F}: a feed-forward width by the sixteen is "
                              "accepted; without compile it runs as PyTorch")
-        self.dtype, self.frequencies = dtype, frequencies
+        self.dtype, self.frequencies, self.gain = dtype, frequencies, config.rope_gain
         self.window, self.L = shape.window, len(layers)
         self.kept = []                              # what the pointers point at
         self.layers = torch.tensor([self.pointers_of(layer, format) for layer in layers])
@@ -76,7 +76,7 @@ class CppLayers:
         """For x [M, D], what goes into the first layer: what the last one leaves, and its norm,
         both [M, D] in fp32."""
         pages = pages_of(step)
-        cos, sin = rope_tables(self.frequencies, step.positions, torch.float32)
+        cos, sin = rope_tables(self.frequencies, step.positions, torch.float32, self.gain)
         x = x.float()                               # written over, and nobody else's
         past, num_new_tokens = torch.tensor(step.past), torch.tensor(step.num_new_tokens)
         y = torch.empty_like(x)

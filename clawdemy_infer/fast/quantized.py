@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import nn
 
 from clawdemy_infer.fast import Codes, PackedLinear
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.quantization.format import Quantized
 from clawdemy_infer.quantization.integers import IntFormat
-from clawdemy_infer.quantization.linears import QuantizedModel, with_modules
+from clawdemy_infer.quantization.linears import QuantizedModel, with_matrices
+
+
+def with_modules(model: Decoder, modules: Mapping[str, nn.Module]) -> Decoder:
+    """A copy of `model` with these modules in the place of its matrices, by name."""
+    copy = with_matrices(model, {})
+    for name, module in modules.items():
+        copy.set_submodule(name, module)
+    return copy
 
 
 def on_kernels(quantized: QuantizedModel) -> Decoder:

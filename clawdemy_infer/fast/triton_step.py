@@ -60,7 +60,8 @@ class TritonStep:
         model.frequencies = model.frequencies.to(model.device)
         # (cos, cos) and (-sin, sin), of which the kernel reads one half: [M, H/2]
         cos, sin = (table[:, 0, shape.H // 2:]
-                    for table in rope_tables(model.frequencies, positions, model.dtype))
+                    for table in rope_tables(model.frequencies, positions, model.dtype,
+                                             model.config.rope_gain))
         x = model.embed(tokens)
         for index, layer in enumerate(model.layers):
             heads = layer.qkv(norm(layer.attention_norm, x)).view(len(x), -1, shape.H)

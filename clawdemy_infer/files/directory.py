@@ -3,9 +3,8 @@ goes to its place in the decoder's fused matrices; written, all of it is there o
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clawdemy_infer.files.tokenizer import Tokenizer
+from clawdemy_infer.from_config.keys import read_object
+from clawdemy_infer.from_config.rope import SAID
 from clawdemy_infer.model import Decoder, ModelConfig
+
+MAX_PARAMETERS_PER_BYTE = 4     # in any layout that is read: codes have 2 bits or more
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # ---- reading ----
 
@@ -28,21 +33,35 @@ def read_directory(directory: Path, dtype: torch.dtype, device: torch.device | s
     left over, stored twice, of another shape or in a damaged file, and for weights in any format
     but safetensors, which alone cannot carry code.
     """
-    settings = read_json(directory / "config.json")
-    # What ends a generation is said in generation_config.json where there is one: a chat model may
-    # have several such tokens.
-    generation = directory / "generation_config.json"
-    if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
-        settings["eos_token_id"] = eos
-    config = ModelConfig.from_hf(settings, name or directory.name, str(directory / "config.json"))
-    model = empty_decoder(config, dtype, device)
+    config = ModelConfig.from_hf(settings_in(directory), name or directory.name,
+                                 str(directory / "config.json"))
+    model = empty_decoder(config, dtype, device, weight_files(directory))
     fill(destinations(model), stored_tensors(directory, config), directory)
     model.tokenizer = Tokenizer.from_directory(directory)
     return model
 
 
-def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
-    """A decoder whose weights are still to be filled in."""
+def settings_in(directory: Path) -> dict[str, Any]:
+    """The keys of config.json. What ends a generation is said in generation_config.json where there
+    is one: a chat model may have several such tokens."""
+    settings, generation = read_object(directory / "config.json"), "generation_config.json"
+    if (directory / generation).exists():
+        eos = read_object(directory / generation).get("eos_token_id")
+        settings["eos_token_id"] = settings.get("eos_token_id") if eos is None else eos
+    return settings
+
+
+def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device | str,
+                  files: Sequence[Path]) -> Decoder:
+    """A decoder whose weights are still to be filled in from `files`. Raises ValueError, before
+    anything is allocated, where they cannot hold as many."""
+    shape, held = config.shape, sum(file.stat().st_size for file in files)
+    if (count := shape.parameters()) > MAX_PARAMETERS_PER_BYTE * held:
+        raise ValueError(
+            f"{shape.source}: num_hidden_layers={shape.L}, hidden_size={shape.D}, "
+            f"num_attention_heads={shape.N}, intermediate_size={shape.F} and vocab_size={shape.V} "
+            f"make {count:,} parameters, which {files[0]} and the like, {held:,} bytes, cannot "
+            "hold")
     with torch.device("meta"):          # no time spent on random numbers that would be overwritten
         model = Decoder(config)
     return model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
@@ -55,32 +74,47 @@ def stored_tensors(directory: Path,
     files stored. Raises ValueError for a damaged file, and for a name that comes twice."""
     seen = set()
     for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    if key in seen:
-                        raise ValueError(f"{file}: {key} is stored twice")
-                    seen.add(key)
-                    if not (key == "lm_head.weight" and config.shape.tied
-                            or key.endswith(".rotary_emb.inv_freq")):
-                        yield file, key, tensors.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged, or not in safetensors format ({error})") from error
+        with opened(file) as tensors:
+            for key in tensors.keys():
+                if key in seen:
+                    raise ValueError(f"{file}: {key} is stored twice")
+                seen.add(key)
+                if not (key == "lm_head.weight" and config.shape.tied
+                        or key.endswith(".rotary_emb.inv_freq")):
+                    yield file, key, tensors.get_tensor(key)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged, or not in safetensors format ({error})") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the weights: those named in the index of a sharded model, else
     model.safetensors."""
-    index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
+    index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
-        files = sorted({directory / file for file in read_json(index)["weight_map"].values()})
-    if absent := [file.name for file in files if not file.exists()]:
+        said = read_object(index).get("weight_map")
+        names = list(said.values()) if said and isinstance(said, dict) else [None]
+        for name in names:
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{index}: weight_map={repr(name or said)[:200]} is not "
+                                 "supported; accepted: for each tensor a file in the same folder")
+    files = sorted({directory / name for name in names})
+    if absent := [file.name for file in files if not file.is_file()]:      # a FIFO is none
         pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt")
                          for file in directory.glob(kind))
         instead = (f" {', '.join(pickled)} is a pickle, which can run code when it is read."
                    if pickled else "")
         raise ValueError(f"{directory}: {', '.join(absent)} is missing.{instead} "
                          "Only safetensors weights are accepted")
+    for file in files:
+        with opened(file):              # or it says that the file is torn
+            pass
     return files
 
 
@@ -116,29 +150,26 @@ def destinations(model: Decoder) -> dict[str, torch.Tensor]:
 def fill(places: dict[str, torch.Tensor], tensors: Iterable[tuple[Path, str, torch.Tensor]],
          directory: Path) -> None:
     """Copy each tensor to its place. ValueError for one that has none or another shape, and for a
-    place that is left empty: so every parameter is written exactly once."""
+    place that is left empty: so every parameter is written exactly once. ValueError, too, for what
+    is no float or not finite, which takes another pass over each tensor, as long as its copy."""
     missing = dict(places)
     for file, key, value in tensors:
         if key not in missing:
+            if key.endswith(".bias") and not value.any():       # AutoGPTQ gives all matrices one
+                continue
             raise ValueError(f"{file}: {key} has no place in this model")
         place = missing.pop(key)
         if place.shape != value.shape:
             raise ValueError(f"{file}: {key} is {list(value.shape)}, "
                              f"but config.json makes it {list(place.shape)}")
-        place.copy_(value)
+        if value.dtype not in FLOATS:
+            raise ValueError(f"{file}: {key} is in {value.dtype}; accepted are "
+                             f"{', '.join(map(str, FLOATS))}")
+        if not place.copy_(value).isfinite().all():
+            raise ValueError(f"{file}: {key} holds a number that is not finite in {place.dtype}")
     if missing:
         raise ValueError(f"{directory}: no weights for {', '.join(sorted(missing)[:5])}"
                          + " and more" * (len(missing) > 5))
-
-
-def read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file.parent}: {file.name} is missing; "
-                         "a Hugging Face model directory is accepted") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
 
 
 # ---- writing ----
@@ -175,7 +206,9 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a `ModelConfig`: what transformers, serving engines and
     `ModelConfig.from_hf` read."""
-    shape = config.shape
+    shape, rope = config.shape, config.rope_scaling
+    context = (rope.original_max_position_embeddings     # which such a config says, not the longer
+               if rope and rope.rope_type in ("linear", "dynamic") else shape.max_context)
     family = ("qwen3" if shape.qk_norm else "qwen2" if shape.biases else
               "mistral" if shape.window else "llama")
     said = {
@@ -183,10 +216,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "model_type": family, "hidden_act": "silu", "num_hidden_layers": shape.L,
         "hidden_size": shape.D, "num_attention_heads": shape.N, "num_key_value_heads": shape.K,
         "head_dim": shape.H, "intermediate_size": shape.F, "vocab_size": shape.V,
-        "tie_word_embeddings": shape.tied, "max_position_embeddings": shape.max_context,
+        "tie_word_embeddings": shape.tied, "max_position_embeddings": context,
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": ({"rope_type": "llama3"} | asdict(config.rope_scaling)
-                         if config.rope_scaling else None),
+        "rope_scaling": rope and {"rope_type": rope.rope_type} | {
+            key: getattr(rope, key) for key in SAID[rope.rope_type]},
         "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None,
     }
     if family in ("llama", "qwen3"):

@@ -5,7 +5,8 @@ For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [O,
 
     GPTQ    qweight int32 [I·b/32, O]    a word holds neighbouring *inputs* i of one output, the
                                          first in the lowest bits
-            qzeros  int32 [G, O·b/32]    zero - 1 in version 1, the usual one; zero in version 2
+            qzeros  int32 [G, O·b/32]    zero in version 2; in version 1, the usual one, each word
+                                         less 1 in every code, as whole numbers modulo 2^32
             scales  fp16  [G, O]         g_idx int32 [I]: the group of each input
     AWQ     qweight int32 [I, O/8]       a word holds eight neighbouring *outputs* o, in the order
                                          0 2 4 6 1 3 5 7; 4 bits only
@@ -69,15 +70,69 @@ def to_gptq(quantized: Quantized, version: int = 1) -> dict[str, torch.Tensor]:
 
 def from_gptq(stored: dict[str, torch.Tensor], format: IntFormat, version: int = 1) -> Quantized:
     """The matrix in the GPTQ layout, as `to_gptq` or another program wrote it. `format` is what its
-    quantization_config says."""
-    (G, O), bits = stored["scales"].shape, format.bits
-    I = stored["qweight"].shape[0] * 32 // bits
+    quantization_config says. Raises ValueError naming a tensor that does not fit, or is damaged."""
+    bits = format.bits
+    rows, O = _matrix(stored)
+    I = rows * 32 // bits
+    accepts("gptq", format, O, I)
+    G = I // format.width(I)
+    _expect(stored, qweight=(I * bits // 32, O), qzeros=(G, O * bits // 32), scales=(G, O),
+            g_idx=(I,))
     codes = unpack(_bytes(stored["qweight"].T), bits, I)                                    # [O, I]
-    zeros = unpack(_bytes(stored["qzeros"]), bits, O).T + (1 if version == 1 else 0)        # [O, G]
+    raw = unpack(_bytes(stored["qzeros"]), bits, O)                                         # [G, O]
+    zeros = raw if version == 2 else _plus_one(raw, bits)
+    middle = 2 ** (bits - 1)
+    if format.zero == "none" and bool((raw == middle).all() or (raw == middle - 1).all()):
+        zeros = torch.full_like(raw, middle)        # as in either version, whatever the label says
     group_of = stored["g_idx"].long() if "g_idx" in stored else None
-    if group_of is not None and torch.equal(group_of, torch.arange(I) // (I // G)):
-        group_of = None
-    return _restored(format, codes, zeros, stored["scales"], group_of)
+    if group_of is not None:
+        if not bool(((group_of >= 0) & (group_of < G)).all()):
+            raise ValueError(f"g_idx: {int(group_of.max())}: groups 0 to {G - 1} are accepted")
+        # Zeros for all inputs are what is left where nobody filled them in: no reordering.
+        if not group_of.any() or torch.equal(group_of, torch.arange(I) // (I // G)):
+            group_of = None
+    return _restored(format, codes, zeros.T, stored["scales"], group_of)
+
+
+def _plus_one(raw: torch.Tensor, bits: int) -> torch.Tensor:
+    """The zero points [G, O] of version 1, from its codes: what was taken off whole words is added
+    to whole words, carries included (GPTQModel, `convert_gptq_v1_to_v2_format_module`). A zero of 0
+    was borrowed from its neighbour. Codes of 3 bits lie across words: three words count as one.
+
+    AutoGPTQ lets a zero of 0, as -1, set all bits above it instead. Raises ValueError for such a
+    file: no code of all ones is then followed by another, and its neighbours are lost."""
+    per, most = (32 // bits if 32 % bits == 0 else 32), 2**bits - 1
+    fields = raw.unflatten(-1, (-1, per)).int()                                 # [G, words, per]
+    ones, inside = fields == most, torch.ones(per - 1, dtype=torch.bool)
+    if bits == 3:
+        inside[[9, 10, 20, 21]] = False                     # the neighbour begins in another word
+    before, after = ones[..., :-1][..., inside], ones[..., 1:][..., inside]
+    if bool((before & after).any()) and not bool((before & ~after).any()):
+        raise ValueError("qzeros: zero points of 0 have written over their neighbours in the words "
+                         "(they were packed as -1); the model saved as gptq_v2 is accepted")
+    carry = torch.zeros_like(fields[..., 0])
+    for i in range(per):
+        total = fields[..., i] + 1 + carry
+        fields[..., i], carry = total & most, total >> bits
+    return fields.flatten(-2).to(torch.uint8)
+
+
+def _matrix(stored: dict[str, torch.Tensor]) -> tuple[int, int]:
+    if stored["qweight"].dim() != 2 or not stored["qweight"].numel():
+        raise ValueError(f"qweight: {list(stored['qweight'].shape)}: a matrix is accepted")
+    return tuple(stored["qweight"].shape)
+
+
+def _expect(stored: dict[str, torch.Tensor], **shapes: tuple[int, ...]) -> None:
+    """ValueError naming a tensor of another shape or kind, or with a scale that is not finite."""
+    for name, tensor in stored.items():
+        kinds = ((torch.float16, torch.bfloat16, torch.float32) if name == "scales" else
+                 (torch.int32, torch.int64) if name == "g_idx" else (torch.int32,))
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype not in kinds:
+            raise ValueError(f"{name}: {list(tensor.shape)} of {tensor.dtype}; "
+                             f"quantization_config makes it {list(shapes[name])} of {kinds[0]}")
+    if not stored["scales"].isfinite().all():
+        raise ValueError("scales: they hold a number that is not finite")
 
 
 # ---- AWQ ----
@@ -95,8 +150,11 @@ def to_awq(quantized: Quantized) -> dict[str, torch.Tensor]:
 
 
 def from_awq(stored: dict[str, torch.Tensor], format: IntFormat) -> Quantized:
-    """The matrix in the AWQ layout."""
-    O, order = stored["scales"].shape[1], torch.tensor(AWQ_ORDER).argsort()
+    """The matrix in the AWQ layout. Raises ValueError naming a tensor that does not fit."""
+    I, words = _matrix(stored)
+    O = words * 8
+    G, order = I // format.width(I), torch.tensor(AWQ_ORDER).argsort()
+    _expect(stored, qweight=(I, O // 8), qzeros=(G, O // 8), scales=(G, O))
     eights = (unpack(_bytes(stored[name]), 4, O).unflatten(-1, (-1, 8))
               for name in ("qweight", "qzeros"))
     codes, zeros = (each[..., order].flatten(-2).T for each in eights)

@@ -4,15 +4,23 @@ The work is done by the `tokenizers` library, the same that transformers calls, 
 transformers takes to import.
 """
 
-import datetime
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from clawdemy_infer.files import chat_template
+from clawdemy_infer.from_config.keys import read_object
+
+MAX_TOKENIZER_BYTES = 256 * 2**20       # of a tokenizer.json; published ones have up to 35 MB
+MAX_TEMPLATE_BYTES = 2**20              # of a chat_template.jinja; published ones have up to 30 kB
+MAX_TEMPLATE_SECONDS = 60.0             # on the clock; see `chat_template` for the processor's
+
+DAMAGED = Exception     # what `tokenizers` raises for a damaged file: it has no class of its own
 
 
 class Tokenizer:
@@ -25,24 +33,43 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer | None":
-        """The tokenizer of a Hugging Face directory; None where it has no tokenizer.json."""
-        if not (directory / "tokenizer.json").exists():
+        """The tokenizer of a Hugging Face directory; None where it has no tokenizer.json. Raises
+        ValueError naming a file that is damaged, and the key in it."""
+        file, template_file = directory / "tokenizer.json", directory / "chat_template.jinja"
+        if not file.exists():
             return None
-        backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        content = read_bytes(file, MAX_TOKENIZER_BYTES)
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(content)
+        except DAMAGED as error:
+            raise ValueError(f"{file}: no tokenizer ({str(error).strip()})") from error
         backend.no_truncation()
         backend.no_padding()
-        settings, template_file = {}, directory / "chat_template.jinja"
-        if (settings_file := directory / "tokenizer_config.json").exists():
-            settings = json.loads(settings_file.read_text("utf-8"))
+
+        # As transformers has it: where the settings list the added tokens, they know all of them.
+        settings, maps = {}, []
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (directory / name).exists() and "added_tokens_decoder" not in settings:
+                settings |= read_object(directory / name)
+                maps.append(directory / name)
+        source = maps[0] if maps else file
         template = settings.get("chat_template")
         if template_file.exists():
-            template = template_file.read_text("utf-8")
-        elif isinstance(template, list):                    # several templates, each with a name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            template = read_bytes(template_file, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
+        elif isinstance(template, list) and all(isinstance(each, dict) for each in template):
+            template = next((each.get("template") for each in template      # each with a name
+                             if each.get("name") == "default"), None)
+        if not isinstance(template, str | None):
+            raise ValueError(f"{source}: chat_template={repr(template)[:200]} is not supported; "
+                             "accepted: a text")
         special = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            if token := settings.get(name):
-                special[name] = token["content"] if isinstance(token, dict) else token
+        for name, token in settings.items():
+            if name.endswith("_token") and not isinstance(token, bool | None):
+                token = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(token, str):
+                    raise ValueError(f"{source}: {name}={repr(settings[name])[:200]} is not "
+                                     "supported; accepted: a text, or an object with its content")
+                special[name] = token
         return cls(backend, template, special)
 
     def encode(self, text: str) -> list[int]:
@@ -63,21 +90,13 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError("chat: this model has no chat template; pass a plain prompt")
-        # The environment in which transformers renders templates. They come with the weights, hence
-        # the sandbox.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt,
+                     "tools": None, "documents": None, **self.special}
         try:
-            return environment.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None,
-                documents=None, **self.special)
-        except TemplateError as error:
-            raise ValueError(
-                f"messages={messages!r}: the chat template refuses them: {error}") from error
+            return rendered(self.chat_template, variables)
+        except ValueError as error:
+            raise ValueError(f"messages={repr(messages)[:200]}: the chat template refuses them: "
+                             f"{error}") from error
 
     def chat(self, messages: Sequence[dict[str, str]],
              add_generation_prompt: bool = True) -> list[int]:
@@ -87,5 +106,30 @@ class Tokenizer:
                                    add_special_tokens=False).ids
 
 
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
+def rendered(template: str, variables: dict[str, Any]) -> str:
+    """The text that a template makes of `variables`. Raises ValueError where it fails, or goes on
+    beyond the limits of `chat_template`: it runs in a process of its own, which can be ended."""
+    command = [sys.executable, "-P", chat_template.__file__]
+    try:
+        asked = json.dumps({"template": template, "variables": variables}).encode()
+        done = subprocess.run(command, input=asked, capture_output=True,
+                              timeout=MAX_TEMPLATE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"it is not done after {MAX_TEMPLATE_SECONDS:g} s") from None
+    except TypeError as error:
+        raise ValueError(f"{error}; texts, numbers, lists and dicts are accepted") from error
+    if done.returncode < 0:
+        raise ValueError(f"it is not done after {chat_template.MAX_SECONDS} s of the processor")
+    if done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise ValueError(lines[-1].removeprefix("jinja2.exceptions.") if lines else "it fails")
+    return done.stdout.decode("utf-8", "surrogatepass")
+
+
+def read_bytes(file: Path, most: int) -> bytes:
+    """A file's content. ValueError where it is no regular file, or longer than `most` bytes."""
+    if not file.is_file():
+        raise ValueError(f"{file}: a regular file is accepted")
+    if file.stat().st_size > most:
+        raise ValueError(f"{file}: longer than {most:,} bytes")
+    return file.read_bytes()

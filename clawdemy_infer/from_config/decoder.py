@@ -9,6 +9,7 @@ from typing import Any
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.families import read
 from clawdemy_infer.from_config.keys import Keys
+from clawdemy_infer.from_config.rope import SAID, Llama3Scaling, RopeScaling, scaling_of
 
 DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -31,7 +32,6 @@ ONLY_AS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "at
 def decoder_from_config(config: dict[str, Any], name: str = "",
                         source: str = "config.json") -> dict[str, Any]:
     """The fields of a `ModelConfig`, from the keys of a config.json of one of `DECODER_FAMILIES`.
-    `rope_scaling` is a dict of Llama 3's four numbers, or None.
 
     Raises ValueError naming key, value and what is accepted, for anything that a decoder would not
     compute as it is meant.
@@ -39,11 +39,12 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     # 1. What kind of model it is, and what it must not say.
     keys = Keys(config, source)
     family = keys.take("model_type")
-    if family not in DECODER_FAMILIES:           # a tuple, for the value may be a list
+    if family not in DECODER_FAMILIES:                  # a tuple, for the value may be a list
         keys.refuse("model_type", family, ", ".join(DECODER_FAMILIES))
-    for architecture in keys.take("architectures", None) or ():
-        if not architecture.endswith("ForCausalLM"):
-            keys.refuse("architectures", architecture, "a causal language model, …ForCausalLM")
+    architectures = keys.take("architectures", [])
+    for each in architectures if isinstance(architectures, list) else [architectures]:
+        if not str(each).endswith("ForCausalLM"):
+            keys.refuse("architectures", each, "a causal language model, …ForCausalLM")
     keys.only(**ONLY_AS)
 
     # 2. The shape.
@@ -63,21 +64,26 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
                     f"a divisor of the {numbers['N']} query heads")
 
     # 3. The values, and what is left over.
-    theta, scaling = _rope(keys)
-    eos = keys.take("eos_token_id", None)
+    theta, scaling = _rope(keys, numbers)
+    ends = keys.take("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    begin = keys.take("bos_token_id", None)
+    for key, token in [("eos_token_id", end) for end in ends] + [("bos_token_id", begin)]:
+        if token is not None and (type(token) is not int or token < 0):
+            keys.refuse(key, token, "the number of a token, 0 or more")
     fields = {"shape": ModelShape(name=name, source=source, **numbers),
               "norm_eps": keys.number("rms_norm_eps"), "rope_theta": theta, "rope_scaling": scaling,
-              "bos_id": keys.take("bos_token_id", None),
-              "eos_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)}
+              "bos_id": begin, "eos_ids": tuple(end for end in ends if end is not None)}
     for key, value in keys.left.items():
         if value is not None and key not in CHANGES_NOTHING:
             keys.refuse(key, value, "no such key, since it may change what the model computes")
     return fields
 
 
-def _rope(keys: Keys) -> tuple[float, dict[str, float] | None]:
-    """Base frequency, and Llama 3's scaling. transformers 5 writes both into `rope_parameters`,
-    older ones `rope_theta` beside `rope_scaling`."""
+def _rope(keys: Keys, numbers: dict[str, Any]) -> tuple[float, Llama3Scaling | RopeScaling | None]:
+    """Base frequency and scaling. transformers 5 writes both into `rope_parameters`, older ones
+    `rope_theta` beside `rope_scaling`. A scaling makes the context of `numbers` longer where the
+    file says the one before it."""
     old, new = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
     if not isinstance(new or old or {}, dict):
         keys.refuse("rope_parameters" if new else "rope_scaling", new or old, "an object")
@@ -88,17 +94,18 @@ def _rope(keys: Keys) -> tuple[float, dict[str, float] | None]:
     theta = inner.number("rope_theta", keys.number("rope_theta", 10_000.0))
     # Older files call the type `type`, some say it twice.
     kinds = {str(inner.take(key, "default")) for key in ("rope_type", "type")} - {"default"}
-    if kinds - {"llama3"}:
-        inner.refuse("rope_type", min(kinds), "default, llama3")
-    scaling = {key: inner.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")
-               } if kinds else None
-    if scaling:
-        scaling["original_max_position_embeddings"] = inner.whole(
-            "original_max_position_embeddings")
-        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            inner.refuse("high_freq_factor", scaling["high_freq_factor"],
-                         f"above low_freq_factor = {scaling['low_freq_factor']}")
+    if len(kinds) > 1 or kinds - set(SAID):
+        inner.refuse("rope_type", min(kinds - set(SAID) or kinds), f"default, {', '.join(SAID)}")
+    original = keys.left.get("original_max_position_embeddings") and keys.whole(
+        "original_max_position_embeddings")
+    scaling, context = None, numbers["max_context"]
+    if kinds:
+        scaling = scaling_of(inner, kinds.pop(), numbers["H"], theta, context, original)
+    if scaling and scaling.rope_type in ("linear", "dynamic", "yarn"):
+        longer = int(scaling.factor * scaling.original_max_position_embeddings)
+        numbers["max_context"] = max(context, longer)
     inner.only(partial_rotary_factor=1)
     for key, value in inner.left.items():
-        inner.refuse(key, value, "no such key with this rope_type")
+        if value is not None:
+            inner.refuse(key, value, "no such key with this rope_type")
     return theta, scaling

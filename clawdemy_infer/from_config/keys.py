@@ -15,6 +15,7 @@ MAX_VALUES = 1_000_000              # in one file, however small each is
 MAX_DEPTH = 32                      # of objects and lists in one another
 MAX_WHOLE = 2**63                   # above any size, id or count that a file may mean
 _MAY_BE_INFINITE = ("time_step_limit",)         # Mamba-2's range, open above, in published files
+_MAY_BE_VAST = ("model_max_length",)            # of a tokenizer: 10^30 is how files say "no limit"
 TEXT = ("text_config", "llm_config", "language_config")
 """Where a file that describes more than a language model has the language model."""
 
@@ -35,12 +36,13 @@ def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in the regular file `path` of at most `limit` bytes. A key may stand twice if
     both say the same. ValueError in one line naming the path, for anything else; FileNotFoundError
     where there is none."""
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: {path.name} is missing")
+    if not path.is_file():
         raise ValueError(f"{path}: a regular file is accepted, no folder, pipe or device")
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+    if path.stat().st_size > limit:
         raise ValueError(f"{path}: more than {limit:,} bytes, the limit for JSON")
+    data = path.read_bytes()
     if sum(data.count(mark) for mark in b",[{") > MAX_VALUES:
         raise ValueError(f"{path}: more than {MAX_VALUES:,} values, the limit for JSON")
     try:
@@ -48,7 +50,7 @@ def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{path}: more than {MAX_DEPTH} levels deep") from None
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON in UTF-8: {str(error)[:200]}") from None
+        raise ValueError(f"{path}: not valid JSON in UTF-8: {str(error)[:200]}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: {_short(found)}; accepted: a JSON object")
     check_values(found, str(path))
@@ -75,7 +77,7 @@ def check_values(value: Any, source: str, key: str = "", depth: int = 0) -> None
     elif isinstance(value, float):
         if not isfinite(value) and not (value == inf and key in _MAY_BE_INFINITE):
             raise ValueError(f"{source}: {_name(key)}={value}; accepted: a finite number")
-    elif isinstance(value, int) and abs(value) >= MAX_WHOLE:
+    elif isinstance(value, int) and abs(value) >= MAX_WHOLE and key not in _MAY_BE_VAST:
         raise ValueError(f"{source}: {_name(key)} is beyond 2^63, more than any size")
 
 

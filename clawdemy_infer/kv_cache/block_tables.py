@@ -11,8 +11,7 @@ and a `reserve` that is not followed by one may be repeated: it finds the blocks
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from clawdemy_infer.kv_cache.block_pool import BlockPool
 from clawdemy_infer.kv_cache.prefix_cache import ROOT, PrefixCache
@@ -167,10 +166,7 @@ class BlockTables:
             if length % size and T:                         # its last block will be written to
                 tail = blocks[length // size]
                 if self.pool.ref_counts[tail] > 1:
-                    own = self.pool.allocate()
-                    with released_if_interrupted(self.pool, [own]):
-                        copy([tail], [own])
-                    blocks[length // size] = own
+                    [blocks[length // size]] = copied(self.pool, [tail], copy)
                     self.pool.release(tail)
                 elif self.prefix:
                     self.prefix.forget(tail)        # it was full and known once, before a truncate
@@ -209,14 +205,13 @@ class BlockTables:
             self.pool.release(block, keep=self.prefix is not None and block in self.prefix)
 
 
-@contextmanager
-def released_if_interrupted(pool: BlockPool, blocks: list[int]) -> Iterator[None]:
-    """Should the copy be interrupted, the blocks that were taken for it are free again."""
-    done = False
+def copied(pool: BlockPool, sources: list[int], copy: Copy) -> list[int]:
+    """Blocks taken from `pool` for a copy of `sources`; should it be interrupted, free again."""
+    targets, done = [pool.allocate() for _ in sources], False
     try:
-        yield
+        copy(sources, targets)
         done = True
     finally:
-        if not done:
-            for block in blocks:
-                pool.release(block)
+        for block in () if done else targets:
+            pool.release(block)
+    return targets

@@ -5,21 +5,12 @@ from typing import Any, ClassVar
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.decoder import decoder_from_config
+from clawdemy_infer.from_config.rope import Llama3Scaling, RopeScaling
 
 RUNS = frozenset({"name", "source", "L", "D", "N", "K", "H", "F", "V", "tied", "window", "qk_norm",
                   "max_context"})
 """Fields of a ModelShape that the decoder runs with any value; others only with their default, and
 `biases` with none or those of Q, K and V."""
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """How Llama 3.1 stretches RoPE to a longer context, in the words of config.json."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -33,7 +24,7 @@ class ModelConfig:
     shape: ModelShape
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | RopeScaling | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -48,12 +39,19 @@ class ModelConfig:
                     f"shape {self.shape.name!r}: {field.name}={value}: the decoder runs dense "
                     f"Llama-family models, which have {field.name}={field.default}")
 
+    @property
+    def same_angles_until(self) -> int | None:
+        """Beyond how many tokens the angles depend on the length of the text; None: never."""
+        return self.rope_scaling and self.rope_scaling.same_until
+
+    @property
+    def rope_gain(self) -> float:
+        """What yarn and longrope multiply cos and sin by."""
+        return self.rope_scaling.attention_factor if self.rope_scaling else 1.0
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], name: str = "",
                 source: str = "config.json") -> "ModelConfig":
         """What the keys of a Hugging Face config.json say: see `decoder_from_config`, which raises
         ValueError for any key that is neither used nor known to change nothing."""
-        said = decoder_from_config(config, name, source)
-        if said["rope_scaling"]:
-            said["rope_scaling"] = Llama3Scaling(**said["rope_scaling"])
-        return cls(**said)
+        return cls(**decoder_from_config(config, name, source))

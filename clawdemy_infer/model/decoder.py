@@ -165,7 +165,8 @@ class Decoder(nn.Module):
         self._check(new, cache)
         tokens = torch.tensor([token for ids in new.values() for token in ids], device=self.device)
         step = cache.begin(new, self.config.shape.window)
-        runner = self.runner if self.runner and self.runner.takes(step) else self.layer_by_layer
+        ready = self.runner and self.runner.takes(step) and not self._varies(step)
+        runner = self.runner if ready else self.layer_by_layer
         x, logits = runner(tokens, step, logits_to_keep)
         if self.observer:
             self.observer(step, x)
@@ -175,12 +176,27 @@ class Decoder(nn.Module):
     def layer_by_layer(self, tokens: torch.Tensor, step: Step,
                        logits_to_keep: LogitsToKeep) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last layer leaves, [M, D], and the logits that are wanted of it."""
-        self.frequencies = self.frequencies.to(self.device)
-        rope = rope_tables(self.frequencies, step.positions, self.dtype)
+        rope = rope_tables(self.frequencies_of(step), step.positions, self.dtype,
+                           self.config.rope_gain)
         x = self.embed(tokens)                                          # [M, D]
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, step, index)
         return x, self.logits(self.norm(wanted_rows(x, step, logits_to_keep)))
+
+    def _varies(self, step: Step) -> bool:
+        """Do the angles of some row depend on how long its text is?"""
+        longest = max(map(sum, zip(step.past, step.num_new_tokens, strict=True)))
+        return longest > (self.config.same_angles_until or longest)
+
+    def frequencies_of(self, step: Step) -> torch.Tensor:
+        """[H/2], or [M, H/2] for texts whose length has a say (`dynamic`, `longrope`): each has the
+        angles that transformers gives it alone. Keys keep those that they were cached with."""
+        self.frequencies = self.frequencies.to(self.device)
+        if not self._varies(step):
+            return self.frequencies
+        H, theta, scaling = self.config.shape.H, self.config.rope_theta, self.config.rope_scaling
+        return torch.cat([angular_frequencies(H, theta, scaling, past + T).expand(T, -1) for past, T
+                          in zip(step.past, step.num_new_tokens, strict=True)]).to(self.device)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Of vectors [M, D] that are normed: [M, V]."""
@@ -198,6 +214,11 @@ class Decoder(nn.Module):
             if shape.max_context and min(past + T, cache.span or past + T) > shape.max_context:
                 raise ValueError(f"tokens: {past} in the cache and {T} new make {past + T}; "
                                  f"the model's context is {shape.max_context}")
+            most, plain = self.config.same_angles_until, isinstance(cache, ContiguousCache)
+            if most and past + T > most and (past and T > 1 or not plain):
+                raise ValueError(f"tokens: {past} in the cache and {T} new make {past + T}; beyond "
+                                 f"{most} this model's RoPE depends on the length of the text: its "
+                                 "whole, or one token more, in a contiguous cache is accepted")
 
 
 def wanted_rows(x: torch.Tensor, step: Step, logits_to_keep: LogitsToKeep) -> torch.Tensor:

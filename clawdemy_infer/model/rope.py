@@ -9,40 +9,34 @@ Which dimensions pair up is a convention of the checkpoint. The paper pairs neig
 …; Hugging Face's weights pair halves (0, H/2), (1, H/2 + 1), …, and so do we.
 """
 
-import math
-
 import torch
 
-from clawdemy_infer.model.config import Llama3Scaling
+from clawdemy_infer.from_config.rope import Llama3Scaling, RopeScaling
 
 
 def angular_frequencies(head_dim: int, theta: float,
-                        scaling: Llama3Scaling | None = None) -> torch.Tensor:
-    """Radians per position of each pair, [H/2], fp32: theta^(-2j/H).
-
-    Llama 3.1's scaling (`apply_scaling` in meta-llama/llama-models, models/llama3/model.py): a pair
-    that turns many times within the original context keeps its frequency; one that turns less than
-    about once is slowed down by `factor`; between the two, a straight line.
-    """
+                        scaling: Llama3Scaling | RopeScaling | None = None,
+                        length: int = 0) -> torch.Tensor:
+    """Radians per position of each pair, [H/2], fp32: theta^(-2j/H), slowed down as `scaling` says
+    of a text of `length` tokens."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")             # 2j
     frequencies = 1.0 / theta**(pairs / head_dim)
     if scaling is None:
         return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / scaling.factor)
+    return frequencies / torch.tensor(scaling.slower(head_dim, theta, length), device="cpu")
 
 
-def rope_tables(frequencies: torch.Tensor, positions: torch.Tensor,
-                dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin of `positions` [M], fp32, each [M, 1, H]: made once a step and shared by
-    all layers.
+def rope_tables(frequencies: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype,
+                gain: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and signed sin of `positions` [M] times `gain`, each [M, 1, H]: made once a step and
+    shared by all layers. `frequencies` are [H/2], or [M, H/2] where each row has its own.
 
     The sine carries the sign of its half, (-sin, +sin), so that `rotate` needs no negation.
     """
-    angles = torch.outer(positions, frequencies)[:, None]                # [M, 1, H/2]
+    angles = (positions[:, None] * frequencies)[:, None]                 # [M, 1, H/2]
     cos, sin = angles.cos(), angles.sin()
+    if gain != 1:
+        cos, sin = cos * gain, sin * gain
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 

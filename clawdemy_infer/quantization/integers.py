@@ -17,14 +17,6 @@ ZEROS = {"none": "", "integer": "-asym", "float": "-float"}     # zero points in
 SMALLEST_SCALE = 2.0**-24       # fp16 above 0; zeros need a scale too, since 0 / 0 is no code
 
 
-def to_int8(x: torch.Tensor, scale_dtype: torch.dtype = torch.float16
-            ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., n] rounded to 8 bits, symmetric, with a scale for each vector: codes int8 [..., n]
-    from -127 to 127, and scales [..., 1]."""
-    scale = (x.abs().amax(-1, keepdim=True).float() / 127).to(scale_dtype).clamp(SMALLEST_SCALE)
-    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
-
-
 class IntFormat(Format):
     """Integers of 2 to 8 bits. An "integer" zero takes as many bits as a code, a "float" one 16.
     Raises ValueError for other bits, groups or zeros."""

@@ -46,14 +46,6 @@ def with_matrices(model: Decoder, weights: Mapping[str, torch.Tensor | Quantized
     return copy.eval().requires_grad_(False)
 
 
-def with_modules(model: Decoder, modules: Mapping[str, nn.Module]) -> Decoder:
-    """A copy of `model` with these modules in the place of its matrices, by name."""
-    copy = with_matrices(model, {})
-    for name, module in modules.items():
-        copy.set_submodule(name, module)
-    return copy
-
-
 @contextmanager
 def watched(model: Decoder, see: Callable[[str, nn.Linear, torch.Tensor], None],
             title: str | None = None) -> Iterator[None]:

@@ -21,15 +21,17 @@ from clawdemy_infer.files.directory import (
     destinations,
     empty_decoder,
     fill,
-    read_json,
+    settings_in,
     stored_tensors,
     to_hf,
+    weight_files,
     write_json,
     write_model,
     written_whole,
 )
 from clawdemy_infer.files.layouts import LAYOUTS
 from clawdemy_infer.files.tokenizer import Tokenizer
+from clawdemy_infer.from_config.keys import Keys, read_object
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.integers import IntFormat
@@ -83,6 +85,9 @@ def can_save(model: Decoder, format: Format, directory: str | Path, layout: str)
     for name, matrix in destinations(model).items():
         if name.endswith("_proj.weight"):
             layouts.accepts(layout, format, *matrix.shape)
+        elif not (most := matrix.abs().max()) <= torch.finfo(torch.float16).max:
+            raise ValueError(f"{name}: it holds {most:g}; it is saved in fp16, where at most 65504 "
+                             "is accepted")
     return Path(directory)
 
 
@@ -92,7 +97,7 @@ def can_save(model: Decoder, format: Format, directory: str | Path, layout: str)
 def is_quantized(directory: str | Path) -> bool:
     """Does a config.json there say that its weights are quantized?"""
     config = Path(directory) / "config.json"
-    return config.is_file() and '"quantization_config"' in config.read_text("utf-8")
+    return config.is_file() and read_object(config).get("quantization_config") is not None
 
 
 def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) -> QuantizedModel:
@@ -106,17 +111,18 @@ def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) ->
     if not file.is_file():
         raise ValueError(f"directory={str(directory)!r}: there is no config.json in it; "
                          "a quantized model's directory is accepted")
-    settings = read_json(file)
+    settings = settings_in(directory)
     said = settings.pop("quantization_config", None)
     if said is None:
         raise ValueError(f"directory={str(directory)!r}: no quantization_config in its config.json;"
                          " `load_model` reads models without")
-    format, layout, version = _format_of(said)
+    keys = Keys(said if isinstance(said, dict) else {}, f"{file}: quantization_config")
+    method, (format, layout, version) = keys.take("method", None), _format_of(keys)
     config = ModelConfig.from_hf(settings, directory.name, str(file))
 
     # 2. The matrices, each of several tensors.
     found = {key: (file, value) for file, key, value in stored_tensors(directory, config)}
-    decoder = empty_decoder(config, dtype, "cpu")
+    decoder = empty_decoder(config, dtype, "cpu", weight_files(directory))
     wanted, parts = destinations(decoder), {}
     for stem in [name.removesuffix(".qweight") for name in found if name.endswith(".qweight")]:
         stored = {key: found.pop(f"{stem}.{key}")[1] for key in LAYOUTS[layout]
@@ -126,18 +132,26 @@ def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) ->
                 raise ValueError(f"{directory}: {stem}.{key}: missing")
         if f"{stem}.weight" not in wanted:
             raise ValueError(f"{directory}: {stem}: without a place in this model")
-        shape = wanted.pop(f"{stem}.weight").shape
-        parts[stem] = (layouts.from_gptq(stored, format, version) if layout == "gptq"
-                       else layouts.from_awq(stored, format))
-        if parts[stem].shape != shape:
-            raise ValueError(f"{directory}: {stem} is {list(parts[stem].shape)}, "
-                             f"but config.json makes it {list(shape)}")
+        place = wanted.pop(f"{stem}.weight")
+        try:
+            part = (layouts.from_gptq(stored, format, version) if layout == "gptq"
+                    else layouts.from_awq(stored, format))
+        except ValueError as error:
+            raise ValueError(f"{directory}: {stem}.{error}") from error
+        if part.shape != place.shape:
+            raise ValueError(f"{directory}: {stem} is {list(part.shape)}, "
+                             f"but config.json makes it {list(place.shape)}")
+        if stem in ("lm_head", "model.embed_tokens"):       # used, as the numbers its codes mean
+            wanted[f"{stem}.weight"] = place
+            found[f"{stem}.weight"] = directory, part.dequantize()
+        else:
+            parts[stem] = part
 
     # 3. All the rest.
     fill(wanted, ((file, key, value) for key, (file, value) in found.items()), directory)
     decoder.tokenizer = Tokenizer.from_directory(directory)
     tensors = _together(parts, config)
-    return QuantizedModel(said.get("method", layout.upper()), format, tensors,
+    return QuantizedModel(str(method or layout.upper()), format, tensors,
                           with_matrices(decoder, tensors))
 
 
@@ -192,19 +206,43 @@ def _settings(model: QuantizedModel, layout: str, version: int) -> dict:
                      "checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
 
 
-def _format_of(said: dict) -> tuple[IntFormat, str, int]:
-    """Format, layout and version of GPTQ's."""
-    layout, versions = said.get("quant_method"), {"gptq": 1, "gptq_v2": 2}
-    if layout not in LAYOUTS:
+CHANGES_NOTHING = frozenset(
+    # How the codes were found, what they were found for, and how other programs run them.
+    "damp_percent damp_auto_increment true_sequential static_groups mse dataset batch_size "
+    "tokenizer model_name_or_path model_file_base_name model_seqlen block_name_to_quantize "
+    "pad_token_id module_name_preceding_first_block modules_in_block_to_quantize "
+    "cache_block_outputs meta uri exllama_config use_exllama disable_exllama max_input_length "
+    "use_cuda_fp16 backend quantizer parallel offload_to_disk offload_to_disk_path "
+    "act_group_aware desc_act lm_head vram_strategy modules_to_not_convert modules_to_fuse "
+    "do_fuse fuse_max_seq_len act_order hyb_act gptaq gptaq_alpha fail_safe "
+    "auto_forward_data_parallel compute_device_filter is_marlin_format".split())
+"""Keys of a quantization_config. Whether the order was changed, and whether the head has codes, is
+seen in the tensors."""
+
+
+def _format_of(keys: Keys) -> tuple[IntFormat, str, int]:
+    """Format, layout and version of GPTQ's. Raises ValueError naming any key that is neither used
+    nor known to change nothing."""
+    layout, versions = keys.take("quant_method", None), {"gptq": 1, "gptq_v2": 2}
+    if layout not in tuple(LAYOUTS):                    # a tuple, for the value may be a list
         raise ValueError(
-            f"quantization_config: quant_method={layout!r}: accepted are {', '.join(LAYOUTS)}")
-    if layout == "awq" and str(said.get("version", "gemm")).lower() != "gemm":
-        raise ValueError(f"quantization_config: version={said['version']!r}: 'gemm' is accepted")
-    written_as = said.get("checkpoint_format", "gptq")
-    if written_as not in versions:
-        raise ValueError(f"quantization_config: checkpoint_format={written_as!r}: accepted are "
+            f"{keys.source}: quant_method={layout!r}: accepted are {', '.join(LAYOUTS)}")
+    kernels = keys.take("version", "gemm") if layout == "awq" else "gemm"
+    if str(kernels).lower() != "gemm":
+        raise ValueError(f"{keys.source}: version={kernels!r}: 'gemm' is accepted")
+    written_as = keys.take("checkpoint_format", keys.left.get("format") or layout)
+    keys.only(format=written_as, pack_dtype="int32", is_marlin_format=False, zero_point=True)
+    if written_as not in ((*versions, "awq", "gemm") if layout == "awq" else tuple(versions)):
+        raise ValueError(f"{keys.source}: checkpoint_format={written_as!r}: accepted are "
                          f"{', '.join(versions)}")
-    group = said.get("group_size", 128)
-    zero = "none" if said.get("sym", layout == "gptq") else "integer"
-    return (IntFormat(said.get("bits", 4), None if group == -1 else group, zero), layout,
-            versions[written_as])
+    bits, group = keys.whole("bits", 4), keys.take("group_size", 128)
+    symmetric = keys.take("sym", layout == "gptq")
+    if type(group) is not int or (group < 1 and group != -1):
+        keys.refuse("group_size", group, "a whole number, 1 or more, or -1 for a row")
+    if type(symmetric) is not bool:
+        keys.refuse("sym", symmetric, "true, false")
+    for key, value in keys.left.items():
+        if value not in (None, False, {}, []) and key not in CHANGES_NOTHING:
+            keys.refuse(key, value, "no such key, since it may change what the codes mean")
+    return (IntFormat(bits, None if group == -1 else group, "none" if symmetric else "integer"),
+            layout, versions.get(written_as, 1))

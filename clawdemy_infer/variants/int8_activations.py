@@ -18,10 +18,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from clawdemy_infer.fast.codes import to_int8
+from clawdemy_infer.fast.quantized import with_modules
 from clawdemy_infer.model import Decoder
 from clawdemy_infer.quantization.format import Quantized
-from clawdemy_infer.quantization.integers import IntFormat, to_int8
-from clawdemy_infer.quantization.linears import QuantizedModel, linears, with_modules
+from clawdemy_infer.quantization.integers import IntFormat
+from clawdemy_infer.quantization.linears import QuantizedModel, linears
 
 MAX_EXACT_PRODUCTS = 2**24 // 128**2
 """Products of two int8 codes that fp32 adds up exactly, as whole numbers up to 2^24 are."""

@@ -64,7 +64,8 @@ class FeatureLayer(nn.Module):
         if self.in_cpp and self.in_cpp[1].takes(step):
             fc, layer = self.in_cpp
             return layer.run(fc(pair.float()), step)[0]
-        rope = rope_tables(self.frequencies.to(self.device), step.positions, self.dtype)
+        rope = rope_tables(self.frequencies.to(self.device), step.positions, self.dtype,
+                           self.config.rope_gain)
         return self.layer(self.fc(pair.to(self.dtype)), rope, step, 0)
 
 

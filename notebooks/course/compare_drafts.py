@@ -10,9 +10,9 @@ from statistics import median
 import numpy as np
 import torch
 
+from clawdemy_course import theory
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.model import Decoder, Sampling, generate, probabilities, sample
-from clawdemy_infer.speculative import theory
 from clawdemy_infer.speculative.drafts import Draft, PromptLookup
 from clawdemy_infer.speculative.rounds import Round, speculate_batch
 from clawdemy_infer.speculative.verification import verify_rows

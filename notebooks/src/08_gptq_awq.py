@@ -29,6 +29,7 @@ from textwrap import fill
 
 from clawdemy_infer.arithmetic.work import matmul, total
 from clawdemy_infer.fast.launches import count_ops
+from clawdemy_infer.fast.quantized import with_modules
 from clawdemy_infer.files import load_model
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.tables import Table
@@ -47,7 +48,6 @@ from clawdemy_infer.quantization import (
 )
 from clawdemy_infer.quantization.awq import RATIOS
 from clawdemy_infer.quantization.gptq import gptq_matrix, hessian_of, inverse_factor, output_error
-from clawdemy_infer.quantization.linears import with_modules
 from clawdemy_infer.rigs.checkpoint import load_quantized, save_quantized
 from clawdemy_infer.rigs.quality import Reference, kl_by_layer, output_errors
 from clawdemy_infer.rigs.quantization_table import quantization_table, shipped_table

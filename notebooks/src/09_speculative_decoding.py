@@ -23,6 +23,7 @@
 import shutil
 from fractions import Fraction
 
+from clawdemy_course import theory
 from clawdemy_course.compare_drafts import (
     acceptances,
     compare_drafts,
@@ -43,7 +44,7 @@ from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.model import Sampling
 from clawdemy_infer.rigs.prompts import texts_of
 from clawdemy_infer.rigs.workload import uniform, workload
-from clawdemy_infer.speculative import speculate, theory, verify
+from clawdemy_infer.speculative import speculate, verify
 from clawdemy_infer.variants.self_drafts import draft_named
 
 import matplotlib.pyplot as plt

@@ -1,0 +1,140 @@
+"""How RoPE is stretched to a longer context than a model was first trained on. Each way divides the
+frequency theta^(-2j/H) of pair j by a number of its own (`slower`), and computes what transformers
+5.23 does (modeling_rope_utils.py):
+
+    linear      factor                                          (Chen et al. 2023)
+    llama3      1 where a pair turns often within the original context, factor where less than about
+                once, between the two a straight line           (Meta's Llama 3.1, `apply_scaling`)
+    yarn        the same, the line being over j; cos and sin are multiplied by `attention_factor`
+                                                                (Peng et al. 2023)
+    dynamic     1 up to the original context S0; in a text of S tokens beyond it, as the base grows,
+                (1 + factor (S/S0 - 1))^(2j/(H-2))              (NTK-aware)
+    longrope    one list of numbers up to the original context, another beyond, and
+                `attention_factor` too                          (Ding et al. 2024)
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from clawdemy_infer.from_config.keys import Keys
+
+SAID = {"linear": ("factor",), "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                   "original_max_position_embeddings"),
+        "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
+                 "original_max_position_embeddings"),
+        "longrope": ("factor", "short_factor", "long_factor", "attention_factor",
+                     "original_max_position_embeddings")}
+"""What a config.json says of each way."""
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's, in the words of config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    rope_type: ClassVar[str] = "llama3"
+    attention_factor: ClassVar[float] = 1.0
+    same_until: ClassVar[None] = None
+
+    def slower(self, H: int, theta: float, length: int = 0) -> list[float]:
+        """See `RopeScaling.slower`."""
+        turns = (self.original_max_position_embeddings * theta**(-2 * j / H) / (2 * math.pi)
+                 for j in range(H // 2))
+        low, high = self.low_freq_factor, self.high_freq_factor
+        return blended([(each - low) / (high - low) for each in turns], self.factor)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """One of the other ways, in the words of config.json."""
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def same_until(self) -> int | None:
+        """The tokens of a text beyond which the angles depend on its length."""
+        by_length = self.rope_type in ("dynamic", "longrope")
+        return self.original_max_position_embeddings if by_length else None
+
+    def slower(self, H: int, theta: float, length: int = 0) -> list[float]:
+        """By what the frequency of each of the H/2 pairs is divided, in a text of `length`
+        tokens."""
+        original, factor = self.original_max_position_embeddings, self.factor
+        if self.rope_type == "longrope":
+            return list(self.long_factor if length > original else self.short_factor)
+        if self.rope_type == "dynamic":
+            grown = 1 + factor * (max(length, original) / original - 1)
+            return [grown ** (2 * j / (H - 2)) for j in range(H // 2)]
+        if self.rope_type == "linear":
+            return [factor] * (H // 2)
+        # yarn: the pairs that turn beta_fast and beta_slow times within the original context.
+        first, last = (H * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                       for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, H - 1)
+        width = (last - first) or 0.001
+        return blended([1 - (j - first) / width for j in range(H // 2)], factor)
+
+
+def blended(keep: list[float], factor: float) -> list[float]:
+    """A frequency times keep + (1 - keep) / factor, for keep from 0 to 1, is divided by this."""
+    clamped = (min(max(each, 0), 1) for each in keep)
+    return [1 / (each + (1 - each) / factor) for each in clamped]
+
+
+def scaling_of(keys: Keys, kind: str, H: int, theta: float, context: int,
+               original: int | None) -> Llama3Scaling | RopeScaling:
+    """From the keys of rope_scaling, for heads of H and a file that says `context` tokens and
+    maybe, beside rope_scaling, that it was first trained on `original`. Raises ValueError."""
+    if kind in ("linear", "dynamic"):
+        if kind == "dynamic" and H == 2:
+            keys.refuse("rope_type", kind, "another for a head_dim of 2")
+        return RopeScaling(kind, keys.number("factor"), context)
+    within = keys.whole("original_max_position_embeddings", original or context)
+    original = original or within
+    if kind == "llama3":
+        low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
+        if high <= low:
+            keys.refuse("high_freq_factor", high, f"above low_freq_factor = {low}")
+        return Llama3Scaling(keys.number("factor"), low, high, original)
+    factor = keys.number("factor", context / original)
+    if kind == "longrope":
+        if not 1 < original <= context:
+            keys.refuse("original_max_position_embeddings", original, f"2 to {context}")
+        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        lists = []
+        for key in ("short_factor", "long_factor"):
+            numbers = keys.take(key)
+            if (not isinstance(numbers, list) or len(numbers) != H // 2
+                    or not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers)):
+                keys.refuse(key, numbers, f"{H // 2} numbers above 0, half the head_dim")
+            lists.append(tuple(map(float, numbers)))
+        return RopeScaling(kind, factor, original, keys.number("attention_factor", usual),
+                           short_factor=lists[0], long_factor=lists[1])
+    # yarn. DeepSeek's mscale: the one for the keys over the one for all dimensions.
+    if theta == 1:
+        keys.refuse("rope_type", kind, "another for a rope_theta of 1")
+    mscales = [keys.number(key) for key in ("mscale", "mscale_all_dim") if keys.left.get(key)]
+    keys.drop("mscale", "mscale_all_dim")                       # 0 is as good as none
+    grown = [1 + 0.1 * each * math.log(max(factor, 1)) for each in mscales]
+    usual = grown[0] / grown[1] if len(grown) == 2 else 1 + 0.1 * math.log(max(factor, 1))
+    truncate = keys.take("truncate", True)
+    if type(truncate) is not bool:
+        keys.refuse("truncate", truncate, "true, false")
+    return RopeScaling(kind, factor, original, keys.number("attention_factor", usual),
+                       keys.number("beta_fast", 32.0), keys.number("beta_slow", 1.0), truncate)
