@@ -291,7 +291,7 @@ def test_a_torn_config_is_refused_by_name(directory):
     with pytest.raises(ValueError, match="config.json: not valid JSON"):
         load_model(directory)
     (directory / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
         load_model(directory)
 
 

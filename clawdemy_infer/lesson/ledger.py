@@ -80,7 +80,8 @@ class LedgerRow:
         object.__setattr__(self, "parts", tuple(self.parts))        # JSON knows lists alone
         for name in ("napkin", "predicted", "low", "high", "measured", "guess"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and 0 < value < 1e300):
+            if (value is not None or name == "napkin") and not (
+                    isinstance(value, Real) and 0 < value < 1e300):
                 raise ValueError(f"{name}={value!r} for {self.quantity!r}: a positive, finite "
                                  "number is needed, or its ratio means nothing")
         ends = (self.low, self.predicted, self.high)
