@@ -593,7 +593,7 @@ def draw_queue(rate: int, seats: int, batching: str, arrivals: str) -> None:
 
 # %% tags=["widget", "nbval-ignore-output"]
 widgets.play(draw_queue,
-             rate=IntSlider(description="requests/s", min=1, max=40, value=19, layout=widgets.LAYOUT, style=widgets.STYLE),
+             rate=IntSlider(description="requests/s", min=1, max=40, value=19, **widgets.LOOK),
              seats=widgets.powers_of_two("seats", 1, 256, 32),
              batching=widgets.choose("batching", ["continuous", "static"]),
              arrivals=widgets.choose("arrivals", ["at random", "evenly spaced", "in bursts"]))

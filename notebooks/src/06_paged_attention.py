@@ -230,7 +230,7 @@ def draw_memory(allocator: str, step: int) -> None:
 widgets.play(draw_memory,
              allocator=widgets.choose("allocator", list(SMALL), "reservation"),
              step=IntSlider(description="step", min=0, max=max(map(len, FILMS.values())) - 1, value=8,
-                            layout=widgets.LAYOUT, style=widgets.STYLE))
+                            **widgets.LOOK))
 
 # %%
 STRIP = (4, 16, 28, 40)
