@@ -167,9 +167,9 @@ A key and a value for each KV head and layer:
 
 **KV bytes per token = 2 · L · K · H · bytes**
 
-When all users together keep more tokens than (weight bytes read in a step / KV bytes per
-token), the cache is the larger read: last column. A step reads all weights except the
-embedding table.
+When all users together keep more tokens than (weight bytes read in a step / KV bytes
+per token), the cache is the larger read: last column. A step reads all weights except
+the embedding table.
 """))
 header = ["model", "N / K", "KiB per token, bf16", "outweighs at, tokens"]
 Table(header, lines, header[1:])
@@ -452,8 +452,8 @@ plots.show(fig, "Left, time for one token against the length: at 256 tokens "
                 + ", ".join(f"{speedup[S]:.1f} at {S}" for S in LENGTHS)
                 + f". The ridge lies at {ridge_rows:.0f} rows.")
 print("In the figure the two steps were timed in turn; the times above were taken one "
-      "after the other.\nTake the speed-up from the figure. The length of twice as fast "
-      "is interpolated between two of its dots.")
+      "after the other.\nTake the speed-up from the figure. The length of twice as "
+      "fast is interpolated between two of its dots.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Left: one line rises with the length, the other is flat. Right: the same as a ratio;
