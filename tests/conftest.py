@@ -10,6 +10,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run: what was green stays green. With CLAWDEMY_RANDOM=1 new ones.
+settings.register_profile("same", derandomize=True)
+if not os.environ.get("CLAWDEMY_RANDOM"):
+    settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

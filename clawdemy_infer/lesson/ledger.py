@@ -94,8 +94,8 @@ class LedgerRow:
                 raise ValueError(f"parts={part!r} for {self.quantity!r}: a part has "
                                  f"{', '.join(sorted(PART))}")
         if wrong := [name for name in TEXTS if not isinstance(getattr(self, name), str)] + [
-                name for name in ("spread", "explained", "cause_right")
-                if not isinstance(getattr(self, name), Real | None)]:
+                name for name in ("spread", "explained", "cause_right", "late")
+                if not isinstance(getattr(self, name), bool if name == "late" else Real | None)]:
             raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r} for {self.quantity!r}: it is "
                              f"a {'text' if wrong[0] in TEXTS else 'number'}")
 
