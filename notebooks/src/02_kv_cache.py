@@ -139,9 +139,9 @@ without one.** The LM head runs once a step.
 
 * {n} tokens after {P}, LM heads included: {si(without, "FLOP")} without,
   {si(with_cache, "FLOP")} with. Rows n² → n, pairs n³ → n².
-* At 256 tokens both steps read {si(read, "B")} of weights, keys and values;
-  activations come on top. {many / read:.0f} FLOPs per such byte become
-  {one / read:.1f}: compute-bound turns **memory-bound**.
+* At 256 tokens both steps read {si(read, "B")} of weights, keys and values.
+  {many / read:.0f} FLOPs per such byte become {one / read:.1f}: compute-bound turns
+  **memory-bound**.
 """)
 
 # %% [markdown] tags=["notes"]
@@ -167,9 +167,8 @@ A key and a value for each KV head and layer:
 
 **KV bytes per token = 2 · L · K · H · bytes**
 
-When all users together keep more tokens than (weight bytes read in a step / KV bytes
-per token), the cache is the larger read: last column. A step reads all weights except
-the embedding table.
+Last column: tokens from which the cache is the larger read, weight bytes read / KV
+bytes per token.
 """))
 header = ["model", "N / K", "KiB per token, bf16", "outweighs at, tokens"]
 Table(header, lines, header[1:])
@@ -181,11 +180,11 @@ def times(factors) -> str:
 
 same = [name for name, heads, width in mistakes if heads == width == 1]
 Markdown(f"""
-Two common mistakes, and the factor by which each is wrong:
+Mistakes, and factors:
 
 * **N for K:** {times((name, heads) for name, heads, _ in mistakes)}
 * **D/N for H:** {times((name, width) for name, _, width in mistakes)}
-* **{", ".join(same)}:** neither mistake shows
+* **{", ".join(same)}:** neither shows
 """)
 
 # %% [markdown] tags=["notes"]
@@ -516,8 +515,8 @@ else:
 # The counting is the same. On a data-centre GPU:
 #
 # - The **ridge point** lies far to the right: more rows are free; crossover comes later.
-# - **Bytes** stream dozens of times as fast. A **launch** costs host time. The host runs ahead of
-#   the GPU; in steps of many short kernels it may fall behind (CUDA graphs, lesson 10).
+# - **Bytes** stream dozens of times as fast. A **launch** costs host time; in steps of many short
+#   kernels the host falls behind the GPU (CUDA graphs, lesson 10).
 # - **Prefix caching**: requests that begin alike share keys and values (lesson 06).
 
 # %% [markdown] tags=["notes"]
@@ -568,10 +567,10 @@ them. A cached token took {si(published["with"] / 1000, "s")}; its bytes take
 # - **One token of output.** Classify a text: the cache is written, never read.
 # - **Memory.** Each user needs room for all of their tokens; that limits how many share a card
 #   (lessons 04 and 06).
-# - **Long contexts.** Each step reads *all* of the cache; eventually it is a larger read than the
-#   weights (lesson 03).
+# - **Long contexts.** Each step reads *all* of the cache, eventually more than the weights (lesson
+#   03).
 # - **A cache that copies.** `torch.cat` writes everything anew for each token: three times the
-#   bytes, though not three times the time (Further).
+#   bytes (Further).
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Let the room find the first two. Then ask: "a batch of eight: are the weights read
@@ -588,8 +587,7 @@ them. A cached token took {si(published["with"] / 1000, "s")}; its bytes take
 # 2. the smallest card for 8 users of Qwen3-4B with 32,768 tokens;
 # 3. a card on which 64 users with 2,048 tokens of Llama-2-70B fit, and of LLaMA-30B do not. Why?
 #
-# "Fits" is an upper limit: an engine also needs activations and workspace (vLLM takes 90 % of a
-# card unless told otherwise).
+# Workspace is not counted.
 
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 FORMATS = ["bf16", "int8", "int4"]
