@@ -288,10 +288,9 @@ def apart(other):
 smallest_s = sizes[0] / curve[sizes[0]]
 display(Markdown(
     f"Main memory: **{si(main_memory, 'B/s')}**; predictions use "
-    f"{si(machine.bandwidth_at(), 'B/s')}. Your probe differs from the kept "
-    f"calibration by up to {off:.0%} (at {binary(at)}), from its own probe now "
-    f"by {off_now:.0%}. Reading {binary(2**18)} took {si(2**18 / curve[2**18], 's')}; "
-    f"{binary(sizes[0])}, launch included, {si(smallest_s, 's')}."))
+    f"{si(machine.bandwidth_at(), 'B/s')}. Your probe: {off:.0%} off the kept one at "
+    f"most ({binary(at)}), {off_now:.0%} off its own now. {binary(2**18)} took "
+    f"{si(2**18 / curve[2**18], 's')}; {binary(sizes[0])} {si(smallest_s, 's')}."))
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Runs some ten seconds, up to half a minute where nothing was calibrated: meanwhile ask who guessed lowest. If it fails or drags, stay on the slide: its numbers are a whole run's, on the machine

@@ -180,10 +180,8 @@ def times(factors) -> str:
 
 same = [name for name, heads, width in mistakes if heads == width == 1]
 Markdown(f"""
-Mistakes, and factors:
-
-* **N for K:** {times((name, heads) for name, heads, _ in mistakes)}
-* **D/N for H:** {times((name, width) for name, _, width in mistakes)}
+* **N for K**, wrong by: {times((name, heads) for name, heads, _ in mistakes)}
+* **D/N for H**, wrong by: {times((name, width) for name, _, width in mistakes)}
 * **{", ".join(same)}:** neither shows
 """)
 
