@@ -59,7 +59,7 @@ BUDGETS = {
                     "__init__.py"]),
 }
 
-OVER = {"core": 142, "lesson": 557, "rigs": 445}
+OVER = {"core": 142, "lesson": 556, "rigs": 444}
 """Lines that a wing has above its budget, since it reads what others wrote: configs of every
 family, checkpoints, GGUF, traces, streams. To be paid back: these figures may only fall."""
 

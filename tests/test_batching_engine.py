@@ -13,31 +13,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_engine import BLOCK, POLICIES, random_model
 from token_prompts import with_tokens
 
-from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.batching import Policy, Request, State
 from clawdemy_infer.batching.serving import engine
 from clawdemy_infer.batching.torch_executor import TorchExecutor
 from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.fast.watched import count_operations
-from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
+from clawdemy_infer.model import Sampling, generate
 from clawdemy_infer.rigs.workload import uniform, workload
-
-# bytes of a block of four tokens: K and V, 2 layers, 2 heads of 8, fp32
-BLOCK = 2 * 2 * 2 * 8 * 4 * 4
 
 
 @pytest.fixture(scope="module")
 def small():
-    """Random weights, wide enough apart that no two logits are nearly equal."""
-    torch.manual_seed(3)
-    shape = ModelShape("small", L=2, D=24, N=6, K=2, H=8, F=40, V=97, max_context=64)
-    model = Decoder(ModelConfig(shape)).requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.mul_(2)
-    return model
+    return random_model()
 
 
 def alone(model, prompt, count):
@@ -52,13 +42,6 @@ def made(model, policy, blocks=16, **options):
     return engine(model, policy, kv_bytes=blocks*BLOCK, block_size=4, host_bytes=6*BLOCK, **options)
 
 
-POLICIES = {
-    "static": Policy("static", max_batch=3),
-    "continuous": Policy(max_batch=4),
-    "chunked": Policy(max_batch=4, token_budget=7),
-    "swap": Policy(max_batch=4, preemption="swap"),
-    "prefixes": Policy(max_batch=4, token_budget=9, prefix_caching=True),
-}
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 

@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 import torch
+from small_engine import BLOCK, POLICIES, random_model
 
-from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.batching import Policy, Request, State
 from clawdemy_infer.batching.serving import engine
 from clawdemy_infer.batching.torch_executor import TorchExecutor
@@ -30,13 +30,7 @@ from clawdemy_infer.variants.sliding_cache import SlidingWindowCache
 
 LOST = 96
 """A token whose embedding is NaN: whoever has it in the prompt has NaN in its keys."""
-BLOCK = 2 * 2 * 2 * 8 * 4 * 4
-POLICIES = {
-    "static": Policy("static", max_batch=3),
-    "continuous": Policy(max_batch=4),
-    "chunked": Policy(max_batch=4, token_budget=7),
-    "swap": Policy(max_batch=4, preemption="swap"),
-    "prefixes": Policy(max_batch=4, token_budget=9, prefix_caching=True),
+POLICIES = POLICIES | {
     "speculation": Policy(max_batch=4, gamma=3),
     "speculation in few blocks": Policy(max_batch=4, token_budget=9, prefix_caching=True, gamma=3),
 }
@@ -51,12 +45,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def small():
-    torch.manual_seed(3)
-    shape = ModelShape("small", L=2, D=24, N=6, K=2, H=8, F=40, V=97, max_context=64, tied=False)
-    model = Decoder(ModelConfig(shape)).requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.mul_(2)
+    model = random_model(tied=False)
     model.head.weight[LOST] = 0             # never the likeliest
     model.embed.weight[LOST] = nan
     model.tokenizer = Letters()

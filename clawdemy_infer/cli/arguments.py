@@ -13,6 +13,7 @@ from textwrap import fill
 from typing import NoReturn
 
 from clawdemy_infer.cli.output import say
+from clawdemy_infer.rigs.stream import printable
 
 Args = argparse.Namespace
 RUNS_IN = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -38,8 +39,7 @@ def checked() -> Iterator[None]:
 
 def one_line(text: str) -> str:
     """`text` without what moves a cursor, and not longer than a line may be."""
-    text = " ".join(text.split())
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    text = printable(text)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
 
 

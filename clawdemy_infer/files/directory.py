@@ -35,8 +35,9 @@ def read_directory(directory: Path, dtype: torch.dtype, device: torch.device | s
     """
     config = ModelConfig.from_hf(settings_in(directory), name or directory.name,
                                  str(directory / "config.json"))
-    model = empty_decoder(config, dtype, device, weight_files(directory))
-    fill(destinations(model), stored_tensors(directory, config), directory)
+    files = weight_files(directory)
+    model = empty_decoder(config, dtype, device, files)
+    fill(destinations(model), stored_tensors(files, config), directory)
     model.tokenizer = Tokenizer.from_directory(directory)
     return model
 
@@ -67,13 +68,13 @@ def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device 
     return model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
 
 
-def stored_tensors(directory: Path,
+def stored_tensors(files: Sequence[Path],
                    config: ModelConfig) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """File, name and tensor of all that the safetensors files hold, but for what is no weight: the
+    """File, name and tensor of all that `files` hold, but for what is no weight: the
     embedding table that a tied model stores again as its head, and RoPE's frequencies, which old
     files stored. Raises ValueError for a damaged file, and for a name that comes twice."""
     seen = set()
-    for file in weight_files(directory):
+    for file in files:
         with opened(file) as tensors:
             for key in tensors.keys():
                 if key in seen:

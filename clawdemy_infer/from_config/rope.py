@@ -133,8 +133,6 @@ def scaling_of(keys: Keys, kind: str, H: int, theta: float, context: int,
     keys.drop("mscale", "mscale_all_dim")                       # 0 is as good as none
     grown = [1 + 0.1 * each * math.log(max(factor, 1)) for each in mscales]
     usual = grown[0] / grown[1] if len(grown) == 2 else 1 + 0.1 * math.log(max(factor, 1))
-    truncate = keys.take("truncate", True)
-    if type(truncate) is not bool:
-        keys.refuse("truncate", truncate, "true, false")
+    truncate = keys.flag("truncate", True)
     return RopeScaling(kind, factor, original, keys.number("attention_factor", usual),
                        keys.number("beta_fast", 32.0), keys.number("beta_slow", 1.0), truncate)

@@ -121,8 +121,9 @@ def load_quantized(directory: str | Path, dtype: torch.dtype = torch.float32) ->
     config = ModelConfig.from_hf(settings, directory.name, str(file))
 
     # 2. The matrices, each of several tensors.
-    found = {key: (file, value) for file, key, value in stored_tensors(directory, config)}
-    decoder = empty_decoder(config, dtype, "cpu", weight_files(directory))
+    files = weight_files(directory)
+    found = {key: (file, value) for file, key, value in stored_tensors(files, config)}
+    decoder = empty_decoder(config, dtype, "cpu", files)
     wanted, parts = destinations(decoder), {}
     for stem in [name.removesuffix(".qweight") for name in found if name.endswith(".qweight")]:
         stored = {key: found.pop(f"{stem}.{key}")[1] for key in LAYOUTS[layout]
@@ -236,11 +237,9 @@ def _format_of(keys: Keys) -> tuple[IntFormat, str, int]:
         raise ValueError(f"{keys.source}: checkpoint_format={written_as!r}: accepted are "
                          f"{', '.join(versions)}")
     bits, group = keys.whole("bits", 4), keys.take("group_size", 128)
-    symmetric = keys.take("sym", layout == "gptq")
     if type(group) is not int or (group < 1 and group != -1):
         keys.refuse("group_size", group, "a whole number, 1 or more, or -1 for a row")
-    if type(symmetric) is not bool:
-        keys.refuse("sym", symmetric, "true, false")
+    symmetric = keys.flag("sym", layout == "gptq")
     for key, value in keys.left.items():
         if value not in (None, False, {}, []) and key not in CHANGES_NOTHING:
             keys.refuse(key, value, "no such key, since it may change what the codes mean")
