@@ -243,7 +243,7 @@ LIMITS = [
     ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
     ("{{ 'a' * 10**11 }}", "MemoryError"), ("{{ 'a' * 20000000 }}", "more than 10,000,000"),
     ("{% set ns = namespace(s='aa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}"
-     "{% endfor %}", "MemoryError"),
+     "{% endfor %}", "MemoryError|not done after"),     # whichever bound this machine meets first
     ("{{ 1/0 }}", "division by zero"), ("{{ messages[9].x.y }}", "UndefinedError"),
     ("{% if %}", "TemplateSyntaxError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{{ raise_exception('no') }}", "no$"),

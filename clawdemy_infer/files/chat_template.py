@@ -16,7 +16,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SECONDS = 2                 # of the processor
-MAX_MEMORY_BYTES = 2**30
+MAX_MEMORY_BYTES = 2**29
 MAX_CHARACTERS = 10_000_000     # of the text
 
 
