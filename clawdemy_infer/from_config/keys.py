@@ -10,6 +10,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
+from clawdemy_infer.refused import Refused, name, short
+
 MAX_JSON_BYTES = 64 * 2**20         # of a file; an index of 100,000 tensors has 10 MB
 MAX_VALUES = 1_000_000              # in one file, however small each is
 MAX_DEPTH = 32                      # of objects and lists in one another
@@ -52,7 +54,7 @@ def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON in UTF-8: {str(error)[:200]}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: {_short(found)}; accepted: a JSON object")
+        raise ValueError(f"{path}: {short(found)}; accepted: a JSON object")
     check_values(found, str(path))
     return found
 
@@ -61,7 +63,7 @@ def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise ValueError(f"{_short(key)} stands twice, with values that differ")
+            raise ValueError(f"{short(key)} stands twice, with values that differ")
         found[key] = value
     return found
 
@@ -71,23 +73,14 @@ def check_values(value: Any, source: str, key: str = "", depth: int = 0) -> None
     for more than `MAX_DEPTH` levels."""
     if isinstance(value, dict | list | tuple):
         if depth >= MAX_DEPTH:
-            raise ValueError(f"{source}: {_name(key)} is more than {MAX_DEPTH} levels deep")
+            raise ValueError(f"{source}: {name(key)} is more than {MAX_DEPTH} levels deep")
         for inner in value.items() if isinstance(value, dict) else ((key, one) for one in value):
             check_values(inner[1], source, inner[0], depth + 1)
     elif isinstance(value, float):
         if not isfinite(value) and not (value == inf and key in _MAY_BE_INFINITE):
-            raise ValueError(f"{source}: {_name(key)}={value}; accepted: a finite number")
+            raise ValueError(f"{source}: {name(key)}={value}; accepted: a finite number")
     elif isinstance(value, int) and abs(value) >= MAX_WHOLE and key not in _MAY_BE_VAST:
-        raise ValueError(f"{source}: {_name(key)} is beyond 2^63, more than any size")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
-
-
-def _name(key: object) -> str:
-    return key if isinstance(key, str) and key.isprintable() and len(key) < 100 else _short(key)
+        raise ValueError(f"{source}: {name(key)} is beyond 2^63, more than any size")
 
 
 class Keys:
@@ -103,26 +96,24 @@ class Keys:
         self.left, self.source, self.said = dict(config), source, {}
 
     def refuse(self, key: str, value: object, accepted: str) -> NoReturn:
-        raise ValueError(
-            f"{self.source}: {self.name(key)}={_short(value)} is not supported; "
-            f"accepted: {accepted}")
+        raise Refused(self.source, self.said.get(key, key), value, accepted)
 
     def name(self, key: str) -> str:
         """What the file calls it."""
-        return _name(self.said.get(key, key))
+        return name(self.said.get(key, key))
 
     def rename(self, key: str, usual: str) -> None:
         """Another name for a usual key; if both are there, they agree."""
         value = self.take(key, None)
         if value is not None:
             if self.left.get(usual, value) != value:
-                self.refuse(key, value, f"what {self.name(usual)} says: {_short(self.left[usual])}")
+                self.refuse(key, value, f"what {self.name(usual)} says: {short(self.left[usual])}")
             self.left[usual], self.said[usual] = value, key
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.left.pop(key, None)
         if value is None and default is _REQUIRED:
-            raise ValueError(f"{self.source}: {self.name(key)} is missing")
+            raise Refused(self.source, self.said.get(key, key))
         return default if value is None else value
 
     def whole(self, key: str, default: Any = _REQUIRED, least: int = 1, most: int = 2**24) -> int:
