@@ -498,8 +498,8 @@ def test_the_gemm_probe_goes_through_more_memory_than_caches_hold(format):
     weights = probes.gemm_weights(format, "cpu", ring_bytes=2**25)
     numbers = sum(w.in_features * w.out_features for w in weights)
     assert 0.8 * 2**25 < numbers * BYTES[format] < 1.2 * 2**25
-    places = {data_of(kernel) for w in weights for _, kernel in w.kernels}
-    assert len(places) == len(weights)
+    kernels = [kernel for w in weights for _, kernel in w.kernels]     # one each; two with AMX
+    assert len({data_of(kernel) for kernel in kernels}) == len(kernels) >= len(weights)
 
 
 def data_of(kernel):

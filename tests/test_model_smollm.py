@@ -12,6 +12,7 @@ from clawdemy_infer.files import load_model
 from clawdemy_infer.files.load import PACKAGED, packaged_file
 from clawdemy_infer.kv_cache import BlockPool, ContiguousCache
 from clawdemy_infer.model import generate
+from clawdemy_infer.rigs.text import prose
 
 CHAT = [{"role": "user", "content": "Name three rivers of Europe."}]
 PROMPTS = {
@@ -91,14 +92,16 @@ def test_logits_equal_transformers_in_prefill_in_chunks_and_step_by_step(smollm,
 
 
 def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_transformers(smollm, reference):
-    ids = torch.tensor([token_ids(smollm, PROMPTS["chat"])])
+    """Of 100 tokens either may be a third nearer, as roundings fall; over 1,500 they are alike."""
+    text = smollm.tokenizer.encode(prose("evaluation")[:20_000])
+    ids = torch.tensor(text[:1500]).view(15, 100)
     ours = load_model("smollm2-135m", dtype=torch.bfloat16)(ids)
     with torch.no_grad():
         theirs, exact = copy.deepcopy(reference).bfloat16()(ids).logits, reference(ids).logits
     assert_logits_close(ours, theirs)
     our_error, their_error = ((logits.float() - exact).square().mean().sqrt()
                               for logits in (ours, theirs))
-    assert our_error < 1.3 * their_error
+    assert our_error < 1.1 * their_error
 
 
 class Batch:
