@@ -9,7 +9,7 @@ from families import NOT_IN_TRANSFORMERS, class_of, config_of, model_of
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config import catalog
 
-MODELS = catalog._read("models.toml")
+MODELS = catalog.read("models.toml")
 each_model = pytest.mark.parametrize("name", MODELS)
 
 

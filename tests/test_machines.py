@@ -8,7 +8,7 @@ import pytest
 from clawdemy_infer.envelope.roofline import Link
 from clawdemy_infer.from_config import catalog
 
-MACHINES = catalog._read("machines.toml")
+MACHINES = catalog.read("machines.toml")
 each_machine = pytest.mark.parametrize("name", MACHINES)
 
 

@@ -10,12 +10,13 @@ from clawdemy_infer.envelope.roofline import Link, Machine
 
 
 @cache
-def _read(filename: str) -> dict[str, dict]:
+def read(filename: str) -> dict[str, dict]:
+    """The entries of a file in `data/`, by name."""
     return tomllib.loads(files("clawdemy_data").joinpath(filename).read_text(encoding="utf-8"))
 
 
 def _find(kind: str, name: str, filename: str) -> dict:
-    entries = _read(filename)
+    entries = read(filename)
     if name not in entries:
         near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.4) or ["none"]
         raise ValueError(f"{kind}={name!r} is not in {filename}; near matches: {', '.join(near)}")
@@ -23,11 +24,11 @@ def _find(kind: str, name: str, filename: str) -> dict:
 
 
 def model_names() -> list[str]:
-    return list(_read("models.toml"))
+    return list(read("models.toml"))
 
 
 def machine_names() -> list[str]:
-    return list(_read("machines.toml"))
+    return list(read("machines.toml"))
 
 
 def model(name: str) -> ModelShape:
@@ -40,8 +41,7 @@ def model(name: str) -> ModelShape:
 
 
 def machine(name: str) -> Machine:
-    """The data sheet of the machine called `name`. ValueError with near matches for an unknown
-    one."""
+    """The data sheet of the machine called `name`. ValueError as for `model`."""
     entry = _find("machine", name, "machines.toml")
     for figure in ("kind", "cache_bytes", "peak_flops_fp16_accumulation"):      # for readers alone
         entry.pop(figure, None)

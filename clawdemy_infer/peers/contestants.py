@@ -50,8 +50,7 @@ def python(engine: str) -> Path:
 
 
 def weights_of(model: str) -> tuple[Path, Path | None]:
-    """The same weights twice: a Hugging Face directory, and the GGUF file that it was made from, if
-    any. Raises ValueError for what is neither a packaged model nor a path."""
+    """As `weights_on_disk`, but ValueError for what is neither a packaged model nor a path."""
     directory, gguf = weights_on_disk(model)
     if directory is None:
         raise ValueError(f"model={model!r}: beside peers, accepted are {', '.join(PACKAGED)}, and "
@@ -63,6 +62,7 @@ def contestants(weights: list[str], peers: list[str],
                 gguf: Path | None) -> tuple[list[Contestant], list[str]]:
     """Ours in each of `weights`, then the peers in as many bits; and why others take no part."""
     found, missing = [Contestant("ours", name, round(8 * BYTES[name])) for name in weights], []
+    wanted = dict.fromkeys(one.bits for one in found)
     for peer in peers:
         if peer == "llama.cpp" and gguf is None:
             missing.append("llama.cpp reads GGUF files only, and this model is not one, so it "
@@ -71,8 +71,7 @@ def contestants(weights: list[str], peers: list[str],
             missing.append(f"{peer} is not set up, so it takes no part: `make {TARGETS[peer]}` in "
                            "the checkout does that.")
         else:
-            found += [Contestant(peer, name, bits)
-                      for bits in dict.fromkeys(one.bits for one in found if one.engine == "ours")
+            found += [Contestant(peer, name, bits) for bits in wanted
                       for name in PEER_FORMATS[peer].get(bits, [])]
     return found, missing
 
@@ -99,10 +98,9 @@ def parse(name: str) -> PeerWorkload:
 
 def asked(work: PeerWorkload, directory: Path) -> dict:
     """The command for a worker (see `serve`), with consecutive pieces of a text as prompts."""
-    ids = text(directory)
-    per_pass = max(1, len(ids) // work.context)
-    starts = [i % per_pass * work.context for i in range(work.batch)]
-    return {"prompts": [ids[start:start + work.context] for start in starts], "new": work.new}
+    ids, S = text(directory), work.context
+    starts = [i % max(1, len(ids) // S) * S for i in range(work.batch)]
+    return {"prompts": [ids[start:start + S] for start in starts], "new": work.new}
 
 
 @cache

@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 
 from clawdemy_infer.peers.contestants import Contestant, PeerWorkload
+from clawdemy_infer.rigs.course import peak_memory
 
 MAX_IDLE_CORES = 0.05
 """Cores that waiting workers may use: threads of OpenMP spin for a moment before they sleep."""
-MAX_ANSWER_BYTES = 2**26
-"""Of one line: the tokens of a workload."""
+MAX_ANSWER_BYTES = 2**26        # of one line: the tokens of a workload
 
 
 class WorkerFailed(RuntimeError):
@@ -37,9 +37,9 @@ class Worker:
         # All engines get the same number of threads. Nobody may look for anything on a network.
         environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"]),
                                     "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen([*command, json.dumps(settings)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=self.log, text=True,
-                                        env=environment)
+        self.process = subprocess.Popen(
+            [*command, json.dumps(settings)], text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
         self.ready = self._answer()
 
     def ask(self, command: dict) -> dict:
@@ -50,7 +50,7 @@ class Worker:
                 file.write_text("5")
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
-        return self._answer() | {"peak_bytes": self._peak()}
+        return self._answer() | {"peak_bytes": peak_memory(self.process.pid)}
 
     def _answer(self) -> dict:
         end, line = time.monotonic() + self.patience, b""
@@ -87,16 +87,8 @@ class Worker:
             self.process.stdin.close()
 
     def cpu_seconds(self) -> float:
-        """Processor time that it has used so far."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return times.user + times.system
-
-    def _peak(self) -> int:
-        """The most bytes that it held; where nobody keeps count, those that it holds now."""
-        if (file := Path(f"/proc/{self.process.pid}/status")).exists():
-            return next(int(line.split()[1]) * 1024 for line in file.read_text().splitlines()
-                        if line.startswith("VmHWM"))
-        return psutil.Process(self.process.pid).memory_info().rss
+        """Processor time that it has used so far, in its own code and in the system's."""
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
 
 
 @dataclass

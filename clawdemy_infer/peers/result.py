@@ -59,20 +59,18 @@ def peer_rows(runs: list[PeerRun], shape: ModelShape, machine: Machine,
     rows = []
     for run in runs:
         one, rate, found = run.contestant, speed[run.contestant], round_rates(run)
-        same, of = None, None
-        same_bits = max((our for our_one, our in ours.items() if our_one.bits == one.bits),
-                        default=None)
-        if reference and run.workload.phase == "decode":
-            tokens = run.answers[0]["tokens"]
-            same, of = same_tokens(tokens, reference["tokens"]), sum(map(len, tokens))
+        same_bits = [speed[mine] for mine in ours if mine.bits == one.bits]
+        compared = reference and run.workload.phase == "decode"
+        tokens = run.answers[0]["tokens"]
         rows.append({
             "engine": one.engine, "weights": one.weights, "workload": run.workload.name,
             "tokens_per_s": rate, "lowest": min(found), "highest": max(found),
-            "ours_same_bits": same_bits and same_bits / rate,
+            "ours_same_bits": max(same_bits) / rate if same_bits else None,
             "ours_best": max(ours.values()) / rate if ours else None,
             "fraction_of_bound": fraction_of_bound(run, shape, machine, weight_bytes[one]),
             "peak_bytes": max(answer["peak_bytes"] for answer in run.answers),
-            "same_tokens": same, "of": of})
+            "same_tokens": same_tokens(tokens, reference["tokens"]) if compared else None,
+            "of": sum(map(len, tokens)) if compared else None})
     return rows
 
 

@@ -20,8 +20,7 @@ from typing import Any
 
 
 def serve(start: Callable[..., Any]) -> None:
-    """Start an engine with the last argument of the command line, its settings in JSON, and let it
-    generate."""
+    """Start an engine with its settings, JSON in the last argument, and let it generate."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)        # each line is sent at once
     os.dup2(2, 1)                               # what an engine prints would garble the answers
     engine = start(**json.loads(sys.argv[-1]))

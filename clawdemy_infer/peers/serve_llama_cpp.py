@@ -31,18 +31,16 @@ class Engine:
 
     def generate(self, prompts: list[list[int]], new: int) -> dict:
         context = self.context(len(prompts), max(map(len, prompts)) + new)
-        tokens: list[list[int]] = [[] for _ in prompts]
         work = [(token, i, sequence, i == len(prompt) - 1)  # (token, position, sequence, wanted)
                 for sequence, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
-        times = [time.perf_counter()]
+        steps, times = [], [time.perf_counter()]
         for step in range(new):
-            found = self.decode(context, work)
+            steps.append(self.decode(context, work))
             times.append(time.perf_counter())
-            for sequence, token in found.items():
-                tokens[sequence].append(token)
-            work = [(found[sequence], len(prompt) + step, sequence, True)
+            work = [(steps[-1][sequence], len(prompt) + step, sequence, True)
                     for sequence, prompt in enumerate(prompts)]
         c.llama_free(context)
+        tokens = [[found[sequence] for found in steps] for sequence in range(len(prompts))]
         return {"tokens": tokens, "prefill_s": times[1] - times[0],
                 "decode_s": times[-1] - times[1], "decode_tokens": len(prompts) * (new - 1)}
 

@@ -1,13 +1,10 @@
 """A row as seconds at data-sheet speed: every operation's compute and memory time, the kernels
-launched, the bytes sent between devices.
+launched, the bytes sent between devices. Nothing here is fitted: `fitting.Stack` says how much
+longer each of these really takes. ValueError, with the reason, for what cannot be put this way."""
 
-Nothing here is fitted: `fitting.Stack` says how much longer each of these really takes. A row that
-cannot be put this way raises ValueError, whose message is the reason that is reported.
-"""
-
+import math
 import re
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple
 
 from clawdemy_infer.arithmetic import BYTES, ModelShape, Work, matmul
@@ -16,9 +13,7 @@ from clawdemy_infer.envelope.roofline import Link
 from clawdemy_infer.published.rows import PublishedRun
 from clawdemy_infer.published.setting import Chip, bytes_per_weight, chip, shape_of, software
 
-GENERATED = 128
-"""Tokens of a decode run whose source states no lengths."""
-_part = cache(share)            # so that its layers are worked out once
+GENERATED = 128     # tokens of a decode run whose source states no lengths
 
 
 class Op(NamedTuple):
@@ -61,13 +56,14 @@ class Demand:
 class Account(Demand):
     """The demand of `run` while it is added up, for the machine and the software of that row."""
 
-    def __init__(self, run: PublishedRun, amount: float, rate: bool) -> None:
-        super().__init__(chip(run.hardware), amount, rate)
+    def __init__(self, run: PublishedRun) -> None:
+        unit = {"ms": 1e3, "us": 1e6}.get(run.metric.rpartition("_")[2])    # else it is a rate
+        super().__init__(chip(run.hardware), unit or 1.0, rate=unit is None)
         self.run, self.software = run, software(run.software)
         if not run.peak_bw_GBps_per_device:
             raise ValueError("the bandwidth is not stated")
         self.bandwidth = 1e9 * run.peak_bw_GBps_per_device
-        self.peak = 1e12 * (run.peak_TFLOPs_per_device or 0) or self.chip.peak_flops
+        self.peak = 1e12 * (run.peak_TFLOPs_per_device or 0) or self.chip.peak_flops or math.inf
         # Products of 8 bits run at the stated peak; attention stays in 16 bits.
         self.narrow = run.act_dtype in ("fp8", "int8")
         self.unpacks = (run.weight_bits_eff or 16) < 16 and not self.narrow
@@ -75,12 +71,10 @@ class Account(Demand):
         if self.unpacks and self.software.fp16_accumulation:
             self.peak = self.best_peak
 
-    def add(self, op: Work, times: float = 1.0, columns: int = 0,
-            seen: float | None = None) -> None:
-        """An operation; `columns` of a GEMM's output, the bytes `seen` by any kernel."""
+    def add(self, op: Work, times: float = 1.0, columns: int = 0, seen: float = 0.0) -> None:
+        """An operation; `columns` of a GEMM's output, the bytes `seen` by any kernel, if fewer."""
         halved = 2 if op.kernel == "attention" and self.narrow else 1
-        peak, best = self.peak / halved, self.best_peak / halved
-        compute, memory = (op.flops / peak if peak else 0.0), op.bytes / self.bandwidth
+        compute, memory = op.flops / (self.peak / halved), op.bytes / self.bandwidth
         filled = self.chip.gemm_filled(round(op.rows) or 1, columns) if columns else 1.0
         unpack = 0.0
         if op.kernel == "gemm" and self.unpacks and self.chip.vector_flops:
@@ -89,19 +83,18 @@ class Account(Demand):
             unpack = weights * -(-op.rows // tile) / self.chip.vector_flops
         self.ops.append(Op(times * compute, times * memory, times * unpack, filled))
         if op.kernel != "elementwise":                  # which a kernel may fuse away
-            fetch = (op.bytes if seen is None else seen) / self.bandwidth
-            self.bound += times * max(op.flops / best if best else 0.0, fetch)
+            fetch = (seen or op.bytes) / self.bandwidth
+            self.bound += times * max(op.flops / (self.best_peak / halved), fetch)
 
-    def forward(self, shape: ModelShape, batch: int, new: int, context: int,
-                times: float = 1.0) -> None:
+    def forward(self, batch: int, new: int, context: int, times: float = 1.0) -> None:
         """`times` passes over `new` tokens of each of `batch` sequences, then of `context`."""
-        run, tp = self.run, self.run.whole("tp", 1)
+        run, shape, tp = self.run, shape_of(self.run), self.run.whole("tp", 1)
         if shape.N % tp:
             raise ValueError(f"tp={tp} does not divide the {shape.N} query heads")
-        part, activations = _part(shape, tp), "fp32" if run.act_dtype == "fp32" else "fp16"
-        formats = {"weights": bytes_per_weight(run, shape), "kv": kv_format(run),
-                   "activations": activations}
-        work, least = (part.step(batch, new, context, shared=shared, **formats)
+        part = share(shape, tp) if tp > 1 else shape
+        activations = "fp32" if run.act_dtype == "fp32" else "fp16"
+        work, least = (part.step(batch, new, context, weights=bytes_per_weight(run, shape),
+                                 kv=run.kv_format, activations=activations, shared=shared)
                        for shared in (self.software.shared or new > 1, True))
         columns = {name: n for layer, _ in part.groups for name, (_, n) in layer.matrices().items()}
         columns["head"] = part.V
@@ -118,101 +111,90 @@ class Account(Demand):
         self.sent += calls * all_reduce_s(bytes, tp, Link(1e9 * (self.chip.link or 32)))
 
 
-def kv_format(run: PublishedRun) -> str:
-    return run.kv_dtype if run.kv_dtype in BYTES else "fp16"
-
-
 def demand(run: PublishedRun) -> Demand:
     """What `run` asks of its machine. Raises ValueError with the reason where it cannot be said."""
     if run.metric not in METRICS:
         raise ValueError(f"metric {run.metric!r} is not a time, and no count of bytes either")
-    return METRICS[run.metric](run)
+    account = Account(run)
+    METRICS[run.metric](account, run)
+    return account
 
 
-def decode(run: PublishedRun) -> Demand:
+def decode(account: Account, run: PublishedRun) -> None:
     batch, context = run.whole("batch", 1), run.decode_context
-    amount = {"decode_ms": 1e3, "decode_tok_s_per_seq": 1, "decode_tok_s_total": batch}[run.metric]
-    account = Account(run, amount, rate=run.metric != "decode_ms")
+    if run.metric == "decode_tok_s_total":
+        account.amount = batch
     if context is None:
         context = (run.prompt_len or 0) + (run.gen_len or GENERATED) / 2
-    account.forward(shape_of(run), batch, 1, max(1, round(context)))
-    return account
+    account.forward(batch, 1, max(1, round(context)))
 
 
-def prefill(run: PublishedRun) -> Demand:
+def prefill(account: Account, run: PublishedRun) -> None:
     batch, prompt = run.whole("batch", 1), run.whole("prompt_len")
-    account = Account(run, *((1e3, False) if run.metric == "ttft_ms" else (batch * prompt, True)))
-    if not account.peak:
+    if account.rate:
+        account.amount = batch * prompt
+    if account.peak == math.inf:
         raise ValueError("no FLOP/s are stated for this machine, and data/chips.toml has no entry "
                          "for it: prefill is compute")
-    account.forward(shape_of(run), batch, prompt, prompt)
-    return account
+    account.forward(batch, prompt, prompt)
 
 
-def serving(run: PublishedRun) -> Demand:
+def serving(account: Account, run: PublishedRun) -> None:
     """A static batch from end to end: its prompts, then every token at the mean context. Mixed:
     requests of mean lengths through as many places as the memory has room for."""
     batch, prompt, generated = map(run.whole, ("batch", "prompt_len", "gen_len"))
-    devices = run.whole("n_devices", 1)
-    per = devices if run.metric.endswith("per_gpu") else 1
-    account, shape = Account(run, batch * generated / per, rate=True), shape_of(run)
+    shape, devices = shape_of(run), run.whole("n_devices", 1)
+    account.amount = batch * generated / (devices if run.metric.endswith("per_gpu") else 1)
     places, context = batch, prompt + generated // 2
     if run.metric.endswith("mixed"):
         context = round(run.decode_context or prompt + generated / 2)
         if room := 1e9 * (run.mem_GB_per_device or 0) * devices:
-            fits = shape.fits(room, 1, context, bytes_per_weight(run, shape), kv_format(run))
-            places = min(batch, fits.max_batch)
+            places = min(batch, shape.fits(room, 1, context, bytes_per_weight(run, shape),
+                                           run.kv_format).max_batch)
         if places < 1:
             raise ValueError("not one of the requests fits beside the weights")
-    account.forward(shape, batch, prompt, prompt)
-    account.forward(shape, places, 1, context, times=batch * generated / places)
-    return account
+    account.forward(batch, prompt, prompt)
+    account.forward(places, 1, context, times=batch * generated / places)
 
 
-def gemm(run: PublishedRun) -> Demand:
+def gemm(account: Account, run: PublishedRun) -> None:
     """One product, [M, K] x [K, N] as the notes say; the batch column is M."""
-    found = re.search(r"\[(\d+), ?(\d+)\] ?x ?\[(\d+), ?(\d+)\]", run.notes)
-    if not found or found[2] != found[3]:
+    found = re.search(r"\[(\d+), ?(\d+)\] ?x ?\[\2, ?(\d+)\]", run.notes)
+    if not found:
         raise ValueError("the notes do not say the product as [M,K]x[K,N]")
     if run.weight_bits_eff is None:
         raise ValueError("the width of the weights is not stated")
-    m, k, n = int(found[1]), int(found[2]), int(found[4])
-    account = Account(run, 1e3, False)
+    m, k, n = map(int, found.groups())
     account.add(matmul(m, k, n, weights=run.weight_bits_eff / 8, activations="fp16"), columns=n)
     account.kernels = 1
-    return account
 
 
-def attention(run: PublishedRun) -> Demand:
+def attention(account: Account, run: PublishedRun) -> None:
     """Decode attention of one layer; the notes say the heads where the columns do not."""
     found = re.search(r"(\d+) query heads,? (?:and )?(\d+) KV heads.*?head_dim (\d+)", run.notes,
                       re.IGNORECASE)
     N, K, H = (map(int, found.groups()) if found
                else map(run.whole, ("n_heads", "n_kv_heads", "head_dim")))
-    shape = ModelShape(run.model or "attention", 1, N * H, N, K, H, 1, 1)
+    shape = ModelShape("attention", 1, N * H, N, K, H, 1, 1)
     batch, context = run.whole("batch", 1), run.whole("decode_context")
-    account = Account(run, 1e6, False)
-    least, each = (shape.attention(batch, 1, context, kv=kv_format(run), shared=shared)
+    least, each = (shape.attention(batch, 1, context, kv=run.kv_format, shared=shared)
                    for shared in (True, False))
     if "eager" in run.software:         # K and V are copied for every query head, and read again
         bytes, account.kernels = 2 * each.bytes + least.bytes, 5
-    elif re.search(r"FlashAttention 2\.0", run.software):  # a block per sequence and query head
+    elif "FlashAttention 2.0" in run.software:  # a block per sequence and query head
         bytes, account.kernels = each.bytes / account.chip.filled(batch * N), 1
     else:                               # the context is split, and a second kernel sums up
         bytes, account.kernels = least.bytes, 2
     account.add(each._replace(bytes=bytes), seen=least.bytes)
-    return account
 
 
-def all_reduce(run: PublishedRun) -> Demand:
+def all_reduce(account: Account, run: PublishedRun) -> None:
     """One sum over all devices, of the message that the notes state."""
     found = re.search(r"message ([\d.]+) ([KMG])iB", run.notes)
     if not found:
         raise ValueError("the notes do not say the size of the message")
-    account = Account(run, 1e3, False)
     account.send(float(found[1]) * 1024 ** ("KMG".index(found[2]) + 1), run.whole("tp"), 1)
     account.bound = account.sent
-    return account
 
 
 METRICS = {

@@ -1,45 +1,26 @@
 """Nine figures that are on no data sheet: how much longer things take than a data sheet says.
 
-    an operation   (compute^p + memory^p)^(1/p) + unpack: the larger of the two as p grows, their
-                   sum at p = 1
+    an operation   (compute^p + memory^p)^(1/p) + unpack: the larger as p grows, the sum at p = 1
     a row          its operations, a gap after every kernel, and what the devices tell one another
 
 The figures minimise the sum of |ln(predicted / published)| over rows; a source with n rows has the
 weight sqrt(n), so that a long table does not drown a short one. A spring, hold * ln(figure /
 start)^2, keeps each figure near a round number where few rows speak of it: with hold 0.2, a factor
-of two costs a tenth of one row's 100 %. It is stiff for the two that set Apple apart. No figure
-belongs to a row, a model or a source.
+of two costs a tenth of one row's 100 %. No figure belongs to a row, a model or a source.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 
 from clawdemy_infer.published.demand import Demand
+from clawdemy_infer.published.rows import RULES
 
-
-class Figure(NamedTuple):
-    """One fitted figure: where the search begins, and how firmly it is held there."""
-
-    start: float
-    hold: float
-    unit: str
-    meaning: str
-
-
-FIGURES = {
-    "bandwidth": Figure(0.8, 0.2, "of the data sheet", "bandwidth that kernels reach"),
-    "unified_bandwidth": Figure(1.0, 2.5, "times that", "the same, on Apple's unified memory"),
-    "tile": Figure(0.8, 0.2, "of the peak", "FLOP/s inside an output tile of a matrix product"),
-    "unified_compute": Figure(1.0, 2.5, "times that", "the same, on Apple's GPU cores"),
-    "overlap": Figure(3.0, 0.2, "", "p: how well computing hides behind fetching; 1 not at all"),
-    "gap": Figure(7000.0, 0.2, "clock cycles", "from one kernel to the next: launch, fill, drain"),
-    "unpack": Figure(2.0, 0.2, "vector FLOPs", "for a quantized weight, each time a tile needs it"),
-    "all_reduce": Figure(6.6e-6, 0.2, "s", "for each all-reduce, before a byte moves; from NCCL's"),
-    "link": Figure(0.7, 0.2, "of the data sheet", "bandwidth of the link between devices"),
-}
 Figures = dict[str, float]
+FIGURES = {name: SimpleNamespace(**stated) for name, stated in RULES["figures"].items()}
+START: Figures = {name: figure.start for name, figure in FIGURES.items()}
 
 
 class Stack:
@@ -50,10 +31,9 @@ class Stack:
         self.row = np.repeat(np.arange(self.count), [len(one.ops) for one in demands])
         ops = np.array([op for one in demands for op in one.ops], dtype=float).reshape(-1, 4)
         self.compute, self.memory, self.unpack, self.filled = ops.T
-        self.unified = np.array([one.chip.unified for one in demands], dtype=bool)
-        self.cycles = np.array([one.kernels / (1e9 * one.chip.GHz) for one in demands])
-        self.all_reduces = np.array([one.all_reduces for one in demands])
-        self.sent = np.array([one.sent for one in demands])
+        self.unified, self.cycles, self.all_reduces, self.sent = np.array([
+            (one.chip.unified, one.kernels / (1e9 * one.chip.GHz), one.all_reduces, one.sent)
+            for one in demands]).T
 
     def terms(self, figures: Figures) -> dict[str, np.ndarray]:
         """Seconds of each row by cause; `compute` is what operations take beyond fetching."""
@@ -66,10 +46,7 @@ class Stack:
         longer, shorter = np.maximum(memory, compute), np.minimum(memory, compute)
         share = np.divide(shorter, longer, out=np.zeros_like(longer), where=longer > 0)
         together = longer * (1 + share ** figures["overlap"]) ** (1 / figures["overlap"])
-
-        def by_row(seconds: np.ndarray) -> np.ndarray:
-            return np.bincount(self.row, seconds, minlength=self.count)
-
+        by_row = partial(np.bincount, self.row, minlength=self.count)
         return {
             "memory": by_row(memory), "compute": by_row(together - memory),
             "unpack": by_row(self.unpack) * figures["unpack"],
@@ -92,8 +69,7 @@ def fit(demands: Sequence[Demand], seconds: Sequence[float], groups: Sequence[st
                    for name, figure in FIGURES.items())
         return float(weight @ np.abs(np.log(stack.seconds(figures)) - published) + held)
 
-    figures = {name: figure.start for name, figure in FIGURES.items()}
-    stride, best = dict.fromkeys(figures, 0.3), misfit(figures)
+    figures, stride, best = START, dict.fromkeys(START, 0.3), misfit(START)
     for _ in range(80):
         for name in figures:
             for towards in (1, -1):

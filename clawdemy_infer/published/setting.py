@@ -1,22 +1,17 @@
 """What ran, and where: the chip behind a row's `hardware` (`data/chips.toml`), what is known of the
-code behind its `software` (`data/software.toml`), and the shape of its `model`. Nothing here is
-fitted."""
+code behind its `software` (`data/software.toml`), the shape of its `model`. Nothing is fitted."""
 
 import math
 import re
-import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
+from types import SimpleNamespace
 
 from clawdemy_infer.arithmetic import ModelShape, MoE
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.published.rows import PublishedRun
+from clawdemy_infer.published.rows import RULES, PublishedRun
 
-TILES = ((64, 128, 1.0), (64, 64, 0.9))
-"""Output tiles that a GEMM library chooses from: rows, columns, and the rate beside that of a large
-one (fewer FLOPs for each operand). Larger ones are no faster in our rows, and fill fewer cores."""
-_catalog = cache(catalog.model)     # so that a shape's layers are worked out once
+_once = cache(lambda shape: shape)      # equal shapes are one: its layers are worked out once
 
 
 @dataclass(frozen=True)
@@ -58,79 +53,64 @@ class Chip:
             tall = min(tall, 16 * math.ceil(rows / 16))
             blocks = math.ceil(rows / tall) * math.ceil(columns / wide)
             return rate * self.filled(blocks) * rows * columns / (blocks * tall * wide)
-        return max(left(*tile) for tile in TILES)
-
-
-@dataclass(frozen=True)
-class Software:
-    """Facts of `data/software.toml`: `kernels` launched for a layer in a pass; is a KV head fetched
-    once for all its query heads (`shared`); do quantized products keep their sums in fp16?"""
-
-    match: str = ""
-    kernels: int = 16
-    shared: bool = True
-    fp16_accumulation: bool = False
+        return max(left(*tile) for tile in RULES["tiles"])
 
 
 @cache
-def _named(name: str, kind: type, file: str) -> Chip | Software:
-    """The first entry of a file whose pattern is in `name`, else what a `kind` has by default."""
-    [entries] = tomllib.loads((files("clawdemy_data") / file).read_text(encoding="utf-8")).values()
-    return next((kind(**each) for each in entries if re.search(each["match"], name)), kind())
+def _entry(name: str, file: str) -> dict:
+    """The first entry of a file in `data/` whose pattern is in `name`."""
+    [entries] = catalog.read(file).values()
+    return next((each for each in entries if re.search(each["match"], name)), {})
 
 
 def chip(hardware: str) -> Chip:
     """The chip that a row's `hardware` names. Apple's cores are in the name (`M1 Pro 14c`); an
     unknown one, or a CPU, has no figures but a clock."""
-    found = Chip() if "CPU" in hardware else _named(hardware, Chip, "chips.toml")
+    found = Chip() if "CPU" in hardware else Chip(**_entry(hardware, "chips.toml"))
     cores = re.search(r"(\d+)c\b", hardware) if found.unified else None
     return replace(found, cores=int(cores[1])) if cores else found
 
 
-def software(name: str) -> Software:
-    """What is known of the software that a row names; in between where nobody has looked."""
-    return _named(name, Software, "software.toml")
+def software(name: str) -> SimpleNamespace:
+    """Facts of `data/software.toml` on it: its `kernels`, `shared` and `fp16_accumulation`."""
+    return SimpleNamespace(**_entry(name, "software.toml"))
 
 
 def shape_of(run: PublishedRun) -> ModelShape:
-    """The shape of the model of `run`: the catalog's if its columns agree, else theirs."""
+    """The shape of the model of `run`: the catalog's if its columns agree, else theirs, and the
+    parameters say what no column does: how many experts, and whether the MLP has a gate."""
     known = run.model.lower().replace(" ", "-")
     if known in catalog.model_names():
-        shape = _catalog(known)
+        shape = _once(catalog.model(known))
         stated = (run.layers, run.d_model, run.n_heads)
         if run.layers is None or (shape.L, shape.D, shape.N) == stated:
             return shape
-    if run.whole("layers") > 1000:  # a slip in the file, and a shape has an entry for each of them
-        raise ValueError(f"layers={run.layers:g}: at most 1,000")
-    sizes = map(run.whole, "layers d_model n_heads n_kv_heads head_dim d_ff vocab".split())
-    return _columns(run.model, *sizes, bool(run.tied), 1e9 * (run.params_B or 0),
-                    1e9 * (run.active_params_B or run.params_B or 0))
-
-
-@cache
-def _columns(name: str, L: int, D: int, N: int, K: int, H: int, F: int, V: int, tied: bool,
-             parameters: float, active: float) -> ModelShape:
-    """The parameters say what no column does: how many experts, and whether the MLP has a gate."""
-    gated = ModelShape(name, L, D, N, K, H, F, V, tied)
+    L, D, N, K, H, F, V = map(run.whole, ("layers", "d_model", "n_heads", "n_kv_heads", "head_dim",
+                                          "d_ff", "vocab"))
+    if L > 1000:                    # a slip in the file, and a shape has an entry for each of them
+        raise ValueError(f"layers={L:g}: at most 1,000")
+    gated = _once(ModelShape(run.model, L, D, N, K, H, F, V, bool(run.tied)))
+    parameters, active = (1e9 * (count or 0) for count in (
+        run.params_B, run.active_params_B or run.params_B))
     if active < 0.9 * parameters:
         expert = L * 3 * D * F
         rest = gated.parameters() - expert
-        return replace(gated, moe=MoE(experts=round((parameters - rest) / expert),
-                                      active=max(1, round((active - rest) / expert))))
-    return min((gated, replace(gated, gated=False)),
+        return _once(replace(gated, moe=MoE(experts=round((parameters - rest) / expert),
+                                            active=max(1, round((active - rest) / expert)))))
+    return min((gated, _once(replace(gated, gated=False))),
                key=lambda shape: abs(shape.parameters() - parameters))
 
 
 def bytes_per_weight(run: PublishedRun, shape: ModelShape) -> float:
     """Mean bytes of a weight, scales and wider parts included: from the bytes that the source
     states, else from its bits. Raises ValueError if it states neither."""
-    bits = run.weight_bits_eff or None
+    bits = run.weight_bits_eff
     if run.weight_GB:
         stated = 1e9 * run.weight_GB / shape.streamed_bytes(1.0)
         # Otherwise it counts other weights: all experts, one matrix.
-        if bits is None or 0.6 < stated / (bits / 8) < 1.5:
+        if not bits or 0.6 < stated / (bits / 8) < 1.5:
             return stated
-    if bits is None:
+    if not bits:
         width = run.weight_dtype or "blank"
         raise ValueError(f"the width of the weights is not stated ({width!r})")
     return bits / 8
