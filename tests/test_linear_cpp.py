@@ -89,10 +89,22 @@ def test_an_x_of_another_width_is_refused_before_anything_is_read():
         CppProduct("bf16", normal(16, 64).bfloat16())(normal(2, 32).bfloat16())
 
 
-@pytest.mark.parametrize(("O", "I"), [(20, 64), (16, 33)])
-def test_other_sizes_are_refused_so_that_another_kernel_is_taken(O, I):
-    with pytest.raises(NotImplementedError, match=f"\\[{O}, {I}\\]"):
-        CppProduct("fp32", normal(O, I))
+@pytest.mark.parametrize("M", [1, 5, 20, 70])
+@pytest.mark.parametrize(("format", "O", "I"), [
+    *((format, O, I) for format in ("fp32", "fp16", "bf16", "int8")
+      for O, I in [(1, 7), (20, 33), (177, 96)]), ("int4", 20, 96), ("int4", 177, 64)])
+def test_any_number_of_outputs_and_of_inputs_is_taken(format, O, I, M):
+    source, x = packable(format, normal(O, I)), normal(M, I, seed=M)
+    got = CppProduct(format, source)(x)
+    right = x.double() @ (source.dequantized() if isinstance(source, Codes) else source).double().T
+    assert got.shape == (M, O) and got.is_contiguous()
+    assert (got.double() - right).abs().max() <= WITHIN[format] * right.abs().max()
+
+
+def test_groups_that_are_no_eights_are_refused_so_that_another_kernel_is_taken():
+    codes = Codes(torch.zeros(16, 36, dtype=torch.uint8), torch.ones(16, 3), torch.ones(16, 3))
+    with pytest.raises(NotImplementedError, match=r"\[16, 36\] in groups of 12: .*by the eight"):
+        CppProduct("int4", codes)
 
 
 def test_without_a_compiler_it_is_refused_too(monkeypatch):

@@ -30,13 +30,17 @@ from clawdemy_infer.timing import now
 
 FOLDER = Path(__file__).parent / "cpp"
 FLAGS = [
-    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-strict-aliasing",
+    "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-strict-aliasing",
     # Nobody asks for errno; but sums keep their order, NaN stays NaN, and the smallest numbers of
     # the whole process stay what they are, which -ffast-math would not grant.
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-Wno-psabi", "-Wno-unknown-pragmas",
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 ]
+ISA = {"": "native", "scalar": "armv8-a"} if platform.machine() in ("aarch64", "arm64") else {
+    "": "native", "avx512": "x86-64-v4", "avx2": "x86-64-v3", "scalar": "x86-64"}
+"""What CLAWDEMY_ISA may say, and what the compiler calls it: all that this CPU has; AVX-512 without
+what came after it; AVX2 and FMA; what every CPU of its kind has, which is four numbers at once."""
 COMPILER_S = 120
 """Seconds that the compiler may take for one library, some five as a rule; and that another process
 that has it is waited for."""
@@ -61,6 +65,17 @@ def cpuinfo(key: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
+def isa() -> str:
+    """The instruction set that CLAWDEMY_ISA asks for, or "" for all that this CPU has. Raises
+    ValueError for one that is unknown, or that it has not."""
+    name, flags = os.environ.get("CLAWDEMY_ISA", ""), cpuinfo("flags").split()
+    if name not in ISA or {"avx2": "avx2", "avx512": "avx512bw"}.get(name, name) not in (
+            *flags, "scalar", ""):
+        raise ValueError(f"CLAWDEMY_ISA={name!r} is not supported; accepted: what this CPU has of "
+                         f"{', '.join(filter(None, ISA))}; without it, all that it has")
+    return name
+
+
 def compiler() -> str:
     """The C++ compiler that PyTorch would call. Raises ValueError where there is none."""
     name = os.environ.get("CXX", "g++")
@@ -75,18 +90,19 @@ def library(name: str, **defines: object) -> ctypes.CDLL:
     seconds' work for the compiler, once: what is kept goes by the text of all files in the folder,
     the defines, the compiler and the CPU.
 
-    Raises ValueError where there is no compiler, and CompilerFailed where it refuses, takes more
+    Raises ValueError as `compiler` and `isa` do, and CompilerFailed where it refuses, takes more
     than `COMPILER_S`, or what it made cannot be kept: once tried, each time alike.
     """
     compiler()
-    if isinstance(found := _library(name, **defines), CompilerFailed):
+    if isinstance(found := _library(name, isa(), **defines), CompilerFailed):
         raise found
     return found
 
 
 @functools.cache
-def _library(name: str, **defines: object) -> ctypes.CDLL | CompilerFailed:
-    command = [compiler(), *FLAGS, *(f"-D{key}={value}" for key, value in defines.items())]
+def _library(name: str, isa: str, **defines: object) -> ctypes.CDLL | CompilerFailed:
+    command = [compiler(), *FLAGS, f"-march={ISA[isa]}",
+               *(f"-D{key}={value}" for key, value in defines.items())]
     sources = [path.read_text("utf-8") for path in sorted(FOLDER.iterdir())]
     made_of = "\n".join([name, *command, cpu_name(), cpuinfo("flags"), *sources])
     name_and_key = f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}"
@@ -165,7 +181,9 @@ def tried() -> ctypes.CDLL:
 
 @functools.cache
 def available() -> bool:
-    """Is there a compiler that takes this code? A warning says so where one does not."""
+    """Is there a compiler that takes this code? A warning says so where one does not. Raises
+    ValueError as `isa`."""
+    isa()
     try:
         return tried() is not None
     except (ValueError, CompilerFailed) as error:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.nn.functional import pad
 
 from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.codes import Codes
@@ -19,8 +20,9 @@ class CppProduct:
     its codes.
 
     `panels` [O / 16, bytes of a panel] hold 16 outputs side by side, and for int4 the scales of
-    `group` inputs each. Raises NotImplementedError unless O is a multiple of 16, I of 2, a group of
-    8, and where there is no compiler; a call, ValueError for an x of another width.
+    `group` inputs each; zeros fill them up to 16 outputs and 2 inputs. Raises NotImplementedError
+    for groups that are no multiple of 8, and where there is no compiler; a call, ValueError for an
+    x of another width.
     """
 
     def __init__(self, format: str, source: torch.Tensor | Codes) -> None:
@@ -29,16 +31,18 @@ class CppProduct:
         codes = source.codes if isinstance(source, Codes) else source
         self.format, self.panels = format, panels(format, source)
         self.O, self.I = codes.shape
-        self.group = self.I // source.scales.shape[1] if format == "int4" else self.I
+        self.filled = self.O + -self.O % 16, self.I + self.I % 2
+        self.group = self.I // source.scales.shape[1] if format == "int4" else self.filled[1]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.I:
             raise ValueError(f"x is {list(x.shape)}: the last dimension must be the I={self.I} "
                              "inputs")
-        x, y = x.contiguous(), x.new_empty(*x.shape[:-1], self.O)
+        O, I = self.filled
+        x, y = pad(x, (0, I - self.I)).contiguous(), x.new_empty(*x.shape[:-1], O)
         run = code(self.format, x.dtype)
-        run(*cpp.pointers(x, self.panels, y), x.numel() // self.I, self.I, self.O, self.group)
-        return y
+        run(*cpp.pointers(x, self.panels, y), y.numel() // O, I, O, self.group)
+        return y[..., :self.O].contiguous()
 
 
 @functools.cache
@@ -51,26 +55,29 @@ def code(format: str, dtype: torch.dtype) -> Callable:
 def panels(format: str, source: torch.Tensor | Codes) -> torch.Tensor:
     """The bytes of a float weight [O, I], or of its codes, as `cpp/product.h` lays them out: [O /
     16, bytes of a panel]. Raises NotImplementedError as `CppProduct` does."""
-    codes = (source.codes if isinstance(source, Codes) else source.detach()).contiguous()
+    codes, scales, zeros = source if isinstance(source, Codes) else (source.detach(), None, None)
     O, I = codes.shape
-    group = I // source.scales.shape[1] if format == "int4" else 8
-    if O % 16 or I % 2 or group % 8:
-        raise NotImplementedError(f"weight [{O}, {I}] in groups of {group}: outputs by the "
-                                  "sixteen, inputs by the two, groups by the eight are accepted")
+    group = I // scales.shape[1] if format == "int4" else 8
+    if group % 8:
+        raise NotImplementedError(f"weight [{O}, {I}] in groups of {group}: groups by the eight "
+                                  "are accepted")
+    rows, codes = (0, -O % 16), pad(codes, (0, I % 2, 0, -O % 16))
+    O, I = codes.shape
     if format in ("fp32", "fp16"):
         return as_bytes(codes.view(O // 16, 16, I).mT)
     if format in ("bf16", "int8"):
         pairs = as_bytes(codes.view(O // 16, 16, I // 2, 2).transpose(1, 2))
         if format == "bf16":
             return pairs
-        return torch.cat((as_bytes(source.scales.float().view(-1, 16)), pairs), 1).contiguous()
+        scales = pad(scales.float(), rows).view(-1, 16)
+        return torch.cat((as_bytes(scales), pairs), 1).contiguous()
     # A word of 16 bits, low byte first, has the codes of inputs 0, 2, 4, 6 of eight, or of 1, 3, 5,
     # 7: [panels, 16 outputs, groups, eights, byte, nibble, word] -> [panels, groups, bytes].
     nibbles = codes.view(O // 16, 16, I // group, group // 8, 2, 2, 2)
     words = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
     words = words.permute(0, 2, 3, 1, 5, 4).flatten(2)
-    scales = source.scales.float()
-    both = torch.stack((scales, -source.zeros.float() * scales), -1).half()
+    scales, zeros = (pad(each.float(), (0, 0, *rows)) for each in (scales, zeros))
+    both = torch.stack((scales, -zeros * scales), -1).half()
     both = both.view(O // 16, 16, I // group, 2).permute(0, 2, 3, 1).flatten(2).contiguous()
     return torch.cat((words, both.view(torch.uint8)), -1).flatten(1).contiguous()
 

@@ -28,7 +28,7 @@ class CppLayers:
     those of a `PackedLinear` are shared with it. `compile_s` says how long both took. Steps add the
     seconds of each of `PARTS` to `clocks`, [6] of float64, where there are any.
 
-    Raises ValueError for other layers than a `Layer`, for sizes that `CppProduct` refuses, and
+    Raises ValueError for other layers than a `Layer`, for matrices that `CppProduct` refuses, and
     where there is no compiler.
     """
 
@@ -43,9 +43,6 @@ class CppLayers:
         if any(type(layer) is not Layer for layer in layers):
             raise ValueError("compile: a model of plain layers is accepted, and this one has "
                              "experts, latents or others; without compile it runs as PyTorch")
-        if shape.F % 16:
-            raise ValueError(f"compile: F={shape.F}: a feed-forward width by the sixteen is "
-                             "accepted; without compile it runs as PyTorch")
         self.dtype, self.frequencies, self.gain = dtype, frequencies, config.rope_gain
         self.window, self.L = shape.window, len(layers)
         self.kept = []                              # what the pointers point at
@@ -113,9 +110,8 @@ def packed(format: str, matrix: nn.Linear | PackedLinear) -> CppProduct:
     if isinstance(matrix, PackedLinear):
         found = [kernel for _, kernel in matrix.kernels if isinstance(kernel, CppProduct)]
         if not found:
-            raise ValueError(f"compile: a matrix [{matrix.out_features}, {matrix.in_features}]: "
-                             "outputs by the sixteen, inputs by the two are accepted; without "
-                             "compile it runs as PyTorch")
+            raise ValueError(f"compile: a matrix [{matrix.out_features}, {matrix.in_features}] "
+                             "that C++ does not take; without compile it runs as PyTorch")
         return found[0]
     try:
         return CppProduct(format, packable(format, matrix.weight.detach()))

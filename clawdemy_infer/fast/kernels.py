@@ -122,7 +122,7 @@ def table(format: str, device: str = "cpu",
         product = CppProduct(format, source)
         code(format, FLOATS[computes_in(format, device)])       # or its error, while others can
         return product
-    if format == "bf16" and "amx_bf16" in cpp.cpuinfo("flags"):
+    if format == "bf16" and not cpp.isa() and "amx_bf16" in cpp.cpuinfo("flags"):
         return [(AMX_ROWS, [cpp_product, plain]), (math.inf, [plain])]
     return [(math.inf, [cpp_product, *pytorch])]
 

@@ -12,14 +12,19 @@
 //     gate        silu(gate) up
 //
 // Wanted: T, the type of keys and values; FORMAT of the weights; G, H, KV, D, F of the shape; EPS
-// of the norms. The residual stream x and all sums are in fp32.
+// of the norms. The residual stream x and all sums are in fp32. A product writes 16 outputs at a
+// time and reads two inputs, so rows between products are filled up to that.
 #define Y float
 #include "product.h"
 #include "attention.h"
 #include <omp.h>
 
 enum Part { ELEMENTWISE, QKV, ATTENTION, OUT, GATE_UP, DOWN };      // that a clock can be read for
-const int64_t HEADS = (G + 2) * KV * H;                            // numbers of a row's q, k and v
+constexpr int64_t filled(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Numbers from row to row: of q, k and v; of gate and up; of what the matrices `out` and `down`
+// give; of the norm, and of silu(gate) up, that go into a product.
+const int64_t HEADS = filled((G + 2) * KV * H, 16), BOTH = filled(2 * F, 16), MORE = filled(D, 16);
+const int64_t NORMED = filled(D, 2), GATED = filled(F, 2);
 
 // A layer's weights; what it has not is null. INT4 has groups of inputs.
 struct Matrix { const char* panels; int64_t group; };
@@ -28,17 +33,18 @@ struct Layer {
     const float *gamma, *mlp_gamma, *bias, *q_gamma, *k_gamma;
 };
 
-// x [M, D] becomes x + more, and y its norm (Zhang and Sennrich 2019, equation 4).
+// x [M, D] becomes x + more [M, MORE], and y, `apart` numbers from row to row, its norm (Zhang and
+// Sennrich 2019, equation 4).
 template <class O>
-static void norm(float* x, const float* more, const float* gamma, O* y, int64_t M) {
+static void norm(float* x, const float* more, const float* gamma, O* y, int64_t apart, int64_t M) {
     #pragma omp for schedule(static)
     for (int64_t m = 0; m < M; m++) {
         float* row = x + m * D; float squares = 0;
-        if (more) for (int d = 0; d < D; d++) row[d] += more[m * D + d];
+        if (more) for (int d = 0; d < D; d++) row[d] += more[m * MORE + d];
         #pragma omp simd reduction(+:squares)
         for (int d = 0; d < D; d++) squares += row[d] * row[d];
         const float scale = 1 / std::sqrt(squares / D + float(EPS));
-        for (int d = 0; d < D; d++) put(row[d] * scale * gamma[d], y + m * D + d);
+        for (int d = 0; d < D; d++) put(row[d] * scale * gamma[d], y + m * apart + d);
     }
 }
 
@@ -65,7 +71,7 @@ static void turn_all(float* heads, const Layer& layer, const float* cos, const f
     #pragma omp for schedule(static)
     for (int64_t task = 0; task < M * each; task++) {
         const int64_t m = task / each, n = task % each, k = n < G * KV ? 0 : (n - G * KV) % KV;
-        float* head = heads + task * H;
+        float* head = heads + m * HEADS + n * H;
         const float *c = cos + m * H, *s = sin + m * H;
         if (layer.bias) for (int h = 0; h < H; h++) head[h] += layer.bias[n * H + h];
         if (n < G * KV) {
@@ -78,13 +84,16 @@ static void turn_all(float* heads, const Layer& layer, const float* cos, const f
     }
 }
 
-// silu(gate) up of both [M, 2, F] -> out [M, F] (Shazeer 2020, SwiGLU).
+// silu(gate) up of both [M, BOTH] -> out [M, GATED] (Shazeer 2020, SwiGLU).
 static void gate(const float* both, IN* out, int64_t M) {
+    const int64_t parts = (F + WIDTH - 1) / WIDTH;
     #pragma omp for schedule(static)
-    for (int64_t part = 0; part < M * F / WIDTH; part++) {
-        const float* gates = both + part / (F / WIDTH) * 2 * F + part % (F / WIDTH) * WIDTH;
-        const vec x = read<vec>(gates), up = read<vec>(gates + F);
-        put(x / (1 + power_of_2(-1.44269504f * x)) * up, out + part * WIDTH);
+    for (int64_t part = 0; part < M * parts; part++) {
+        const int64_t m = part / parts, f = part % parts * WIDTH;
+        const float* gates = both + m * BOTH + f;
+        const vec x = read_some(gates, F - f), up = read_some(gates + F, F - f);
+        const vec gated = x / (1 + power_of_2(-1.44269504f * x)) * up;
+        put_some(gated, out + m * GATED + f, F - f);
     }
 }
 
@@ -98,8 +107,8 @@ extern "C" void step(float* x, float* y, const Layer* layers, const float* gamma
                      int64_t B, int64_t of_layer, int64_t columns, int64_t size, int64_t window) {
     const Rows rows(B, past, brought);
     const int64_t M = rows.token.size();
-    std::vector<IN> normed(M * D), seen(M * G * KV * H), gated(M * F);
-    std::vector<float> heads(M * HEADS), more(M * D), both(M * 2 * F);
+    std::vector<IN> normed(M * NORMED), seen(M * G * KV * H), gated(M * GATED);
+    std::vector<float> heads(M * HEADS), more(M * MORE), both(M * BOTH);
     std::vector<R> room[2];
     auto multiplied = [&](const std::vector<IN>& in, const Matrix& matrix,
                           std::vector<float>& out) {
@@ -119,16 +128,17 @@ extern "C" void step(float* x, float* y, const Layer* layers, const float* gamma
             const Layer& layer = layers[i];
             const Pages in = {keys + i * of_layer, values + i * of_layer, table,
                               KV, columns, size, window};
-            norm(x, i ? more.data() : nullptr, layer.gamma, normed.data(), M), done(ELEMENTWISE);
+            norm(x, i ? more.data() : nullptr, layer.gamma, normed.data(), NORMED, M);
+            done(ELEMENTWISE);
             multiplied(normed, layer.qkv, heads), done(QKV);
             turn_all(heads.data(), layer, cos, sin, in, rows), done(ELEMENTWISE);
             attend(heads.data(), HEADS, in, rows, seen.data(), room), done(ATTENTION);
             multiplied(seen, layer.out, more), done(OUT);
-            norm(x, more.data(), layer.mlp_gamma, normed.data(), M), done(ELEMENTWISE);
+            norm(x, more.data(), layer.mlp_gamma, normed.data(), NORMED, M), done(ELEMENTWISE);
             multiplied(normed, layer.gate_up, both), done(GATE_UP);
             gate(both.data(), gated.data(), M), done(ELEMENTWISE);
             multiplied(gated, layer.down, more), done(DOWN);
         }
-        norm(x, more.data(), gamma, y, M), done(ELEMENTWISE);
+        norm(x, more.data(), gamma, y, D, M), done(ELEMENTWISE);
     }
 }

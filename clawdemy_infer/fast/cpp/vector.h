@@ -62,6 +62,20 @@ static inline void put(vec x, bf16* to) {
 #endif
 }
 
+// The first `count` numbers, or all; the others are zero, or not written.
+static inline vec read_some(const float* from, int64_t count) {
+    if (count >= WIDTH) return read<vec>(from);
+    vec x = {};
+    memcpy(&x, from, count * sizeof(float));
+    return x;
+}
+template <class N> static inline void put_some(vec x, N* to, int64_t count) {
+    if (count >= WIDTH) return put(x, to);
+    N room[WIDTH];
+    put(x, room);
+    memcpy(to, room, count * sizeof(N));
+}
+
 // WIDTH numbers in fp16 -> fp32.
 static inline vec from_fp16(const char* from) {
 #if defined(__AVX512F__)
