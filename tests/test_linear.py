@@ -154,9 +154,9 @@ def test_with_matrix_registers_many_rows_of_bf16_are_pytorch_s(monkeypatch):
     assert kernels.kernels_in_words("int8") == "cpp_product"
 
 
-def test_without_a_compiler_and_for_sizes_that_it_does_not_take_pytorch_multiplies(monkeypatch):
+def test_without_a_compiler_pytorch_multiplies_and_with_one_odd_sizes_are_in_cpp_too(monkeypatch):
     odd = PackedLinear("fp32", normal(90, 33))
-    assert not isinstance(odd.kernels[0][1], CppProduct)
+    assert isinstance(odd.kernels[0][1], CppProduct)
     torch.testing.assert_close(odd(normal(3, 33)), normal(3, 33) @ normal(90, 33).T)
     monkeypatch.setattr(cpp, "available", lambda: False)
     assert [kernels.kernels_in_words(format) for format in FORMATS] == [

@@ -208,9 +208,9 @@ def test_forks_share_their_blocks_until_one_writes():
 
 
 @pytest.mark.parametrize(
-    ("format", "F"), [*((format, 160) for format in FORMATS), ("int4", 192), ("bf16", 121),
+    ("format", "F"), [*((format, 160) for format in FORMATS), ("int4", 192), ("fp16", 121),
                       ("int8", 121)],
-    ids=[*FORMATS, "int4 in groups of 32 and of 64", "bf16 of an odd width", "int8 of one"])
+    ids=[*FORMATS, "int4 in groups of 32 and of 64", "fp16 of an odd width", "int8 of one"])
 def test_each_format_says_what_its_weights_say_in_fp32(format, F):
     eager = random_model(replace(SHAPE, F=F))
     fast = in_cpp(eager, format)
