@@ -73,7 +73,7 @@ def test_most_caps_prompt_and_output_together():
 
 
 @pytest.mark.parametrize("arguments, named",
-                         [({"prompt": "sharegtp"}, "known workloads are sharegpt"),
+                         [({"prompt": "sharegtp"}, "accepted: sharegpt"),
                           ({"prompt": uniform(1, 2)}, "output"), ({"requests": 0}, "requests=0"),
                           ({"rate": 0.0}, "rate=0"), ({"burstiness": -1.0}, "burstiness=-1"),
                           *(({"burstiness": value}, "burstiness=.*0.001 to 1000")
@@ -116,7 +116,7 @@ GOOD = {"id": 1, "arrival_s": 0, "prompt_tokens": 3, "max_tokens": 2}
                                            ({"arrival_s": "soon"}, "arrival_s='soon'"),
                                            ({"prompt_tokens": 2.5}, "prompt_tokens=2.5"),
                                            ({"prompt": "x"}, "exactly one"),
-                                           ({"prompt_token": 3}, "'prompt_token'"),
+                                           ({"prompt_token": 3}, "prompt_token=3"),
                                            ({"id": [1]}, r"id=\[1\]"), ({"stop": [""]}, "stop="),
                                            ({"priority": "high"}, "priority='high'"),
                                            *(({"max_tokens": value}, "max_tokens=.*10,000,000")
@@ -133,7 +133,7 @@ GOOD = {"id": 1, "arrival_s": 0, "prompt_tokens": 3, "max_tokens": 2}
                                            ({"id": 10**400}, "id=1000.*64 bits"),
                                            ({"id": "\ud800"}, r"id='\\ud800'"),
                                            ({"stop": ["\udfff"]}, "stop="),
-                                           ({"y" * 10**6: 1}, "'yyy.*: accepted are"), ])
+                                           ({"y" * 10**6: 1}, "'yyy.*; accepted: the keys id"), ])
 def test_a_wrong_line_is_named_with_its_number(tmp_path, change, words):
     path = tmp_path / "wrong.jsonl"
     path.write_text(json.dumps(GOOD | {"id": 0}) + "\n" + json.dumps(GOOD | change) + "\n")
@@ -143,9 +143,9 @@ def test_a_wrong_line_is_named_with_its_number(tmp_path, change, words):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("", "no request"), ("[1]", "not an object"), ("{", "line 1"),
+    [("", "request is missing"), ("[1]", "an object"), ("{", "line 1"),
      ('{"id": 1}', "arrival_s is missing"),
-     (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2: id=1 was there before"), ])
+     (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2: id=1 .*not there before"), ])
 def test_a_file_that_is_no_trace_is_refused(tmp_path, text, words):
     path = tmp_path / "wrong.jsonl"
     path.write_text(text)
@@ -172,8 +172,8 @@ def test_a_line_that_cannot_be_read_is_one_short_sentence(tmp_path, text):
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("limit", "words"), [("MAX_REQUESTS", "line 3: 2 requests are accepted"),
-                                              ("MAX_TRACE_BYTES", "bytes; 2 are accepted")])
+@pytest.mark.parametrize(("limit", "words"), [("MAX_REQUESTS", "line 3: requests=3 .* at most 2$"),
+                                              ("MAX_TRACE_BYTES", "at most 2 bytes")])
 def test_a_trace_that_is_too_long_is_refused_with_the_limit(tmp_path, monkeypatch, limit, words):
     from clawdemy_infer.rigs import trace
 

@@ -17,7 +17,7 @@ from clawdemy_infer.lesson.steps import (
 from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.rigs import bench
-from clawdemy_infer.rigs.bench import BenchRow, bounds, measure
+from clawdemy_infer.rigs.bench import bounds, measure
 from clawdemy_infer.timing import Timing
 
 SHAPE = ModelShape("tiny", L=2, D=24, N=3, K=1, H=8, F=40, V=67, max_context=64)
@@ -150,20 +150,21 @@ def test_every_row_of_the_card_is_measured_in_its_order(model, calm):
               ("decode", "fp32", 2, 19)]
     allowed = bounds(SHAPE, MACHINE, 1e6, wanted)
     rows = list(measure(model, MACHINE, allowed))
-    assert [(row.phase, row.weights, row.batch, row.context) for row in rows] == wanted
+    assert [(row["phase"], row["weights"], row["batch"], row["context"]) for row in rows] == wanted
     assert calm == [Speeds(0.5, 0.5, 0.5)] * 4
     for row, before in zip(rows, allowed, strict=True):
-        ops = step_ops(model, 2) if row.phase == "prefill" else step_ops(model, batch=row.batch)
-        work = work_of(SHAPE, row.phase, "fp32", row.batch, row.context)
-        assert row.napkin_s == before["napkin_s"]
+        ops = (step_ops(model, 2) if row["phase"] == "prefill"
+               else step_ops(model, batch=row["batch"]))
+        work = work_of(SHAPE, row["phase"], "fp32", row["batch"], row["context"])
+        assert row["napkin_s"] == before["napkin_s"]
         # At half the speed it takes twice as long.
         said = MACHINE.time(work, ops)
-        assert row.predicted_s == pytest.approx(said.seconds / 0.5)
+        assert row["predicted_s"] == pytest.approx(said.seconds / 0.5)
         # The interval holds what the machine would do at the speeds before and after the run.
-        assert row.predicted_low_s == pytest.approx(said.low_s / 0.5)
-        assert row.predicted_high_s == pytest.approx(said.high_s / 0.25)
-        assert row.measured_s == 2.0 and row.spread == pytest.approx(0.5)
-        assert row.ratio == pytest.approx(2.0 / row.predicted_s)
+        assert row["predicted_low_s"] == pytest.approx(said.low_s / 0.5)
+        assert row["predicted_high_s"] == pytest.approx(said.high_s / 0.25)
+        assert row["measured_s"] == 2.0 and row["spread"] == pytest.approx(0.5)
+        assert row["ratio"] == pytest.approx(2.0 / row["predicted_s"])
 
 
 def test_a_prediction_is_made_before_its_run(model, calm, monkeypatch):
@@ -173,18 +174,17 @@ def test_a_prediction_is_made_before_its_run(model, calm, monkeypatch):
     monkeypatch.setattr(parts, "bracketed", lambda machine: lambda work, repeats: Timing(
         (77.0,), watch(work, repeats).around))
     [second] = measure(model, MACHINE, bounds(SHAPE, MACHINE, 1e6, [("decode", "fp32", 1, 5)]))
-    assert (first.measured_s, second.measured_s) == (2.0, 77.0)
-    assert first.predicted_s == second.predicted_s
-    assert (first.predicted_low_s, first.predicted_high_s) == (
-        second.predicted_low_s, second.predicted_high_s)
+    assert (first["measured_s"], second["measured_s"]) == (2.0, 77.0)
+    assert first["predicted_s"] == second["predicted_s"]
+    assert (first["predicted_low_s"], first["predicted_high_s"]) == (
+        second["predicted_low_s"], second["predicted_high_s"])
 
 
-def test_a_row_in_json_has_the_fields_that_scripts_rely_on():
-    row = BenchRow("decode", "bf16", 3, 64, napkin_s=0.010, predicted_s=0.016,
-                   predicted_low_s=0.014, predicted_high_s=0.018, measured_s=0.020, spread=0.01)
-    assert row.as_dict() == {
-        "phase": "decode", "weights": "bf16", "batch": 3, "context": 64, "napkin_s": 0.010,
-        "predicted_s": 0.016, "predicted_low_s": 0.014, "predicted_high_s": 0.018,
-        "measured_s": 0.020, "spread": 0.01, "inside": False,
-        "ratio": pytest.approx(1.25), "fraction_of_bound": pytest.approx(0.5)}
-    assert all(math.isfinite(value) for value in row.as_dict().values() if isinstance(value, float))
+def test_a_row_in_json_has_the_fields_that_scripts_rely_on(model, calm):
+    [row] = measure(model, MACHINE, bounds(SHAPE, MACHINE, 1e6, [("decode", "fp32", 3, 64)]))
+    assert {"phase", "weights", "batch", "context", "napkin_s", "predicted_s", "predicted_low_s",
+            "predicted_high_s", "measured_s", "spread"} <= row.keys()
+    assert row["inside"] is False and row["measured_s"] == 2.0
+    assert row["ratio"] == pytest.approx(2.0 / row["predicted_s"])
+    assert row["fraction_of_bound"] == pytest.approx(row["napkin_s"] / 2.0)
+    assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))

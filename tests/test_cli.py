@@ -3,6 +3,7 @@ for wrong usage."""
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.cli import bench_peers, doctor, generate
 from clawdemy_infer.cli import main as cli
 from clawdemy_infer.cli.arguments import RUNS_IN
-from clawdemy_infer.cli.page import page
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import FORMATS
 from clawdemy_infer.fast.faster import faster
@@ -101,9 +101,10 @@ def test_help_and_version_say_what_there_is(run):
           ], "model='lama-2-13b' is not in models.toml; near matches: llama-2-13b"),
         (["napkin", "--model", "llama-2-13b", "--machine", "h10"
           ], "machine='h10' is not in machines.toml; near matches: a10, h100-"),
-        (["napkin", "--model", "nowhere/config.json", "--machine", "l4"
-          ], "model='nowhere/config.json': no such file"),
-        (["napkin", "--machine", "l4"], "model: name one, or several with --compare"),
+        (["napkin", "--model", "nowhere/config.json", "--machine", "l4"],
+         "model='nowhere/config.json' is not supported; accepted: a config.json"),
+        (["napkin", "--machine", "l4"],
+         "model is missing; accepted: one, or several with --compare"),
         (["napkin", "--compare", "llama-2-13b,", "--machine", "l4"
           ], "model='' is not in models.toml"),
         ([*NAPKIN, "--tp", "3"], "tp=3: it must divide the N=40 query heads"),
@@ -662,7 +663,8 @@ def test_bench_takes_a_step_apart(run, tiny):
 
 
 @pytest.mark.parametrize("arguments, named",
-                         [(["--context", "4096"], "context=4096: the model's context is 2048"),
+                         [(["--context", "4096"],
+                           "context=4096 is not supported; accepted: at most 2048"),
                           (["--weights", "fp32,fp16"], "weights='fp16'")])
 def test_bench_refuses_before_it_times(run, tiny, arguments, named):
     result = run("bench", *arguments)
@@ -692,20 +694,27 @@ def test_every_command_gets_compiled_code_by_the_same_door(run, tiny, monkeypatc
 
 
 @pytest.mark.parametrize("arguments, lessons, given", [
-    ([], ([], None), (False, False, False)),
-    (["--json"], ([], None), (False, False, True)),
-    (["01", "02", "--core"], (["01", "02"], None), (True, False, False)),
-    (["--resume", "--in", "here"], ([], Path("here")), (False, True, False)),
+    ([], ([], None), (False, False)),
+    (["--json"], ([], None), (False, False)),
+    (["01", "02", "--core"], (["01", "02"], None), (True, False)),
+    (["--resume", "--in", "here"], ([], Path("here")), (False, True)),
 ])
 def test_course_is_handed_on(run, monkeypatch, arguments, lessons, given):
     asked = []
-    monkeypatch.setattr(course, "choose", lambda *chosen: chosen)
-    monkeypatch.setattr(course, "main", lambda *got: asked.append(got) or 1)
-    assert run("course", *arguments).code == 1 and asked == [(lessons, *given)]
+
+    def run_course(*got):
+        asked.append(got)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(course, "choose", lambda *got: asked.append(got) or [Path("01.ipynb")])
+    monkeypatch.setattr(course, "run_course", run_course)
+    assert run("course", *arguments).code == 130
+    assert asked == [lessons, ([Path("01.ipynb")], *given)]
 
 
 # ---- the page of all commands ----
 
+page = runpy.run_path(str(REPOSITORY / "notebooks" / "commands.py"))["page"]
 EXAMPLES = re.findall(r"^  (clawdemy-infer .*)$", page(), re.MULTILINE)
 
 

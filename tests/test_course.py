@@ -398,14 +398,14 @@ def test_lessons_are_those_of_the_folder_that_is_named(three, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["02"], "lesson='02': accepted are a notebook, or the number or name of one of "
+    (["02"], "lesson='02' is not supported; accepted: a notebook, or the number or name of one of "
              "00_your_machine, 01_counting, A1_more"),
-    (["01", "0"], "lesson='0': accepted are"),
-    (["nowhere/01_counting.ipynb"], "lesson='nowhere/01_counting.ipynb': accepted are"),
-    (["--in", "nowhere"], "in='nowhere': no lessons (*.ipynb) there; a folder of lessons"),
+    (["01", "0"], "lesson='0' is not supported; accepted"),
+    (["nowhere/01_counting.ipynb"], "lesson='nowhere/01_counting.ipynb' is not supported"),
+    (["--in", "nowhere"], "in='nowhere' is not supported; accepted: a folder of lessons (*.ipynb)"),
 ])
 def test_a_wrong_name_is_wrong_usage_and_nothing_runs(three, monkeypatch, capsys, arguments, said):
-    monkeypatch.setattr(course, "main", pytest.fail)
+    monkeypatch.setattr(course, "run_course", pytest.fail)
     assert cli.main(["course", *arguments]) == 2
     output = capsys.readouterr()
     assert said in output.err and output.err.count("\n") == 1 and output.out == ""

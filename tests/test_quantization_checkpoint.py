@@ -220,7 +220,7 @@ def test_a_config_survives_the_way_to_hugging_face_and_back(more):
      ("int4-g32-float", "gptq", "format=int4-g32-float"),
      ("int3-g32", "awq", "format=int3-g32: the awq layout holds integers of 4 bits"),
      ("int5-g32", "gptq", "format=int5-g32"), ("nf4", None, "format=nf4: the gptq layout holds"),
-     ("int4-g32", "gguf", "layout='gguf': accepted are gptq, awq"), ])
+     ("int4-g32", "gguf", "layout='gguf' is not supported; accepted: gptq, awq"), ])
 def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(format, layout, said,
                                                                      tmp_path):
     with pytest.raises(ValueError, match=said):
@@ -231,7 +231,7 @@ def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(format, lay
 
 def test_a_directory_that_exists_is_not_written_over(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="out=.*exists already"):
+    with pytest.raises(ValueError, match="out=.*a directory that does not exist yet"):
         save_quantized(round_to_nearest(tiny(), IntFormat(4, 32)), tmp_path / "out")
 
 
@@ -249,8 +249,8 @@ def broken(directory, change):
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"quant_method": "exl2"}, "quant_method='exl2': accepted are gptq, awq"),
-    ({"quant_method": "packed", "format": "nf4"}, "quant_method='packed': accepted are gptq, awq"),
+    ({"quant_method": "exl2"}, "quant_method='exl2' is not .* gptq, awq"),
+    ({"quant_method": "packed", "format": "nf4"}, "quant_method='packed' is not .* gptq, awq"),
     ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
     ({"bits": 40}, "bits=40"), ({"quant_method": "awq", "version": "gemv"}, "version='gemv'"),
 ])
@@ -268,7 +268,7 @@ def test_symmetric_is_believed_only_with_the_zero_points_that_go_with_it(tmp_pat
 
 
 def test_missing_tensors_and_directories_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
         load_quantized(tmp_path / "nowhere")
     directory = save_quantized(round_to_nearest(tiny(), IntFormat(4, 32)), tmp_path / "out")
     tensors = load_file(directory / "model.safetensors")
@@ -284,7 +284,7 @@ def test_a_matrix_without_its_scales_is_named(key, tmp_path):
     tensors = load_file(directory / "model.safetensors")
     del tensors[f"model.layers.1.{key}"]
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(ValueError, match=f"model.layers.1.{key}: missing"):
+    with pytest.raises(ValueError, match=f"model.layers.1.{key} is missing"):
         load_quantized(directory)
 
 
@@ -503,7 +503,7 @@ def test_what_fp16_cannot_hold_is_refused_before_anything_is_written(name, value
     model = Decoder(ModelConfig(shape)).eval().requires_grad_(False)
     quantized = round_to_nearest(model, IntFormat(4, 32))
     getattr(quantized.decoder, name).weight.view(-1)[5] = value
-    with pytest.raises(ValueError, match=r"(embed_tokens|norm|lm_head).weight: it holds .*65504"):
+    with pytest.raises(ValueError, match=r"(embed_tokens|norm|lm_head).weight=.*; accepted.*65504"):
         save_quantized(quantized, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -582,7 +582,8 @@ def test_what_quantize_wrote_generates(small_model, tmp_path, capsys):
     [(["--format", "nf4"], 2, "--format nf4"), (["--group", "48"], 2, "group=48 does not divide"),
      (["--bits", "9"], 2, "bits"), (["--group", "0"], 2, "group"),
      (["--method", "best"], 2, "method"),
-     (["--calibration", "nowhere.txt"], 2, "calibration='nowhere.txt': no such file"),
+     (["--calibration", "nowhere.txt"], 2,
+      "--calibration: 'nowhere.txt': the path of a text file is accepted"),
      (["--bits", "3", "--layout", "awq"], 2, "awq layout"), ])
 def test_wrong_usage_is_one_line_that_names_the_argument(arguments, code, said, small_model,
                                                          tmp_path, capsys):

@@ -11,6 +11,7 @@ from tolerances import LOGITS
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from clawdemy_course.quality_by_part import kl_by_layer, output_errors
 from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.quantized import on_kernels
@@ -26,8 +27,8 @@ from clawdemy_infer.quantization import (
     round_to_nearest,
 )
 from clawdemy_infer.quantization.linears import with_matrices
-from clawdemy_infer.rigs.quality import Reference, kl_by_layer, mean_and_error, output_errors
-from clawdemy_infer.rigs.quantization_table import compare_formats, quantization_table
+from clawdemy_infer.rigs.quality import Reference, mean_and_error
+from clawdemy_infer.rigs.quantization_table import judged_row, quantization_table
 from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens, prose
 from clawdemy_infer.variants.int8_activations import (
     Int8Activations,
@@ -316,7 +317,8 @@ def test_one_layer_at_a_time_costs_less_than_all(model, reference):
 
 
 def test_the_table_counts_bytes_by_hand(model, reference):
-    rows = list(compare_formats(reference, [round_to_nearest(model, format_named("int4-g32"))]))
+    quantized = round_to_nearest(model, format_named("int4-g32"))
+    rows = [judged_row(reference), judged_row(reference, quantized)]
     # qkv, out, gate and up, down
     matrices = 3 * ((6 + 2 * 2) * 16 * 96 + 96 * 96 + 2 * 160 * 96 + 160 * 96)
     rest = (2 * 101 * 96 + 7 * 96) * 4  # embedding, head, norms: fp32

@@ -15,11 +15,12 @@ from clawdemy_infer.cli import main as cli
 from clawdemy_infer.files.directory import destinations, to_hf
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.rigs.quality import Reference
-from clawdemy_infer.rigs.quantization_grid import cells, through_cache
 from clawdemy_infer.rigs.quantization_table import (
+    cells,
     quantization_table,
     read_table,
     shipped_table,
+    through_cache,
     write_table,
 )
 from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens
@@ -93,8 +94,8 @@ def test_what_the_file_has_is_not_judged_again(filled, directory, tmp_path, caps
 
 
 @pytest.mark.parametrize(("more", "said"), [
-    (["--sequences", "1"], "table=.*: its text is '2 sequences of 40 tokens, crc32"),
-    (["somewhere"], "directory='somewhere': --table makes"),
+    (["--sequences", "1"], "table.jsonl: text='2 sequences of 40 tokens, crc32"),
+    (["somewhere"], "directory='somewhere' .*: --table makes"),
 ])
 def test_a_table_of_another_text_is_not_continued(more, said, filled, directory, capsys):
     before = filled.read_text()
@@ -105,8 +106,8 @@ def test_a_table_of_another_text_is_not_continued(more, said, filled, directory,
 
 def test_evaluate_without_anything_to_evaluate_is_refused(capsys):
     assert cli.main(["evaluate"]) == 2
-    assert "directory: name that of a quantized model, or ask for --table" in capsys.readouterr(
-    ).err
+    error = capsys.readouterr().err
+    assert "directory is missing; accepted: a quantized model's, or --table" in error
 
 
 def test_a_damaged_line_is_named(filled, tmp_path):

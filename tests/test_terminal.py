@@ -71,7 +71,7 @@ def idle(monkeypatch, tmp_path):
     monkeypatch.setattr(replay, "requests_of", stop)
     monkeypatch.setattr(doctor, "checks", stop)
     monkeypatch.setattr(published, "Evidence", stop)
-    monkeypatch.setattr(course, "main", stop)
+    monkeypatch.setattr(course, "run_course", stop)
     monkeypatch.setattr("clawdemy_infer.rigs.bench_kernels.kernel_rows", stop)
 
 
@@ -146,7 +146,7 @@ def test_a_mistyped_path_is_a_missing_path_and_no_name_of_the_hub(run, idle, nam
     for line in (["generate", "--prompt", "a", "--model", name],
                  ["napkin", "--model", name, "--machine", "l4"]):
         code, _, err = run(*line)
-        assert code == 2 and f"model={name!r}: no such file or directory" in err
+        assert code == 2 and f"model={name!r} is not supported; accepted: a file or dir" in err
     assert run("generate", "--prompt", "a", "--model", "org/name")[0] == 1
 
 

@@ -1,6 +1,5 @@
 """What the commands share: how one is added, how an argument is read and how far it may go, which
-errors are wrong usage. Nothing here imports torch before a command runs, so that `--help` is
-quick."""
+errors are wrong usage. Nothing here imports torch before a command runs: `--help` is quick."""
 
 import argparse
 import math
@@ -9,10 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 from textwrap import fill
 from typing import NoReturn
 
 from clawdemy_infer.cli.output import say
+from clawdemy_infer.refused import Refused
 from clawdemy_infer.rigs.stream import printable
 
 Args = argparse.Namespace
@@ -24,17 +25,20 @@ MOST_LISTED, MOST_SHOWN = 1000, 1000
 """Values in a list with commas; characters of an error, since an argument may be megabytes long."""
 
 
-class UsageError(ValueError):
-    """An argument that is refused. The message names it; the exit code is 2."""
+class UsageError(Refused):
+    """An argument that is refused: `UsageError("", "trace", "x", "a file")`."""
+
+    exit_code = 2
 
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """Where arguments are looked at: a ValueError in here is a UsageError."""
+    """Where arguments are looked at: a ValueError in here is wrong usage."""
     try:
         yield
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        error.exit_code = 2
+        raise
 
 
 def one_line(text: str) -> str:
@@ -65,12 +69,10 @@ def command(subparsers, name: str, run: Callable[[Args], int], description: str,
 
 def option(group, flag: str, help: str, kind: object = str, default: object = None, **more) -> None:
     """Add an option to a parser or a group of one: `option(c, "--batch B", "sequences", count, 1)`.
-
     `flag` is its name and what stands for its value. `kind` reads the value, or is a tuple of the
     accepted ones; in a list, `[count]`, it takes several with commas between; `bool` takes no
     value, and with a default it can be denied; `int` and `float` have limits, here as elsewhere. A
-    default is named at the end of the help.
-    """
+    default is named at the end of the help."""
     name, _, metavar = flag.partition(" ")
     if default not in (None, "", []):
         shown = ",".join(map(str, default)) if isinstance(default, list) else default
@@ -97,9 +99,9 @@ def compile_option(group, where: str = "") -> None:
 
 def idle(args: Args, because: object, why: str, *flags: str) -> None:
     """Refuse those of `flags` that were given, which change nothing `because` something is so."""
-    for flag in flags:
-        if because and flag in args.given:
-            raise UsageError(f"{flag} changes nothing {why}")
+    with checked():
+        if because and (given := [flag for flag in flags if flag in args.given]):
+            raise ValueError(f"{given[0]} changes nothing {why}")
 
 
 def read_by(read: Callable[[str], object], accepted: str) -> Callable[[str], object]:
@@ -135,6 +137,8 @@ def number(infinite: bool = False, low: float = -MOST_VALUE,
 words = read_by(lambda text: text.encode().decode(), "UTF-8 is accepted")
 count, tokens, seed = whole(1, MOST), whole(1, MOST_TOKENS), whole(0, MOST_SEED)
 rate = number(infinite=True)
+text_file = read_by(lambda text: Path(text) if Path(text).is_file() else None,
+                    "the path of a text file is accepted")
 draft = fitting("lookup|int8|int4|trained|exit:[1-9][0-9]{0,3}",
                 "accepted are lookup, int8, int4, trained, exit:K for the first K layers")
 
@@ -152,12 +156,11 @@ def several(kind: object) -> Callable[[str], list]:
 
 
 def there(name: str, option: str = "model") -> str:
-    """`name`, unless it is the path of what is not there: it begins as a path does, or lies in a
-    folder that there is."""
-    path = os.path.expanduser(name)
-    if not os.path.exists(path) and (name.startswith(("/", "./", "../", "~"))
-                                     or "/" in name and os.path.exists(name.partition("/")[0])):
-        raise UsageError(f"{option}={name!r}: no such file or directory")
+    """`name`, unless it begins as a path does, or lies in a folder, and is not there."""
+    like_a_path = (name.startswith(("/", "./", "../", "~"))
+                   or "/" in name and os.path.exists(name.partition("/")[0]))
+    if like_a_path and not os.path.exists(os.path.expanduser(name)):
+        raise UsageError("", option, name, "a file or directory that exists")
     return name
 
 
@@ -167,12 +170,12 @@ def load(name: str, option: str = "model", device: str = "cpu"):
     try:
         return files.load_model(there(name, option), device=device)
     except files.UnknownModel as error:
-        raise UsageError(str(error).replace("model=", f"{option}=", 1)) from error
+        with checked():
+            raise ValueError(str(error).replace("model=", f"{option}=", 1)) from error
 
 
 def running(args: Args, weights: str | None = None):
-    """The model of `--model` on this machine's device, packed in the format `weights`, on compiled
-    code if that is asked for."""
+    """The model of `--model` on this machine's device, packed in `weights`, compiled if asked."""
     from clawdemy_infer.fast.faster import faster
     from clawdemy_infer.machine.calibrate import default_device
     plain = load(args.model, device=default_device())

@@ -2,6 +2,7 @@
 of a step goes. With `--peers` or `--kernels` something else is measured instead."""
 
 from itertools import product
+from operator import itemgetter
 
 from clawdemy_infer.cli import arguments, bench_kernels, bench_peers
 from clawdemy_infer.cli.arguments import RUNS_IN, Args, UsageError, command, count, idle, option
@@ -63,15 +64,14 @@ def ours(args: Args) -> int:
     args.weights = list(dict.fromkeys(weights for _, weights, _, _ in wanted))
     machine = arguments.calibrated(device, args.weights)
     if unknown := [weights for weights in args.weights if weights not in machine.peak_flops]:
-        raise UsageError(f"weights={unknown[0]!r}: {machine.name} is calibrated for "
-                         f"{', '.join(machine.peak_flops)}")
+        raise UsageError("", "weights", unknown[0], f"{', '.join(machine.peak_flops)}, for which "
+                         f"{machine.name} is calibrated")
     if args.compile and args.breakdown and device == "cuda":
-        raise UsageError("breakdown: recorded, a step has no clocks; it is accepted without "
-                         "--compile")
+        raise UsageError("", "compile", True, "none with --breakdown: a recording has no clocks")
     model = arguments.running(args, args.weights[0])
     shape = model.config.shape
     if shape.max_context and (longest := max(row[-1] for row in wanted)) > shape.max_context:
-        raise UsageError(f"context={longest}: the model's context is {shape.max_context}")
+        raise UsageError("", "context", longest, f"at most {shape.max_context}, as the model has")
     # 2. What the roofline allows, and what does not fit.
     available = machine.memory if device == "cuda" else psutil.virtual_memory().available
     memory = min(machine.memory, available)
@@ -91,15 +91,14 @@ def ours(args: Args) -> int:
         if args.compile:
             compile_s[model.weights] = model.runner.compile_s
         for row in measure(model, machine, feasible):
-            phase, batch, context = setting = row.phase, row.batch, row.context
-            say(f"{phase} {weights} B={batch} S={context}: {si(row.measured_s, 's')}")
+            say("{phase} {weights} B={batch} S={context}: ".format(**row)
+                + si(row["measured_s"], "s"))
             rows.append(row)
             if args.breakdown:
-                found = StepOf(model, *setting).parts(machine)
+                found = StepOf(model, row["phase"], row["batch"], row["context"]).parts(machine)
                 rest = {"name": "not explained", "measured_s": found.rest_s}
-                parts.append({"phase": phase, "weights": weights, "batch": batch,
-                              "context": context, "parts": [*found, rest],
-                              "whole_s": found.whole_s, "watching_s": found.watching_s})
+                parts.append(row | {"parts": [*found, rest], "whole_s": found.whole_s,
+                                    "watching_s": found.watching_s})
 
     notes = notes_on(rows, allowed, memory, load_average)
     if args.compile:
@@ -112,15 +111,15 @@ def ours(args: Args) -> int:
     result = {"card": {"model": shape.name, "machine": machine.name, "memory_bytes": memory,
                        "bandwidth": machine.bandwidth_at(), "peak_flops": machine.peak_flops,
                        "fixed_s_per_op": machine.fixed_s_per_op, "rows": allowed},
-              "rows": [row.as_dict() for row in rows], "notes": notes, "errors": off}
+              "rows": rows, "notes": notes, "errors": off}
     result |= {"compile_s": compile_s} if args.compile else {}
     result |= {"breakdown": parts} if args.breakdown else {}
     answer(args.json, result, "",
-           table_of(result["rows"], "phase weights batch context napkin_s predicted_s "
+           table_of(rows, "phase weights batch context napkin_s predicted_s "
                     "predicted_low_s predicted_high_s measured_s spread inside fraction_of_bound"),
            *(table_of(each["parts"], "name napkin_s predicted_s measured_s",
-                      f"{each['phase']} in {each['weights']}, batch {each['batch']:,}, context "
-                      f"{each['context']:,}") for each in parts), *notes, *said)
+                      "{phase} in {weights}, batch {batch:,}, context {context:,}".format(**each))
+             for each in parts), *notes, *said)
     return 0 if rows else 1
 
 
@@ -128,19 +127,19 @@ def notes_on(rows: list, allowed: list[dict], memory: float, load_average: float
     notes = [f"{row['phase']} in {row['weights']} of batch {row['batch']:,} and context "
              f"{row['context']:,} was not timed: it needs {si(row['memory_bytes'], 'B')}, and "
              f"there are {si(memory, 'B')}." for row in allowed if not row["fits"]]
-    spread = max((row.spread for row in rows), default=0)
+    spread = max((row["spread"] for row in rows), default=0)
     if load_average > 0.5 or spread > 0.15:
         notes.append(f"The machine is busy (load average {load_average:.1f} at the start, spread "
                      f"of a row up to {spread:.0%}): trust these figures less.")
-    if any(row.fraction_of_bound > 1 for row in rows):
+    if any(row["fraction_of_bound"] > 1 for row in rows):
         notes.append("A row is faster than its bound, which cannot be: the machine was slower "
                      "while it was calibrated. Calibrate again.")
-    fp32 = {(row.phase, row.batch, row.context): row.measured_s for row in rows
-            if row.weights == "fp32"}
+    step = itemgetter("phase", "batch", "context")
+    fp32 = {step(row): row["measured_s"] for row in rows if row["weights"] == "fp32"}
     for row in rows:
-        times = row.measured_s / fp32.get((row.phase, row.batch, row.context), row.measured_s)
+        times = row["measured_s"] / fp32.get(step(row), row["measured_s"])
         if times > 1:
-            notes.append(f"{row.weights} loses here: {row.phase} of batch {row.batch:,} and "
-                         f"context {row.context:,} takes {times:.2f} times as long as with fp32 "
-                         "weights.")
+            notes.append("{weights} loses here: {phase} of batch {batch:,} and context {context:,} "
+                         "takes {times:.2f} times as long as with fp32 weights."
+                         .format(times=times, **row))
     return notes

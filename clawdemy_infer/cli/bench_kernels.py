@@ -11,8 +11,7 @@ WITHOUT_A_GPU = "h100-sxm"
 
 def add(bench) -> None:
     group = bench.add_argument_group("kernels, instead of ours")
-    option(group, "--kernels", "each Triton kernel: its bytes, and its time where there is a GPU",
-           bool)
+    option(group, "--kernels", "each Triton kernel: its bytes, and its time on a GPU", bool)
     option(group, "--checks", "also their errors and their machine code for four GPUs", bool)
     option(group, "--machine X", f"to predict for (default: this GPU, else {WITHOUT_A_GPU})")
 
@@ -58,8 +57,7 @@ def run(args: Args) -> int:
         result["traffic"] = checks.traffic()
         tables = [table_of(result["traffic"], "kernel envelope asked distinct sectors flops "
                            "dot_flops ok", "Bytes counted at small sizes in bf16")]
-        why = ("Kernels are interpreted here" if torch.cuda.is_available()
-               else "There is no GPU here")
+        why = "Kernels are interpreted" if torch.cuda.is_available() else "There is no GPU here"
         note = (f"{why}, so none is timed: bytes are counted in Triton's interpreter, and the "
                 f"seconds are those that {machine.name} needs at least.")
     if args.checks:

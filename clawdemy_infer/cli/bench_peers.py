@@ -22,7 +22,7 @@ def run(args: Args) -> int:
     with checked():                             # what is wrong is said before anything starts
         works = [who.parse(name) for name in args.workloads or who.DEFAULT_WORKLOADS]
         if large := [work.name for work in works if work.batch * work.context > MOST_TOKENS]:
-            raise ValueError(f"workloads={large[0]!r}: at most {MOST_TOKENS:,} tokens are accepted")
+            raise arguments.UsageError("", "workloads", large[0], f"at most {MOST_TOKENS:,} tokens")
         directory, gguf = who.weights_of(arguments.there(args.model))
     entered, notes = who.contestants(args.weights, args.peers, gguf)
     for sentence in notes:
@@ -34,12 +34,8 @@ def run(args: Args) -> int:
     from clawdemy_infer.machine.probes import bandwidth_probes
     from clawdemy_infer.peers.race import Worker, WorkerFailed, race
     from clawdemy_infer.peers.result import peer_rows, peers_table
-
     machine, shape = calibrated("cpu"), from_config(str(directory / "config.json"))
     [read] = bandwidth_probes([int(machine.bandwidth[-1][0])], "cpu")
-
-    def bandwidth() -> float:
-        return median(read.sample() for _ in range(3))
 
     def note(sentence: str) -> None:
         say(sentence)
@@ -61,7 +57,8 @@ def run(args: Args) -> int:
         weight_bytes = {one: worker.ready.get("weight_bytes") or shape.streamed_bytes(one.weights)
                         for one, worker in workers.items()}
         for work in works:
-            runs = race(workers, work, who.asked(work, directory), args.rounds, bandwidth, note)
+            runs = race(workers, work, who.asked(work, directory), args.rounds,
+                        lambda: median(read.sample() for _ in range(3)), note)
             rows += (new := peer_rows(runs, shape, machine, weight_bytes))
             say(str(peers_table(new)))
     finally:
@@ -70,6 +67,6 @@ def run(args: Args) -> int:
 
     card = {"model": shape.name, "machine": machine.name, "bandwidth": machine.bandwidth_at(),
             "peak_flops": machine.peak_flops, "versions": versions, "rounds": args.rounds}
-    answer(args.json, {"card": card | settings, "rows": rows,
-                       "notes": notes}, peers_table(rows), *notes)
+    result = {"card": card | settings, "rows": rows, "notes": notes}
+    answer(args.json, result, peers_table(rows), *notes)
     return 0 if rows else 1

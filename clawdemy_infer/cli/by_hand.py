@@ -1,5 +1,4 @@
-"""The card of `napkin` as a sheet that a person can follow by hand: each term with its formula, its
-figures and its result."""
+"""The card of `napkin` as a sheet to follow by hand: each term's formula, figures and result."""
 
 from clawdemy_infer.arithmetic import ModelShape, element_bytes
 from clawdemy_infer.lesson.tables import MISSING, Table, number, si
@@ -32,16 +31,14 @@ def card_blocks(c: dict, shape: ModelShape) -> list[Table | str]:
         said = ", ".join(f"{part} {parts[part]:.4g} B" for part in parts if part in own)
         blocks.append(f"Formats as the file says: {said} a weight, all else as without a method.")
     if shape.max_context and max(S, T) > shape.max_context:
-        blocks.append(f"Note: this model was made for contexts of up to {shape.max_context:,} "
-                      "tokens.")
+        blocks.append(f"Note: it was made for contexts of up to {shape.max_context:,} tokens.")
     blocks.append(_memory(c, shape))
     if shared := [cut for name, cut in WAITS.items() if layout[name] > 1]:
         blocks.append(f"A step's work, below, is what one waits for: {'; '.join(shared)}.\n"
                       f"Every device is taken to reach every other by {c['link']['kind']}.")
     blocks += [_work(c), _time(c)]
     if not c["fits"]:
-        blocks.append("It does not fit, so no times are given: "
-                      "they would be of a run that cannot happen.")
+        blocks.append("It does not fit, so no times are given: it cannot run.")
     elif c["left_bytes"] < 0:
         blocks.append("Note: it fits by weights and cache alone. With activations and half-empty "
                       "blocks it does not: take a smaller batch.")

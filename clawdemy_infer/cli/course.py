@@ -1,8 +1,14 @@
 """`course`: run lessons, then show all predictions beside all measurements."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from clawdemy_infer.cli.arguments import Args, checked, command, option
+from clawdemy_infer.cli.output import answer, say
+from clawdemy_infer.lesson import ledger
+from clawdemy_infer.lesson.tables import Table, ledger_table, scoreboard_table, si
+from clawdemy_infer.paths import write_atomically
 
 
 def add(subparsers) -> None:
@@ -21,4 +27,21 @@ def run(args: Args) -> int:
     from clawdemy_infer.rigs import course
     with checked():
         lessons = course.choose(args.lessons, args.folder)
-    return course.main(lessons, args.core, args.resume, args.json)
+    folder = course.results_of(lessons[0])
+    try:
+        runs = course.run_course(lessons, args.core, args.resume)
+    except KeyboardInterrupt:
+        say(f"interrupted; lessons that are done are kept in {folder}, and the last ledger is as "
+            "it was. The same command with --resume goes on.")
+        return 130
+    board = ledger.scoreboard(ledger.read(folder / "ledger.jsonl"))
+    report = board.to_json() | {"lessons": [asdict(run) for run in runs],
+                                "versions": ledger.versions(), "date": ledger.today()}
+    write_atomically(folder / "scoreboard.json",
+                     json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    header = ("lesson", "time", "first cell", "peak memory", "")
+    cost = Table(header, [
+        (run.name, si(run.seconds, "s"), si(run.first_cell_s, "s"), si(run.peak_bytes, "B"),
+         "ok" if run.ok else f"FAILED in {run.error}") for run in runs], numeric=header[1:4])
+    answer(args.json, report, ledger_table(board.rows, lessons=True), scoreboard_table(board), cost)
+    return int(not all(run.ok for run in runs))

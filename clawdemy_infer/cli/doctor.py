@@ -59,11 +59,11 @@ def checks() -> Iterator[Check]:
     yield Check("CPU", f"{cpu_name()}: {psutil.cpu_count(logical=False) or 'unknown'} cores, "
                 f"{os.cpu_count()} threads, of which PyTorch uses {torch.get_num_threads()}",
                 "every lesson runs on it")
-    state = psutil.virtual_memory()
-    enough = state.available >= LESSON_BYTES
-    yield Check("memory", f"{si(state.total, 'B')}, of which {si(state.available, 'B')} are free",
+    memory = psutil.virtual_memory()
+    enough = memory.available >= LESSON_BYTES
+    yield Check("memory", f"{si(memory.total, 'B')}, of which {si(memory.available, 'B')} are free",
                 f"a lesson wants up to {si(LESSON_BYTES, 'B')}"
-                + ("" if enough else ": close other programs first"), enough)
+                + ": close other programs first" * (not enough), enough)
     gpu = "none" if torch.version.cuda else "none (this PyTorch is without CUDA)"
     if torch.cuda.is_available():
         gpu = f"{torch.cuda.get_device_name(0)}, {si(memory_bytes('cuda'), 'B')}"
@@ -81,8 +81,7 @@ def checks() -> Iterator[Check]:
     # 3. What is kept.
     record = kept_record()
     yield Check("calibration", f"of {record['date']}" if record else "none of this machine",
-                "what predictions use; `clawdemy-infer calibrate` makes it, and a lesson that "
-                "needs it")
+                "what predictions use; `clawdemy-infer calibrate` makes it, or a lesson")
     place = cache_dir()
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     free = shutil.disk_usage(there).free
@@ -97,12 +96,11 @@ def packaged_model() -> Check:
     from clawdemy_infer.files.gguf import sha256
     package, file, digest = load.PACKAGED[load.DEFAULT_MODEL]
     try:
-        intact = sha256(load.packaged_file(package, file)) == digest
+        if sha256(load.packaged_file(package, file)) == digest:
+            return Check("model", f"{file}: intact", "what every lesson runs")
+        return Check("model", f"{file}: damaged", f"install it again: `{REINSTALL}`", ok=False)
     except FileNotFoundError as error:
         return Check("model", "missing", str(error), ok=False)
-    if intact:
-        return Check("model", f"{file}: intact", "what every lesson runs")
-    return Check("model", f"{file}: damaged", f"install it again: `{REINSTALL}`", ok=False)
 
 
 def installed(package: str) -> str | None:

@@ -1,14 +1,13 @@
-"""`evaluate`: what quantization cost in quality, or with `--table` what every format costs by every
-method."""
+"""`evaluate`: what quantization cost in quality; with `--table`, every format by every method."""
 
 import functools
 import sys
 import zlib
 from pathlib import Path
 
-from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, load, option
+from clawdemy_infer.cli import arguments
+from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, option
 from clawdemy_infer.cli.output import answer, say
-from clawdemy_infer.cli.quantize import text_file
 from clawdemy_infer.from_config.keys import read_object
 from clawdemy_infer.lesson.ledger import today, versions
 from clawdemy_infer.lesson.tables import Table
@@ -22,7 +21,8 @@ def add(subparsers) -> None:
     option(c, "--table FILE", "instead, every format by every method, some ten minutes; rows are "
            "kept in FILE as they come, and not judged again", nargs="?", const="")
     option(c, "--reference M", "the model it was made of (default: the one that DIR names)")
-    option(c, "--text FILE", "a text to judge by (default: prose that comes with Python)")
+    option(c, "--text FILE", "a text to judge by (default: prose that comes with Python)",
+           arguments.text_file)
     option(c, "--sequences N", "of that text (default: 8; 4 for --table)", count)
     option(c, "--length T", "tokens of a sequence", count, 512)
 
@@ -32,19 +32,16 @@ def run(args: Args) -> int:
     from clawdemy_infer.rigs.quality import Reference
     if args.table is not None:
         return table(args)
-    if args.directory is None:
-        raise UsageError("directory: name that of a quantized model, or ask for --table")
-    if not is_quantized(args.directory):
-        raise UsageError(f"directory={args.directory!r}: the directory of a quantized model is "
-                         "accepted")
+    if not args.directory or not is_quantized(args.directory):
+        raise UsageError("", "directory", args.directory or ..., "a quantized model's, or --table")
     quantized = load_quantized(args.directory)
     name = args.reference or read_object(Path(args.directory) / "config.json").get("_name_or_path")
     if not name or not isinstance(name, str):
-        raise UsageError(f"reference: {args.directory} does not say what it was made of; name it")
+        raise UsageError("", "reference", ..., f"what {args.directory} was made of")
     model, tokens = reference(args, name, sequences=8)
     if (theirs := model.config.shape.V) != (ours := quantized.decoder.config.shape.V):
-        raise UsageError(f"reference={name!r}: it has {theirs} tokens, not {ours}; the model that "
-                         "it was made of is accepted")
+        raise UsageError("", "reference", name, f"what {args.directory} was made of, with {ours} "
+                         f"tokens, not {theirs}")
     say(f"Comparing {args.directory} with {name} on {tokens.numel():,} tokens …")
     judge = Reference(model, tokens)
     quality, its_own = judge.judge(quantized.decoder), judge.quality.perplexity
@@ -63,10 +60,9 @@ def run(args: Args) -> int:
 def reference(args: Args, name: str, sequences: int):
     """The model to compare with, and the tokens to compare on."""
     from clawdemy_infer.rigs.text import evaluation_tokens
-    text, model = text_file("text", args.text), load(name, "reference")
+    model, sequences = arguments.load(name, "reference"), args.sequences or sequences
     with checked():
-        return model, evaluation_tokens(model.tokenizer, args.sequences or sequences, args.length,
-                                        text)
+        return model, evaluation_tokens(model.tokenizer, sequences, args.length, args.text)
 
 
 def table(args: Args) -> int:
@@ -75,12 +71,11 @@ def table(args: Args) -> int:
     from clawdemy_infer.fast.cpp import cpu_name
     from clawdemy_infer.rigs import quantization_table as kept
     from clawdemy_infer.rigs.quality import Reference
-    from clawdemy_infer.rigs.quantization_grid import cells
     from clawdemy_infer.rigs.text import calibration_tokens
 
     # 1. What the file has already, if it is of the same model and text.
     if args.directory is not None:
-        raise UsageError(f"directory={args.directory!r}: --table makes its own models")
+        raise UsageError("", "directory", args.directory, "none: --table makes its own models")
     name = args.reference or "smollm2-135m"
     model, tokens = reference(args, name, sequences=4)
     text = (f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens, "
@@ -91,12 +86,12 @@ def table(args: Args) -> int:
     if args.table and Path(args.table).exists():
         before, rows = kept.read_table(args.table)
         if unlike := [key for key in ("model", "text") if before.get(key) != source[key]]:
-            raise UsageError(f"table={args.table!r}: its {unlike[0]} is {before.get(unlike[0])!r}, "
-                             f"not {source[unlike[0]]!r}; a new file is accepted")
+            raise UsageError(args.table, unlike[0], before.get(unlike[0]),
+                             f"{source[unlike[0]]!r}, or a new file")
         source = before
     # 2. The rest.
     done = {(row.method, row.format) for row in rows}
-    left = [cell for cell in cells() if (cell.method, cell.format) not in done]
+    left = [cell for cell in kept.cells() if (cell.method, cell.format) not in done]
     judge = Reference(model, tokens) if left else None
     calibration = functools.cache(
         lambda sequences: calibration_tokens(model.tokenizer, sequences, args.length))
@@ -104,9 +99,8 @@ def table(args: Args) -> int:
         for cell in bar:
             bar.set_postfix_str(f"{cell.method} {cell.format}")
             rows.append(cell.make(judge, calibration))
-            quality = rows[-1].quality
-            bar.write(f"{cell.method} {cell.format}: KL {quality.kl:.4f} ± {quality.kl_se:.4f}",
-                      file=sys.stderr)
+            kl, se = rows[-1].quality.kl, rows[-1].quality.kl_se
+            bar.write(f"{cell.method} {cell.format}: KL {kl:.4f} ± {se:.4f}", file=sys.stderr)
             if args.table:
                 kept.write_table(args.table, source, rows)
     answer(args.json, {"source": source, "rows": [kept.row_to_json(row) for row in rows]},

@@ -1,16 +1,7 @@
 """`generate`: a prompt continued, and how long that took."""
 
 from clawdemy_infer.cli import arguments
-from clawdemy_infer.cli.arguments import (
-    Args,
-    UsageError,
-    checked,
-    command,
-    count,
-    idle,
-    load,
-    option,
-)
+from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, idle, option
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.lesson.tables import si
 
@@ -57,8 +48,7 @@ def run(args: Args) -> int:
     from clawdemy_infer.variants.self_drafts import draft_named
     # 1. What is asked for, refused before the model is loaded.
     if 0 < args.temperature < COLDEST:
-        raise UsageError(f"temperature={args.temperature}: 0 (greedy), or {COLDEST} and above is "
-                         "accepted")
+        raise UsageError("", "temperature", args.temperature, f"0 (greedy), or {COLDEST} and above")
     idle(args, not args.draft, "without --draft", "--gamma")
     with checked():
         sampling = model.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
@@ -108,9 +98,9 @@ def models(args: Args):
     from clawdemy_infer.rigs.checkpoint import is_quantized, load_quantized
     if is_quantized(args.model):
         if args.weights != "fp32" or args.compile:
-            raise UsageError(f"weights={args.weights!r}: {args.model} is quantized "
-                                       "already; leave it out, and --compile too")
+            raise UsageError("", "weights", args.weights, "none, nor --compile, since "
+                             f"{args.model} is quantized already")
         return (running(load_quantized(args.model)),) * 2
-    loaded = load(args.model, device=default_device())
+    loaded = arguments.load(args.model, device=default_device())
     with checked():
         return loaded, faster(loaded, args.weights, compile=args.compile)

@@ -1,9 +1,6 @@
-"""What a terminal sees: `clawdemy-infer`, also `python -m clawdemy_infer`. `page` says what is
-printed where and what the exit codes mean; 130 is Ctrl-C.
-
-This is the one boundary: whatever a command raises becomes one line on stderr and an exit code.
-Nothing slow is imported before `main` is ready for Ctrl-C.
-"""
+"""What a terminal sees: `clawdemy-infer`, or `python -m clawdemy_infer`. This is the one boundary:
+whatever a command raises becomes one line on stderr and an exit code, which COMMANDS.md explains.
+Nothing slow is imported before `main` is ready for Ctrl-C."""
 
 import os
 import signal
@@ -57,14 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def say_error(error: Exception, words: list[str]) -> int:
     """Say in one line what went wrong, with --debug also where; the exit code."""
-    from clawdemy_infer.cli.arguments import UsageError, one_line
+    from clawdemy_infer.cli.arguments import one_line
     from clawdemy_infer.cli.output import say
     from clawdemy_infer.paths import cache_dir
     if "--debug" in words:
         import traceback
         say("".join(traceback.format_exception(error)).rstrip())
     kind, said = type(error).__name__, one_line(str(error))
-    code = 2 if isinstance(error, UsageError) else 1
+    code = getattr(error, "exit_code", 1)
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in said:
         said = f"{kind}: there is not enough memory for this. {said}".strip()
     elif not isinstance(error, ValueError | OSError | ImportError | RecursionError):
@@ -93,8 +90,7 @@ def open_streams() -> None:
 
 
 def close_streams() -> None:
-    """Write what waits to be written, and drop what cannot be: Python would try again when it ends,
-    and fail with words of its own."""
+    """Write what waits, and drop what cannot be: Python would try again, and fail in its words."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -5,7 +5,8 @@ from itertools import product
 from pathlib import Path
 
 from clawdemy_infer.arithmetic import BYTES, Format, ModelShape
-from clawdemy_infer.cli.arguments import Args, checked, command, count, idle, option, there, tokens
+from clawdemy_infer.cli import arguments
+from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, idle, option
 from clawdemy_infer.cli.by_hand import card_blocks, ways
 from clawdemy_infer.cli.output import answer, table_of
 from clawdemy_infer.envelope.napkin import card, sweep
@@ -29,8 +30,8 @@ def add(subparsers) -> None:
     option(c, "--machine X", "of the catalog, or `this`: yours, once calibrated; several are set "
            "side by side", [str], required=True)
     option(c, "--batch B", "sequences", count, 1)
-    option(c, "--context S", "tokens a sequence holds at the decode step", tokens, 1024)
-    option(c, "--prompt T", "tokens of the prompt (default: the context)", tokens)
+    option(c, "--context S", "tokens a sequence holds at the decode step", arguments.tokens, 1024)
+    option(c, "--prompt T", "tokens of the prompt (default: the context)", arguments.tokens)
     option(c, "--weights F", f"of the weights: {', '.join(BYTES)} (default: as the file of the "
            "model says, else bf16)", tuple(BYTES))
     option(c, "--kv F", "of the KV cache, one of the same, with the same default", tuple(BYTES))
@@ -49,7 +50,7 @@ def run(args: Args) -> int:
     options["layout"] = Layout(args.tp, args.pp, args.ep)
     with checked():
         if not args.model and not args.compare:
-            raise ValueError("model: name one, or several with --compare")
+            raise UsageError("", "model", ..., "one, or several with --compare")
         models = [model_of(name, args.weights, args.kv)
                   for name in [*filter(None, [args.model]), *args.compare]]
         pairs = list(product(models, [machine_of(name) for name in args.machine]))
@@ -72,9 +73,9 @@ def run(args: Args) -> int:
 def shape_of(name: str) -> ModelShape:
     """A model of the catalog, or the one that a config.json describes."""
     if not name.endswith(".json"):
-        return catalog.model(there(name))
+        return catalog.model(arguments.there(name))
     if not Path(name).exists():
-        raise ValueError(f"model={name!r}: no such file")
+        raise UsageError("", "model", name, "a config.json that exists")
     return from_config(name)
 
 
@@ -104,11 +105,9 @@ def table(rows: Sequence[dict], swept: str = "") -> Table:
     for row in rows:
         devices = row["layout"]["devices"]
         many = f" × {devices}, {ways(row['layout'])}" if devices > 1 else ""
-        lines.append(row | row.get("decode", {}) | {"on": row["machine"] + many})
-        if "prefill" in row:
-            lines[-1]["prefill_s"] = row["prefill"]["seconds"]
-    columns = {swept: swept} if swept else {}
-    return table_of(lines, {"model": "model", "on": "on"} | columns | {
+        lines.append(row | row.get("decode", {}) | {
+            "on": row["machine"] + many, "prefill_s": row.get("prefill", {}).get("seconds")})
+    return table_of(lines, {"model": "model", "on": "on"} | ({swept: swept} if swept else {}) | {
         "weight_bytes": "weights", "kv_bytes": "KV cache", "fits": "fits", "max_batch": "max batch",
         "prefill_s": "prefill", "seconds": "a token", "bound": "bound",
         "tokens_per_s_per_user": "tokens/s each", "tokens_per_s": "tokens/s",

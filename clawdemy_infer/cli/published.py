@@ -1,6 +1,6 @@
 """`published`: other people's runs, predicted and compared."""
 
-from clawdemy_infer.cli.arguments import Args, checked, command, option
+from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, option
 from clawdemy_infer.cli.output import answer, table_of
 
 
@@ -19,7 +19,7 @@ def run(args: Args) -> int:
         runs = published.read(args.csv)
         there = sorted({each.category for each in runs})
         if args.category and args.category not in there:
-            raise ValueError(f"category={args.category!r}: the file has {', '.join(there)}")
+            raise UsageError("", "category", args.category, ", ".join(there))
     runs = [each for each in runs if args.category in (None, each.category)]
     evidence = published.Evidence()
     rows, plainer = published.verdicts(runs, evidence), published.simpler(runs, evidence)

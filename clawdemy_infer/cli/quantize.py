@@ -1,15 +1,12 @@
 """`quantize`: fewer bits for each weight, into a directory that serving engines load."""
 
-from pathlib import Path
-
 from clawdemy_infer.cli import arguments
 from clawdemy_infer.cli.arguments import Args, UsageError, checked, command, count, idle, option
 from clawdemy_infer.cli.output import answer
 from clawdemy_infer.lesson.tables import Table, si
 
 SEQUENCES = {"rtn": 0, "gptq": 12, "awq": 4}
-"""Ways to round, and the sequences of calibration text that each takes: AWQ fits few numbers, and
-runs each block many times."""
+"""Ways to round, and their sequences of calibration text: AWQ fits few numbers, in many runs."""
 
 
 def add(subparsers) -> None:
@@ -24,9 +21,9 @@ def add(subparsers) -> None:
     option(c, "--group G", "neighbouring weights that share a scale, or `row`", group, 64)
     option(c, "--symmetric", "no zero points", bool, True)
     option(c, "--act-order", "gptq: columns with large inputs first", bool, True)
-    option(c, "--layout", "of the file (default: awq for awq in 4 bits, else gptq)",
-           ("gptq", "awq"))
-    option(c, "--calibration FILE", "a text (default: prose that comes with Python)")
+    option(c, "--layout", "of the file (default: awq for 4-bit awq, else gptq)", ("gptq", "awq"))
+    option(c, "--calibration FILE", "a text (default: prose that comes with Python)",
+           arguments.text_file)
     option(c, "--sequences N", "of the calibration text (default: 12 for gptq, 4 for awq)", count)
     option(c, "--length T", "tokens of a sequence", count, 512)
     option(c, "--seed N", "which places of the calibration text", int, 0)
@@ -43,7 +40,6 @@ def run(args: Args) -> int:
     idle(args, args.method != "gptq", method, "--act-order", "--no-act-order")
     idle(args, args.method == "rtn", method, "--calibration", "--sequences", "--length", "--seed")
     with checked():
-        text = text_file("calibration", args.calibration)
         zero = "none" if args.symmetric else "integer"
         format = quantization.IntFormat(args.bits, args.group, zero)
         layout = args.layout or layout_for(args.method.upper(), format)
@@ -54,18 +50,18 @@ def run(args: Args) -> int:
         can_save(model, format, args.out, layout)
         if args.method != "rtn":
             if model.tokenizer is None:
-                raise ValueError(f"model={args.model!r}: it has no tokenizer, so no text can be "
-                                 f"read to calibrate {args.method}")
-            sequences = args.sequences or SEQUENCES[args.method]
-            tokens = calibration_tokens(model.tokenizer, sequences, args.length, args.seed, text)
+                raise UsageError("", "model", args.model, "one with a tokenizer, or --method rtn")
+            tokens = calibration_tokens(model.tokenizer, args.sequences or SEQUENCES[args.method],
+                                        args.length, args.seed, args.calibration)
     # 2. The work.
     start = now()
     if args.method == "rtn":
         quantized = quantization.round_to_nearest(model, format)
+    elif args.method == "awq":
+        quantized = quantization.awq(model, tokens, format, progress=True)
     else:
-        more = {"act_order": args.act_order} if args.method == "gptq" else {}
-        method = getattr(quantization, args.method)
-        quantized = method(model, tokens, format, progress=True, **more)
+        quantized = quantization.gptq(model, tokens, format, act_order=args.act_order,
+                                      progress=True)
     seconds = now() - start
     out = save_quantized(quantized, args.out, layout)
     bits, stored = quantized.bits_per_weight, (out / "model.safetensors").stat().st_size
@@ -85,10 +81,3 @@ def run(args: Args) -> int:
 
 def group(text: str) -> int | None:
     return None if text == "row" else count(text)
-
-
-def text_file(name: str, file: str | None) -> Path | None:
-    """The file given for the option `name`, if one was."""
-    if file is not None and not Path(file).is_file():
-        raise UsageError(f"{name}={file!r}: no such file")
-    return None if file is None else Path(file)

@@ -1,5 +1,4 @@
-"""`replay`: serve a trace with the model that runs, on a machine that need not exist, or by a
-server, and say what it was like."""
+"""`replay`: serve a trace with the model, on a machine that need not exist, or by a server."""
 
 from argparse import ArgumentTypeError
 from dataclasses import asdict, replace
@@ -9,22 +8,13 @@ from re import fullmatch
 
 from clawdemy_infer.arithmetic import BYTES
 from clawdemy_infer.cli import arguments
-from clawdemy_infer.cli.arguments import (
-    Args,
-    UsageError,
-    checked,
-    command,
-    count,
-    draft,
-    idle,
-    number,
-    option,
-)
+from clawdemy_infer.cli.arguments import Args, checked, command, count, draft, idle, number, option
 from clawdemy_infer.cli.napkin import machine_of, shape_of
 from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.envelope.parallel import Layout
 from clawdemy_infer.lesson import tables
 from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.refused import Refused
 from clawdemy_infer.rigs.stream import FIELDS, printable
 
 POLICIES = {"static": {"batching": "static"}, "continuous": {}, "chunked": {"token_budget": 256}}
@@ -119,11 +109,11 @@ def run(args: Args) -> int:
         slo = SLO(args.slo_ttft, args.slo_tpot)
     server, where = {"engine": engine, "simulator": simulator}.get(args.on, endpoint)(args, policy)
     if args.save:
-        try:
-            with checked():
+        with checked():
+            try:
                 save_trace(requests, args.save)
-        except OSError as error:
-            raise UsageError(f"save={args.save!r}: {error.strerror}") from error
+            except OSError as error:
+                raise Refused("", "save", args.save, f"another file: {error.strerror}") from error
     say(f"Serving {len(requests)} requests …")
     start = now()
     try:
@@ -142,12 +132,11 @@ def run(args: Args) -> int:
 
 def requests_of(args: Args) -> list:
     from clawdemy_infer.rigs.trace import load_trace
-    from clawdemy_infer.rigs.workload import workload, workload_names
+    from clawdemy_infer.rigs.workload import known_workloads, workload
     if isfile(args.trace):
         return load_trace(args.trace)
-    if args.trace not in workload_names():
-        raise UsageError(f"trace={args.trace!r}: no such file, and no workload of that name: "
-                         f"{', '.join(workload_names())}")
+    if args.trace not in known_workloads():
+        raise Refused("", "trace", args.trace, f"a file, {', '.join(known_workloads())}")
     return workload(args.trace, requests=args.requests, rate=args.rate, burstiness=args.burstiness,
                     seed=args.seed, most=1024 if args.on == "engine" else None)
 
@@ -167,22 +156,22 @@ def engine(args: Args, policy):
 def simulator(args: Args, policy):
     from clawdemy_infer.batching import StepCost, simulator
     from clawdemy_infer.fast.watched import operations_of
-
     default = "fp32" if args.machine == "this" else "bf16"
     formats = dict.fromkeys(("weights", "kv", "activations"), args.weights or default)
     with checked():
         if args.draft and args.alpha is None:
-            raise ValueError("alpha=None: the chance that a drafted token is accepted is needed")
+            raise Refused("", "alpha", None, "the chance that a drafted token is accepted")
         shape, machine = shape_of(args.model), machine_of(args.machine)
         StepCost(shape, machine, **formats, layout=Layout(args.tp))     # or its ValueError
     operations = operations_of(shape, policy) if machine.fixed_s_per_op else None
     drafting = None
     if args.draft and args.draft != "lookup":                           # which costs nothing
         bits = {"weights": args.draft} if args.draft in ("int8", "int4") else {}
-        layers = {"int8": shape.L, "int4": shape.L, "trained": 1}.get(args.draft)
-        layers = layers or int(args.draft.removeprefix("exit:"))
-        if layers > shape.L:
-            raise UsageError(f"draft={args.draft!r}: the model has {shape.L} layers")
+        known = {"int8": shape.L, "int4": shape.L, "trained": 1}
+        layers = known.get(args.draft) or int(args.draft.removeprefix("exit:"))
+        with checked():
+            if layers > shape.L:
+                raise Refused("", "draft", args.draft, f"at most exit:{shape.L}")
         drafting = StepCost(replace(shape, L=layers), machine, **formats | bits,
                             operations=operations if layers == shape.L else None)
     server = simulator(shape, machine, policy, tp=args.tp, kv_bytes=args.kv_bytes,
@@ -220,8 +209,7 @@ def blocks(result: dict) -> list[Table | str]:
         found.append(f"Simulated in {si(result['wall_s'], 's')}: {rate} requests a second of this "
                      "machine's time.")
     if summary["drafted"]:
-        found.append(f"{summary['accepted']:,} of {summary['drafted']:,} drafted tokens were "
-                     "accepted.")
+        found.append("{accepted:,} of {drafted:,} drafted tokens were accepted.".format(**summary))
     failed = [row for row in result["requests"] if row["outcome"] in ("refused", "failed")]
     return found + [printable(f"{row['id']} {'was ' * (row['outcome'] == 'refused')}"
                               f"{row['outcome']}: {row['reason']}.") for row in failed[:5]]

@@ -8,12 +8,7 @@ import torch
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
-
-
-def seconds(work) -> float:
-    """As `clawdemy_kernels.clock`, imported when first needed: Triton takes a second."""
-    from clawdemy_kernels import clock
-    return clock.seconds(work)
+from clawdemy_kernels.clock import seconds
 
 
 def copy_bandwidth(size: int = 2**30) -> float:
@@ -31,8 +26,7 @@ def gpu() -> dict:
         "memory_bytes": device.total_memory, "capability": f"{device.major}.{device.minor}",
         "torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip,
         "triton": triton.__version__, "system": platform.platform(),
-        "date": datetime.date.today().isoformat(),
-    }
+        "date": datetime.date.today().isoformat()}
 
 
 @torch.inference_mode()

@@ -1,5 +1,4 @@
-"""Run lessons: execute each in a kernel of its own, then set all predictions beside all
-measurements."""
+"""Run lessons, each in a kernel of its own, and keep what they measured."""
 
 import json
 import os
@@ -20,22 +19,17 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
-from rich.console import Console
 from tqdm import tqdm
 
 from clawdemy_infer.lesson import ledger
-from clawdemy_infer.lesson.tables import Table, ledger_table, scoreboard_table, si
 from clawdemy_infer.paths import read_kept, write_atomically
+from clawdemy_infer.refused import Refused
 
 FLOOR_S, FACTOR = 300, 20
 """A cell may take `FACTOR` times the `seconds` of its metadata, for a machine that is slower or
 busy, and never less than `FLOOR_S`. The build writes `seconds` above `FLOOR_S / FACTOR`."""
-
 LAST_OUTPUT_S = 30
-"""What a cell shows may come so long after its end. Where the kernel lost its last message, nothing
-is gained by waiting longer."""
-
-
+"""What a cell shows may come so long after its end; after that, the kernel has lost a message."""
 RUN = {"name": str, "seconds": 0, "ok": bool, "error": (str, NoneType),
        "first_cell_s": (0, NoneType), "peak_bytes": 0}
 KEPT = {"": {"code": [str], "run": RUN, "rows": [dict]}}
@@ -56,8 +50,7 @@ class LessonRun:
 
 
 class ThisInterpreter(KernelSpecManager):
-    """Whatever kernels are registered on this machine, a lesson runs in the interpreter that runs
-    the course."""
+    """A lesson runs in the interpreter that runs the course, whatever kernels are registered."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
@@ -68,11 +61,9 @@ def execute(notebook: NotebookNode, name: str, folder: Path,
             after_cell: Callable[[NotebookNode, float], object] = lambda cell, seconds: None,
             core: bool = False) -> LessonRun:
     """Run all code cells of `notebook` in a fresh kernel that starts in `folder`, and leave their
-    outputs in it; with `core` those not tagged `further`.
-
-    `environment` is added to this process's; `after_cell` is told each cell and its seconds. A cell
-    that fails ends the lesson and is reported, not raised; Ctrl-C ends the kernel and is.
-    """
+    outputs in it; with `core` those not tagged `further`. `environment` is added to this process's;
+    `after_cell` is told each cell and its seconds. A cell that fails ends the lesson and is
+    reported, not raised; Ctrl-C ends the kernel and is."""
     manager = AsyncKernelManager(kernel_spec_manager=ThisInterpreter(), transport_encryption="auto")
     client = NotebookClient(notebook, km=manager, timeout_func=limit, startup_timeout=FLOOR_S,
                             iopub_timeout=LAST_OUTPUT_S, shutdown_kernel="immediate",
@@ -117,8 +108,7 @@ def limit(cell: NotebookNode) -> int:
 
 
 def peak_memory(pid: int) -> int:
-    """The most bytes that a process ever held, from Linux's high-water mark; elsewhere what it
-    holds now, a lower bound."""
+    """The most bytes that a process held, by Linux's mark; elsewhere what it has, a lower bound."""
     status = Path(f"/proc/{pid}/status")
     if status.exists() and (mark := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(mark[1]) * 1024
@@ -126,35 +116,31 @@ def peak_memory(pid: int) -> int:
 
 
 def first_line(source: str) -> str:
-    return next((line for line in source.splitlines() if line.strip() and not line.startswith("#")),
-                "").strip()
-
-
-# -- the whole course -----------------------------------------------------------------------------
+    lines = (line.strip() for line in source.splitlines() if not line.startswith("#"))
+    return next(filter(None, lines), "")
 
 
 def choose(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
     """The notebooks of `names`, each the path of one, or a lesson's number or name; without names
     all lessons. They lie in `folder`; else in notebooks/ of the working directory, or of the
-    checkout that this package was installed from.
-
-    Raises `FileNotFoundError` where there are no lessons, `ValueError` for a wrong argument.
-    """
+    checkout that this package was installed from. Raises `FileNotFoundError` where there are no
+    lessons, `ValueError` for a wrong argument."""
     checkouts = (Path.cwd(), Path(__file__).resolve().parents[2])
     places = [folder] if folder else [one / "notebooks" for one in checkouts]
     # 01_name.new.ipynb is a second copy of a lesson, and no lesson.
     found = (sorted(path for path in place.glob("*.ipynb") if "." not in path.stem)
              for place in places)
     if not (lessons := next(filter(None, found), [])):
-        raise (ValueError if folder else FileNotFoundError)(
-            f"in={str(folder or Path.cwd())!r}: no lessons (*.ipynb) there; a folder of lessons is "
-            "accepted, or run this in a checkout of clawdemy-infer")
+        if folder:
+            raise Refused("", "in", str(folder), "a folder of lessons (*.ipynb)")
+        raise FileNotFoundError(f"{Path.cwd()}: no lessons (*.ipynb); run this in a checkout of "
+                                "clawdemy-infer, or name their folder")
     known = {alias: path for path in lessons for alias in (
         path.name, path.stem, path.stem.replace("_", " ", 1), *path.stem.split("_", 1))}
     known |= {name: Path(name) for name in names if name[-6:] == ".ipynb" and Path(name).is_file()}
     if wrong := [name for name in names if name not in known]:
-        raise ValueError(f"lesson={wrong[0]!r}: accepted are a notebook, or the number or name of "
-                         f"one of {', '.join(path.stem for path in lessons)}")
+        raise Refused("", "lesson", wrong[0], "a notebook, or the number or name of one of "
+                      + ", ".join(path.stem for path in lessons))
     return list(dict.fromkeys(known[name] for name in names)) or lessons
 
 
@@ -164,15 +150,12 @@ def results_of(lesson: Path) -> Path:
     return (folder.parent if folder.name == "notebooks" else folder) / "build"
 
 
-def run_course(lessons: Sequence[Path], core: bool = False, resume: bool = False,
-               progress: bool = True) -> list[LessonRun]:
+def run_course(lessons: Sequence[Path], core: bool = False,
+               resume: bool = False) -> list[LessonRun]:
     """Execute every lesson; the files stay as they are. A lesson that fails is told at once and
-    does not stop the others. With `resume` those that went well with the same code stay as they
-    went.
-
+    does not stop the others. With `resume` those that went well with the same code are not run.
     course.json keeps how each lesson went, and its rows, as soon as it has ended. All rows are in
-    ledger.running.jsonl, at the end in ledger.jsonl; what that was is in ledger.previous.jsonl.
-    """
+    ledger.running.jsonl, at the end in ledger.jsonl; what that was is in ledger.previous.jsonl."""
     folder = results_of(lessons[0])
     state, running, final = map(folder.joinpath, ("course.json", "ledger.running.jsonl",
                                                   "ledger.jsonl"))
@@ -188,7 +171,7 @@ def run_course(lessons: Sequence[Path], core: bool = False, resume: bool = False
     write_atomically(state, json.dumps(done))
     kept = [row for path in lessons if path not in todo for row in done[path.stem]["rows"]]
     write_atomically(running, "".join(json.dumps(row) + "\n" for row in kept))
-    with tqdm(total=sum(len(code[path]) for path in todo), disable=not progress,
+    with tqdm(total=sum(len(code[path]) for path in todo),
               bar_format="{desc}{bar:30} {n_fmt}/{total_fmt} cells, {elapsed}") as bar:
         for path in todo:
             name = path.stem.replace("_", " ", 1)       # as the lesson calls itself in the ledger
@@ -215,33 +198,3 @@ def _read(path: Path) -> NotebookNode:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError,
             nbformat.ValidationError) as error:
         raise ValueError(f"{path} is not a notebook: {shorten(str(error), 200)}") from error
-
-
-def main(lessons: Sequence[Path], core: bool = False, resume: bool = False,
-         as_json: bool = False) -> int:
-    """The `course` command: run, print the scoreboard (`as_json`: the object that goes into the
-    file, alone on stdout), write build/. Returns 0; 1 if a lesson failed; 130 after Ctrl-C."""
-    folder = results_of(lessons[0])
-    try:
-        runs = run_course(lessons, core, resume)
-    except KeyboardInterrupt:
-        print(f"interrupted; lessons that are done are kept in {folder}, and the last ledger is as "
-              "it was. The same command with --resume goes on.", file=sys.stderr)
-        return 130
-    board = ledger.scoreboard(ledger.read(folder / "ledger.jsonl"))
-    report = board.to_json() | {"lessons": [asdict(run) for run in runs],
-                                "versions": ledger.versions(), "date": ledger.today()}
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    write_atomically(folder / "scoreboard.json", text + "\n")
-    if as_json:
-        print(text)
-        return int(not all(run.ok for run in runs))
-    # A log has no edge to wrap at.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    header = ("lesson", "time", "first cell", "peak memory", "")
-    cost = Table(header, [
-        (run.name, si(run.seconds, "s"), si(run.first_cell_s, "s"), si(run.peak_bytes, "B"),
-         "ok" if run.ok else f"FAILED in {run.error}") for run in runs], numeric=header[1:4])
-    for table in (ledger_table(board.rows, lessons=True), scoreboard_table(board), cost):
-        console.print(table, "")
-    return int(not all(run.ok for run in runs))

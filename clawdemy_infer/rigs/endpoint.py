@@ -18,6 +18,7 @@ import httpx
 
 from clawdemy_infer.batching.metrics import SLO, Report
 from clawdemy_infer.batching.request import Request, Sequence, State
+from clawdemy_infer.refused import Refused
 from clawdemy_infer.rigs.stream import FIELDS, MAX_ERROR_BYTES, Answer, BadAnswer, printable, words
 
 WORDS = "time year people way day man thing world life hand part child eye place work week".split()
@@ -154,8 +155,8 @@ def _address(url: str) -> tuple[httpx.URL, str, tuple[str, str] | None, list[str
     except (httpx.InvalidURL, ValueError):
         good = False
     if not good:
-        shown = "…" if re.search("[@?#]", url) else repr(url)           # it may hold a secret
-        raise ValueError(f"url={shown}: http://… or https://… is accepted")
+        shown = "…" if re.search("[@?#]", url) else url                 # it may hold a secret
+        raise Refused("", "url", shown, "http://… or https://…")
     path, mark, query = found.raw_path.partition(b"?")
     shown = found.copy_with(raw_path=path.rstrip(b"/"), userinfo=b"", fragment=None)
     target = shown.copy_with(raw_path=path.rstrip(b"/") + b"/completions" + mark + query)

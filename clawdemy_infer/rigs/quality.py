@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from clawdemy_infer.model import Decoder
-from clawdemy_infer.quantization.linears import QuantizedModel, linears, observe, with_matrices
 
 BLOCK = 64
 """Tokens that are averaged before a standard error is taken: neighbours are wrong together."""
@@ -22,9 +21,8 @@ BLOCK = 64
 
 @dataclass(frozen=True, eq=False)
 class Quality:
-    """Against the reference, on the same text: KL in nats per token with its standard error, and
-    `top1`, the share of positions where both put the same token first. `kls` is the KL of each
-    position [B, T], or of each sequence [B, 1]."""
+    """Against the reference, on one text: KL in nats per token, its standard error; `top1`,
+    how often both put one token first. `kls`: the KL of each position [B, T] or sequence [B, 1]."""
 
     kl: float
     kl_se: float
@@ -33,8 +31,7 @@ class Quality:
     kls: torch.Tensor = field(repr=False)
 
     def difference(self, other: "Quality") -> tuple[float, float]:
-        """By how much the KL of `other` is larger, and the standard error of that: on the same text
-        the two rise and fall together."""
+        """How much larger the KL of `other` is, and its standard error: they rise together."""
         return mean_and_error(other.kls - self.kls)
 
 
@@ -44,8 +41,7 @@ class Reference:
 
     def __init__(self, model: Decoder, tokens: torch.Tensor) -> None:
         if tokens.dim() != 2 or tokens.shape[1] < 2:
-            raise ValueError(f"tokens {list(tokens.shape)}: whole numbers [B, T], T at least 2, "
-                             "are accepted")
+            raise ValueError(f"tokens {list(tokens.shape)}: [B, T], T at least 2, are accepted")
         self.model, self.tokens, seen = model, tokens.to(model.device), []
         with model.norm.register_forward_hook(lambda _, inputs, output: seen.append(output)):
             for row in self.tokens:
@@ -59,8 +55,7 @@ class Reference:
         return self.model.logits(self.vectors[index]).float()
 
     def judge(self, model: Callable[[torch.Tensor], torch.Tensor]) -> Quality:
-        """`model`, whatever makes logits [1, T, V] of tokens [1, T], on the same tokens. Raises
-        ValueError where its logits are not finite."""
+        """`model` makes logits [1, T, V] of tokens [1, T]: ValueError where one is not finite."""
         return self._judge(model(row[None])[0].float() for row in self.tokens)
 
     @torch.inference_mode()
@@ -85,28 +80,3 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     blocks = torch.stack([part.mean() for row in values for part in row.tensor_split(parts)])
     error = float(blocks.std()) / len(blocks) ** 0.5 if len(blocks) > 1 else float("nan")
     return float(values.mean()), error
-
-
-def output_errors(model: Decoder, quantized: QuantizedModel,
-                  tokens: torch.Tensor) -> dict[str, float]:
-    """How far the outputs of each matrix move, |x (W - W')ᵀ|² / |x Wᵀ|², on what the unquantized
-    model puts into it for tokens [B, T]; the worst first."""
-    originals, energies = linears(model), {}
-
-    def see(name: str, x: torch.Tensor) -> None:
-        old, new = originals[name].weight, quantized.tensors[name].dequantize().to(x.dtype)
-        both = [F.linear(x, weight).double().square().sum() for weight in (new - old, old)]
-        energies[name] = energies.get(name, 0) + torch.stack(both)
-
-    observe(model, tokens, see)
-    errors = {name: float(moved / whole) for name, (moved, whole) in energies.items()}
-    return dict(sorted(errors.items(), key=lambda item: -item[1]))
-
-
-def kl_by_layer(reference: Reference, quantized: QuantizedModel) -> dict[int, float]:
-    """The KL that each layer costs when it alone is quantized: a run of the model for each."""
-    layers: dict[int, dict] = {}
-    for name, tensor in quantized.tensors.items():
-        layers.setdefault(int(name.split(".")[1]), {})[name] = tensor
-    return {layer: reference.judge(with_matrices(reference.model, tensors)).kl
-            for layer, tensors in layers.items()}

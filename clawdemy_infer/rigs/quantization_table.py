@@ -1,18 +1,32 @@
 """Bytes and quality of quantized models: a row for each, as a table, and on disk: a line of
-JSON for each row behind one that says where they come from."""
+JSON for each row behind one that says where they come from.
+
+The large table has every number format by every method that makes sense for it: LLM.int8 and
+SmoothQuant for 8 bits, of activations too; GPTQ and AWQ for 3 and 4: at 8 nothing is left to win.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from clawdemy_infer.fast.faster import faster
+from clawdemy_infer.kv_cache import ContiguousCache, KVCache
 from clawdemy_infer.lesson.tables import MISSING, Table, si
+from clawdemy_infer.model import Decoder
 from clawdemy_infer.paths import write_atomically
+from clawdemy_infer.quantization import awq, format_named, gptq, round_to_nearest
 from clawdemy_infer.quantization.linears import QuantizedModel, linears
 from clawdemy_infer.rigs.quality import Quality, Reference
+from clawdemy_infer.variants.int4_cache import KiviCache
+from clawdemy_infer.variants.int8_activations import int8_activations, llm_int8
+from clawdemy_infer.variants.int8_cache import Int8Cache
+from clawdemy_infer.variants.smoothquant import smoothquant
 
 UNQUANTIZED = MISSING
 """The method of the reference's own row."""
@@ -29,14 +43,6 @@ class QuantizationRow:
     stored: int
     streamed: int
     quality: Quality
-
-
-def compare_formats(reference: Reference,
-                    candidates: Iterable[QuantizedModel]) -> Iterator[QuantizationRow]:
-    """The reference's own row, then one for each candidate. Of a generator, one is in memory."""
-    yield judged_row(reference)
-    for quantized in candidates:
-        yield judged_row(reference, quantized)
 
 
 def judged_row(reference: Reference, quantized: QuantizedModel | None = None) -> QuantizationRow:
@@ -77,8 +83,7 @@ def read_table(path: str | Path) -> tuple[dict, list[QuantizationRow]]:
             said = json.loads(line)
             found.append(said["source"] if number == 1 else _row_from_json(said))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"table={str(path)!r}: line {number} is not one of a kept table "
-                             f"({error!r})") from error
+            raise ValueError(f"{path}: line {number} is not one of a kept table") from error
     return (found[0], found[1:]) if found else ({}, [])
 
 
@@ -100,3 +105,76 @@ def _row_from_json(said: dict) -> QuantizationRow:
     quality = dict(said["quality"])
     said["quality"] = Quality(kls=torch.tensor(quality.pop("kl_by_sequence"))[:, None], **quality)
     return QuantizationRow(**said)
+
+
+INTEGERS, FLOATS = ("int4-g64", "int4-g32", "int3-g64"), ("nf4", "mxfp4", "nvfp4")
+
+METHODS: dict[str, tuple[tuple[str, ...], int, Callable]] = {
+    "RTN": (("int8", *INTEGERS, *FLOATS), 0,
+            lambda model, tokens, format: round_to_nearest(model, format)),
+    "int8 activations": (("int8",), 0, lambda model, tokens, format: int8_activations(model)),
+    "LLM.int8": (("int8",), 0, lambda model, tokens, format: llm_int8(model)),
+    "SmoothQuant": (("int8",), 4, lambda model, tokens, format: smoothquant(model, tokens)),
+    "GPTQ act-order": ((*INTEGERS, *FLOATS), 12, gptq),
+    "GPTQ": (INTEGERS, 12, partial(gptq, act_order=False)),
+    "AWQ": (INTEGERS, 4, awq)}
+"""Methods, the longest last: formats, sequences of calibration text, what is done to a model."""
+KV_CACHE = "KV cache"
+JUDGED_CACHES: dict[str, tuple[type[KVCache], int]] = {
+    "fp32": (ContiguousCache, 512), "int8": (Int8Cache, 512), "int4-g32": (KiviCache, 32)}
+"""Caches by format, and how many tokens go in at a time. `KiviCache` shows new tokens in full and
+rounds each 32: in steps of 32 every token sees just what it would see if it came alone."""
+
+
+class Cell(NamedTuple):
+    """One place of the table, by its two names."""
+
+    method: str
+    format: str
+
+    def make(self, reference: Reference,
+             calibration: Callable[[int], torch.Tensor]) -> QuantizationRow:
+        """What goes there, with as many sequences of `calibration` as the method takes."""
+        if self.method == KV_CACHE:
+            return _cache_row(self.format, reference)
+        if self.method == UNQUANTIZED:
+            return judged_row(reference) if self.format == "fp32" else _bf16_row(reference)
+        _, sequences, quantize = METHODS[self.method]
+        tokens = calibration(sequences) if sequences else None
+        return judged_row(reference, quantize(reference.model, tokens, format_named(self.format)))
+
+
+def cells() -> list[Cell]:
+    return [Cell(UNQUANTIZED, "fp32"), Cell(UNQUANTIZED, "bf16"),
+            *(Cell(KV_CACHE, format) for format in JUDGED_CACHES),
+            *(Cell(method, format) for method, (formats, *_) in METHODS.items()
+              for format in formats)]
+
+
+def _bf16_row(reference: Reference) -> QuantizationRow:
+    """All of the model in bf16, activations too."""
+    shape = reference.model.config.shape
+    return QuantizationRow(UNQUANTIZED, "bf16", 16, int(shape.stored_bytes("bf16")),
+                           int(shape.streamed_bytes("bf16")),
+                           reference.judge(faster(reference.model, "bf16")))
+
+
+def _cache_row(format: str, reference: Reference) -> QuantizationRow:
+    """The reference with its keys and values in `format`; bits and bytes are those of the cache of
+    one sequence, with scales and tokens that are not rounded yet."""
+    cache, step = JUDGED_CACHES[format]
+    shape, T = reference.model.config.shape, reference.tokens.shape[1]
+    size = cache.for_model(reference.model, 1, T).allocated_bytes
+    quality = reference.quality if cache is ContiguousCache else reference.judge(
+        through_cache(reference.model, cache, step))
+    bits = 8 * size / shape.kv_bytes(1, T, 1.0)
+    return QuantizationRow(KV_CACHE, format, bits, size, size, quality)
+
+
+def through_cache(model: Decoder, cache: type[KVCache],
+                  step: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """tokens [1, T] to logits [1, T, V], `step` tokens at a time through a cache."""
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        kept = cache.for_model(model, 1, tokens.shape[1])
+        return torch.cat([model(part, kept) for part in tokens.split(step, dim=1)], dim=1)
+    return run

@@ -135,8 +135,7 @@ class Answer:
                 self.reason, self.done = event.reason or self.reason, event.done
 
     def end(self, form: str) -> str:
-        """Why it ended, now that no more comes. Raises BadAnswer if it has not, or not well; `form`
-        is the status and the content type."""
+        """Why it ended. BadAnswer if it has not, or not well; `form` is status and content type."""
         left = self.waiting.decode(errors="replace").strip()
         if not self.done:
             self.feed(b"\n\n")                  # the last event may lack its empty line

@@ -13,6 +13,7 @@ from pydoc_data.topics import topics
 import torch
 
 from clawdemy_infer.files.tokenizer import Tokenizer
+from clawdemy_infer.refused import Refused
 
 
 def prose(part: str) -> str:
@@ -49,8 +50,7 @@ def calibration_tokens(tokenizer: Tokenizer, sequences: int = 16, length: int = 
 def _ids(tokenizer: Tokenizer, part: str, text: str | Path | None, needed: int, sequences: int,
          length: int) -> torch.Tensor:
     if sequences < 1 or length < 2:
-        raise ValueError(f"sequences={sequences}, length={length}: at least 1 sequence of 2 tokens "
-                         "is accepted")
+        raise Refused("", "sequences and length", (sequences, length), "at least (1, 2)")
     if isinstance(text, Path):
         text = text.read_text("utf-8")
     ids = tokenizer.encode(prose(part) if text is None else text)

@@ -1,9 +1,6 @@
-"""Who arrives when, and with how much to do: drawn from published distributions, by a seed.
-Standard library only.
-
-Arrivals and lengths are independent of each other, and the same seed draws the same requests on any
-machine.
-"""
+"""Who arrives when, and with how much to do: drawn from published distributions, by the standard
+library alone. Arrivals and lengths are independent of each other, and the same seed draws the same
+requests on any machine."""
 
 import math
 import tomllib
@@ -16,6 +13,7 @@ from random import Random
 from statistics import NormalDist
 
 from clawdemy_infer.batching.request import Request
+from clawdemy_infer.refused import Refused
 from clawdemy_infer.rigs.trace import MAX_ARRIVAL_S, MAX_REQUESTS
 
 SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1)
@@ -25,13 +23,10 @@ Length = Callable[[Random], int]
 """Draws a number of tokens."""
 
 
-# ---- lengths ----
-
-
 def uniform(low: int, high: int) -> Length:
     """Every whole number from `low` to `high` alike."""
     if not 1 <= low <= high:
-        raise ValueError(f"low={low}, high={high}: 1 <= low <= high is accepted")
+        raise Refused("", "low and high", (low, high), "1 <= low <= high")
     return lambda random: random.randint(low, high)
 
 
@@ -39,8 +34,7 @@ def lognormal(mean: float, sigma: float, most: int) -> Length:
     """Lognormal with this mean; `sigma` is the standard deviation of the logarithm. What is above
     `most` is drawn again, and the mean is that of what is left."""
     if not (0 < mean < most and sigma > 0):
-        raise ValueError(f"mean={mean}, sigma={sigma}, most={most}: 0 < mean < most and sigma > 0 "
-                         "are accepted")
+        raise Refused("", "mean, sigma and most", (mean, sigma, most), "0 < mean < most, sigma > 0")
     share_below, low, high = NormalDist().cdf, math.log(mean) - sigma**2, math.log(most)
     while high - low > 1e-9:            # the mean of a lognormal cut at `most` rises with mu
         mu = (low + high) / 2
@@ -72,15 +66,9 @@ def _length(entry: dict) -> Length:
 
 
 @cache
-def _known() -> dict[str, dict]:
+def known_workloads() -> dict[str, dict]:
+    """What `workloads.toml` says, by name."""
     return tomllib.loads((files("clawdemy_data") / "workloads.toml").read_text(encoding="utf-8"))
-
-
-def workload_names() -> list[str]:
-    return list(_known())
-
-
-# ---- arrivals ----
 
 
 def arrivals(requests: int, rate: float, random: Random, burstiness: float = 1.0) -> list[float]:
@@ -88,22 +76,19 @@ def arrivals(requests: int, rate: float, random: Random, burstiness: float = 1.0
     variation of the gaps, which are gamma-distributed: 1 is a Poisson process, 0 a metronome, and
     above 1 they come in bursts. An infinite rate: all at 0."""
     if not 1 <= requests <= MAX_REQUESTS:
-        raise ValueError(f"requests={requests}: 1 to {MAX_REQUESTS:,} are accepted")
+        raise Refused("", "requests", requests, f"1 to {MAX_REQUESTS:,}")
     if not rate > 0 or requests / rate > MAX_ARRIVAL_S:
-        raise ValueError(f"rate={rate}: requests per second, more than 0, so that {requests:,} "
-                         f"arrive within {MAX_ARRIVAL_S:,} s")
+        raise Refused("", "rate", rate, f"requests per second, more than 0, so that {requests:,} "
+                      f"arrive within {MAX_ARRIVAL_S:,} s")
     if burstiness and not 1e-3 <= burstiness <= 1e3:
-        raise ValueError(f"burstiness={burstiness}: 0 (evenly spaced), or 0.001 to 1000; 1 is "
-                         "Poisson")
+        raise Refused("", "burstiness", burstiness, "0 (evenly spaced), 0.001 to 1000; Poisson: 1")
+
     def gap() -> float:
         if not burstiness or math.isinf(rate):
             return 1 / rate
         return random.gammavariate(burstiness**-2, burstiness**2 / rate)
 
     return [0.0, *accumulate(gap() for _ in range(requests))][:requests]
-
-
-# ---- both ----
 
 
 def workload(prompt: str | Length, output: Length | None = None, *, requests: int,
@@ -113,12 +98,12 @@ def workload(prompt: str | Length, output: Length | None = None, *, requests: in
     `output`. `most` caps both together, for a model with a short context: the prompt first, at
     three quarters of it. Raises ValueError for an unknown name."""
     if isinstance(prompt, str):
-        if prompt not in _known():
-            raise ValueError(f"prompt={prompt!r}: known workloads are {', '.join(_known())}")
-        entry = _known()[prompt]
+        if prompt not in known_workloads():
+            raise Refused("", "prompt", prompt, ", ".join(known_workloads()))
+        entry = known_workloads()[prompt]
         prompt, output = _length(entry["prompt"]), _length(entry["output"])
     elif output is None:
-        raise ValueError("output: give what draws the number of output tokens")
+        raise Refused("", "output", ..., "what draws the number of output tokens")
     random = Random(seed)
     found = []
     for id, time in enumerate(arrivals(requests, rate, random, burstiness)):

@@ -30,10 +30,7 @@ from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.quantization import Quantized, format_named, linears, observe, round_to_nearest
 from clawdemy_infer.rigs.quality import Reference
-from clawdemy_infer.rigs.quantization_table import (
-    compare_formats,
-    quantization_table,
-)
+from clawdemy_infer.rigs.quantization_table import judged_row, quantization_table
 from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.variants.int8_activations import int8_activations, llm_int8
 from clawdemy_infer.variants.smoothquant import smoothquant
@@ -299,7 +296,7 @@ def candidates():
     yield smoothquant(decoder, calibration_tokens(decoder.tokenizer, 2, 128))
 
 
-rows = list(compare_formats(reference, candidates()))
+rows = [judged_row(reference), *(judged_row(reference, one) for one in candidates())]
 quantization_table(rows)
 
 # %% tags=["nbval-ignore-output"]

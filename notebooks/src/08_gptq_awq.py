@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 
+from clawdemy_course.quality_by_part import kl_by_layer, output_errors
 from clawdemy_infer.arithmetic.work import matmul, total
 from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.fast.quantized import with_modules
@@ -49,7 +50,7 @@ from clawdemy_infer.quantization import (
 from clawdemy_infer.quantization.awq import RATIOS
 from clawdemy_infer.quantization.gptq import gptq_matrix, hessian_of, inverse_factor, output_error
 from clawdemy_infer.rigs.checkpoint import load_quantized, save_quantized
-from clawdemy_infer.rigs.quality import Reference, kl_by_layer, output_errors
+from clawdemy_infer.rigs.quality import Reference
 from clawdemy_infer.rigs.quantization_table import quantization_table, shipped_table
 from clawdemy_infer.rigs.text import calibration_tokens, evaluation_tokens
 from clawdemy_infer.timing import stopwatch

@@ -31,6 +31,7 @@ from clawdemy_course.compare_drafts import (
     measure_costs,
     round_parts,
 )
+from clawdemy_course.prompts import texts_of
 from clawdemy_infer.batching import Operations, Policy, StepCost, simulate
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.launches import count_ops
@@ -42,7 +43,6 @@ from clawdemy_infer.lesson.tables import Table, si
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.model import Sampling
-from clawdemy_infer.rigs.prompts import texts_of
 from clawdemy_infer.rigs.workload import uniform, workload
 from clawdemy_infer.speculative import speculate, verify
 from clawdemy_infer.variants.self_drafts import draft_named

@@ -1,5 +1,5 @@
 """The page of the command line, made from the parsers:
-`python -m clawdemy_infer.cli.page > notebooks/COMMANDS.md`."""
+`python notebooks/commands.py > notebooks/COMMANDS.md`."""
 
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from functools import partial
@@ -12,7 +12,7 @@ BEGINNING = """# The command line
 `.venv/bin/clawdemy-infer`. Every command takes `--json`, which prints exactly one object on stdout.
 Exit code 0: done; 1: what was asked about failed, or does not fit; 2: wrong usage, one line on
 stderr that names the argument; 70: a bug; 130: Ctrl-C. With `--debug` an error says where it comes
-from. This page is made by `python -m clawdemy_infer.cli.page`."""
+from. This page is made by `python notebooks/commands.py`."""
 
 
 def page() -> str:
