@@ -19,7 +19,7 @@ course test test-browser notebooks slides: export HF_HUB_OFFLINE := 1
 # A figure backend that is set for the shell would keep the figures out of the notebooks.
 unexport MPLBACKEND
 
-.PHONY: course lab test test-browser notebooks slides setup peers peer-llama peer-vllm
+.PHONY: course lab test test-browser notebooks slides setup peers peer-llama peer-llama-scalar peer-llama-avx2 peer-llama-avx512 peer-vllm
 
 course: $(READY)
 	$(BIN)/clawdemy-infer course
@@ -54,10 +54,15 @@ setup: $(READY) $(REVEAL)
 # Other engines, to compare with. No test needs them, and nothing else in the project does.
 peers: peer-llama peer-vllm
 
-# Compiled for the processor at hand, without what is for images: wants a C++ compiler, and takes some minutes.
-peer-llama:
-	$(PYTHON) -m venv .peers/llama.cpp
-	CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' .peers/llama.cpp/bin/pip install llama-cpp-python==0.3.36
+# Compiled for the processor at hand, without what is for images: wants a C++ compiler, and takes some minutes. `make peer-llama-avx2` and the
+# like compile it for what CLAWDEMY_ISA=avx2 lets our own code use, each into an environment of its own.
+peer-llama: llama-flags := -DGGML_NATIVE=ON
+peer-llama-scalar: llama-flags := -DGGML_NATIVE=OFF -DGGML_SSE42=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_FMA=OFF -DGGML_F16C=OFF -DGGML_BMI2=OFF
+peer-llama-avx2: llama-flags := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+peer-llama-avx512: llama-flags := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON
+peer-llama peer-llama-scalar peer-llama-avx2 peer-llama-avx512:
+	$(PYTHON) -m venv .peers/$(@:peer-llama%=llama.cpp%)
+	CMAKE_ARGS='$(llama-flags) -DLLAVA_BUILD=OFF' .peers/$(@:peer-llama%=llama.cpp%)/bin/pip install --no-cache-dir llama-cpp-python==0.3.36
 
 # vLLM for CPUs wants PyTorch's CPU build, which PyPI has not. What it lists for images, sound and video is not for that build, and text
 # needs none of it.

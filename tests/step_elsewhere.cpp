@@ -1,5 +1,5 @@
-// One `step` as a program of its own, for a machine, a compiler or a check that PyTorch's process is
-// not there for. Read from the file that is named: the count of arrays, the bytes of each, 12 indices
+// One `step` as a program of its own, for a machine, a compiler or a check that PyTorch's process
+// is not there for. Read from the file that is named: the count of arrays, the bytes of each, 12 indices
 // (of arrays, from 1 on; 0 is null) and 6 numbers, all of 64 bits; then the arrays, each of which
 // gets memory of its own, so that a sanitizer sees its borders. Written back: the arrays.
 #include "step.cpp"
@@ -36,6 +36,9 @@ int main(int, char** words) {
          (T*)at[6], (T*)at[7], (int32_t*)at[8], (int64_t*)at[9], (int64_t*)at[10],
          (double*)at[CLOCKS], size[0], size[1], size[2], size[3], size[4], size[5]);
     fseek(file, 8 * (1 + count + TENSORS + SIZES), SEEK_SET);
-    for (int64_t i = 0; i < count; i++) fwrite(arrays[i + 1], 1, bytes[i], file), free(arrays[i + 1]);
+    for (int64_t i = 0; i < count; i++) {
+        fwrite(arrays[i + 1], 1, bytes[i], file);
+        free(arrays[i + 1]);
+    }
     return fclose(file);
 }

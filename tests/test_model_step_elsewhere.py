@@ -67,7 +67,8 @@ class Elsewhere:
             for each in (head.view(torch.uint8), *said):
                 file.write(each.numpy().tobytes())
         subprocess.run([*self.command, str(self.file)], check=True, timeout=300)
-        data = torch.frombuffer(bytearray(self.file.read_bytes()), dtype=torch.uint8)[8 * len(head):]
+        written = bytearray(self.file.read_bytes())
+        data = torch.frombuffer(written, dtype=torch.uint8)[8 * len(head):]
         for pointer, array in zip(used, arrays, strict=True):
             if pointer != pointers[2]:
                 array.copy_(data[:len(array)])

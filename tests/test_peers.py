@@ -228,6 +228,18 @@ def test_a_peer_that_is_not_set_up_is_one_sentence_with_its_make_target(environm
     assert all(f"\n{target}:" in targets for target in who.TARGETS.values())
 
 
+def test_a_narrower_instruction_set_races_against_llama_cpp_built_for_it(environments, monkeypatch):
+    monkeypatch.setenv("CLAWDEMY_ISA", "scalar")
+    _, missing = contestants(["fp32"], ["llama.cpp"], Path("m.gguf"))
+    assert "`make peer-llama-scalar`" in missing[0]
+    (environments / "llama.cpp-scalar" / "bin").mkdir(parents=True)
+    (environments / "llama.cpp-scalar" / "bin" / "python").touch()
+    [_, peer], missing = contestants(["fp32"], ["llama.cpp"], Path("m.gguf"))
+    assert missing == [] and "llama.cpp-scalar/bin/python" in peer.command[0]
+    targets = (Path(__file__).parents[1] / "Makefile").read_text()
+    assert all(f"peer-llama-{name}:" in targets for name in ("scalar", "avx2", "avx512"))
+
+
 def test_llama_cpp_takes_no_part_without_a_gguf_file(environments):
     assert contestants(["int4"], ["llama.cpp"], None)[1] == [
         "llama.cpp reads GGUF files only, and this model is not one, so it takes no part."]

@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from clawdemy_infer.arithmetic import BYTES
+from clawdemy_infer.fast.cpp import isa
 from clawdemy_infer.files.load import PACKAGED, weights_on_disk
 from clawdemy_infer.rigs.text import prose
 
@@ -45,8 +46,15 @@ class Contestant:
 
 
 def python(engine: str) -> Path:
-    """The interpreter of the environment that an engine lives in."""
-    return ENVIRONMENTS / engine / "bin" / "python" if engine in TARGETS else Path(sys.executable)
+    """The interpreter of the environment that an engine lives in. With CLAWDEMY_ISA, llama.cpp's is
+    that of a build for the same instructions."""
+    folder = engine + narrower(engine)
+    return ENVIRONMENTS / folder / "bin" / "python" if engine in TARGETS else Path(sys.executable)
+
+
+def narrower(engine: str) -> str:
+    """What the names of an engine's environment and target end in."""
+    return f"-{isa()}" if engine == "llama.cpp" and isa() else ""
 
 
 def weights_of(model: str) -> tuple[Path, Path | None]:
@@ -68,8 +76,8 @@ def contestants(weights: list[str], peers: list[str],
             missing.append("llama.cpp reads GGUF files only, and this model is not one, so it "
                            "takes no part.")
         elif not python(peer).exists():
-            missing.append(f"{peer} is not set up, so it takes no part: `make {TARGETS[peer]}` in "
-                           "the checkout does that.")
+            missing.append(f"{peer} is not set up, so it takes no part: `make "
+                           f"{TARGETS[peer]}{narrower(peer)}` in the checkout does that.")
         else:
             found += [Contestant(peer, name, bits) for bits in wanted
                       for name in PEER_FORMATS[peer].get(bits, [])]
