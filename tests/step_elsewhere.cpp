@@ -1,5 +1,5 @@
 // One `step` as a program of its own, for a machine, a compiler or a check that PyTorch's process
-// is not there for. Read from the file that is named, all of 64 bits: the count of arrays, the bytes
+// is not there for. Read from the file that is named, in 64 bits: the count of arrays, the bytes
 // of each, 12 indices of arrays (from 1 on; 0 is null), 6 numbers; then the arrays, each of which
 // gets memory of its own, so that a sanitizer sees its borders. Written back: the arrays.
 #include "step.cpp"
