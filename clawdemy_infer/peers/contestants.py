@@ -48,12 +48,11 @@ class Contestant:
 def python(engine: str) -> Path:
     """The interpreter of the environment that an engine lives in. With CLAWDEMY_ISA, llama.cpp's is
     that of a build for the same instructions."""
-    folder = engine + narrower(engine)
-    return ENVIRONMENTS / folder / "bin" / "python" if engine in TARGETS else Path(sys.executable)
+    place = ENVIRONMENTS / f"{engine}{narrower(engine)}"
+    return place / "bin" / "python" if engine in TARGETS else Path(sys.executable)
 
 
 def narrower(engine: str) -> str:
-    """What the names of an engine's environment and target end in."""
     return f"-{isa()}" if engine == "llama.cpp" and isa() else ""
 
 
