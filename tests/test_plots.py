@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from clawdemy_course.drawing import contrast
+from clawdemy_course.drawing import contrast, ink
 from clawdemy_course.guesses import guesses
+from clawdemy_course.rooflines import mark, pareto, roofline
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.lesson import plots
@@ -44,7 +45,7 @@ def ticks(axis, values) -> list[str]:
 
 
 def test_a_roofline_rises_with_the_bandwidth_turns_at_the_ridge_and_stays_at_the_peak(ax):
-    plots.roofline(ax, MACHINE, "bf16", intensities=(1, 1000))
+    roofline(ax, MACHINE, "bf16", intensities=(1, 1000))
     line = ax.lines[0]
     assert line.get_ydata()[[0, -1]] == pytest.approx([100e9, 2e12])
     assert max(line.get_ydata()) == pytest.approx(2e12)
@@ -53,7 +54,7 @@ def test_a_roofline_rises_with_the_bandwidth_turns_at_the_ridge_and_stays_at_the
 
 
 def test_intensities_are_written_out_and_rates_carry_prefixes(ax):
-    plots.roofline(ax, MACHINE, "bf16")
+    roofline(ax, MACHINE, "bf16")
     assert ticks(ax.xaxis, [0.1, 1, 10_000]) == ["0.1", "1", "10,000"]
     assert ticks(ax.yaxis, [100e9, 1e12]) == ["100 GFLOP/s", "1 TFLOP/s"]
 
@@ -61,19 +62,19 @@ def test_intensities_are_written_out_and_rates_carry_prefixes(ax):
 @pytest.mark.parametrize(("flops", "bytes", "rate"), [(6e9, 3e9, 200e9), (9e12, 9e9, 2e12)],
                          ids=["memory-bound", "compute-bound"])
 def test_a_mark_without_a_time_is_on_the_roof(ax, flops, bytes, rate):
-    plots.mark(ax, MACHINE, Work(flops, bytes, dtype="bf16"))
+    mark(ax, MACHINE, Work(flops, bytes, dtype="bf16"))
     assert dots(ax) == [(pytest.approx(flops / bytes), pytest.approx(rate))]
 
 
 def test_a_mark_with_a_time_is_at_the_rate_that_the_work_ran_at(ax):
-    plots.mark(ax, MACHINE, Work(6e9, 3e9, dtype="bf16"), seconds=0.12, label="slow")
+    mark(ax, MACHINE, Work(6e9, 3e9, dtype="bf16"), seconds=0.12, label="slow")
     assert dots(ax) == [(2, pytest.approx(50e9))]
     assert [text.get_text() for text in ax.texts] == ["slow"]
 
 
 def test_a_mark_in_a_dtype_that_the_machine_has_no_figure_for_is_refused_and_draws_nothing(ax):
     with pytest.raises(ValueError, match="fp32.*bf16"):
-        plots.mark(ax, MACHINE, Work(1, 1, dtype="fp32"))
+        mark(ax, MACHINE, Work(1, 1, dtype="fp32"))
     assert not ax.lines
 
 
@@ -173,12 +174,18 @@ def test_differences_of_colours_are_those_of_the_published_table(one, other, dif
     assert ciede2000(one, other) == pytest.approx(difference, abs=5e-5)
 
 
+@pytest.mark.parametrize("factor", [1, *plots.BRIGHTNESS.values()])
 @pytest.mark.parametrize(("vision", "least"), [
     ("all three", 23), ("protanopia", 13.5), ("deuteranopia", 13.5), ("tritanopia", 13.5)])
-def test_no_two_colours_look_alike_whatever_cones_one_has(vision, least):
+def test_no_two_colours_look_alike_whatever_cones_one_has(vision, least, factor):
     """A difference of 1 is just seen by eyes side by side, one of 10 at a glance."""
-    for one, other in combinations(plots.COLOURS, 2):
+    for one, other in combinations([brighter(colour, factor) for colour in plots.COLOURS], 2):
         assert ciede2000(lab(one, vision), lab(other, vision)) > least, (one, other)
+
+
+def brighter(colour: str, factor: float) -> str:
+    """`colour` as the CSS filter `brightness(factor)` shows it (Filter Effects Module 1, 6.3)."""
+    return "#" + bytes(min(255, round(factor * c)) for c in bytes.fromhex(colour[1:])).hex()
 
 
 @pytest.mark.parametrize("colour", [*plots.COLOURS, plots.NAPKIN, plots.TEXT])
@@ -192,6 +199,24 @@ def test_colours_stand_out_from_a_light_and_from_a_dark_background(colour):
     assert min(on_white, on_dark) > (best - 0.02 if colour == plots.TEXT else 3)
 
 
+@pytest.mark.parametrize(("light", "background"), [("true", "#ffffff"), ("false", "#111111")])
+def test_in_both_themes_of_jupyterlab_text_can_be_read_and_lines_be_seen(light, background):
+    factor = plots.BRIGHTNESS[light]
+    assert contrast(brighter(plots.TEXT, factor), background) > 4.7
+    for colour in (*plots.COLOURS, plots.NAPKIN):
+        assert contrast(brighter(colour, factor), background) > 3.2, colour
+    for colour in plots.COLOURS:                                # and the text on what is filled
+        assert contrast(brighter(colour, factor), brighter(ink(colour), factor)) > 5, colour
+
+
+def test_a_picture_follows_the_theme_at_the_price_of_200_bytes():
+    html = plots.as_html("data:,", "a line", 800)
+    assert html.startswith('<img alt="a line" width="800" class="drawn" src="data:,"><style>')
+    for light, factor in (("true", 0.95), ("false", 1.05)):
+        assert f"[data-jp-theme-light={light}] .drawn{{filter:brightness({factor})}}" in html
+    assert len(html) - len('<img alt="a line" width="800" src="data:,">') < 200
+
+
 def test_contrast_is_wcags():
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     assert contrast("#ffffff", "#777777") == pytest.approx(4.48, abs=0.005)    # the known near miss
@@ -202,8 +227,8 @@ def test_a_frontier_has_a_dot_for_each_batch_that_fits(ax):
         return {"batch": batch, "fits": fits, "seconds": seconds,
                 "tokens_per_s": batch / seconds if fits else None}
 
-    plots.pareto(ax, [row(1, 0.010), row(2, 0.016), row(4, None, fits=False)], label="one")
-    plots.pareto(ax, [row(1, 0.030)], label="another")
+    pareto(ax, [row(1, 0.010), row(2, 0.016), row(4, None, fits=False)], label="one")
+    pareto(ax, [row(1, 0.030)], label="another")
     one, another = (line.get_xydata().tolist() for line in ax.lines)
     assert (one, another) == ([[0.010, 100], [0.016, 125]], [[0.030, pytest.approx(100 / 3)]])
     assert [text.get_text() for text in ax.texts] == ["1", "2", "1"]

@@ -7,13 +7,10 @@ from html import escape
 from io import BytesIO
 
 import matplotlib.pyplot as plt
-import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clawdemy_infer.arithmetic import Work
-from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.lesson.tables import si
 from clawdemy_infer.lesson.waterfall import COUNTED, REST, Account
@@ -26,8 +23,12 @@ NAPKIN, ROOFLINE, MEASURED = "#8e8e8e", *COLOURS[:2]
 """Grey for the napkin, blue for the prediction, orange for what was measured."""
 
 TEXT = "#797979"
-"""Text on the transparent background: 4.35 : 1 on white, 4.34 : 1 on JupyterLab's dark #111111.
-No colour does better on both. The two contrasts multiply to 18.9, that of white on #111111."""
+"""Text on the transparent background: 4.35 : 1 on white, 4.34 : 1 on JupyterLab's dark #111111, and
+no colour does better on both: the two multiply to 18.9, that of white on #111111."""
+
+BRIGHTNESS = {"true": 0.95, "false": 1.05}
+"""What colours are multiplied by where JupyterLab's theme is light, and where it is dark: text then
+has 4.7 : 1 on either. Where nothing knows the theme, a picture is shown as it is."""
 
 
 def use_style() -> None:
@@ -52,53 +53,6 @@ def units(axis, unit: str) -> None:
         lambda value, _: si(value, unit).replace(".00 ", " ").replace(".0 ", " "))
 
 
-def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None,
-             intensities: Sequence[float] = (0.1, 10_000)) -> None:
-    """Draw min(peak, intensity * bandwidth) and mark the ridge point; FLOPs per byte against
-    FLOP/s, both logarithmic."""
-    x = np.geomspace(*intensities, 200)
-    [line] = ax.loglog(x, np.minimum(machine.peak(dtype), x * machine.bandwidth_at()),
-                       color=colour, label=machine.name)
-    ridge = machine.ridge(dtype)
-    ax.plot([ridge], [machine.peak(dtype)], "o", color=line.get_color(), markersize=5)
-    ax.set(xlabel="arithmetic intensity, FLOPs per byte", ylabel="attainable rate")
-    ax.xaxis.set_major_formatter("{x:,g}")
-    units(ax.yaxis, "FLOP/s")
-
-
-def mark(ax: Axes, machine: Machine, work: Work, seconds: float | None = None,
-         label: str = "") -> None:
-    """A dot where `work` stands in the roofline of `machine`, and its label: under the roof at the
-    rate it ran at, or on it where `seconds` is not given. Raises ValueError if the machine has no
-    figure for the dtype of `work`."""
-    rate = work.flops / (machine.napkin(work) if seconds is None else seconds)
-    ax.plot([work.intensity], [rate], "o", color=MEASURED, markersize=8, markeredgecolor="white",
-            zorder=5)
-    ax.annotate(label, (work.intensity, rate), textcoords="offset points", fontsize=9,
-                xytext=(8, -3), va="top")
-
-
-def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
-           colour: str | None = None) -> None:
-    """Latency against throughput: time per token and tokens/s of all users together, for the rows
-    of `napkin.sweep` that fit.
-
-    The batch stands beside its dot. Up and to the left is better, and a larger batch buys the one
-    with the other.
-    """
-    rows = [row for row in rows if row["fits"]]
-    [line] = ax.semilogy([row["seconds"] for row in rows], [row["tokens_per_s"] for row in rows],
-                         "o-", color=colour, label=label)
-    for row in rows:
-        ax.annotate(f"{row['batch']:,}", (row["seconds"], row["tokens_per_s"]),
-                    textcoords="offset points", xytext=(5, -11), fontsize=9, color=line.get_color())
-    ax.autoscale(axis="x")                  # over this curve too, if others were drawn before
-    ax.set_xlim(left=0)
-    ax.set(xlabel="time per token, of each user", ylabel="tokens/s, of all users")
-    units(ax.xaxis, "s")
-    ax.yaxis.set_major_formatter("{x:,g}")
-
-
 def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float],
            predicted: Sequence[float] | None, measured: Sequence[float]) -> None:
     """Seconds by napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots)
@@ -119,8 +73,17 @@ def show(figure: Figure, alt: str) -> None:
     figure.savefig(png, format="png")
     plt.close(figure)
     picture = base64.b64encode(png.getvalue()).decode()
-    html = f'<img alt="{escape(alt)}" src="data:image/png;base64,{picture}">'
+    html = as_html(f"data:image/png;base64,{picture}", alt)
     display({"text/html": html, "image/png": picture, "text/plain": alt}, raw=True)
+
+
+def as_html(source: str, alt: str, width: float | None = None) -> str:
+    """The picture at the address `source` in HTML, with its `BRIGHTNESS`, `width` pixels wide."""
+    size = f' width="{width}"' if width else ""
+    rules = "".join(f"[data-jp-theme-light={light}] .drawn{{filter:brightness({factor})}}"
+                    for light, factor in BRIGHTNESS.items())
+    return (f'<img alt="{escape(alt)}"{size} class="drawn" src="{source}">'
+            f"<style>{rules}</style>")
 
 
 def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:

@@ -8,7 +8,7 @@ in filled boxes, white or black; outside of them, in `plots.TEXT`, legible on ei
 import base64
 from html import escape
 
-from clawdemy_infer.lesson.plots import COLOURS, TEXT
+from clawdemy_infer.lesson.plots import COLOURS, TEXT, as_html
 
 WEIGHTS, KV, ACTIVATIONS, COMPUTE, LAUNCH, MEMORY = COLOURS
 """Blue, orange, green, pink (FLOPs), red (launches, work done again), grey (the machine)."""
@@ -123,7 +123,7 @@ class Diagram:
                 f"<title>{escape(self.alt.partition('. ')[0])}</title>\n{groups}\n</svg>")
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        svg, alt = self.svg(), escape(self.alt)
+        svg = self.svg()
         source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
         return {"image/svg+xml": svg, "text/plain": self.alt,
-                "text/html": f'<img alt="{alt}" width="{self.width}" src="{source}">'}
+                "text/html": as_html(source, self.alt, self.width)}

@@ -55,6 +55,7 @@ import math
 from functools import partial
 
 from clawdemy_course import diagrams
+from clawdemy_course.rooflines import mark, roofline
 from clawdemy_infer.arithmetic import Work, matmul, total
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import PackedLinear
@@ -120,9 +121,9 @@ shown = {"sum": Work(n - 1, 2 * n + 2, "sum", "bf16"), "1 row": bf16(1, 4096, 40
          "64 rows": bf16(64, 4096, 4096), "4,096 rows": bf16(4096, 4096, 4096)}
 intensities = {name: number(work.intensity) for name, work in shown.items()}
 fig, ax = plt.subplots()
-plots.roofline(ax, h100, "bf16", colour=plots.ROOFLINE, intensities=(0.1, 20_000))
+roofline(ax, h100, "bf16", colour=plots.ROOFLINE, intensities=(0.1, 20_000))
 for name, work in shown.items():
-    plots.mark(ax, h100, work, label=name)
+    mark(ax, h100, work, label=name)
 ax.set_xlim(0.1, 20_000)
 ax.set_ylim(1e11, 4e15)
 for x, side in ((0.13, "memory-bound"), (ridge * 1.3, "compute-bound")):

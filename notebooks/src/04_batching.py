@@ -23,6 +23,7 @@
 from itertools import pairwise
 from math import log, sqrt
 
+from clawdemy_course.rooflines import pareto
 from clawdemy_infer.envelope.napkin import sweep
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
@@ -548,7 +549,7 @@ for ax, S in zip(axes, (SHORT, LONG), strict=True):
                                        ({B: step.seconds for B, step in predicted[S].items()}, plots.ROOFLINE, "-", "calibrated roofline")):
         ax.plot([said[B] for B in BATCHES], [B / said[B] for B in BATCHES], style, color=colour, label=label)
     rows = [{"batch": B, "fits": True, "seconds": t, "tokens_per_s": B / t} for B, t in measured[S].items()]
-    plots.pareto(ax, rows, label="measured", colour=plots.MEASURED)
+    pareto(ax, rows, label="measured", colour=plots.MEASURED)
     if SLO < ax.get_xlim()[1]:
         ax.axvline(SLO, color="black", linestyle=":", linewidth=1.2, label=f"the promise, {si(SLO, 's')}")
     at = promised(measured[S])
@@ -777,7 +778,7 @@ fig, ax = plt.subplots(figsize=(7.4, 4.0))
 for key, colour in zip(("h100-sxm", "a100-80gb-sxm", "rtx-4090", "l4"), plots.COLOURS, strict=False):
     rows = [row for row in sweep(llama, catalog.machine(key), "batch", context=4096) if row["fits"]]
     rows = [row for row, after in zip(rows, [*rows[1:], None], strict=True) if after is None or after["batch"] > 1.5 * row["batch"]]
-    plots.pareto(ax, rows, label=catalog.machine(key).name, colour=colour)
+    pareto(ax, rows, label=catalog.machine(key).name, colour=colour)
 ax.axvline(0.05, color="black", linestyle=":", linewidth=1.2)
 ax.set(title=f"{llama.name}, bf16, 4,096 tokens: each batch is a bargain")
 ax.legend(loc="upper right")
