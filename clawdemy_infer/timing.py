@@ -48,27 +48,22 @@ class Timing:
 
 def stopwatch(work: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Timing:
     """Time `work()`: `warmup` calls are thrown away, then `repeats` calls are timed one by one."""
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: at least one timed call is needed")
-    for _ in range(warmup):
-        work()
-    seconds = []
-    for _ in range(repeats):
-        start = now()
-        work()
-        seconds.append(now() - start)
-    return Timing(tuple(seconds))
+    return alternate({"": work}, repeats, warmup)[""]
 
 
 def alternate(works: dict[str, Callable[[], object]], repeats: int = 5,
               warmup: int = 1) -> dict[str, Timing]:
     """Time several pieces of work in turn, A B C A B C …, so that a drift of the machine falls on
     all of them alike."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least one timed call is needed")
     for work in works.values():
         for _ in range(warmup):
             work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            seconds[name] += stopwatch(work, repeats=1, warmup=0).seconds
+            start = now()
+            work()
+            seconds[name].append(now() - start)
     return {name: Timing(tuple(times)) for name, times in seconds.items()}

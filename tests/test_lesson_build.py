@@ -19,8 +19,9 @@ import torch
 from hypothesis import strategies as st
 
 import clawdemy_course
+from clawdemy_course.properties import for_all
 from clawdemy_infer.lesson import Lesson, NotRight, build
-from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG, Exercise, Step, Task, Wrong, for_all
+from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG, Exercise, Step, Task, Wrong
 
 REPOSITORY = Path(__file__).parents[1]
 forks = pytest.mark.skipif(not build.FORKS, reason="a child process needs Linux")

@@ -5,7 +5,6 @@ prints, breaks or never ends costs the lesson nothing.
 """
 
 import faulthandler
-import functools
 import multiprocessing
 import os
 import signal
@@ -71,26 +70,6 @@ class Exercise:
     name: str
     steps: Mapping[str, Step]           # in order
     means: str                          # shown when all steps are right
-
-
-def for_all(examples: int = 50, **strategies) -> Callable:
-    """Makes a property of `f(answer, **drawn)`: it holds for what the hypothesis `strategies` draw,
-    the same in each run. What fails is the smallest example."""
-    from hypothesis import HealthCheck, configuration, given, settings
-
-    def decorate(f: Callable) -> Callable:
-        @functools.wraps(f)
-        def check(answer: object) -> None:
-            @settings(database=None, derandomize=True, deadline=None, max_examples=examples,
-                      report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
-            @given(**strategies)
-            def holds(**drawn) -> None:
-                f(answer, **drawn)
-
-            configuration.set_hypothesis_home_dir(os.devnull)   # it shall write no files
-            holds()
-        return check
-    return decorate
 
 
 def check(task: Task, answer: object) -> tuple[str, str]:
@@ -183,7 +162,7 @@ def _told(at: str, answer: object, error: BaseException) -> tuple[str, str]:
         text = "Used twice in the same way, it did two different things."
     elif not isinstance(error, Wrong):
         drawn = [f"{name}={value!r}" for frame, _ in traceback.walk_tb(error.__traceback__)
-                 if frame.f_code.co_name == "holds"     # of `for_all`
+                 if frame.f_code.co_name == "holds"     # of the course's `for_all`
                  for name, value in frame.f_locals.get("drawn", {}).items()]
         code = [getattr(each, "__code__", None) for each in (answer, *vars(answer).values())]
         files = {each.co_filename for each in code if each}

@@ -56,6 +56,10 @@ SHAPE = {
        for kind, rate in CURVES.items()}}
 """What a kept calibration must have, as `paths.alike` reads it."""
 
+UNCHANGED = ("name", "device", "memory", "peak_flops", "fixed_s_per_op", "fixed", "threads",
+             "reference", "waited")
+"""What a `Calibrated` machine has as its calibration has it."""
+
 Figures = dict[tuple[str, str, float], tuple[float, float]]
 """By kind, format and size, the median of the samples and their spread."""
 
@@ -185,41 +189,27 @@ def spread(values: Sequence[float]) -> float:
 
 
 def _keep(record: dict, found: Figures, start: float) -> Calibrated:
-    """Write `found` into `record`, and that into the user's cache."""
-    def points(*kinds: str, rate: str = "flops_per_s", at: str = "m") -> list[dict]:
-        return [{"dtype": format, at: size, "name": kind, rate: figure, "spread": spread}
-                for (kind, format, size), (figure, spread) in sorted(found.items())
-                if kind.startswith(kinds)]
-
-    def by_format(kind: str, index: int) -> dict[str, float]:
-        return {format: figure[index] for (each, format, _), figure in found.items()
-                if each == kind}
-
-    # A large square product is not always the fastest: a peak is the best rate of any product.
-    peaks = {format: max(figure for (kind, each, _), (figure, _) in found.items()
-                         if each == format and kind in ("peak", "gemm"))
-             for format in by_format("peak", 0)}
-    new = {
-        "bandwidth": [{"bytes": point["bytes"], "bytes_per_s": point["bytes_per_s"],
-                       "spread": point["spread"]}
-                      for point in points("bandwidth", rate="bytes_per_s", at="bytes")],
-        "gemm": [point for point in points("gemm") if point["name"] == "gemm"],
-        SMALL_GEMM: points(SMALL_GEMM), "head": points("head"),
-        "attention": points("attention", "paged"),
-        "elementwise": points("elementwise", rate="bytes_per_s"),
-        "peak_flops": peaks, "fixed": by_format("launches", 0),
-        "reference": by_format("reference", 0),
-        "spreads": {kind: by_format(kind, 1) for kind in ("peak", "launches", "reference")},
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    for name, value in new.items():                     # a further format is added to what is kept
-        if isinstance(value, list):
-            record[name] = record.get(name, []) + value
-        elif isinstance(value, dict) and name != "spreads":
-            record[name] = record.get(name, {}) | value
+    """Write `found` into `record`, beside what it has, and that into the user's cache."""
+    spreads: dict[str, dict[str, float]] = {}
+    for (kind, format, size), (figure, spread) in sorted(found.items()):
+        # A large square product is not always the fastest: a peak is the best rate of any product.
+        if kind in ("peak", "gemm"):
+            peaks = record.setdefault("peak_flops", {})
+            peaks[format] = max(figure, peaks.get(format, 0.0))
+        if kind == "bandwidth":
+            point = {"bytes": size, "bytes_per_s": figure, "spread": spread}
+            record.setdefault(kind, []).append(point)
+        elif kind in ("peak", "launches", "reference"):
+            spreads.setdefault(kind, {})[format] = spread
+            if kind != "peak":
+                record.setdefault("fixed" if kind == "launches" else kind, {})[format] = figure
         else:
-            record.setdefault(name, value)
-    record.setdefault("fixed_s_per_op", new["fixed"].get("fp32"))
+            curve = "attention" if "attention" in kind else kind    # it has several
+            record.setdefault(curve, []).append({"dtype": format, "m": size, "name": kind,
+                                                 CURVES[curve]: figure, "spread": spread})
+    record.setdefault("spreads", spreads)
+    record.setdefault("seconds", round(time.perf_counter() - start, 1))
+    record.setdefault("fixed_s_per_op", record["fixed"].get("fp32"))
     write_atomically(_path(record["device"]), json.dumps(record, indent=1))
     return from_record(record)
 
@@ -238,19 +228,14 @@ def from_record(record: dict) -> Calibrated:
             curves[point["dtype"]] = (*curves.get(point["dtype"], ()), (point["m"], point[rate]))
             spreads.setdefault(kind, {}).setdefault(point["dtype"], []).append(
                 point.get("spread", 0.0))
-    elementwise = rates.pop("elementwise", {})
     typical = {kind: {format: statistics.median(values) for format, values in curves.items()}
                for kind, curves in spreads.items()}
     return Calibrated(
-        name=record["name"], device=record.get("device", "cpu"),
         bandwidth=tuple(sorted((each["bytes"], each["bytes_per_s"])
                                for each in record["bandwidth"])),
-        peak_flops=record["peak_flops"], memory=record["memory"], rates=rates,
-        elementwise=elementwise, fixed_s_per_op=record["fixed_s_per_op"],
-        fixed=record.get("fixed", {}), threads=record.get("threads", 1),
-        spreads=typical | record.get("spreads", {}), reference=record.get("reference", {}),
-        waited=record.get("waited", 0.0),
-        source=f"measured {record['date']}")
+        elementwise=rates.pop("elementwise", {}), rates=rates,
+        spreads=typical | record.get("spreads", {}), source=f"measured {record['date']}",
+        **{name: record[name] for name in UNCHANGED if name in record})
 
 
 def kept_record(device: str | None = None) -> dict | None:

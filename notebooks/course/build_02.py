@@ -4,9 +4,10 @@ looks like, whose price the lesson measures."""
 import torch
 from hypothesis import strategies as st
 
+from clawdemy_course.properties import for_all
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.kv_cache.contiguous import RectangularCache
-from clawdemy_infer.lesson.build import Task, Wrong, for_all
+from clawdemy_infer.lesson.build import Task, Wrong
 
 K, H = 2, 3                                             # two KV heads of three numbers
 
