@@ -34,14 +34,14 @@ def run(args: Args) -> int:
         say(f"interrupted; lessons that are done are kept in {folder}, and the last ledger is as "
             "it was. The same command with --resume goes on.")
         return 130
-    board = ledger.scoreboard(ledger.read(folder / "ledger.jsonl"))
-    report = board.to_json() | {"lessons": [asdict(run) for run in runs],
-                                "versions": ledger.versions(), "date": ledger.today()}
+    rows = ledger.latest(ledger.read(folder / "ledger.jsonl"))
+    report = ledger.scoreboard(rows) | {"lessons": [asdict(run) for run in runs],
+                                        "versions": ledger.versions(), "date": ledger.today()}
     write_atomically(folder / "scoreboard.json",
                      json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     header = ("lesson", "time", "first cell", "peak memory", "")
     cost = Table(header, [
         (run.name, si(run.seconds, "s"), si(run.first_cell_s, "s"), si(run.peak_bytes, "B"),
          "ok" if run.ok else f"FAILED in {run.error}") for run in runs], numeric=header[1:4])
-    answer(args.json, report, ledger_table(board.rows, lessons=True), scoreboard_table(board), cost)
+    answer(args.json, report, ledger_table(rows, lessons=True), scoreboard_table(report), cost)
     return int(not all(run.ok for run in runs))

@@ -14,7 +14,7 @@ import platform
 import statistics
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from numbers import Real
@@ -180,13 +180,12 @@ def read(path: Path | None = None) -> list[LedgerRow]:
     if _is_json(tail):
         lines.append(tail)
     rows = []
-    known = {field.name for field in fields(LedgerRow)}
     for number, line in enumerate(lines, start=1):
         if line.endswith(TORN):
             continue
         try:
             rows.append(LedgerRow(**{name: value for name, value in json.loads(line).items()
-                                     if name in known or name not in OLD}))
+                                     if name not in OLD}))
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             warnings.warn(f"line {number} of {path} is not a row of the ledger and is passed over: "
                           f"{error}", stacklevel=2)
@@ -217,36 +216,18 @@ def latest(rows: Iterable[LedgerRow]) -> list[LedgerRow]:
     return list({(row.lesson, row.quantity): row for row in rows}.values())
 
 
-@dataclass(frozen=True)
-class Scoreboard:
-    """The ledger of one run, judged. An error of 0.25 means 1.25 times too much or too little; None
-    means nothing to judge. `coverage` is the share of measurements inside their interval; widths,
-    errors and the share `explained` are medians; `causes` counts those named rightly, and all."""
+def scoreboard(rows: Iterable[LedgerRow]) -> dict:
+    """The ledger of one run, judged by the latest row of each quantity, as JSON has it.
 
-    rows: tuple[LedgerRow, ...]
-    coverage: float | None
-    median_width: float | None
-    napkin_error: float | None
-    predicted_error: float | None
-    guess_error: float | None
-    explained: float | None
-    causes: tuple[int, int]
-    worst: LedgerRow | None
-
-    def to_json(self) -> dict:
-        return {"rows": [row.to_json() for row in self.rows], "coverage": self.coverage,
-                "median_width": self.median_width, "median_ratio_error": self.predicted_error,
-                "median_ratio_error_napkin": self.napkin_error,
-                "median_ratio_error_guess": self.guess_error, "median_explained": self.explained,
-                "causes_right": self.causes[0], "causes_named": self.causes[1],
-                "worst": self.worst.to_json() if self.worst else None}
-
-
-def scoreboard(rows: Iterable[LedgerRow]) -> Scoreboard:
-    """The latest row of each quantity, judged; of the guesses, those made in time."""
-    rows = tuple(latest(rows))
-    inside = [row for row in rows if row.inside]
+    `coverage` is the share of measurements inside their interval; widths, errors and the share
+    explained are medians; causes are counted, those named rightly and all. An error of 0.25 means
+    1.25 times too much or too little. Only guesses made in time count. None: nothing to judge.
+    """
+    rows = latest(rows)
+    inside = [row.inside == "yes" for row in rows if row.inside]
     named = [row.cause_right for row in rows if row.cause_right is not None]
+    worst = max((row for row in rows if row.ratio), key=lambda row: ratio_error(row.ratio),
+                default=None)
 
     def median(values: Iterable[float | None]) -> float | None:
         values = [value for value in values if value is not None]
@@ -255,10 +236,13 @@ def scoreboard(rows: Iterable[LedgerRow]) -> Scoreboard:
     def error(ratios: Iterable[float | None]) -> float | None:
         return median(ratio and ratio_error(ratio) for ratio in ratios)
 
-    return Scoreboard(
-        rows, sum(row.inside == "yes" for row in inside) / len(inside) if inside else None,
-        median(row.width for row in inside), error(row.ratio_napkin for row in rows),
-        error(row.ratio for row in rows), error(row.ratio_guess for row in rows if not row.late),
-        median(row.explained for row in rows), (sum(named), len(named)),
-        max((row for row in rows if row.ratio), key=lambda row: ratio_error(row.ratio),
-            default=None))
+    return {
+        "rows": [row.to_json() for row in rows],
+        "coverage": sum(inside) / len(inside) if inside else None,
+        "median_width": median(row.width for row in rows if row.inside),
+        "median_ratio_error": error(row.ratio for row in rows),
+        "median_ratio_error_napkin": error(row.ratio_napkin for row in rows),
+        "median_ratio_error_guess": error(row.ratio_guess for row in rows if not row.late),
+        "median_explained": median(row.explained for row in rows),
+        "causes_right": sum(named), "causes_named": len(named),
+        "worst": worst.to_json() if worst else None}

@@ -255,10 +255,6 @@ class Lesson:
         return replace(tables.ledger_table(rows, widened=only),
                        title=title * any(map(self._widened, rows)))
 
-    def scoreboard(self) -> Table:
-        """How good predictions, guesses and causes were, in all lessons of the ledger so far."""
-        return tables.scoreboard_table(ledger.scoreboard(ledger.read()))
-
     def _write(self, row: LedgerRow) -> None:
         ledger.append(row)
         self.rows[row.quantity] = row

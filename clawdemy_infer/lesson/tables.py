@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from clawdemy_infer.lesson.ledger import LedgerRow, Scoreboard
+from clawdemy_infer.lesson.ledger import LedgerRow
 from clawdemy_infer.machine.calibrated import Calibrated, Speeds
 
 PREFIXED = ("s", "B", "FLOP")
@@ -178,17 +178,17 @@ def percent(share: float | None) -> str:
     return MISSING if share is None else f"{share:.0%}"
 
 
-def scoreboard_table(board: Scoreboard) -> Table:
-    """How good the predictions, the guesses and the causes were."""
-    judged, (right, named) = sum(row.inside is not None for row in board.rows), board.causes
-    rows = [("measurements inside their interval", f"{percent(board.coverage)} of {judged}"),
-            ("half-width of an interval, median", f"± {percent(board.median_width)}"),
-            ("error of a prediction, median", percent(board.predicted_error)),
-            ("error of the napkin, median", percent(board.napkin_error)),
-            ("error of your guesses, median", percent(board.guess_error)),
-            ("causes that you named rightly", f"{right} of {named}"),
-            ("share of a difference explained, median", percent(board.explained))]
-    if row := board.worst:
-        rows.append(("worst prediction", f"{row.lesson}, {row.quantity}: it took {row.ratio:.2f} "
-                                         "times as much"))
+def scoreboard_table(board: dict) -> Table:
+    """How good the predictions, the guesses and the causes were, from `ledger.scoreboard`."""
+    judged = sum(row["inside"] is not None for row in board["rows"])
+    rows = [("measurements inside their interval", f"{percent(board['coverage'])} of {judged}"),
+            ("half-width of an interval, median", f"± {percent(board['median_width'])}"),
+            ("error of a prediction, median", percent(board["median_ratio_error"])),
+            ("error of the napkin, median", percent(board["median_ratio_error_napkin"])),
+            ("error of your guesses, median", percent(board["median_ratio_error_guess"])),
+            ("causes that you named rightly", "{causes_right} of {causes_named}".format(**board)),
+            ("share of a difference explained, median", percent(board["median_explained"]))]
+    if row := board["worst"]:
+        rows.append(("worst prediction", "{lesson}, {quantity}: it took {ratio:.2f} times as much"
+                                         .format(**row)))
     return Table(("", "so far"), rows)

@@ -6,8 +6,6 @@ fingerprint of the hardware, the date, and the spread of every figure. It is nev
 unasked.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

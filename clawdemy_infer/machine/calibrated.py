@@ -1,19 +1,12 @@
 """A machine that was measured: the roofline's `Machine` with a rate for each kernel at its own
 format and number of rows, the price of launching an operation, and how far each may be off."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from clawdemy_infer.arithmetic import Format, Work
-from clawdemy_infer.envelope.roofline import (
-    PAGED_ATTENTION,
-    Curve,
-    Machine,
-    interpolate,
-)
+from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Curve, Machine, interpolate
 
 ATTENTION_KEYS = (64, 384, 2048)
 """Keys that each sequence of the decode-attention probes sees."""
@@ -136,7 +129,7 @@ class Calibrated(Machine):
         of_samples = spreads.get(format, max(spreads.values(), default=0.0))
         return of_samples + SHAPE_SPREAD + WAIT_SPREAD * max(self.waited, self.now.waited)
 
-    def at(self, speeds: Speeds) -> Calibrated:
+    def at(self, speeds: Speeds) -> Self:
         """The same machine at other `speeds`, as fractions of its calibration."""
         change = Speeds(*(new / old for new, old in zip(speeds[:3], self.now[:3], strict=True)))
 

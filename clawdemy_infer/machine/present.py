@@ -5,8 +5,6 @@ A laptop throttles, a rented core has neighbours. The probes run before a predic
 right before and right after the run that it predicts, never within it, and they know nothing of it.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Callable

@@ -5,8 +5,6 @@ it will predict (those of attention are in `probes_attention`). A probe gives on
 figure in some hundredths of a second; how many samples there are is the calibration's business.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median

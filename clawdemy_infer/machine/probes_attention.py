@@ -6,8 +6,6 @@ block pool.
     paged attention   the same of a decode step of a paged cache
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch
