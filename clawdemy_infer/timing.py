@@ -1,8 +1,5 @@
-"""One stopwatch for everything: warm up, synchronise, repeat, take the median and show the spread.
-
-A lesson, a benchmark and the calibration all read the clock through this file, so their numbers can
-be compared.
-"""
+"""One stopwatch for lessons, benchmarks and the calibration, so that their numbers can be compared:
+warm up, synchronise, repeat, take the median and show the spread."""
 
 import statistics
 import sys
@@ -33,13 +30,8 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
-    def best(self) -> float:
-        return min(self.seconds)
-
-    @property
     def spread(self) -> float:
-        """Half the gap between the quartiles, as a fraction of the median; above 0.1 the machine
-        was busy."""
+        """Half the gap between the quartiles over the median; above 0.1 the machine was busy."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -53,8 +45,7 @@ def stopwatch(work: Callable[[], object], repeats: int = 5, warmup: int = 1) -> 
 
 def alternate(works: dict[str, Callable[[], object]], repeats: int = 5,
               warmup: int = 1) -> dict[str, Timing]:
-    """Time several pieces of work in turn, A B C A B C …, so that a drift of the machine falls on
-    all of them alike."""
+    """Time works in turn, A B C A B C …, so that a drift of the machine falls on all alike."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least one timed call is needed")
     for work in works.values():

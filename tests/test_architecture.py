@@ -251,8 +251,9 @@ def test_every_file_in_another_language_is_packaged():
     packaged = {path for package, patterns in SETUPTOOLS["package-data"].items()
                 for pattern in patterns
                 for path in REPOSITORY.joinpath(*package.split(".")).glob(pattern)}
-    written = {path for kind in ("*.h", "*.cpp", "*.js") for path in PACKAGE.rglob(kind)}
-    assert len({path.suffix for path in written}) == 3 and written <= packaged
+    written = {path for kind in ("*.h", "*.cpp", "*.js", "*.mplstyle")
+               for path in PACKAGE.rglob(kind)}
+    assert len({path.suffix for path in written}) == 4 and written <= packaged
 
 
 @pytest.mark.parametrize("folder", [REPOSITORY, REPOSITORY / "notebooks", Path("/")],

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from clawdemy_course.drawing import contrast, ink
+from clawdemy_course.figures import beside, mark, pareto, roofline
 from clawdemy_course.guesses import guesses
-from clawdemy_course.rooflines import mark, pareto, roofline
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.lesson import plots
@@ -238,7 +238,7 @@ def test_a_frontier_has_a_dot_for_each_batch_that_fits(ax):
 
 
 def test_napkin_roofline_and_measurement_stand_beside_each_other_over_zero(ax):
-    plots.beside(ax, [64, 256], napkin=[0.010, 0.040], predicted=None, measured=[0.012, 0.050])
+    beside(ax, [64, 256], napkin=[0.010, 0.040], predicted=None, measured=[0.012, 0.050])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["napkin", "measured"]
     assert ax.get_ylim()[0] == 0
     assert ticks(ax.yaxis, [0.02]) == ["20 ms"]

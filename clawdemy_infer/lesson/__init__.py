@@ -1,5 +1,4 @@
-"""What a lesson is made of: guesses, tasks and exercises; the ledger; tables, plots and widgets;
-steps and their parts."""
+"""What a lesson is made of, from the guess to the ledger, and how it is shown."""
 
 from clawdemy_infer.lesson.lesson import Lesson, NotRight
 

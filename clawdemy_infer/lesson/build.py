@@ -27,8 +27,7 @@ from clawdemy_infer.lesson.tables import PREFIXED, from_si, number, si
 OPEN, WRONG, RIGHT = "open", "wrong", "right"
 MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
             TypeError, ValueError)
-"""What a learner's function raises while it is still wrong. Anything else (Ctrl-C, no memory) is
-not about the exercise."""
+"""What a learner's function raises while it is still wrong; Ctrl-C, for one, is not about that."""
 UNITS = [unit + per for unit in PREFIXED for per in ("", "/s")]
 MEMORY = 2**30                                          # bytes that a check may take
 FORKS = sys.platform == "linux"     # macOS can, but there a child's matrix products may crash
@@ -41,8 +40,7 @@ class Wrong(AssertionError):
 @dataclass(frozen=True)
 class Task:
     """A build task. Each of `properties` is a function of the answer, named as what it demands.
-    `smoke` uses all of the answer once and returns what came back: a `...` in it is an open stub.
-    """
+    `smoke` uses all of the answer once and returns what came back; `...` in it is an open stub."""
 
     name: str
     student: str                        # the name in the notebook: "MyCache"
@@ -193,8 +191,8 @@ def check_step(name: str, step: Step, answer: object) -> tuple[str, str]:
 
 
 def _plain(answer: object, step: Step) -> object:
-    """A number in the unit of `step`, yes or no, or lower-case text. ValueError where it has
-    another unit. What is counted may be named: "9 users"."""
+    """A number in the unit of `step`, yes or no, or lower-case text. What is counted may be named:
+    "9 users". ValueError for another unit."""
     if isinstance(step.right, bool):
         said = {"yes": True, "true": True, "no": False, "false": False}
         return said.get(str(answer).strip().lower(), answer)
@@ -235,8 +233,7 @@ def check_function(name: str, function: object, cases: Mapping[object, object],
 
 
 def check_value(name: str, value: object, expected: object, rtol: float) -> tuple[str, str]:
-    """As `check_function`. It says how far off a number is and not what was expected: finding that
-    is the exercise."""
+    """As `check_function`. It says how far off a number is, and never what was expected."""
     if value is ... or _same(value, expected, rtol):
         return OPEN if value is ... else RIGHT, ""
     return WRONG, f"{name} = {_shown(value)} {_off(value, expected)}"

@@ -21,12 +21,15 @@ from numbers import Real
 from pathlib import Path
 
 from clawdemy_infer import __version__
-from clawdemy_infer.paths import cache_dir
+from clawdemy_infer.paths import alike, cache_dir
 
 TORN = b" #torn"
 OLD = {"speed", "why"}          # fields of earlier ledgers, which are passed over
-PART = {"name", "napkin_s", "predicted_s", "measured_s"}
-TEXTS = "lesson", "quantity", "unit", "cause", "sentence", "machine", "date"
+PART = {"name": object, **dict.fromkeys(("napkin_s", "predicted_s", "measured_s"),
+                                        (int, float, type(None)))}
+KINDS = {**dict.fromkeys(("lesson", "quantity", "unit", "cause", "sentence", "machine", "date"),
+                         (str, "text")), "late": (bool, "number"),
+         **dict.fromkeys(("spread", "explained", "cause_right"), (Real | None, "number"))}
 
 
 def versions() -> dict[str, str]:
@@ -52,8 +55,7 @@ class LedgerRow:
     parts        of each part of a step: name, napkin_s, predicted_s, measured_s
     explained    share of measured - napkin that the parts account for; `sentence` is computed too
 
-    Raises `ValueError` for a number that is not positive and finite, for half an interval, and for
-    what is no text where one is needed.
+    Raises `ValueError` for a number not positive and finite, half an interval, what is no text.
     """
 
     lesson: str
@@ -89,15 +91,12 @@ class LedgerRow:
             raise ValueError(f"low={self.low}, high={self.high} for {self.quantity!r}: an interval "
                              f"has both, around predicted={self.predicted}")
         for part in self.parts:
-            if not (isinstance(part, dict) and PART <= part.keys() and all(
-                    isinstance(part[name], Real | None) for name in PART - {"name"})):
+            if not alike(part, PART):
                 raise ValueError(f"parts={part!r} for {self.quantity!r}: a part has "
                                  f"{', '.join(sorted(PART))}")
-        if wrong := [name for name in TEXTS if not isinstance(getattr(self, name), str)] + [
-                name for name in ("spread", "explained", "cause_right", "late")
-                if not isinstance(getattr(self, name), bool if name == "late" else Real | None)]:
-            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r} for {self.quantity!r}: it is "
-                             f"a {'text' if wrong[0] in TEXTS else 'number'}")
+        for name, (kind, said) in KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name}={value!r} for {self.quantity!r}: it is a {said}")
 
     @property
     def ratio(self) -> float | None:
@@ -138,8 +137,7 @@ def half_width(low: float, high: float) -> float:
 
 
 def ratio_error(ratio: float) -> float:
-    """How wrong a ratio is, the same for twice too much as for half: max(r, 1/r) - 1, so 0 is
-    perfect and 1 is a factor of two."""
+    """max(r, 1/r) - 1: 0 is perfect, and 1 is twice too much or half."""
     return max(ratio, 1 / ratio) - 1
 
 
@@ -162,7 +160,8 @@ def append(row: LedgerRow, path: Path | None = None) -> None:
     line = json.dumps(asdict(row), allow_nan=False).encode() + b"\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        line = _closing(path.read_bytes().rpartition(b"\n")[2]) + line
+        if tail := path.read_bytes().rpartition(b"\n")[2]:         # it is a row that lost its end
+            line = (b"" if _is_json(tail) else TORN) + b"\n" + line
         if os.write(file, line) < len(line):
             raise OSError(errno.ENOSPC, "only a part of the row was written: is the disk full?",
                           str(path))
@@ -171,8 +170,7 @@ def append(row: LedgerRow, path: Path | None = None) -> None:
 
 
 def read(path: Path | None = None) -> list[LedgerRow]:
-    """All rows, oldest first; an absent file has none. A line that is not a row is passed over, and
-    a warning says which."""
+    """All rows, oldest first; an absent file has none. A warning names a line that is no row."""
     path = path or ledger_path()
     if not path.exists():
         return []
@@ -198,14 +196,6 @@ def _is_json(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _closing(tail: bytes) -> bytes:
-    """What must follow an unfinished last line before a new row: nothing, a newline if only that
-    was lost, or the torn mark."""
-    if not tail:
-        return b""
-    return b"\n" if _is_json(tail) else TORN + b"\n"
 
 
 # -- how good were we? ----------------------------------------------------------------------------

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 
 class NotRight(ValueError):
-    """Under `CLAWDEMY_STRICT=1`: an exercise that is not answered rightly. In a learner's run this
-    is a printed line instead."""
+    """An exercise that is not answered rightly, under `CLAWDEMY_STRICT=1`; else a printed line."""
 
 
 class Guess(NamedTuple):
@@ -48,12 +47,8 @@ class Guess(NamedTuple):
 
 
 class Lesson:
-    """One notebook's part of the ledger. `machine` is a `Machine` or its name; it goes into every
-    row.
-
-    Running a cell again replaces the quantity in this lesson's table and appends a fresh row to the
-    file.
-    """
+    """One notebook's part of the ledger; `machine`, a `Machine` or its name, goes into every row.
+    A cell that runs again replaces its quantity in the table and adds a row to the file."""
 
     def __init__(self, name: str, machine: Machine | str) -> None:
         self.name = name
@@ -112,8 +107,7 @@ class Lesson:
         calibrated machine, with its interval; what is no time may be given an `interval`. All in
         `unit`, which is plain: s, B, B/s, FLOP/s, never ms or GB.
 
-        Predicting again starts the quantity afresh. Raises `ValueError` for a number that is not
-        positive and finite.
+        Predicting again starts afresh. `ValueError` for a number not positive and finite.
         """
         said = predicted
         if isinstance(said, Prediction):
@@ -126,8 +120,7 @@ class Lesson:
         self._join(quantity)
 
     def reveal(self, *quantities: str) -> Table:
-        """Guess, napkin and predicted interval of `quantities`, by default of all: from here on a
-        guess is late."""
+        """Guess, napkin and predicted interval of `quantities` or of all. A later guess is late."""
         rows = [self._predicted(quantity) for quantity in quantities or self.rows]
         self.revealed |= {row.quantity for row in rows}
         without = [row.quantity for row in rows if row.guess is None]
@@ -142,16 +135,15 @@ class Lesson:
 
     def measure(self, quantity: str, value: "StepOf | Callable[[], Timing] | Timing | float",
                 parts: Iterable[dict] | None = None, about_s: float = 1.0) -> None:
-        """Set the measured value beside its prediction, in the prediction's unit, and write the
-        row to the ledger.
+        """Measure what was predicted, in its unit, and write the row to the ledger.
 
         `value` is a step, which is run now, also part by part unless `parts` is (); or a function
         that measures for `about_s` seconds; or what was measured already. A bar shows how long it
         will take, an interrupt costs this quantity alone. `parts` are what a step is made of:
         `Parts`, or as `LedgerRow` has them. A `Timing` that saw the machine's speed around the run
         widens the interval; the value itself changes nothing of the prediction. Where noise left
-        nothing (a difference below zero), one line says so and nothing is written. Raises
-        `ValueError` for a quantity that was never predicted: that is the whole game.
+        nothing (a difference below zero), one line says so and nothing is written. `ValueError`
+        for a quantity that was never predicted.
         """
         predicted = self._predicted(quantity)
         if not callable(getattr(value, "time", value)):
@@ -203,9 +195,8 @@ class Lesson:
         return (told.low, told.high) != (row.low, row.high)
 
     def cause(self, quantity: str, choice: str | EllipsisType = ...) -> None:
-        """What the learner takes for the largest difference between napkin and measured: a part,
-        "memory was slower than calibrated", "not explained" ...; `...` is no answer. After the
-        explanation it does not count."""
+        """What the learner takes for the largest difference between napkin and measured, one of
+        `waterfall.choices`; `...` is no answer. After the explanation it does not count."""
         row = self._predicted(quantity)
         accepted = choices([part["name"] for part in row.parts]
                            or getattr(self.said[quantity][0], "parts", ()))
@@ -219,8 +210,7 @@ class Lesson:
             self.rows[quantity] = replace(row, cause=choice)
 
     def explain(self, quantity: str) -> None:
-        """Draw what lies between napkin and measured, part by part, say it in one sentence, and
-        judge the learner's cause."""
+        """Draw and say, part by part, what lies between napkin and measured; judge the cause."""
         row = self._predicted(quantity)
         if row.measured is None:
             return print(f"○ {quantity!r} has not been measured, so there is nothing to explain.")
@@ -309,12 +299,11 @@ class Lesson:
                  means: str = "") -> None:
         """Check the learner's `answer` and say in one line how it stands; never stop the notebook.
 
-        A function is tried on `cases`, a mapping from its arguments (a tuple, or the only argument
-        itself) to what it must return. A value is compared with `expected`. Numbers, lists and
-        tensors may differ by the relative tolerance `rtol`; text may not differ. `nudge` follows a
-        wrong answer, `means` a right one. An answer that is still `...`, or still returns it, is
-        not attempted. Raises `NotRight` under `CLAWDEMY_STRICT=1` for anything but a right answer,
-        `ValueError` unless given `cases` or `expected`.
+        A function is tried on `cases`: what it must return, by its arguments (a tuple, or the only
+        one). A value is compared with `expected`. Numbers, lists and tensors may differ by the
+        relative `rtol`, text may not. `nudge` follows a wrong answer, `means` a right one. An
+        answer that is or returns `...` is not attempted. Raises `NotRight` under
+        `CLAWDEMY_STRICT=1` unless right, `ValueError` unless given `cases` or `expected`.
         """
         if (cases is None) == (expected is None):
             raise ValueError(f"exercise {name!r}: give `cases` for a function or `expected` for a "

@@ -31,8 +31,7 @@ PARTS_S = 3.0
 
 
 class Rate(NamedTuple):
-    """What a part reached, and the most that the machine can do, both in `unit`; None where there
-    is no such rate."""
+    """What a part reached and the most the machine can do, in `unit`; None: no such rate."""
 
     reached: float | None
     bound: float | None
@@ -45,7 +44,6 @@ class Parts:
 
     whole_s       the step unwatched; what no part accounts for is `rest_s`
     watching_s    how much longer it took while it was watched: taken off all parts in proportion
-    timers_s      what of it is the reading of the clock, measured by itself
     rates         what each part reached
     """
 
@@ -55,15 +53,13 @@ class Parts:
     rates: dict[str, Rate]
     whole_s: float
     watching_s: float
-    timers_s: float
 
     @property
     def rest_s(self) -> float:
         return self.whole_s - sum(self.measured.values())
 
     def __iter__(self) -> Iterator[dict]:
-        """A row for each part: name, napkin_s, predicted_s, measured_s, and the rate that it
-        `reached` with its `bound` and `unit`."""
+        """A row for each part: name, napkin_s, predicted_s, measured_s, and its rate's fields."""
         for name, seconds in self.measured.items():
             yield {"name": name, "napkin_s": self.napkin[name],
                    "predicted_s": self.predicted[name], "measured_s": seconds,
@@ -173,15 +169,13 @@ class StepOf:
         return bracketed(machine)(self.run, repeats or self.repeats)
 
     def parts(self, machine: Machine, repeats: int | None = None) -> Parts:
-        """Each part of the step, from runs that are watched, by turns with runs that are not; by
-        default for some `PARTS_S`.
+        """Each part of the step, from watched and unwatched runs by turns, for some `PARTS_S`.
 
         Products and attention are read off the clock within the step. Launches are measured by
         themselves, between the runs: so many, at the price that one has then. Element-wise is what
         a step takes between its products beyond what a step of one token takes there, which starts
-        as many operations and moves next to nothing. What the whole takes beyond all of these is
-        the rest. Raises ValueError, before any work, for a step whose parts no clock can tell
-        apart.
+        as many operations and moves next to nothing. What the whole takes beyond these is the rest.
+        Raises ValueError, before any work, for a step whose parts no clock can tell apart.
         """
         works = self._works()
         self._refuse(works.keys() - {"attention", "scan", "element-wise"})
@@ -216,8 +210,7 @@ class StepOf:
                     seconds["attention"] - launch_s * self.started["attention"], 0.0)
         measured = {name: seconds[name] for name in (*works, "launches")}
         watching_s = median(watch.whole_s - plain_s for plain_s, watch, *_ in turns)
-        return Parts(measured, *self._expected(machine, works, measured), whole_s, watching_s,
-                     own_s * turns[0][1].calls)
+        return Parts(measured, *self._expected(machine, works, measured), whole_s, watching_s)
 
     def look(self, own_s: float) -> Watch:
         """One run, watched."""
@@ -257,8 +250,8 @@ def _ratio(amount: float, seconds: float) -> float | None:
 
 
 def cost_of_watching(calls: int = 500) -> float:
-    """Seconds that watching adds to a call, beside those that it takes for the call's own: the
-    least of a few readings, since whatever disturbs one makes it longer."""
+    """Seconds that watching adds to a call and does not count as the call's own: the least of a
+    few readings, since whatever disturbs one makes it longer."""
     def reading() -> float:
         watch = Watch()
         empty, start = watch.of("", lambda: None), now()

@@ -2,7 +2,6 @@
 
 import base64
 import re
-from collections.abc import Sequence
 from html import escape
 from io import BytesIO
 
@@ -32,19 +31,12 @@ has 4.7 : 1 on either. Where nothing knows the theme, a picture is shown as it i
 
 
 def use_style() -> None:
-    """Set the course's look for every figure that follows. Text is at least 9 pt at the size it is
-    shown."""
-    plt.rcParams.update({
-        "figure.figsize": (7.2, 4.0), "figure.dpi": 110, "figure.constrained_layout.use": True,
-        "savefig.dpi": 110, "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
-        "axes.titlelocation": "left", "legend.fontsize": 9, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
-        "lines.linewidth": 2.0, "lines.markersize": 6, "legend.frameon": False,
-        "axes.prop_cycle": plt.cycler(color=COLOURS), "hatch.linewidth": 2.0,
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor",
-                         "xtick.color", "ytick.color", "grid.color"), TEXT),
-    })
+    """Set the course's look for every figure that follows. Text is shown at 9 pt or more."""
+    plt.style.use("clawdemy_infer.lesson.course")
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS)
+    plt.rcParams.update(dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color",
+         "ytick.color", "grid.color"), TEXT))
 
 
 def units(axis, unit: str) -> None:
@@ -53,22 +45,8 @@ def units(axis, unit: str) -> None:
         lambda value, _: si(value, unit).replace(".00 ", " ").replace(".0 ", " "))
 
 
-def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float],
-           predicted: Sequence[float] | None, measured: Sequence[float]) -> None:
-    """Seconds by napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots)
-    over the same x, on a y axis that starts at zero."""
-    ax.plot(x, napkin, "--", color=NAPKIN, label="napkin")
-    if predicted is not None:
-        ax.plot(x, predicted, color=ROOFLINE, label="calibrated roofline")
-    ax.plot(x, measured, "o", color=MEASURED, label="measured")
-    ax.set_ylim(bottom=0)
-    units(ax.yaxis, "s")
-    ax.legend()
-
-
 def show(figure: Figure, alt: str) -> None:
-    """Show `figure` in a notebook with `alt` as its alternative text, and close it. Where no
-    picture can be shown, the text is."""
+    """Show `figure`, or `alt`, its alternative text, where no picture can be; and close it."""
     png = BytesIO()
     figure.savefig(png, format="png")
     plt.close(figure)

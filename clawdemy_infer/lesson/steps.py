@@ -27,9 +27,6 @@ def filled_cache(model: Decoder, batch: int, tokens: int, room: int = 1,
     return cache
 
 
-# ---- what a step is made of ----
-
-
 def started(model: Decoder, new: int = 1, batch: int = 1,
             kind: type = ContiguousCache) -> Counter[str]:
     """Operations that each part of one forward pass over `batch` x `new` tokens starts.
@@ -45,16 +42,14 @@ def started(model: Decoder, new: int = 1, batch: int = 1,
 
 
 def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
-    """How many operations such a pass starts beside its products and its attention, whose rates
-    have their starts in them."""
+    """Operations that it starts beside products and attention, whose rates include their own."""
     ops = started(model, new, batch)
     return ops["launches"] + ops["the rest"]
 
 
 def work_of(shape: ModelShape, phase: str, weights: str, batch: int, context: int,
             device: str = "cpu", kv: Format | None = None) -> Work:
-    """The work of one row: activations, and the cache unless `kv` says otherwise, in the dtype that
-    goes with such weights."""
+    """The work of a step; activations, and the cache without `kv`, in what weights compute in."""
     dtype = computes_in(weights, device)
     step = {"prefill": shape.prefill, "decode": shape.decode}[phase]
     return step(batch, context, weights=weights, kv=kv or dtype, activations=dtype)

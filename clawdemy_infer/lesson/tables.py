@@ -1,5 +1,4 @@
-"""How a number and a table look: SI units at the edge, columns that line up, in a terminal and in a
-notebook."""
+"""How numbers and tables look in a terminal and in a notebook: SI units, columns that line up."""
 
 import math
 import re
@@ -31,8 +30,7 @@ def number(value: float) -> str:
 
 
 def si(value: float | None, unit: str = "") -> str:
-    """A quantity as one says it: `si(0.0261, "s")` is 26.1 ms, `si(131072, "B")` is 131 kB (of 10^3
-    bytes), `si(None)` is a dash."""
+    """`si(0.0261, "s")` is 26.1 ms, `si(131072, "B")` 131 kB (of 10^3 bytes), `si(None)` a dash."""
     if value is None:
         return MISSING
     if unit.split("/")[0] not in PREFIXED or not math.isfinite(value) or value == 0:
@@ -59,9 +57,8 @@ ALIASES = {"byte": ("B", 1), "bytes": ("B", 1), "bit": ("B", 1 / 8), "bits": ("B
 
 
 def from_si(text: str) -> tuple[float, str]:
-    """What `text` says, in plain units: "20 ms" is (0.02, "s"), "3 GiB" is (3 * 2**30, "B"), "64"
-    is (64.0, ""), "2 min" (120.0, "s"), "$3" (3.0, "$"). Raises `ValueError` for what is no number
-    with or without a unit."""
+    """What `text` says in plain units: "20 ms" is (0.02, "s"), "3 GiB" (3 * 2**30, "B"), "64"
+    (64.0, ""), "2 min" (120.0, "s"), "$3" (3.0, "$"). `ValueError` for what is no quantity."""
     said = re.sub(r",(?=\d{3}\b)", "", text.strip())
     found = re.fullmatch(r"(\$?)(\d*\.?\d+(?:e[+-]?\d+)?) *"
                          r"(?:(|[KMGT]i|[numµμkKMGTPE])(s|B|FLOP|bits?(?=/|$))(S|/s)?|([^\d.,]*))",
@@ -81,11 +78,8 @@ def from_si(text: str) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header. Shows itself: HTML in a notebook, aligned text in a terminal and
-    on a page that cannot show HTML.
-
-    `numeric` names the columns that are set flush right; `title` stands above.
-    """
+    """Rows of text under a header, in HTML or as aligned text. Columns named in `numeric` are flush
+    right; `title` stands above."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]

@@ -11,15 +11,13 @@ from clawdemy_infer.lesson.tables import percent, si
 BETWEEN_PRODUCTS = {"attention", "scan", "element-wise", "launches", "communication"}
 """Parts of a step besides its products, which are told together: "products"."""
 REST = "not explained"
-MOST_PARTS = 4
-"""Parts that a waterfall shows; the small ones stand together."""
+MOST_PARTS = 4      # that a waterfall shows; the small ones stand together
 COUNTED = {"memory": ("bytes", "bandwidth"), "compute": ("FLOPs", "peak")}
 
 
 class Moment(NamedTuple):
-    """The machine around a run: `kind` is what the napkin waits for, memory or compute; `speed` of
-    it, the mean of before and after, and the `fastest`, as fractions of what predicted. 1 where
-    nobody looked."""
+    """The machine around a run: `kind` is what the napkin waits for, memory or compute; its `speed`
+    (the mean of before and after) and the `fastest` are fractions of what predicted."""
 
     kind: str = "memory"
     speed: float = 1.0
@@ -30,8 +28,7 @@ AS_CALIBRATED = Moment()
 
 
 def moment(said: object, machine: object, around: Sequence = ()) -> Moment:
-    """Of a run that `said` predicted with the `Speeds` of `machine.now`; `around` are those right
-    before and after it."""
+    """Of a run that `said` predicted at `machine.now`, with the `Speeds` right `around` it."""
     parts = said.parts.values() if isinstance(said, Prediction) else ()     # their own bounds:
     # `compute_s` has the rates of products with few rows too, which memory limits.
     kind = max(COUNTED, key=lambda kind: sum(part.seconds for part in parts if part.bound == kind))

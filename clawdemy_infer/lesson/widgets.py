@@ -18,16 +18,13 @@ def choose(description: str, options: list[str], value: str | None = None) -> Dr
 
 def powers_of_two(description: str, low: int, high: int, value: int) -> SelectionSlider:
     """A slider over low, 2 low, 4 low … high: batches and contexts matter by their factor."""
-    values = [low]
-    while values[-1] < high:
-        values.append(values[-1] * 2)
+    values = [low * 2**i for i in range((high // low).bit_length())]
     return SelectionSlider(description=description, options=[(f"{x:,}", x) for x in values],
                            value=value, **LOOK)
 
 
 def play(function: Callable[..., object], **controls) -> VBox:
-    """The controls in rows of two, and below them whatever `function(**values)` draws or displays.
-    """
+    """The controls in rows of two, above whatever `function(**values)` draws or displays."""
     widgets = list(controls.values())
     rows = [HBox(widgets[i:i + 2]) for i in range(0, len(widgets), 2)]
     script = {"output_type": "display_data", "data": {"application/javascript": ACCESS},

@@ -1,9 +1,7 @@
-"""Measure this machine once, in at most 20 seconds: the figures from which every calibrated
-prediction is made.
+"""Measure this machine once, in at most 20 seconds: what every calibrated prediction is made from.
 
 The probes do the measuring. The result is a `Calibrated` machine, kept in the user's cache with the
-fingerprint of the hardware, the date, and the spread of every figure. It is never measured again
-unasked.
+hardware's fingerprint, the date, and the spread of every figure, and never made again unasked.
 """
 
 import json
@@ -30,15 +28,11 @@ from clawdemy_infer.machine.probes_attention import attention_probes
 from clawdemy_infer.paths import cache_dir, read_kept, write_atomically
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28]
-PROBES = "2026-11n"
-"""Version of the probes: a kept calibration of another one is measured anew."""
-FORMATS = ("fp32", "bf16")
-"""Formats that every calibration has; another one is measured when it is first asked for."""
+PROBES = "2026-11n"             # their version: a calibration with another one is made anew
+FORMATS = ("fp32", "bf16")      # of every calibration; others are measured when first asked for
 BUDGET_S, FORMAT_BUDGET_S = 18.0, 5.0
-"""Seconds by the clock that a calibration, and another format, may take at most; 20 with the time
-that it takes to import PyTorch."""
-ONE_SAMPLE_SPREAD = 0.25
-"""Spread of a figure for which there was time to sample only once: nobody knows."""
+"""Seconds that a calibration, and a further format, may take; 20 with the import of PyTorch."""
+ONE_SAMPLE_SPREAD = 0.25        # where there was time to sample only once: nobody knows
 
 CURVES = {"gemm": "flops_per_s", SMALL_GEMM: "flops_per_s", "head": "flops_per_s",
           "attention": "flops_per_s", "elementwise": "bytes_per_s"}
@@ -70,8 +64,7 @@ def memory_bytes(device: str) -> int:
 
 
 def fingerprint(device: str) -> dict[str, str]:
-    """What a calibration is valid for: another processor, thread count, torch or set of probes, and
-    the figures mean nothing."""
+    """What a calibration is valid for: processor, thread count, torch and set of probes."""
     name = (torch.cuda.get_device_name(0) if device == "cuda"
             else f"{cpu_name()}, {torch.get_num_threads()} threads")
     return {"device": name, "system": platform.system(), "torch": torch.__version__,
@@ -100,7 +93,7 @@ def calibrate(device: str | None = None, budget_s: float = BUDGET_S) -> Calibrat
     return _keep(record | {"waited": waited()}, found, start)
 
 
-def calibrate_formats(record: dict, formats: Iterable[str], device: str) -> Calibrated:
+def calibrate_formats(record: dict, formats: Iterable[str], device: str) -> None:
     """The kept `record` with curves for more `formats`, some `FORMAT_BUDGET_S` seconds each, at
     the speed that the machine had when it was calibrated."""
     for format in formats:
@@ -112,8 +105,7 @@ def calibrate_formats(record: dict, formats: Iterable[str], device: str) -> Cali
         found = {(kind, each, rows): (          # a launch has a price, all else a rate
                      figure * speeds.launches if kind == "launches" else figure / speeds.of(rows),
                      spread) for (kind, each, rows), (figure, spread) in found.items()}
-        machine = _keep(record, found, start)
-    return machine
+        _keep(record, found, start)
 
 
 @contextmanager
@@ -128,8 +120,7 @@ def one_thread() -> Iterator[None]:
 
 
 def of_machine(device: str) -> list[Probe]:
-    """The probes of all but products: memory, attention, element-wise work, and the reference of
-    the machine's present speed."""
+    """The probes of memory, attention, element-wise work, and the machine's present speed."""
     sizes = [size for size in reversed(WORKING_SETS) if size <= memory_bytes(device) / 8]
     found = probes.bandwidth_probes(sizes, device)
     found += [Probe("reference", name, 0, sample) for name, sample in
@@ -140,8 +131,7 @@ def of_machine(device: str) -> list[Probe]:
 
 
 def of_formats(formats: Iterable[str], device: str) -> list[Probe]:
-    """The probes of products with weights in `formats`, and of what it costs to launch an operation
-    between them."""
+    """The probes of products with weights in `formats`, and of the launches between them."""
     return [probe for format in formats
             for probe in (*probes.gemm_probes(format, device), probes.launch_probe(format, device))]
 
@@ -175,8 +165,7 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the distance between the quartiles of the samples, relative to their median: half of
-    them are within it. 1 at most."""
+    """Half the distance between the samples' quartiles, relative to their median; 1 at most."""
     if len(values) < 2:
         return ONE_SAMPLE_SPREAD
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

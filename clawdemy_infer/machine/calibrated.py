@@ -8,26 +8,20 @@ from typing import NamedTuple, Self
 from clawdemy_infer.arithmetic import Format, Work
 from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Curve, Machine, interpolate
 
-ATTENTION_KEYS = (64, 384, 2048)
-"""Keys that each sequence of the decode-attention probes sees."""
-PROBE_KV_HEADS = {"few": 4, "many": 64}
-"""B*K of the two decode-attention probes."""
-MANY_KV_HEADS = 32
-"""B*K from which a decode step is predicted by the probe of many KV heads."""
+ATTENTION_KEYS = (64, 384, 2048)                # of each sequence of the decode-attention probes
+PROBE_KV_HEADS = {"few": 4, "many": 64}         # B*K of the two decode-attention probes
+MANY_KV_HEADS = 32      # B*K from which a decode step is predicted by the probe of many
 SMALL_GEMM = "gemm of small matrices"
 """Products of matrices a quarter as large as in "gemm": to start one costs something too."""
-GEMM_NUMBERS = 2**20
-"""Numbers in a matrix of the "gemm" probe, about."""
-PRODUCTS = ("gemm", SMALL_GEMM, "head")
-"""Rates of matrix products."""
+GEMM_NUMBERS = 2**20    # in a matrix of the "gemm" probe, about
+PRODUCTS = ("gemm", SMALL_GEMM, "head")         # their rates
 SHAPE_SPREAD = 0.08
 """What a probe cannot know of an operation whose sizes are not its own: relative, added to the
 spread of its samples. From settings that no probe used (`clawdemy-infer bench --coverage`)."""
 WAIT_SPREAD = 0.5
 """What waiting for a core adds, for each second of it in a second: where other processes hold the
 cores, it is chance which operations wait. From the same settings, with one core taken."""
-COMPUTE_ROWS = 32
-"""Rows M from which a product is slowed with the machine's arithmetic and not with its memory."""
+COMPUTE_ROWS = 32       # M from which a product is slowed with the arithmetic, not the memory
 
 
 class Speeds(NamedTuple):
@@ -133,11 +127,8 @@ class Calibrated(Machine):
         """The same machine at other `speeds`, as fractions of its calibration."""
         change = Speeds(*(new / old for new, old in zip(speeds[:3], self.now[:3], strict=True)))
 
-        def scaled(curve: Curve) -> Curve:
-            return tuple((x, y * change.memory) for x, y in curve)
-
-        def by_rows(curve: Curve) -> Curve:
-            return tuple((m, y * change.of(m)) for m, y in curve)
+        def scaled(curve: Curve, by_rows: bool = False) -> Curve:
+            return tuple((x, y * (change.of(x) if by_rows else change.memory)) for x, y in curve)
 
         return replace(
             self, now=speeds, bandwidth=scaled(self.bandwidth),
@@ -145,7 +136,7 @@ class Calibrated(Machine):
             fixed={format: seconds / change.launches for format, seconds in self.fixed.items()},
             peak_flops={dtype: rate * change.compute for dtype, rate in self.peak_flops.items()},
             elementwise={dtype: scaled(curve) for dtype, curve in self.elementwise.items()},
-            rates={kernel: {dtype: by_rows(curve) for dtype, curve in curves.items()}
+            rates={kernel: {dtype: scaled(curve, by_rows=True) for dtype, curve in curves.items()}
                    for kernel, curves in self.rates.items()})
 
 

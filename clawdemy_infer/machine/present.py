@@ -1,5 +1,4 @@
-"""How fast the machine is at this moment: three probes of a tenth of a second, beside what they
-found when it was calibrated.
+"""How fast the machine is now: three probes of a tenth of a second, beside what they found then.
 
 A laptop throttles, a rented core has neighbours. The probes run before a prediction is made and
 right before and right after the run that it predicts, never within it, and they know nothing of it.
@@ -22,8 +21,7 @@ from clawdemy_infer.timing import Timing, alternate, now
 
 REFERENCE_ROWS = 1, 256
 """Rows M of a product that is bound by memory, and of one that is bound by arithmetic, on a CPU."""
-SAMPLES = 7
-"""Samples of each of the three probes, of some 20 ms."""
+SAMPLES = 7             # of each of the three probes, of some 20 ms
 REFERENCES = Speeds._fields[:3]
 
 
@@ -106,8 +104,7 @@ def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]
 
 
 def drift(machine: Calibrated) -> str:
-    """One line if the machine is now faster or slower than its calibration by more than a fifth,
-    and what to do; else nothing."""
+    """One line if the machine is faster or slower than its calibration by over a fifth, or none."""
     memory, compute, launches, _ = machine.now
     if all(1 / 1.2 <= speed <= 1.2 for speed in (memory, compute, launches)):
         return ""

@@ -21,25 +21,19 @@ from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.machine.calibrated import SMALL_GEMM
 from clawdemy_infer.timing import now
 
-RING_BYTES = 2**27
-"""Bytes of all the matrices that a GEMM probe goes through: more than caches hold."""
+RING_BYTES = 2**27      # all the matrices that a GEMM probe goes through: more than caches hold
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
-"""(inputs, outputs) of the weights in the GEMM probe: square, wide and tall, of a small model's
-size but of no model's."""
+"""(inputs, outputs) of the GEMM probe's weights: square, wide and tall, as small as no model's."""
 SMALL_SHAPES = [(320, 320), (320, 1280), (640, 320)]
 HEAD_SHAPES = [(640, 40960)]
 GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 SMALL_ROWS = [1, 4, 16, 64, 256, 1024]
 HEAD_ROWS = [1, 4, 16, 64]
-PEAK_ROWS = {"cpu": 1536, "cuda": 8192}
-"""Rows and columns of the square product that the peak is taken from."""
+PEAK_ROWS = {"cpu": 1536, "cuda": 8192}         # and columns of the product with the peak rate
 ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024, 4096]
-GLUE_LAYERS = 8
-"""Layers of the launch probe, each with four matrices of a million numbers."""
-SAMPLE_S = 0.01
-"""Seconds of one sample, or one piece of work if that takes longer."""
-MOST_LAYERS = 8
-"""Layers of element-wise work in one sample."""
+GLUE_LAYERS = 8         # of the launch probe, each with four matrices of a million numbers
+MOST_LAYERS = 8         # of element-wise work in one sample
+SAMPLE_S = 0.01         # seconds of one sample, or one piece of work if that takes longer
 
 
 class Probe(NamedTuple):
@@ -84,9 +78,6 @@ def beyond(more: Callable[[], object], less: Callable[[], object]) -> float:
     return max(now() - between - (between - start), 1e-9)
 
 
-# ---- bandwidth ----
-
-
 def bandwidth_probes(sizes: Sequence[int], device: str) -> list[Probe]:
     """Bytes/s of torch sums over `sizes` bytes: a lower bound on the hardware."""
     data = torch.ones(max(sizes) // 4, device=device)
@@ -119,7 +110,7 @@ def gemm_weights(format: str, device: str, ring_bytes: int,
 
 def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype,
               each: int = len(SHAPES)) -> Callable[[int], int]:
-    """The i-th piece of the GEMM probe: M rows through the next `each` weights. Returns its FLOPs.
+    """The i-th piece of the GEMM probe, M rows through the next `each` weights; returns its FLOPs.
     Outputs are kept until all are done, as in a layer."""
     inputs = {w.in_features: torch.randn(m, w.in_features, device=w.device).to(dtype)
               for w in weights[:each]}
@@ -160,13 +151,11 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def elementwise_probes(dtype: str, device: str) -> Iterator[Probe]:
-    """Bytes/s of norms, gates and residual sums, counted as the arithmetic counts them: as if each
-    were one fused operation.
+    """Bytes/s of norms, gates and residual sums, each counted as one fused operation.
 
     PyTorch makes several operations of each and moves more, so this is a rate of useful bytes, far
     below the bandwidth. As in a decoder, a product sweeps its weight through the caches after each.
-    They run on M rows and on one: starting them costs the same, so the difference is the price of
-    the bytes.
+    Starting M rows costs as much as starting one, so the difference is the price of the bytes.
     """
     width, size = 1024, FLOATS[dtype].itemsize
     token = torch.randn(1, width, device=device)
@@ -213,11 +202,8 @@ def elementwise_probes(dtype: str, device: str) -> Iterator[Probe]:
 
 class Glue:
     """What stands between the matrix products of any decoder layer, here of width 512: norms, a
-    rotation, a cache of 16 tokens, a gate.
-
-    The arrays are so small that its time is the price of starting its operations. Four `products`,
-    whose results it does not use, run where a layer has its own.
-    """
+    rotation, a cache of 16 tokens, a gate. Its arrays are so small that its time is the price of
+    starting its operations. Four `products`, of unused results, run where a layer has its own."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.attention_norm, self.mlp_norm = torch.ones(2, 512, device=device, dtype=dtype)
@@ -242,8 +228,7 @@ class Glue:
 
 
 def launch_probe(format: str, device: str) -> Probe:
-    """Seconds to start one operation in the mix of a decode step with weights in `format`, Python
-    included: the mean over `Glue`.
+    """Mean seconds to start an operation of `Glue`, Python included, between products of `format`.
 
     The time of the products is taken off. What is left is more than the glue would cost in a
     loop of its own: a weight has gone through the caches, and the other threads have gone to sleep.

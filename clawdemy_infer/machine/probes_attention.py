@@ -1,10 +1,5 @@
-"""The probes of attention: its rate over keys and values that lie in one piece, and over those of a
-block pool.
-
-    attention         `attend` with M query rows to each KV head: of one sequence or many, over few
-                      keys or many
-    paged attention   the same of a decode step of a paged cache
-"""
+"""The probes of attention with M query rows to each KV head, of one sequence or many, over few keys
+or many: over keys and values that lie in one piece, and over those of a block pool."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,16 +14,13 @@ from clawdemy_infer.machine.calibrated import ATTENTION_KEYS, decode_attention
 from clawdemy_infer.machine.probes import Probe, beyond, rate_of
 
 KV_HEADS, HEAD_DIM = 4, 64
-DECODE_ROWS = [1, 3, 8, 16]
-"""Query heads to a KV head in a decode step."""
+DECODE_ROWS = [1, 3, 8, 16]                     # query heads to a KV head in a decode step
 PREFILL_ROWS = [48, 192, 768, 1536, 3072]
 """Three for each position of a prompt. PyTorch's kernel for CPUs takes larger blocks from 192
 positions on, and again from 768 on."""
 PAGED_ROWS = [1, 3, 16]
-RING_KEYS = 2**19
-"""Keys and values that the decode probes go through: 128 MB of fp32, more than caches hold."""
-PAGED_KEYS = 384
-"""Mean keys of a sequence in the probe of paged attention."""
+RING_KEYS = 2**19       # of the decode probes, and values: 128 MB of fp32, more than caches hold
+PAGED_KEYS = 384        # mean of a sequence in the probe of paged attention
 
 
 def attention_probes(dtype: str, device: str) -> Iterator[Probe]:

@@ -55,7 +55,7 @@ import math
 from functools import partial
 
 from clawdemy_course import diagrams
-from clawdemy_course.rooflines import mark, roofline
+from clawdemy_course.figures import mark, roofline
 from clawdemy_infer.arithmetic import Work, matmul, total
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import PackedLinear

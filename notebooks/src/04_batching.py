@@ -23,7 +23,7 @@
 from itertools import pairwise
 from math import log, sqrt
 
-from clawdemy_course.rooflines import pareto
+from clawdemy_course.figures import beside, pareto
 from clawdemy_infer.envelope.napkin import sweep
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
@@ -499,7 +499,7 @@ fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.7), sharey=True)
 for ax, S in zip(axes, (SHORT, LONG), strict=True):
     said = [predicted[S][B] for B in BATCHES]
     ax.fill_between(BATCHES, [each.low_s for each in said], [each.high_s for each in said], color=plots.ROOFLINE, alpha=0.15, linewidth=0)
-    plots.beside(ax, BATCHES, [napkins[S][B] for B in BATCHES], [each.seconds for each in said], list(measured[S].values()))
+    beside(ax, BATCHES, [napkins[S][B] for B in BATCHES], [each.seconds for each in said], list(measured[S].values()))
     at = knee(measured[S])
     if at:
         ax.plot([at, at], [0, 2 * measured[S][1]], ":", color="black", linewidth=1.2)

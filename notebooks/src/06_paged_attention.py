@@ -35,6 +35,7 @@ from clawdemy_course.allocators import (
     serve,
     sharegpt_like,
 )
+from clawdemy_course.figures import beside
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
 from clawdemy_infer.fast.faster import faster
@@ -654,7 +655,7 @@ known = sorted(ttft)
 tokens = [SYSTEM + QUESTION - found for found in known]
 works = [shape.step(1, new, SYSTEM + QUESTION, **FP32) for new in tokens]
 fig, ax = plt.subplots(figsize=(6.2, 3.0))
-plots.beside(ax, known, [machine.napkin(work) for work in works], [machine.time(work, hit_ops).seconds for work in works],
+beside(ax, known, [machine.napkin(work) for work in works], [machine.time(work, hit_ops).seconds for work in works],
              [ttft[found] for found in known])
 ax.set(xlabel="tokens of the prompt that were found, of 576", ylabel="time to first token", xticks=known,
        title="What is known need not be computed")

@@ -598,7 +598,7 @@ def watched(first, then, napkin, predicted):
                 took[name] += seconds
         runs.append(took)
     taken = {name: median(run[name] for run in runs) for name in napkin}
-    return Parts(taken, predicted, napkin, dict.fromkeys(taken, Rate(None, None, "")), sum(taken.values()), watching_s=0.0, timers_s=0.0)
+    return Parts(taken, predicted, napkin, dict.fromkeys(taken, Rate(None, None, "")), sum(taken.values()), watching_s=0.0)
 
 
 copy_s, copied_s = (1 + G) * KV / bandwidth, on_cores(N, G * KV, 1).seconds

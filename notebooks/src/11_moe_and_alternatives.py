@@ -594,7 +594,7 @@ def watched_layer(B: int) -> Watch:
 def as_parts(taken: dict[str, float], napkin: dict[str, float], predicted: dict[str, float]) -> Parts:
     """Parts that were watched here, as a step has them: shares of the whole. What napkin or prediction lack is 0."""
     said, by_hand = ({name: seconds.get(name, 0.0) for name in taken} for seconds in (predicted, napkin))
-    return Parts(taken, said, by_hand, dict.fromkeys(taken, Rate(None, None, "")), sum(taken.values()), watching_s=0.0, timers_s=0.0)
+    return Parts(taken, said, by_hand, dict.fromkeys(taken, Rate(None, None, "")), sum(taken.values()), watching_s=0.0)
 
 
 def parts_of_layer(B: int) -> Parts:

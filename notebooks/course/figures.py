@@ -1,4 +1,5 @@
-"""The figures of two lessons: work under the roof of a machine, and latency against throughput."""
+"""Figures of single lessons: work under a machine's roof (00), latency against throughput (04), and
+seconds by napkin, prediction and measurement over one x (04, 06)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ from matplotlib.axes import Axes
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
-from clawdemy_infer.lesson.plots import MEASURED, units
+from clawdemy_infer.lesson.plots import MEASURED, NAPKIN, ROOFLINE, units
 
 
 def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None,
@@ -55,3 +56,16 @@ def pareto(ax: Axes, rows: Sequence[dict], label: str | None = None,
     ax.set(xlabel="time per token, of each user", ylabel="tokens/s, of all users")
     units(ax.xaxis, "s")
     ax.yaxis.set_major_formatter("{x:,g}")
+
+
+def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float],
+           predicted: Sequence[float] | None, measured: Sequence[float]) -> None:
+    """Seconds by napkin (grey, dashed), calibrated roofline (blue) and measurement (orange dots)
+    over the same x, on a y axis that starts at zero."""
+    ax.plot(x, napkin, "--", color=NAPKIN, label="napkin")
+    if predicted is not None:
+        ax.plot(x, predicted, color=ROOFLINE, label="calibrated roofline")
+    ax.plot(x, measured, "o", color=MEASURED, label="measured")
+    ax.set_ylim(bottom=0)
+    units(ax.yaxis, "s")
+    ax.legend()
