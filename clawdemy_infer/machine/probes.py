@@ -127,17 +127,15 @@ def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype,
 def gemm_probes(format: str, device: str) -> Iterator[Probe]:
     """FLOP/s of X[M, k] @ W[k, n]: "gemm" for the matrices of layers, `SMALL_GEMM` for smaller
     ones, "head" for very wide ones, "peak" for the largest rate that we know how to ask for."""
-    dtype = FLOATS[computes_in(format, device)]
+    dtype, n = FLOATS[computes_in(format, device)], PEAK_ROWS[device]
     for kernel, rows, shapes, ring_bytes in (
             ("gemm", GEMM_ROWS, SHAPES, RING_BYTES),
             (SMALL_GEMM, SMALL_ROWS, SMALL_SHAPES, RING_BYTES // 2),
-            ("head", HEAD_ROWS, HEAD_SHAPES, RING_BYTES)):
+            ("head", HEAD_ROWS, HEAD_SHAPES, RING_BYTES),
+            ("peak", [n], [(n, n)], 1)):
         weights = gemm_weights(format, device, ring_bytes, shapes)
         for m in rows:
             yield Probe(kernel, format, m, rate_of(gemm_step(weights, m, dtype, len(shapes))))
-    n = PEAK_ROWS[device]
-    square = gemm_weights(format, device, 1, [(n, n)])
-    yield Probe("peak", format, n, rate_of(gemm_step(square, n, dtype, 1)))
 
 
 # ---- what is between products ----
