@@ -27,7 +27,7 @@ from clawdemy_infer.lesson.tables import PREFIXED, from_si, number, si
 OPEN, WRONG, RIGHT = "open", "wrong", "right"
 MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
             TypeError, ValueError)
-"""What a learner's function raises while it is still wrong; Ctrl-C, for one, is not about that."""
+"""What a learner's function raises while it is still wrong, unlike Ctrl-C or a lack of memory."""
 UNITS = [unit + per for unit in PREFIXED for per in ("", "/s")]
 MEMORY = 2**30                                          # bytes that a check may take
 FORKS = sys.platform == "linux"     # macOS can, but there a child's matrix products may crash

@@ -55,7 +55,7 @@ class LedgerRow:
     parts        of each part of a step: name, napkin_s, predicted_s, measured_s
     explained    share of measured - napkin that the parts account for; `sentence` is computed too
 
-    Raises `ValueError` for a number not positive and finite, half an interval, what is no text.
+    Raises `ValueError` for a number not positive and finite, half an interval, or what is no text.
     """
 
     lesson: str
@@ -137,7 +137,7 @@ def half_width(low: float, high: float) -> float:
 
 
 def ratio_error(ratio: float) -> float:
-    """max(r, 1/r) - 1: 0 is perfect, and 1 is twice too much or half."""
+    """How wrong a ratio is: max(r, 1/r) - 1, so 0 is perfect and 1 is twice too much or half."""
     return max(ratio, 1 / ratio) - 1
 
 
@@ -160,7 +160,7 @@ def append(row: LedgerRow, path: Path | None = None) -> None:
     line = json.dumps(asdict(row), allow_nan=False).encode() + b"\n"
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        if tail := path.read_bytes().rpartition(b"\n")[2]:         # it is a row that lost its end
+        if tail := path.read_bytes().rpartition(b"\n")[2]:     # unfinished: a row, or torn
             line = (b"" if _is_json(tail) else TORN) + b"\n" + line
         if os.write(file, line) < len(line):
             raise OSError(errno.ENOSPC, "only a part of the row was written: is the disk full?",

@@ -49,7 +49,7 @@ def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:
 
 def work_of(shape: ModelShape, phase: str, weights: str, batch: int, context: int,
             device: str = "cpu", kv: Format | None = None) -> Work:
-    """The work of a step; activations, and the cache without `kv`, in what weights compute in."""
+    """A step's work; activations and, without `kv`, the cache are in the dtype of computing."""
     dtype = computes_in(weights, device)
     step = {"prefill": shape.prefill, "decode": shape.decode}[phase]
     return step(batch, context, weights=weights, kv=kv or dtype, activations=dtype)

@@ -31,7 +31,7 @@ WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28]
 PROBES = "2026-11n"             # their version: a calibration with another one is made anew
 FORMATS = ("fp32", "bf16")      # of every calibration; others are measured when first asked for
 BUDGET_S, FORMAT_BUDGET_S = 18.0, 5.0
-"""Seconds that a calibration, and a further format, may take; 20 with the import of PyTorch."""
+"""Seconds that a calibration, and a further format, may take at most; with PyTorch's import, 20."""
 ONE_SAMPLE_SPREAD = 0.25        # where there was time to sample only once: nobody knows
 
 CURVES = {"gemm": "flops_per_s", SMALL_GEMM: "flops_per_s", "head": "flops_per_s",
@@ -191,7 +191,7 @@ def _keep(record: dict, found: Figures, start: float) -> Calibrated:
             if kind != "peak":
                 record.setdefault("fixed" if kind == "launches" else kind, {})[format] = figure
         else:
-            curve = "attention" if "attention" in kind else kind    # it has several
+            curve = "attention" if "attention" in kind else kind    # by several names
             record.setdefault(curve, []).append({"dtype": format, "m": size, "name": kind,
                                                  CURVES[curve]: figure, "spread": spread})
     record.setdefault("spreads", spreads)

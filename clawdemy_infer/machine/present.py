@@ -1,4 +1,4 @@
-"""How fast the machine is now: three probes of a tenth of a second, beside what they found then.
+"""How fast the machine is now: three probes of a tenth of a second, beside its calibration's.
 
 A laptop throttles, a rented core has neighbours. The probes run before a prediction is made and
 right before and right after the run that it predicts, never within it, and they know nothing of it.
@@ -104,7 +104,7 @@ def widened(prediction: Prediction, machine: Machine, around: tuple[Speeds, ...]
 
 
 def drift(machine: Calibrated) -> str:
-    """One line if the machine is faster or slower than its calibration by over a fifth, or none."""
+    """One line, with what to do, if the machine is off its calibration by over a fifth; or none."""
     memory, compute, launches, _ = machine.now
     if all(1 / 1.2 <= speed <= 1.2 for speed in (memory, compute, launches)):
         return ""

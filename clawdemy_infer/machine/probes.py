@@ -23,13 +23,13 @@ from clawdemy_infer.timing import now
 
 RING_BYTES = 2**27      # all the matrices that a GEMM probe goes through: more than caches hold
 SHAPES = [(640, 640), (640, 2560), (1280, 640)]
-"""(inputs, outputs) of the GEMM probe's weights: square, wide and tall, as small as no model's."""
+"""(inputs, outputs) of its weights: square, wide and tall, a small model's size but no model's."""
 SMALL_SHAPES = [(320, 320), (320, 1280), (640, 320)]
 HEAD_SHAPES = [(640, 40960)]
 GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 SMALL_ROWS = [1, 4, 16, 64, 256, 1024]
 HEAD_ROWS = [1, 4, 16, 64]
-PEAK_ROWS = {"cpu": 1536, "cuda": 8192}         # and columns of the product with the peak rate
+PEAK_ROWS = {"cpu": 1536, "cuda": 8192}         # and columns of the square product of the peak
 ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024, 4096]
 GLUE_LAYERS = 8         # of the launch probe, each with four matrices of a million numbers
 MOST_LAYERS = 8         # of element-wise work in one sample
@@ -153,7 +153,7 @@ def elementwise_probes(dtype: str, device: str) -> Iterator[Probe]:
 
     PyTorch makes several operations of each and moves more, so this is a rate of useful bytes, far
     below the bandwidth. As in a decoder, a product sweeps its weight through the caches after each.
-    Starting M rows costs as much as starting one, so the difference is the price of the bytes.
+    They run on M rows and on one: the start costs the same, and the difference is the bytes' price.
     """
     width, size = 1024, FLOATS[dtype].itemsize
     token = torch.randn(1, width, device=device)
@@ -201,7 +201,7 @@ def elementwise_probes(dtype: str, device: str) -> Iterator[Probe]:
 class Glue:
     """What stands between the matrix products of any decoder layer, here of width 512: norms, a
     rotation, a cache of 16 tokens, a gate. Its arrays are so small that its time is the price of
-    starting its operations. Four `products`, of unused results, run where a layer has its own."""
+    starting its operations. Four `products` run where a layer has its own, for nothing."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.attention_norm, self.mlp_norm = torch.ones(2, 512, device=device, dtype=dtype)

@@ -19,7 +19,7 @@ PREFILL_ROWS = [48, 192, 768, 1536, 3072]
 """Three for each position of a prompt. PyTorch's kernel for CPUs takes larger blocks from 192
 positions on, and again from 768 on."""
 PAGED_ROWS = [1, 3, 16]
-RING_KEYS = 2**19       # of the decode probes, and values: 128 MB of fp32, more than caches hold
+RING_KEYS = 2**19       # and values, of the decode probes: 128 MB of fp32, more than caches hold
 PAGED_KEYS = 384        # mean of a sequence in the probe of paged attention
 
 

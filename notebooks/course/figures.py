@@ -1,5 +1,5 @@
-"""Figures of single lessons: work under a machine's roof (00), latency against throughput (04), and
-seconds by napkin, prediction and measurement over one x (04, 06)."""
+"""Figures that one or two lessons draw: work under a machine's roof (00), latency and throughput
+(04), and seconds by napkin, prediction and measurement over the same x (04, 06)."""
 
 from collections.abc import Sequence
 
