@@ -18,8 +18,7 @@ def cache_dir() -> Path:
 
     `CLAWDEMY_CACHE` names it outright; else it is `clawdemy-infer` under `XDG_CACHE_HOME`, or under
     `~/.cache` (XDG Base Directory Specification 0.8). An empty variable counts as unset. Raises
-    OSError where there is no home.
-    """
+    OSError where there is no home."""
     own, caches = os.environ.get("CLAWDEMY_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         return Path(own or f"{caches}/clawdemy-infer").expanduser()
@@ -32,8 +31,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     """Write `data` (text as UTF-8) to `path`, whole or not at all; its folder is made if need be.
 
     Who reads `path` never meets half a file, and a failure leaves the old file and nothing else.
-    What a process that was killed has left behind is removed by the next that writes.
-    """
+    What a process that was killed has left behind is removed by the next that writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         try:

@@ -22,6 +22,7 @@ from clawdemy_infer.files import chat_template, load_model
 from clawdemy_infer.files.directory import destinations, to_hf, write_model
 from clawdemy_infer.files.tokenizer import Tokenizer, rendered
 from clawdemy_infer.model import Decoder, ModelConfig
+from clawdemy_infer.refused import Refused
 
 V, D = 24, 32
 WORDS = ["<s>", "</s>", "<unk>", "<cls>", "<sep>", *"abcdefghijklmnopqrs"]
@@ -52,9 +53,9 @@ def edit(file, **changes):
 
 
 def refused(directory, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(Refused, match=message) as error:
         load_model(directory)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and error.value.source
 
 
 # ---- weights ----
@@ -91,7 +92,7 @@ def test_weights_beyond_the_dtype_asked_for_are_refused(directory):
 def test_weights_that_are_no_floats_are_refused(directory, dtype):
     change_weights(directory, lambda w: w.update(
         {"model.norm.weight": torch.ones(D).to(dtype)}))
-    refused(directory, f"model.norm.weight is in {dtype}; accepted are torch.float64")
+    refused(directory, f"model.norm.weight={dtype} is not supported; accepted: torch.float64")
 
 
 def test_what_changes_nothing_is_passed_over(directory):
@@ -147,8 +148,8 @@ def test_a_size_beyond_any_models_is_refused(directory, key):
     ({"eos_token_id": [[1]]}, r"eos_token_id=\[1\]"), ({"bos_token_id": True}, "bos_token_id=True"),
     ({"eos_token_id": -1}, "eos_token_id=-1"), ({"model_type": ["llama"]}, "model_type="),
     ({"quantization_config": "x"}, "quantization_config='x'"),
-    ({"num_hidden_layers": 3}, "no weights for model.layers.2"),
-    ({"intermediate_size": 47}, r"proj.weight is .* but config.json makes it"),
+    ({"num_hidden_layers": 3}, "model.layers.2.* has no weights, one of 9"),
+    ({"intermediate_size": 47}, r"proj.weight=.*, as config.json makes it"),
 ])
 def test_keys_of_a_wrong_kind_are_refused_by_name(directory, change, message):
     edit(directory / "config.json", **change)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.model import ModelConfig
-from clawdemy_infer.model.config import Llama3Scaling
+from clawdemy_infer.model.config import RopeScaling
 
 # Small, but with every key that the family's files on the hub have.
 LLAMA = {
@@ -71,7 +71,8 @@ def test_both_spellings_of_rope_are_read(old):
                } if old else {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
     read = ModelConfig.from_hf(config)
     assert read.rope_theta == 5e5
-    assert read.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 64)
+    assert read.rope_scaling == RopeScaling("llama3", 8.0, 64, low_freq_factor=1.0,
+                                            high_freq_factor=4.0)
 
 
 @pytest.mark.parametrize(

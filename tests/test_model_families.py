@@ -111,7 +111,7 @@ def test_llama_3_1s_own_frequencies_equal_transformers():
     """Meta's published numbers, at the real head dimension."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from clawdemy_infer.model.config import Llama3Scaling
+    from clawdemy_infer.model.config import RopeScaling
 
     theirs = LlamaConfig(
         head_dim=128, max_position_embeddings=131072, rope_parameters={
@@ -120,7 +120,7 @@ def test_llama_3_1s_own_frequencies_equal_transformers():
         })
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
     torch.testing.assert_close(
-        angular_frequencies(128, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)), expected, rtol=1e-6,
+        angular_frequencies(128, 500000.0, RopeScaling("llama3", 8.0, 8192)), expected, rtol=1e-6,
         atol=0)
 
 

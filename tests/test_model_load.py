@@ -59,14 +59,14 @@ def test_the_tokenizer_of_a_gguf_comes_with_it(tmp_path):
      ({"extra": {"llama.attention.sliding_window": 16}
        }, "llama.attention.sliding_window=16 is not supported"),
      ({"extra": {"llama.attention.key_length": 16}
-       }, "llama.attention.key_length=16, but elsewhere the file says 32"),
+       }, "llama.rope.dimension_count=32 .* llama.attention.key_length says: 16"),
      ({"pre": "tekken"}, "pre='tekken' is not supported"),
      ({"tensor": ("rope_freqs.weight", np.ones(16, np.float32))
-       }, "tensor rope_freqs.weight is not supported"),
+       }, "rope_freqs.weight has no place in this model"),
      ({"tensor": ("blk.0.attn_q.bias", np.ones(128, np.float32))
-       }, "tensor blk.0.attn_q.bias is not supported"),
+       }, "blk.0.attn_q.bias has no place in this model"),
      ({"tensor": ("blk.7.ffn_norm.weight", np.ones(128, np.float32))
-       }, "model.layers.7.post_attention_layernorm.weight has no place"), ], ids=str)
+       }, "blk.7.ffn_norm.weight has no place in this model"), ], ids=str)
 def test_a_gguf_of_another_kind_of_model_is_refused_by_key(tmp_path, change, message):
     path = write_gguf(tmp_path / "model.gguf", **change)
     with pytest.raises(ValueError, match=message):
@@ -95,7 +95,7 @@ def test_a_gguf_with_weights_that_are_not_finite_is_refused_by_name(tmp_path):
 def test_a_gguf_without_a_tokenizer_is_refused_by_key(tmp_path):
     path = write_gguf(tmp_path / "model.gguf")
     path.write_bytes(path.read_bytes().replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"))
-    with pytest.raises(ValueError, match="model.gguf: its metadata lack 'tokenizer.ggml.tokens'"):
+    with pytest.raises(ValueError, match="model.gguf: tokenizer.ggml.tokens is missing"):
         load_model(path)
 
 
@@ -256,13 +256,13 @@ def test_remote_code_is_refused(directory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [(lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
-      "no weights for model.layers.1.mlp.up_proj.weight"),
-     (lambda w: w.pop("lm_head.weight"), "no weights for lm_head.weight"),
+      "model.layers.1.mlp.up_proj.weight has no weights"),
+     (lambda w: w.pop("lm_head.weight"), "lm_head.weight has no weights"),
      (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(60)}),
       "q_proj.bias has no place in this model"),
      (lambda w: w.update({"model.norm.weight": torch.ones(59)}),
-      r"model.norm.weight is \[59\], but config.json makes it \[60\]"),
-     (lambda w: w.update({"model.norm.weight": torch.ones(1)}), r"model.norm.weight is \[1\]"), ],
+      r"model.norm.weight=\[59\] .* accepted: \[60\], as config.json makes it"),
+     (lambda w: w.update({"model.norm.weight": torch.ones(1)}), r"model.norm.weight=\[1\] is"), ],
     ids=[
         "missing", "untied without a head", "left over", "wrong shape", "shape that would broadcast"
     ])

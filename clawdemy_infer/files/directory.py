@@ -17,22 +17,21 @@ from clawdemy_infer.files.tokenizer import Tokenizer
 from clawdemy_infer.from_config.keys import read_object
 from clawdemy_infer.from_config.rope import SAID
 from clawdemy_infer.model import Decoder, ModelConfig
+from clawdemy_infer.refused import Refused
 
 MAX_PARAMETERS_PER_BYTE = 4     # in any layout that is read: codes have 2 bits or more
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# ---- reading ----
 
 
 def read_directory(directory: Path, dtype: torch.dtype, device: torch.device | str,
                    name: str = "") -> Decoder:
     """The model in `directory`, its weights in `dtype` on `device`.
 
-    Raises ValueError for a config that this decoder does not run, for weights that are missing,
-    left over, stored twice, of another shape or in a damaged file, and for weights in any format
-    but safetensors, which alone cannot carry code.
-    """
+    Raises Refused for a config that this decoder does not run, for weights that are missing, left
+    over, stored twice, of another shape or in a damaged file, and for weights in any format but
+    safetensors, which alone cannot carry code."""
     config = ModelConfig.from_hf(settings_in(directory), name or directory.name,
                                  str(directory / "config.json"))
     files = weight_files(directory)
@@ -45,24 +44,23 @@ def read_directory(directory: Path, dtype: torch.dtype, device: torch.device | s
 def settings_in(directory: Path) -> dict[str, Any]:
     """The keys of config.json. What ends a generation is said in generation_config.json where there
     is one: a chat model may have several such tokens."""
-    settings, generation = read_object(directory / "config.json"), "generation_config.json"
-    if (directory / generation).exists():
-        eos = read_object(directory / generation).get("eos_token_id")
-        settings["eos_token_id"] = settings.get("eos_token_id") if eos is None else eos
+    settings = read_object(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if generation.exists() and (eos := read_object(generation).get("eos_token_id")) is not None:
+        settings["eos_token_id"] = eos
     return settings
 
 
 def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device | str,
                   files: Sequence[Path]) -> Decoder:
-    """A decoder whose weights are still to be filled in from `files`. Raises ValueError, before
+    """A decoder whose weights are still to be filled in from `files`. Raises Refused, before
     anything is allocated, where they cannot hold as many."""
     shape, held = config.shape, sum(file.stat().st_size for file in files)
     if (count := shape.parameters()) > MAX_PARAMETERS_PER_BYTE * held:
-        raise ValueError(
-            f"{shape.source}: num_hidden_layers={shape.L}, hidden_size={shape.D}, "
-            f"num_attention_heads={shape.N}, intermediate_size={shape.F} and vocab_size={shape.V} "
-            f"make {count:,} parameters, which {files[0]} and the like, {held:,} bytes, cannot "
-            "hold")
+        raise Refused(shape.source, None, why=(
+            f"num_hidden_layers={shape.L}, hidden_size={shape.D}, num_attention_heads={shape.N}, "
+            f"intermediate_size={shape.F} and vocab_size={shape.V} make {count:,} parameters, "
+            f"which {files[0]} and the like, {held:,} bytes, cannot hold"))
     with torch.device("meta"):          # no time spent on random numbers that would be overwritten
         model = Decoder(config)
     return model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
@@ -72,13 +70,13 @@ def stored_tensors(files: Sequence[Path],
                    config: ModelConfig) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """File, name and tensor of all that `files` hold, but for what is no weight: the
     embedding table that a tied model stores again as its head, and RoPE's frequencies, which old
-    files stored. Raises ValueError for a damaged file, and for a name that comes twice."""
+    files stored. Raises Refused for a damaged file, and for a name that comes twice."""
     seen = set()
     for file in files:
         with opened(file) as tensors:
             for key in tensors.keys():
                 if key in seen:
-                    raise ValueError(f"{file}: {key} is stored twice")
+                    raise Refused(file, key, why="is stored twice")
                 seen.add(key)
                 if not (key == "lm_head.weight" and config.shape.tied
                         or key.endswith(".rotary_emb.inv_freq")):
@@ -91,7 +89,7 @@ def opened(file: Path) -> Iterator[safe_open]:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file}: damaged, or not in safetensors format ({error})") from error
+        raise Refused(file, None, why=f"damaged, or not in safetensors format ({error})") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -103,17 +101,15 @@ def weight_files(directory: Path) -> list[Path]:
         names = list(said.values()) if said and isinstance(said, dict) else [None]
         for name in names:
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{index}: weight_map={repr(name or said)[:200]} is not "
-                                 "supported; accepted: for each tensor a file in the same folder")
+                raise Refused(index, "weight_map", name or said,
+                              "for each tensor a file in the same folder")
     files = sorted({directory / name for name in names})
-    if absent := [file.name for file in files if not file.is_file()]:      # a FIFO is none
-        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt")
-                         for file in directory.glob(kind))
-        instead = (f" {', '.join(pickled)} is a pickle, which can run code when it is read."
-                   if pickled else "")
-        raise ValueError(f"{directory}: {', '.join(absent)} is missing.{instead} "
-                         "Only safetensors weights are accepted")
     for file in files:
+        if not file.is_file():                                          # a FIFO is none
+            pickled = [each.name for each in directory.iterdir() if each.suffix in PICKLES]
+            raise Refused(directory, file.name, accepted="safetensors weights alone", why=(
+                f"is missing. {min(pickled)} is a pickle, which can run code when it is read"
+                if pickled else "is missing"))
         with opened(file):              # or it says that the file is torn
             pass
     return files
@@ -150,30 +146,25 @@ def destinations(model: Decoder) -> dict[str, torch.Tensor]:
 
 def fill(places: dict[str, torch.Tensor], tensors: Iterable[tuple[Path, str, torch.Tensor]],
          directory: Path) -> None:
-    """Copy each tensor to its place. ValueError for one that has none or another shape, and for a
-    place that is left empty: so every parameter is written exactly once. ValueError, too, for what
-    is no float or not finite, which takes another pass over each tensor, as long as its copy."""
+    """Copy each tensor to its place. Refused for one that has none or another shape, and for a
+    place that is left empty: so every parameter is written exactly once. Refused, too, for what is
+    no float or not finite, which takes another pass over each tensor, as long as its copy."""
     missing = dict(places)
     for file, key, value in tensors:
         if key not in missing:
-            if key.endswith(".bias") and not value.any():       # AutoGPTQ gives all matrices one
-                continue
-            raise ValueError(f"{file}: {key} has no place in this model")
+            if key.endswith(".bias") and value.dtype in FLOATS and not value.any():
+                continue                                        # AutoGPTQ gives all matrices one
+            raise Refused(file, key, why="has no place in this model")
         place = missing.pop(key)
         if place.shape != value.shape:
-            raise ValueError(f"{file}: {key} is {list(value.shape)}, "
-                             f"but config.json makes it {list(place.shape)}")
+            raise Refused(file, key, list(value.shape),
+                          f"{list(place.shape)}, as config.json makes it")
         if value.dtype not in FLOATS:
-            raise ValueError(f"{file}: {key} is in {value.dtype}; accepted are "
-                             f"{', '.join(map(str, FLOATS))}")
+            raise Refused(file, key, value.dtype, ", ".join(map(str, FLOATS)))
         if not place.copy_(value).isfinite().all():
-            raise ValueError(f"{file}: {key} holds a number that is not finite in {place.dtype}")
+            raise Refused(file, key, why=f"holds a number that is not finite in {place.dtype}")
     if missing:
-        raise ValueError(f"{directory}: no weights for {', '.join(sorted(missing)[:5])}"
-                         + " and more" * (len(missing) > 5))
-
-
-# ---- writing ----
+        raise Refused(directory, min(missing), why=f"has no weights, one of {len(missing)} such")
 
 
 @contextmanager

@@ -14,7 +14,6 @@ A conversion is kept, and a manifest beside it says the sha256 of each file; eve
 import hashlib
 import json
 import math
-import mmap
 import shutil
 import struct
 import warnings
@@ -26,40 +25,15 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from clawdemy_infer.files.directory import (
-    destinations,
-    empty_decoder,
-    fill,
-    write_json,
-    write_model,
-    written_whole,
-)
-from clawdemy_infer.model import ModelConfig
+from clawdemy_infer.files import directory as hf
+from clawdemy_infer.from_config.keys import Keys, is_text, tables
+from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.paths import cache_dir
+from clawdemy_infer.refused import Refused, short
 
 CONVERSION_VERSION = 2
 """Raise it when `convert_gguf` writes something else than before: older conversions are then no
 longer found."""
-
-TENSORS = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""GGUF's tensor names and Hugging Face's, without the layer's prefix (`blk.7.` and
-`model.layers.7.`)."""
-
-SHAPE_KEYS = {
-    "block_count": "num_hidden_layers", "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.key_length": "head_dim",
-    "rope.dimension_count": "head_dim", "rope.freq_base": "rope_theta", "vocab_size": "vocab_size",
-}
-"""Metadata under `llama.` and what config.json calls it. Any other key is refused, but for two that
-`config_of` checks."""
 
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 PRE_TOKENIZERS = {
@@ -77,34 +51,34 @@ _TEXT, _LIST = 8, 9
 
 _CONTROL, _USER_DEFINED = 3, 4          # tokenizer.ggml.token_type
 
-INSTEAD = "Load the model's Hugging Face directory instead"
+SPECIAL = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "pad": "padding",
+           "unk": "unknown"}
+"""Special tokens, and GGUF's words for them."""
 
-
-# ---- the cache of conversions ----
+INSTEAD = ". Load the model's Hugging Face directory instead"
 
 
 def converted(source: Path, expected_sha256: str | None = None) -> Path:
     """The Hugging Face directory of the GGUF file `source`: found in the cache, or converted now.
 
-    A damaged cache entry is made anew, with a warning. Raises ValueError naming the file where
-    `source` is not the file of `expected_sha256`, or is not a GGUF that `convert_gguf` takes.
-    """
+    A damaged cache entry is made anew, with a warning. Raises Refused where `source` is not the
+    file of `expected_sha256`, or is not a GGUF that `convert_gguf` takes."""
     digest = sha256(source)
     if expected_sha256 not in (None, digest):
-        raise ValueError(f"{source}: damaged, or another file than expected (its sha256 is "
-                         f"{digest}, not {expected_sha256}); install it again")
+        raise Refused(source, None, why="damaged, or another file than expected (its sha256 is "
+                                        f"{digest}, not {expected_sha256}); install it again")
     place = cache_dir() / "models" / f"{digest[:32]}-{CONVERSION_VERSION}"
+    if is_whole(place):
+        return place
     if place.exists():
-        if is_whole(place):
-            return place
         warnings.warn(f"the converted model in {place} was damaged and is being made anew",
                       stacklevel=2)
         shutil.rmtree(place)
     try:
-        with written_whole(place) as fresh:
+        with hf.written_whole(place) as fresh:
             convert_gguf(source, fresh)
-            write_json(fresh / "manifest.json",
-                       {file.name: sha256(file) for file in sorted(fresh.iterdir())})
+            hf.write_json(fresh / "manifest.json",
+                          {file.name: sha256(file) for file in sorted(fresh.iterdir())})
     except OSError:
         if not is_whole(place):         # unless another process was faster
             raise
@@ -127,40 +101,33 @@ def is_whole(directory: Path) -> bool:
         return False
 
 
-# ---- one conversion ----
-
-
 def convert_gguf(source: Path, directory: Path) -> None:
     """Write the Hugging Face files of `source` into `directory`.
 
     Weights come out in fp32, exactly as the blocks mean them. All of them are in memory once, so
-    this wants a machine with 4 bytes for each parameter. Raises ValueError naming the file, and the
-    key or the tensor, where it is no whole GGUF of a Llama, and where a number is not finite.
-    """
+    this wants a machine with 4 bytes for each parameter. Raises Refused, with the key or the
+    tensor, where it is no whole GGUF of a Llama, and where a number is not finite."""
     try:
-        with source.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        metadata, tensors = Header(data).read()
+        metadata, tensors = Header(np.memmap(source, mode="r")).read()
     except ValueError as error:
-        raise ValueError(f"{source}: not a whole GGUF file ({error})") from error
-    try:
-        config = config_of(metadata, tied="output.weight" not in tensors)
-        tokenizer, settings = tokenizer_of(metadata)
-    except KeyError as error:
-        raise ValueError(f"{source}: its metadata lack {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    model = empty_decoder(ModelConfig.from_hf(config, source=str(source)), torch.float32, "cpu",
-                          [source])
-    fill(destinations(model), weights_of(tensors, config, source), source)
-    write_model(directory, config, destinations(model), tokenizer, settings)
+        raise Refused(source, None, why=f"not a whole GGUF file ({error})") from error
+    keys = Keys(metadata, str(source))
+    keys.one_of("general.architecture", ("llama",), instead=INSTEAD)
+    tokenizer, settings, ids = tokenizer_of(keys)
+    keys.left["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
+    config = config_of(keys, ids, tied="output.weight" not in tensors)
+    model = hf.empty_decoder(ModelConfig.from_hf(config, source=str(source)), torch.float32, "cpu",
+                             [source])
+    places = hf.destinations(model)
+    hf.fill(places, weights_of(tensors, model, source), source)
+    hf.write_model(directory, config, places, tokenizer, settings)
 
 
 class Header:
     """The head of a GGUF file, read value by value. Everything raises ValueError where the file
     ends too early: so nothing is longer than the file is."""
 
-    def __init__(self, data: bytes | mmap.mmap) -> None:
+    def __init__(self, data: bytes | np.memmap) -> None:
         self.data, self.at = memoryview(data), 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, int]]]:
@@ -171,30 +138,26 @@ class Header:
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"it begins with {bytes(magic)!r}, version {version}; GGUF 2 and 3 "
                              "are accepted")
-        metadata: dict[str, Any] = {}
+        metadata, places, found = {}, {}, {}
         for _ in range(keys):
-            name = self.text()
-            if name in metadata:
+            if (name := self.text()) in metadata:
                 raise ValueError(f"{name} comes twice")
             try:
                 metadata[name] = self.value(*self.numbers("I"))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        places = {}
         for _ in range(tensors):
             name, (count,) = self.text(), self.numbers("I")
             dims, (kind, offset) = self.numbers("Q", count), self.numbers("IQ")
             block, size = GGML_QUANT_SIZES.get(kind, (0, 0))
             if name in places or not 1 <= count <= 4 or not block or dims[0] % block:
-                raise ValueError(f"tensor {name[:200]!r}: {list(dims)} of type {kind} is none, or "
+                raise ValueError(f"tensor {short(name)}: {list(dims)} of type {kind} is none, or "
                                  "it comes twice")
-            places[name] = dims, kind, offset, dims[0] // block * size
-        align = metadata.get("general.alignment", 32)
-        if type(align) is not int or align < 1:
-            raise ValueError(f"general.alignment={repr(align)[:200]}")
-        start, found = -(-self.at // align) * align, {}
-        for name, (dims, kind, offset, row) in places.items():
-            self.at, shape = start + offset, (*reversed(dims[1:]), row)
+            places[name] = (*reversed(dims[1:]), dims[0] // block * size), kind, offset
+        align = Keys(metadata, "").whole("general.alignment", 32)
+        start = -(-self.at // align) * align
+        for name, (shape, kind, offset) in places.items():
+            self.at = start + offset
             found[name] = np.frombuffer(self.take(math.prod(shape)), np.uint8).reshape(shape), kind
         return metadata, found
 
@@ -205,147 +168,104 @@ class Header:
         return self.data[self.at - count:self.at]
 
     def numbers(self, code: str, count: int = 1) -> tuple:
-        content = self.take(count * struct.calcsize(f"<{code}"))
-        return struct.unpack("<" + code * count if count < 3 else f"<{count}{code}", content)
+        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
 
     def text(self) -> str:
         return bytes(self.take(*self.numbers("Q"))).decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        if kind in SCALARS:
-            return self.numbers(SCALARS[kind])[0]
         if kind == _TEXT:
             return self.text()
+        if kind in SCALARS:
+            return self.numbers(SCALARS[kind])[0]
         if kind != _LIST:
             raise ValueError(f"there is no type {kind}")
         (kind,), (count,) = self.numbers("I"), self.numbers("Q")
-        if kind in SCALARS:
-            return list(self.numbers(SCALARS[kind], count))
-        if kind != _TEXT:
+        if kind == _TEXT:
+            return [self.text() for _ in range(count)]
+        if kind not in SCALARS:
             raise ValueError(f"a list of type {kind} is not supported; numbers and texts are")
-        return [self.text() for _ in range(count)]
+        return list(self.numbers(SCALARS[kind], count))
 
 
-def weights_of(tensors: dict[str, tuple[np.ndarray, int]], config: dict[str, Any],
+def weights_of(tensors: dict[str, tuple[np.ndarray, int]], model: Decoder,
                source: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """File, Hugging Face's name and values of each tensor. ValueError as of `convert_gguf`."""
+    """File, Hugging Face's name and values of each tensor. Refused as of `convert_gguf`."""
     import gguf
 
+    shape = model.config.shape
+    called = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.L)
+    names = {called.get_name(name, (".weight",)): name for name in hf.destinations(model)}
+    heads = {"q_proj": shape.N, "k_proj": shape.K}
     for stored, (content, kind) in tensors.items():
+        if stored not in names:
+            raise Refused(source, stored, why=f"has no place in this model{INSTEAD}")
+        kind, name = gguf.GGMLQuantizationType(kind), names[stored]
         try:
-            name = hf_name(stored)
             with np.errstate(all="ignore"):                     # what is not finite is found later
-                value = gguf.quants.dequantize(content, gguf.GGMLQuantizationType(kind))
+                value = gguf.quants.dequantize(content, kind)
         except NotImplementedError as error:
-            raise ValueError(f"{source}: {stored}: {error}; F32, F16, BF16 and the Q formats of "
-                             "gguf-py are accepted") from error
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        if ".q_proj." in name or ".k_proj." in name:
-            heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
-            value = unpermuted(value, heads)
+            raise Refused(source, stored, kind.name,
+                          "F32, F16, BF16 and the Q formats of gguf-py") from error
+        if (part := name.split(".")[-2]) in heads:
+            value = unpermuted(value, heads[part])
         yield source, name, torch.from_numpy(np.require(value, None, ("C", "W")))
 
 
-def config_of(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """The config.json that the metadata of a GGUF amounts to. Raises ValueError for another
-    architecture, an unknown key or a value of another kind, KeyError for a key that is missing."""
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"general.architecture={architecture!r} is not supported; "
-                         f"accepted: 'llama'. {INSTEAD}")
-    tokens, id_of = _listed(metadata, "tokens", str), "tokenizer.ggml.{}_token_id".format
-    ends = [metadata.get(id_of(short)) for short in ("eos", "eot", "eom")]
-    config = {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": tied,
-              "vocab_size": len(tokens), "bos_token_id": metadata.get(id_of("bos")),
-              "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
-    for key, value in metadata.items():
-        if not key.startswith("llama."):
-            continue
-        name = SHAPE_KEYS.get(key.removeprefix("llama."))
-        if name:
-            kind = float if name in ("rms_norm_eps", "rope_theta") else int
-            if type(value) is not kind or not 0 < value < float("inf"):
-                raise ValueError(f"{key}={repr(value)[:200]} is not supported; accepted: "
-                                 f"{kind.__name__} above 0")
-            if config.setdefault(name, value) != value:
-                raise ValueError(f"{key}={value!r}, but elsewhere the file says {config[name]!r}")
-        elif key == "llama.attention.value_length":
-            if value != metadata.get("llama.attention.key_length"):
-                raise ValueError(f"{key}={repr(value)[:200]} is not supported; accepted: the same "
-                                 "as attention.key_length")
-        elif (key, value) != ("llama.rope.scaling.type", "none"):
-            raise ValueError(f"{key}={repr(value)[:200]} is not supported. {INSTEAD}")
-    heads = config.setdefault("num_attention_heads", metadata.get("llama.attention.head_count"))
-    if heads is None:
-        raise KeyError("llama.attention.head_count")
-    return {"num_key_value_heads": heads} | config
+def config_of(keys: Keys, ids: dict[str, int], tied: bool) -> dict[str, Any]:
+    """The config.json that the metadata of a GGUF amounts to, with the special tokens `ids`. Raises
+    Refused for a key that is missing, unknown or of another kind."""
+    for key, usual in tables()["_gguf"].items():
+        keys.rename(f"llama.{key}", usual)
+        if usual not in (*keys.left, "num_key_value_heads", "head_dim", "rope_theta"):
+            raise Refused(keys.source, f"llama.{key}")
+    shape = {usual: keys.number(usual) if usual in ("rms_norm_eps", "rope_theta")
+             else keys.whole(usual) for usual in tables()["_gguf"].values() if usual in keys.left}
+    keys.only(**{"llama.attention.value_length": shape.get("head_dim"),
+                 "llama.rope.scaling.type": "none"})
+    for key, value in keys.left.items():
+        if key.startswith("llama."):
+            keys.refuse(key, value, f"no such key{INSTEAD}")
+    return {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": tied,
+            "bos_token_id": ids.get("bos"), "eos_token_id": list(dict.fromkeys(
+                ids[end] for end in ("eos", "eot", "eom") if end in ids))} | shape
 
 
-def tokenizer_of(metadata: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer in the metadata, and a tokenizer_config.json with its special tokens and the
-    chat template. Raises as `config_of`."""
-    ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()
-            if key.startswith("tokenizer.ggml.")}
-    if ggml["model"] != "gpt2" or str(ggml.get("pre")) not in PRE_TOKENIZERS:
-        raise ValueError(f"tokenizer.ggml.model={ggml['model']!r} with pre={ggml.get('pre')!r} is "
-                         f"not supported; accepted: 'gpt2' with {', '.join(PRE_TOKENIZERS)}. "
-                         + INSTEAD)
-    tokens, kinds = _listed(metadata, "tokens", str), _listed(metadata, "token_type", int)
-    known = set(tokens)
-    merges = [tuple(merge.split(" ", 1)) for merge in _listed(metadata, "merges", str)]
-    for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= known:
-            raise ValueError(f"tokenizer.ggml.merges: {' '.join(merge)[:200]!r} is not supported; "
-                             "accepted: two tokens with a space between, which make a third")
-    if len(kinds) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type has {len(kinds)} entries; accepted: one for "
-                         f"each of the {len(tokens)} tokens")
-    special = {}
-    for short, long in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        if (id := ggml.get(f"{long}_token_id")) is not None:
-            if type(id) is not int or not 0 <= id < len(tokens):
-                raise ValueError(f"tokenizer.ggml.{long}_token_id={repr(id)[:200]} is not "
-                                 f"supported; accepted: 0 to {len(tokens) - 1}")
-            special[f"{short}_token"] = tokens[id]
-    template = metadata.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise ValueError(f"tokenizer.chat_template={repr(template)[:200]} is not supported; "
-                         "accepted: a text")
-    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[ggml["pre"]]
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)
-                                  for token, kind in zip(tokens, kinds, strict=True)
-                                  if kind == _CONTROL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False)
+def tokenizer_of(keys: Keys) -> tuple[Tokenizer, dict[str, Any], dict[str, int]]:
+    """The tokenizer in the metadata, a tokenizer_config.json with its special tokens and the chat
+    template, and the ids of the special tokens. Raises as `config_of`."""
+    # 1. What the metadata say.
+    ggml = "tokenizer.ggml.{}".format
+    keys.one_of(ggml("model"), ("gpt2",), instead=INSTEAD)
+    pre = keys.one_of(ggml("pre"), PRE_TOKENIZERS, instead=INSTEAD)
+    tokens = keys.listed(ggml("tokens"), is_text, "a list of texts", least=1)
+    V, known = len(tokens), set(tokens)
+    kinds = keys.listed(ggml("token_type"), lambda one: type(one) is int,
+                        f"a number for each of the {V} tokens", least=V, most=V)
+    merges = keys.listed(
+        ggml("merges"), lambda one: is_text(one) and " " in one
+        and {*one.split(" ", 1), one.replace(" ", "", 1)} <= known,
+        "two tokens with a space between, which make a third", least=1)
+    ids = {short: keys.whole(ggml(f"{long}_token_id"), least=0, most=V - 1)
+           for short, long in SPECIAL.items() if ggml(f"{long}_token_id") in keys.left}
+    special = {f"{short}_token": tokens[ids[short]]
+               for short in ("bos", "eos", "pad", "unk") if short in ids}
+
+    # 2. What it makes.
+    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)},
+                                     [tuple(merge.split(" ", 1)) for merge in merges]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL)
                           for token, kind in zip(tokens, kinds, strict=True)
-                          if kind == _USER_DEFINED])
-    if ggml.get("add_bos_token"):
-        bos = ggml["bos_token_id"]
+                          if kind in (_CONTROL, _USER_DEFINED)])
+    if keys.flag(ggml("add_bos_token"), False):
+        if "bos" not in ids:
+            raise Refused(keys.source, ggml("bos_token_id"))
+        bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
-    return tokenizer, special | ({"chat_template": template} if template else {})
-
-
-def _listed(metadata: dict[str, Any], name: str, kind: type) -> list:
-    """A list in the metadata of the tokenizer, not empty and all of one kind."""
-    value = metadata[f"tokenizer.ggml.{name}"]
-    if not isinstance(value, list) or not value or any(type(each) is not kind for each in value):
-        raise ValueError(f"tokenizer.ggml.{name}={repr(value)[:200]} is not supported; accepted: "
-                         f"a list of {kind.__name__}")
-    return value
-
-
-def hf_name(name: str) -> str:
-    """`blk.7.attn_q.weight` -> `model.layers.7.self_attn.q_proj.weight`. Raises ValueError for a
-    tensor a Llama has not."""
-    stem, _, kind = name.rpartition(".")
-    layer, _, part = stem.rpartition(".")
-    if kind != "weight" or part not in TENSORS:
-        raise ValueError(f"tensor {name} is not supported. {INSTEAD}")
-    prefix = f"model.layers.{layer.removeprefix('blk.')}." if layer else ""
-    return f"{prefix}{TENSORS[part]}.weight"
+            single=[bos, "$A"], special_tokens=[(bos, ids["bos"])])
+    template = keys.text("tokenizer.chat_template") or None
+    return tokenizer, special | {"chat_template": template}, ids
 
 
 def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:

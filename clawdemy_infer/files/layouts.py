@@ -14,14 +14,15 @@ For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [O,
             scales  fp16  [G, O]
 
 (IST-DASLab/gptq and AutoGPTQ's qlinear; mit-han-lab/llm-awq and AutoAWQ's "gemm".) A symmetric
-format's codes are moved up by 2^(b-1), which then is their zero.
-"""
+format's codes are moved up by 2^(b-1), which then is their zero. Four bytes make a word on any
+machine that runs torch."""
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.integers import IntFormat
+from clawdemy_infer.refused import Refused
 
 LAYOUTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
 """What each stores of a matrix; g_idx may be absent."""
@@ -33,8 +34,7 @@ in pairs."""
 
 
 def accepts(layout: str, format: Format, O: int, I: int) -> None:
-    """ValueError where `layout` cannot hold a matrix [O, I] of `format` without loss, naming which
-    of them."""
+    """ValueError where `layout` cannot hold a matrix [O, I] of `format` without loss."""
     bits = LAYOUT_BITS[layout]
     if not isinstance(format, IntFormat) or format.bits not in bits or format.zero == "float":
         raise ValueError(f"format={format.name}: the {layout} layout holds integers of "
@@ -45,9 +45,6 @@ def accepts(layout: str, format: Format, O: int, I: int) -> None:
         if size % codes:
             raise ValueError(f"weight {[O, I]}: the {layout} layout packs codes of {format.bits} "
                              f"bits in words of 32; a multiple of {codes} {what} is accepted")
-
-
-# ---- GPTQ ----
 
 
 def gptq_version(quantized: list[Quantized]) -> int:
@@ -63,8 +60,8 @@ def to_gptq(quantized: Quantized, version: int = 1) -> dict[str, torch.Tensor]:
     bits, I, group_of = quantized.format.bits, codes.shape[1], quantized.group_of
     if group_of is None:
         group_of = torch.arange(I) // quantized.format.width(I)
-    return {"qweight": _words(codes, bits).T.contiguous(),
-            "qzeros": _words(zeros.T - (1 if version == 1 else 0), bits),
+    return {"qweight": pack(codes, bits).view(torch.int32).T.contiguous(),
+            "qzeros": pack(zeros.T - (1 if version == 1 else 0), bits).view(torch.int32),
             "scales": quantized.scale.T.half().contiguous(), "g_idx": group_of.int()}
 
 
@@ -72,14 +69,14 @@ def from_gptq(stored: dict[str, torch.Tensor], format: IntFormat, version: int =
     """The matrix in the GPTQ layout, as `to_gptq` or another program wrote it. `format` is what its
     quantization_config says. Raises ValueError naming a tensor that does not fit, or is damaged."""
     bits = format.bits
-    rows, O = _matrix(stored)
-    I = rows * 32 // bits
+    words, O = _matrix(stored)
+    I = words * 32 // bits
     accepts("gptq", format, O, I)
     G = I // format.width(I)
     _expect(stored, qweight=(I * bits // 32, O), qzeros=(G, O * bits // 32), scales=(G, O),
             g_idx=(I,))
-    codes = unpack(_bytes(stored["qweight"].T), bits, I)                                    # [O, I]
-    raw = unpack(_bytes(stored["qzeros"]), bits, O)                                         # [G, O]
+    codes = unpack(stored["qweight"].T, bits, I)                                            # [O, I]
+    raw = unpack(stored["qzeros"], bits, O)                                                 # [G, O]
     zeros = raw if version == 2 else _plus_one(raw, bits)
     middle = 2 ** (bits - 1)
     if format.zero == "none" and bool((raw == middle).all() or (raw == middle - 1).all()):
@@ -87,7 +84,7 @@ def from_gptq(stored: dict[str, torch.Tensor], format: IntFormat, version: int =
     group_of = stored["g_idx"].long() if "g_idx" in stored else None
     if group_of is not None:
         if not bool(((group_of >= 0) & (group_of < G)).all()):
-            raise ValueError(f"g_idx: {int(group_of.max())}: groups 0 to {G - 1} are accepted")
+            raise Refused("", "g_idx", int(group_of.max()), f"groups 0 to {G - 1}")
         # Zeros for all inputs are what is left where nobody filled them in: no reordering.
         if not group_of.any() or torch.equal(group_of, torch.arange(I) // (I // G)):
             group_of = None
@@ -108,8 +105,8 @@ def _plus_one(raw: torch.Tensor, bits: int) -> torch.Tensor:
         inside[[9, 10, 20, 21]] = False                     # the neighbour begins in another word
     before, after = ones[..., :-1][..., inside], ones[..., 1:][..., inside]
     if bool((before & after).any()) and not bool((before & ~after).any()):
-        raise ValueError("qzeros: zero points of 0 have written over their neighbours in the words "
-                         "(they were packed as -1); the model saved as gptq_v2 is accepted")
+        raise Refused("", "qzeros", accepted="the model saved as gptq_v2", why=(
+            "has zero points of 0 that have written over their neighbours (packed as -1)"))
     carry = torch.zeros_like(fields[..., 0])
     for i in range(per):
         total = fields[..., i] + 1 + carry
@@ -118,24 +115,22 @@ def _plus_one(raw: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _matrix(stored: dict[str, torch.Tensor]) -> tuple[int, int]:
-    if stored["qweight"].dim() != 2 or not stored["qweight"].numel():
-        raise ValueError(f"qweight: {list(stored['qweight'].shape)}: a matrix is accepted")
-    return tuple(stored["qweight"].shape)
+    shape = tuple(stored["qweight"].shape)
+    if len(shape) != 2 or 0 in shape:
+        raise Refused("", "qweight", shape, "a matrix")
+    return shape
 
 
 def _expect(stored: dict[str, torch.Tensor], **shapes: tuple[int, ...]) -> None:
-    """ValueError naming a tensor of another shape or kind, or with a scale that is not finite."""
+    """Refuses a tensor of another shape or kind, and a scale that is not finite."""
     for name, tensor in stored.items():
         kinds = ((torch.float16, torch.bfloat16, torch.float32) if name == "scales" else
                  (torch.int32, torch.int64) if name == "g_idx" else (torch.int32,))
         if tuple(tensor.shape) != shapes[name] or tensor.dtype not in kinds:
-            raise ValueError(f"{name}: {list(tensor.shape)} of {tensor.dtype}; "
-                             f"quantization_config makes it {list(shapes[name])} of {kinds[0]}")
+            raise Refused("", name, (tuple(tensor.shape), tensor.dtype),
+                          f"{(shapes[name], kinds[0])}, as quantization_config makes it")
     if not stored["scales"].isfinite().all():
-        raise ValueError("scales: they hold a number that is not finite")
-
-
-# ---- AWQ ----
+        raise Refused("", "scales", why="holds a number that is not finite")
 
 
 def to_awq(quantized: Quantized) -> dict[str, torch.Tensor]:
@@ -144,8 +139,8 @@ def to_awq(quantized: Quantized) -> dict[str, torch.Tensor]:
     if quantized.group_of is not None:
         raise ValueError("static_groups=False: the awq layout has no index of groups; GPTQ with "
                          "static groups is accepted")
-    qweight, qzeros = (_words(x.T.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2), 4)
-                       for x in _unsigned(quantized))
+    eights = (x.T.unflatten(-1, (-1, 8))[..., AWQ_ORDER] for x in _unsigned(quantized))
+    qweight, qzeros = (pack(x.flatten(-2), 4).view(torch.int32) for x in eights)
     return {"qweight": qweight, "qzeros": qzeros, "scales": quantized.scale.T.half().contiguous()}
 
 
@@ -155,13 +150,10 @@ def from_awq(stored: dict[str, torch.Tensor], format: IntFormat) -> Quantized:
     O = words * 8
     G, order = I // format.width(I), torch.tensor(AWQ_ORDER).argsort()
     _expect(stored, qweight=(I, O // 8), qzeros=(G, O // 8), scales=(G, O))
-    eights = (unpack(_bytes(stored[name]), 4, O).unflatten(-1, (-1, 8))
+    eights = (unpack(stored[name], 4, O).unflatten(-1, (-1, 8))
               for name in ("qweight", "qzeros"))
     codes, zeros = (each[..., order].flatten(-2).T for each in eights)
     return _restored(format, codes, zeros, stored["scales"], None)
-
-
-# ---- codes in bytes and words ----
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -172,30 +164,15 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"codes hold {int(codes.max())}: {bits} bits hold 0 to {2**bits - 1}")
-    each = (codes[..., None] >> _places(bits, codes) & 1).flatten(-2)
-    each = F.pad(each, (0, -each.shape[-1] % 8)).unflatten(-1, (-1, 8))         # [..., bytes, 8]
-    return (each << _places(8, codes)).sum(-1, dtype=torch.uint8)
+    each = np.unpackbits(codes.cpu().numpy()[..., None], -1, bits, "little")    # [..., n, bits]
+    return torch.from_numpy(np.packbits(each.reshape(*codes.shape[:-1], -1), -1, "little"))
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The codes [..., count], uint8, that `pack` put into bytes."""
-    each = (packed[..., None] >> _places(8, packed) & 1).flatten(-2)[..., :count * bits]
-    each = each.unflatten(-1, (count, bits))
-    return (each << _places(bits, packed)).sum(-1, dtype=torch.uint8)
-
-
-def _places(count: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.arange(count, dtype=torch.uint8, device=like.device)
-
-
-def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [..., n·bits/32] of codes [..., n]. Four bytes make a word on any machine that runs
-    torch."""
-    return pack(codes.contiguous(), bits).view(torch.int32)
-
-
-def _bytes(words: torch.Tensor) -> torch.Tensor:
-    return words.contiguous().view(torch.uint8)
+    """The codes [..., count], uint8, that `pack` put into bytes, or words."""
+    each = np.unpackbits(packed.contiguous().view(torch.uint8).numpy(), -1, count * bits, "little")
+    each = each.reshape(*packed.shape[:-1], count, bits)
+    return torch.from_numpy(np.packbits(each, -1, "little")[..., 0])
 
 
 def _unsigned(quantized: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,6 +191,6 @@ def _restored(format: IntFormat, codes: torch.Tensor, zeros: torch.Tensor, scale
         return Quantized(format, codes.contiguous(), scale, zeros.float().contiguous(),
                          group_of=group_of)
     if not bool((zeros == middle).all()):
-        raise ValueError("qzeros: the config says that the weights are symmetric, but not every "
-                         f"zero point is {middle}")
+        raise Refused("", "qzeros", why="holds other zero points than symmetric weights have",
+                      accepted=f"{middle}, since the config says sym")
     return Quantized(format, (codes.int() - middle).to(torch.int8), scale, group_of=group_of)

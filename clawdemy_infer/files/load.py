@@ -1,13 +1,12 @@
 """`load_model`: a name or a path in, a model ready to run out."""
 
-import difflib
 import importlib.util
 import re
 from pathlib import Path
 
 import torch
 
-from clawdemy_infer.files.directory import read_directory
+from clawdemy_infer.files.directory import PICKLES, read_directory
 from clawdemy_infer.files.gguf import converted
 from clawdemy_infer.model import Decoder
 
@@ -36,8 +35,7 @@ def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.flo
     "org/model" on the Hugging Face hub. A GGUF is converted once and kept in the user's cache;
     whatever is kept is checked before it is used. Raises ValueError for an unknown name or for
     files that are damaged or describe another kind of model, and FileNotFoundError where the model
-    has to be fetched first and cannot be.
-    """
+    has to be fetched first and cannot be."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: accepted are {', '.join(map(str, DTYPES))}")
     name, (directory, gguf) = str(model), weights_on_disk(model)
@@ -45,16 +43,15 @@ def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.flo
         known_as = name if name in PACKAGED else gguf.stem if gguf else directory.name
         return read_directory(directory, dtype, device, known_as)
     suffix = Path(model).suffix
-    if suffix in (".bin", ".pt", ".pth", ".ckpt"):
+    if suffix in PICKLES:
         raise UnknownModel(f"model={name!r} is a pickle, which can run code when it is read; "
                            "only .gguf and safetensors are accepted")
-    if (suffix not in (".gguf", ".safetensors")
-            and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
+    if suffix not in (".gguf", ".safetensors") and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return read_directory(downloaded(name), dtype, device, name)
-    near = difflib.get_close_matches(name.lower(), PACKAGED, n=3, cutoff=0.4) or list(PACKAGED)
     raise UnknownModel(
-        f"model={name!r} is not known here; near matches: {', '.join(near)}. The path of a .gguf "
-        "file or of a Hugging Face directory, and a hub name like org/model, are accepted too")
+        f"model={name!r} is not known here; near matches: {', '.join(PACKAGED)}. The path of a "
+        ".gguf file or of a Hugging Face directory, and a hub name like org/model, are accepted "
+        "too")
 
 
 def weights_on_disk(model: str | Path) -> tuple[Path | None, Path | None]:

@@ -1,8 +1,7 @@
 """Text to token ids and back, and chat templates.
 
 The work is done by the `tokenizers` library, the same that transformers calls, without the seconds
-transformers takes to import.
-"""
+transformers takes to import."""
 
 import json
 import subprocess
@@ -14,7 +13,8 @@ from typing import Any
 import tokenizers
 
 from clawdemy_infer.files import chat_template
-from clawdemy_infer.from_config.keys import read_object
+from clawdemy_infer.from_config.keys import Keys, read_bytes, read_object
+from clawdemy_infer.refused import Refused, short
 
 MAX_TOKENIZER_BYTES = 256 * 2**20       # of a tokenizer.json; published ones have up to 35 MB
 MAX_TEMPLATE_BYTES = 2**20              # of a chat_template.jinja; published ones have up to 30 kB
@@ -34,43 +34,37 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer | None":
         """The tokenizer of a Hugging Face directory; None where it has no tokenizer.json. Raises
-        ValueError naming a file that is damaged, and the key in it."""
-        file, template_file = directory / "tokenizer.json", directory / "chat_template.jinja"
-        if not file.exists():
+        Refused for a file that is damaged, and for a key in it."""
+        source, template_file = directory / "tokenizer.json", directory / "chat_template.jinja"
+        if not source.exists():
             return None
-        content = read_bytes(file, MAX_TOKENIZER_BYTES)
+        content = read_bytes(source, MAX_TOKENIZER_BYTES)
         try:
             backend = tokenizers.Tokenizer.from_buffer(content)
         except DAMAGED as error:
-            raise ValueError(f"{file}: no tokenizer ({str(error).strip()})") from error
+            raise Refused(source, None, why=f"no tokenizer ({str(error).strip()})") from error
         backend.no_truncation()
         backend.no_padding()
 
         # As transformers has it: where the settings list the added tokens, they know all of them.
-        settings, maps = {}, []
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (directory / name).exists() and "added_tokens_decoder" not in settings:
-                settings |= read_object(directory / name)
-                maps.append(directory / name)
-        source = maps[0] if maps else file
-        template = settings.get("chat_template")
+        keys = Keys({}, str(source))
+        for file in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
+            if file.exists() and "added_tokens_decoder" not in keys.left:
+                keys = Keys(keys.left | read_object(file), keys.source if keys.left else str(file))
+        template = keys.left.get("chat_template")
         if template_file.exists():
             template = read_bytes(template_file, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
         elif isinstance(template, list) and all(isinstance(each, dict) for each in template):
             template = next((each.get("template") for each in template      # each with a name
                              if each.get("name") == "default"), None)
-        if not isinstance(template, str | None):
-            raise ValueError(f"{source}: chat_template={repr(template)[:200]} is not supported; "
-                             "accepted: a text")
+        keys.left["chat_template"] = template
         special = {}
-        for name, token in settings.items():
-            if name.endswith("_token") and not isinstance(token, bool | None):
-                token = token.get("content") if isinstance(token, dict) else token
-                if not isinstance(token, str):
-                    raise ValueError(f"{source}: {name}={repr(settings[name])[:200]} is not "
-                                     "supported; accepted: a text, or an object with its content")
-                special[name] = token
-        return cls(backend, template, special)
+        for name, said in keys.left.items():
+            if name.endswith("_token") and not isinstance(said, bool | None):
+                special[name] = said.get("content") if isinstance(said, dict) else said
+                if not isinstance(special[name], str):
+                    keys.refuse(name, said, "a text, or an object with its content")
+        return cls(backend, keys.text("chat_template"), special)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with a beginning-of-sequence token where the model wants one."""
@@ -86,8 +80,7 @@ class Tokenizer:
         continue.
 
         Raises ValueError where the model has no chat template, or its template refuses the
-        messages.
-        """
+        messages."""
         if self.chat_template is None:
             raise ValueError("chat: this model has no chat template; pass a plain prompt")
         variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt,
@@ -95,8 +88,8 @@ class Tokenizer:
         try:
             return rendered(self.chat_template, variables)
         except ValueError as error:
-            raise ValueError(f"messages={repr(messages)[:200]}: the chat template refuses them: "
-                             f"{error}") from error
+            raise ValueError(f"messages={short(messages)}: the chat template refuses them: {error}"
+                             ) from error
 
     def chat(self, messages: Sequence[dict[str, str]],
              add_generation_prompt: bool = True) -> list[int]:
@@ -124,12 +117,3 @@ def rendered(template: str, variables: dict[str, Any]) -> str:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise ValueError(lines[-1].removeprefix("jinja2.exceptions.") if lines else "it fails")
     return done.stdout.decode("utf-8", "surrogatepass")
-
-
-def read_bytes(file: Path, most: int) -> bytes:
-    """A file's content. ValueError where it is no regular file, or longer than `most` bytes."""
-    if not file.is_file():
-        raise ValueError(f"{file}: a regular file is accepted")
-    if file.stat().st_size > most:
-        raise ValueError(f"{file}: longer than {most:,} bytes")
-    return file.read_bytes()

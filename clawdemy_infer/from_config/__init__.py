@@ -4,8 +4,7 @@
 The files in reading order: `keys` reads JSON and asks for each key once; `families` makes numbers
 of them, by the tables of data/families.toml; `formats` reads what a file says of weights and cache.
 `decoder` reads, besides the shape, what a decoder computes by. `catalog` has the shapes and
-machines of `data/`.
-"""
+machines of `data/`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from clawdemy_infer.arithmetic import Format, ModelShape
 from clawdemy_infer.from_config import families
 from clawdemy_infer.from_config.formats import stated
 from clawdemy_infer.from_config.keys import TEXT, Keys, check_values, read_object, tables
+from clawdemy_infer.refused import Refused
 
 MAX_CONFIG_BYTES = 4 * 2**20            # of a config.json; the longest published ones have 0.2 MB
 
@@ -24,16 +24,16 @@ FAMILIES = sorted(name for name in tables() if not name.startswith("_"))
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How an architecture ends that has a head over the vocabulary."""
 
+
 def from_config(config: Any, name: str = "") -> ModelShape:
     """The `ModelShape` that `config` describes: the path of a config.json or of a folder with one,
     a dict of its keys, or any `transformers` config object. `transformers` itself is not imported.
     Of a model that sees or hears too it is the shape of the language model, whose name then ends in
     ", text".
 
-    Raises ValueError naming the key, its value and what is accepted for every key that is not known
-    to leave the cost as it is, for a `model_type` outside `FAMILIES`, and for a size that is
-    missing or beyond its range; FileNotFoundError where there is no such file.
-    """
+    Raises Refused for every key that is not known to leave the cost as it is, for a `model_type`
+    outside `FAMILIES`, and for a size that is missing or beyond its range; FileNotFoundError where
+    there is no such file."""
     # 1. The keys of the language model.
     keys, part = text_keys(*keys_of(config))
 
@@ -46,7 +46,7 @@ def from_config(config: Any, name: str = "") -> ModelShape:
     try:
         return ModelShape(name=name, source=keys.source, **numbers)
     except ValueError as error:                         # numbers that do not go together
-        raise ValueError(f"{keys.source}: {error}") from None
+        raise Refused(keys.source, None, why=str(error)) from None
 
 
 def stated_formats(config: Any, shape: ModelShape) -> tuple[Format, Format]:
@@ -95,8 +95,6 @@ def text_keys(config: dict[str, Any], source: str) -> tuple[Keys, bool]:
 
 def _check_architectures(keys: Keys, more: Sequence[str]) -> None:
     keys.only(is_encoder_decoder=False)
-    for architecture in keys.words("architectures"):
-        if not architecture.endswith(LANGUAGE_MODELS) and architecture not in more:
-            keys.refuse("architectures", architecture,
-                        f"a language model of its own, …{', …'.join(LANGUAGE_MODELS)}; "
-                        "this is a part or a draft of one")
+    keys.listed("architectures", lambda one: one in more or str(one).endswith(LANGUAGE_MODELS),
+                f"a language model of its own, …{', …'.join(LANGUAGE_MODELS)}; this is a part or a "
+                "draft of one", [])

@@ -9,7 +9,8 @@ from typing import Any
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.families import read
 from clawdemy_infer.from_config.keys import Keys
-from clawdemy_infer.from_config.rope import SAID, Llama3Scaling, RopeScaling, scaling_of
+from clawdemy_infer.from_config.rope import SAID, RopeScaling, scaling_of
+from clawdemy_infer.refused import Refused
 
 DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -51,8 +52,7 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     for key in STATED[family]:
         keys.left[key] = keys.take(key)                 # it must be there, for the reader to take
     if family == "mistral" and "sliding_window" not in config:
-        raise ValueError(f"{source}: sliding_window is missing; "
-                         "a mistral config says it, if only as null")
+        raise Refused(source, "sliding_window", accepted="a number or null, said by any mistral")
     numbers = read(family, keys)
     if numbers.get("pattern"):
         key = "layer_types" if config.get("layer_types") else "max_window_layers"
@@ -80,7 +80,7 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     return fields
 
 
-def _rope(keys: Keys, numbers: dict[str, Any]) -> tuple[float, Llama3Scaling | RopeScaling | None]:
+def _rope(keys: Keys, numbers: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base frequency and scaling. transformers 5 writes both into `rope_parameters`, older ones
     `rope_theta` beside `rope_scaling`. A scaling makes the context of `numbers` longer where the
     file says the one before it."""

@@ -195,8 +195,7 @@ def _experts(keys: Keys, says: dict, names: Names, numbers: dict, sparse: list[b
     own = width if not all(sparse) and width != plain_F else None
     said["shared_gate"] = bool(said.get("shared_gate") and said["shared"])
     if said["active"] > said["experts"]:
-        raise ValueError(f"{keys.source}: active={said['active']}: 1 to {said['experts']} experts "
-                         "for each token")
+        keys.refuse("active", said["active"], f"1 to {said['experts']} experts for each token")
     return numbers | {"F": width if all(sparse) else plain_F,
                       "moe": MoE(F=own, **said, **_where(sparse))}
 

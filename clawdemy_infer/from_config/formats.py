@@ -1,5 +1,6 @@
 """The formats that a config states: of the weights, part by part, and of the KV cache."""
 
+import math
 import re
 from fnmatch import fnmatchcase
 from typing import Any
@@ -7,8 +8,12 @@ from typing import Any
 from clawdemy_infer.arithmetic import BYTES, Format, ModelShape
 from clawdemy_infer.arithmetic.work import Mixed
 from clawdemy_infer.from_config.keys import TEXT, Keys, tables
+from clawdemy_infer.refused import Refused
 
 MAX_PATTERNS = 5_000            # names of modules in a file, where experts count as one
+METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt",
+           "mxfp4")
+CACHES: dict[str, Format] = {"FP8": "fp8", "INT8": "int8", "NVFP4": 0.5625, "FP4": 0.5625}
 
 Group = tuple[list[str], float, str]
 """Names of modules, bytes of a weight in them, and what that is called."""
@@ -17,7 +22,7 @@ Group = tuple[list[str], float, str]
 def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Format, Format]:
     """Formats of the weights and of the KV cache, as the keys of a config state them. Of a part
     that has a format in some layers alone it is the mean. Embedding, router, and norms are as
-    `dtype` says. ValueError naming a method or a key that is not known."""
+    `dtype` says. Refused for a method or a key that is not known."""
     # 1. What is not quantized.
     text = next((config[key] for key in TEXT if isinstance(config.get(key), dict)), {})
     named = next((one[key] for one in (text, config) for key in ("dtype", "torch_dtype")
@@ -25,7 +30,7 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
     page = tables()["_quantization"]
     base = page["dtypes"].get(str(named).removeprefix("torch."))
     if not base:
-        Keys({}, source).refuse("dtype", named, ", ".join(page["dtypes"]))
+        raise Refused(source, "dtype", named, ", ".join(page["dtypes"]))
     key = "quantization_config"
     keys = Keys({key: config.get(key) or text.get(key)}, source).inner(key)
     if not keys.left:
@@ -33,16 +38,17 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
 
     # 2. What is, and what the file says of the cache.
     ignored = list(dict.fromkeys(
-        re.sub(r"experts\.\d+", "experts.0", name)
-        for key in ("ignore", "exclude_modules", "modules_to_not_convert", "llm_int8_skip_modules")
-        for name in keys.words(key)))
+        _one_expert(name) for name in sum((keys.words(key) for key in (
+            "ignore", "exclude_modules", "modules_to_not_convert", "llm_int8_skip_modules")), [])))
     groups, head = _groups(keys)
     if sum(len(names) for names, _, _ in groups) + len(ignored) > MAX_PATTERNS:
         keys.refuse("ignore", len(ignored), f"{MAX_PATTERNS:,} names of modules at most")
     scheme, kv = keys.inner("kv_cache_scheme"), base
-    algorithm = keys.take("kv_cache_quant_algo", None)
-    if scheme.left or algorithm:
-        kv = _cache(scheme, algorithm)
+    if scheme.left:
+        bits, kind = scheme.whole("num_bits", most=16), scheme.take("type", "int")
+        keys.left["kv_cache_quant_algo"] = f"{'FP' if kind == 'float' else 'INT'}{bits}"
+    if keys.left.get("kv_cache_quant_algo"):
+        kv = CACHES[keys.one_of("kv_cache_quant_algo", CACHES)]
     keys.settle(page["harmless"].split(), "no such key, since it may change what the weights weigh")
 
     # 3. The parts.
@@ -58,14 +64,13 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
 
 def _groups(keys: Keys) -> tuple[list[Group], bool]:
     """What has which format, and whether the head may."""
-    method, head = keys.take("quant_method", "modelopt"), keys.flag("lm_head", False)
-    block = keys.take("weight_block_size", None) or []
+    method, head = keys.one_of("quant_method", METHODS, "modelopt"), keys.flag("lm_head", False)
     if method in ("fp8", "fbgemm_fp8"):
-        if block and (not isinstance(block, list | tuple) or len(block) != 2
-                      or not all(type(one) is int and one > 0 for one in block)):
-            keys.refuse("weight_block_size", block, "rows and columns of a block, above 0")
-        scales = 4 / (block[0] * block[1]) if block else 0
-        return [(["*"], 1 + scales, "fp8")], head
+        block = keys.left.get("weight_block_size") and keys.listed(
+            "weight_block_size", lambda one: type(one) is int and one > 0,
+            "rows and columns of a block, above 0", least=2, most=2)
+        return [(["*"], 1 + (4 / math.prod(block) if block else 0), "fp8")], head
+    keys.drop("weight_block_size")
     if method == "mxfp4":
         return [(["*experts*"], _bytes(4, 8, 32), "mxfp4")], head
     if method in ("gptq", "awq"):
@@ -80,39 +85,39 @@ def _groups(keys: Keys) -> tuple[list[Group], bool]:
         if four == eight:
             keys.refuse("load_in_4bit", four, "one of load_in_4bit and load_in_8bit")
         return [(["*"], _bytes(4, 32, 64) if four else 1.0, "nf4" if four else "int8")], head
-    if method not in ("modelopt", "compressed-tensors"):
-        keys.refuse("quant_method", method, "awq, bitsandbytes, compressed-tensors, fbgemm_fp8, "
-                                            "fp8, gptq, modelopt, mxfp4")
-    layers = keys.inner("quantized_layers")
+    layers, groups = keys.inner("quantized_layers"), keys.inner("config_groups")
     if layers.left:
-        by: dict[str, list[str]] = {}
-        for name, one in layers.left.items():
-            algorithm = one.get("quant_algo") if isinstance(one, dict) else one
-            by.setdefault(str(algorithm), []).append(re.sub(r"experts\.\d+", "experts.0", name))
-        return [(sorted(set(names)), *_algorithm(layers, one)) for one, names in by.items()], True
-    if groups := keys.inner("config_groups").left:
-        return [_group(Keys(groups, keys.source).inner(name)) for name in groups], True
-    return [(["*"], *_algorithm(keys, keys.take("quant_algo", None)))], True
+        by: dict[tuple[float, str], set[str]] = {}
+        for name, one in list(layers.left.items()):
+            said = layers.inner(name) if isinstance(one, dict) else Keys({"quant_algo": one},
+                                                                         layers.source)
+            by.setdefault(_algorithm(said), set()).add(_one_expert(name))
+        return [(sorted(names), *one) for one, names in by.items()], True
+    if groups.left:
+        return [_group(groups.inner(name)) for name in list(groups.left)], True
+    return [(["*"], *_algorithm(keys))], True
 
 
-def _algorithm(keys: Keys, name: object) -> tuple[float, str]:
+def _one_expert(name: str) -> str:
+    return re.sub(r"experts\.\d+", "experts.0", name)
+
+
+def _algorithm(keys: Keys) -> tuple[float, str]:
     known = tables()["_quantization"]["bits"]
-    if str(name) not in known:
-        keys.refuse("quant_algo", name, ", ".join(known))
-    return _bytes(*known[str(name)]), str(name).lower()
+    name = keys.one_of("quant_algo", known)
+    return _bytes(*known[name]), name.lower()
 
 
 def _group(keys: Keys) -> Group:
     """One of config_groups: bits and kind of its weights, and the modules that have them."""
     weights = keys.inner("weights")
-    bits, kind = weights.whole("num_bits", most=16), weights.take("type", "int")
-    if kind not in ("int", "float"):
-        weights.refuse("type", kind, "int, float")
+    bits, kind = weights.whole("num_bits", most=16), weights.one_of("type", ("int", "float"), "int")
     group = _group_size(weights)
-    name = {(4, 16): "nvfp4", (4, 32): "mxfp4"}.get((bits, group), f"fp{bits}")
     targets = ["*" if name == "Linear" else name for name in keys.words("targets") or ["Linear"]]
-    return (targets, _bytes(bits, 8 if kind == "float" else 16, group),
-            name if kind == "float" else f"int{bits}")
+    if kind == "int":
+        return targets, _bytes(bits, 16, group), f"int{bits}"
+    name = {(4, 16): "nvfp4", (4, 32): "mxfp4"}.get((bits, group), f"fp{bits}")
+    return targets, _bytes(bits, 8, group), name
 
 
 def _group_size(keys: Keys) -> int:
@@ -124,16 +129,6 @@ def _group_size(keys: Keys) -> int:
 
 def _bytes(bits: int, scale: int, group: int) -> float:
     return (bits + (scale / group if group else 0)) / 8
-
-
-def _cache(scheme: Keys, algorithm: object) -> Format:
-    if scheme.left:
-        bits, kind = scheme.whole("num_bits", most=16), scheme.take("type", "int")
-        algorithm = f"{'FP' if kind == 'float' else 'INT'}{bits}"
-    known = {"FP8": "fp8", "INT8": "int8", "NVFP4": 0.5625, "FP4": 0.5625}
-    if str(algorithm) not in known:
-        scheme.refuse("kv_cache_quant_algo", algorithm, ", ".join(known))
-    return known[str(algorithm)]
 
 
 def _mean(shape: ModelShape, part: str, groups: list[Group], ignored: list[str],

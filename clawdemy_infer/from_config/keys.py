@@ -3,7 +3,7 @@ asked for may change what the model is, so it is not passed over."""
 
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.resources import files
 from math import inf, isfinite
@@ -22,10 +22,6 @@ TEXT = ("text_config", "llm_config", "language_config")
 """Where a file that describes more than a language model has the language model."""
 
 _REQUIRED = object()
-_KINDS = {"positive": ((int, float), "a number above 0"), "number": ((int, float), "a number"),
-          "flag": ((bool,), "true, false"), "text": ((str,), "a text"),
-          "object": ((dict,), "an object"), "any": ((object, bool), "")}
-"""How the page of families groups the keys that cost nothing."""
 
 
 @cache
@@ -34,27 +30,32 @@ def tables() -> dict[str, dict]:
     return tomllib.loads(files("clawdemy_data").joinpath("families.toml").read_text("utf-8"))
 
 
-def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in the regular file `path` of at most `limit` bytes. A key may stand twice if
-    both say the same. ValueError in one line naming the path, for anything else; FileNotFoundError
+def read_bytes(path: Path, limit: int) -> bytes:
+    """What the regular file `path` of at most `limit` bytes holds, else Refused; FileNotFoundError
     where there is none."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: {path.name} is missing")
     if not path.is_file():
-        raise ValueError(f"{path}: a regular file is accepted, no folder, pipe or device")
+        raise Refused(path, None, why="a regular file is accepted, no folder, pipe or device")
     if path.stat().st_size > limit:
-        raise ValueError(f"{path}: more than {limit:,} bytes, the limit for JSON")
-    data = path.read_bytes()
+        raise Refused(path, None, why=f"more than {limit:,} bytes")
+    return path.read_bytes()
+
+
+def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file, as `read_bytes` takes it. A key may stand twice if both say the
+    same."""
+    data = read_bytes(path, limit)
     if sum(data.count(mark) for mark in b",[{") > MAX_VALUES:
-        raise ValueError(f"{path}: more than {MAX_VALUES:,} values, the limit for JSON")
+        raise Refused(path, None, why=f"more than {MAX_VALUES:,} values")
     try:
         found = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_agreeing)
     except RecursionError:
-        raise ValueError(f"{path}: more than {MAX_DEPTH} levels deep") from None
+        raise Refused(path, None, why=f"more than {MAX_DEPTH} levels deep") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON in UTF-8: {str(error)[:200]}") from None
+        raise Refused(path, None, why=f"not valid JSON in UTF-8: {str(error)[:200]}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: {short(found)}; accepted: a JSON object")
+        raise Refused(path, None, accepted="a JSON object", why=short(found))
     check_values(found, str(path))
     return found
 
@@ -69,23 +70,39 @@ def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_values(value: Any, source: str, key: str = "", depth: int = 0) -> None:
-    """ValueError naming source and key for numbers that are not finite or beyond `MAX_WHOLE`, and
-    for more than `MAX_DEPTH` levels."""
+    """Refuses numbers that are not finite or beyond `MAX_WHOLE`, and more than `MAX_DEPTH` levels.
+    """
     if isinstance(value, dict | list | tuple):
         if depth >= MAX_DEPTH:
-            raise ValueError(f"{source}: {name(key)} is more than {MAX_DEPTH} levels deep")
+            raise Refused(source, key, why=f"is more than {MAX_DEPTH} levels deep")
         for inner in value.items() if isinstance(value, dict) else ((key, one) for one in value):
             check_values(inner[1], source, inner[0], depth + 1)
     elif isinstance(value, float):
         if not isfinite(value) and not (value == inf and key in _MAY_BE_INFINITE):
-            raise ValueError(f"{source}: {name(key)}={value}; accepted: a finite number")
+            raise Refused(source, key, value, "a finite number")
     elif isinstance(value, int) and abs(value) >= MAX_WHOLE and key not in _MAY_BE_VAST:
-        raise ValueError(f"{source}: {name(key)} is beyond 2^63, more than any size")
+        raise Refused(source, key, why="is beyond 2^63, more than any size")
+
+
+def above_0(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < inf
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_KINDS = {"positive": (above_0, "a number above 0"), "text": (is_text, "a text"),
+          "number": (lambda value: type(value) in (int, float), "a number"),
+          "flag": (lambda value: type(value) is bool, "true, false"),
+          "object": (lambda value: isinstance(value, dict), "an object"),
+          "any": (lambda value: True, "")}
+"""How the page of families groups the keys that cost nothing."""
 
 
 class Keys:
     """The keys of a config that nobody has asked for yet. A null counts as absent, as Hugging Face
-    means it. Everything raises ValueError naming `source`, the key, its value and what is accepted.
+    means it. Everything raises Refused.
 
     >>> keys = Keys({"n_head": 12, "bias": None}, "config.json")
     >>> keys.whole("n_head"), keys.take("bias", False), keys.left
@@ -106,8 +123,8 @@ class Keys:
         """Another name for a usual key; if both are there, they agree."""
         value = self.take(key, None)
         if value is not None:
-            if self.left.get(usual, value) != value:
-                self.refuse(key, value, f"what {self.name(usual)} says: {short(self.left[usual])}")
+            if (other := self.left.get(usual)) not in (None, value):
+                self.refuse(key, value, f"what {self.name(usual)} says: {short(other)}")
             self.left[usual], self.said[usual] = value, key
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -116,24 +133,33 @@ class Keys:
             raise Refused(self.source, self.said.get(key, key))
         return default if value is None else value
 
-    def whole(self, key: str, default: Any = _REQUIRED, least: int = 1, most: int = 2**24) -> int:
-        """A whole number of that range; absent is an error where `default` is None or not given."""
-        value = self.take(key, _REQUIRED if default is None else default)
-        if type(value) is not int or not least <= value <= most:
-            self.refuse(key, value, f"a whole number, {least} to {most:,}")
+    def such(self, key: str, fits: Callable[[Any], bool], accepted: str,
+             default: Any = _REQUIRED) -> Any:
+        """A value that `fits`, which `accepted` says in words."""
+        value = self.take(key, default)
+        if not fits(value):
+            self.refuse(key, value, accepted)
         return value
 
+    def whole(self, key: str, default: Any = _REQUIRED, least: int = 1, most: int = 2**24) -> int:
+        """A whole number of that range; absent is an error where `default` is None or not given."""
+        return self.such(key, lambda value: type(value) is int and least <= value <= most,
+                         f"a whole number, {least} to {most:,}",
+                         _REQUIRED if default is None else default)
+
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        value = self.take(key, default)
-        if type(value) not in (int, float) or not 0 < value < inf:
-            self.refuse(key, value, "a number above 0")
-        return float(value)
+        return float(self.such(key, above_0, "a number above 0", default))
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false, in JSON's own words: "false" is neither."""
-        if type(value := self.take(key, default)) is not bool:
-            self.refuse(key, value, "true, false")
-        return value
+        return self.such(key, lambda value: type(value) is bool, "true, false", default)
+
+    def text(self, key: str) -> str | None:
+        return self.such(key, lambda value: isinstance(value, str | None), "a text", None)
+
+    def one_of(self, key: str, known: Iterable[str], default: Any = None, instead: str = "") -> str:
+        return str(self.such(key, lambda value: str(value) in known, ", ".join(known) + instead,
+                             default))
 
     def only(self, **accepted: Any) -> None:
         """Keys that have one accepted value, which is also what their absence means."""
@@ -141,51 +167,49 @@ class Keys:
             if (found := self.take(key, value)) != value:
                 self.refuse(key, found, repr(value))
 
+    def listed(self, key: str, fits: Callable[[Any], bool], accepted: str,
+               default: Any = _REQUIRED, least: int = 0, most: int = MAX_VALUES) -> list:
+        """A list of `least` to `most` values that all `fits`."""
+        found = self.such(key, lambda value: isinstance(value, list | tuple)
+                          and least <= len(value) <= most, accepted, default)
+        for one in found:
+            if not fits(one):
+                self.refuse(key, one, accepted)
+        return list(found)
+
     def one_each(self, key: str, L: int, words: tuple[str, ...]) -> list[str]:
         """A list of one of `words` for each layer, or none."""
-        found = self.take(key, [])
-        if not isinstance(found, list | tuple) or len(found) not in (0, L):
-            self.refuse(key, found, f"one for each of the {L} layers")
-        for word in found:
-            if word not in words:
-                self.refuse(key, word, ", ".join(words))
-        return list(found)
+        accepted = f"one for each of the {L} layers, of {', '.join(map(str, words))}"
+        found = self.listed(key, words.__contains__, accepted, [])
+        if len(found) not in (0, L):
+            self.refuse(key, found, accepted)
+        return found
 
     def indices(self, key: str, L: int) -> set[int]:
         """Which of L layers a list names."""
-        found = self.take(key, [])
-        if not isinstance(found, list | tuple) or not all(
-                type(one) is int and 0 <= one < L for one in found):
-            self.refuse(key, found, f"a list of whole numbers, 0 to {L - 1}")
-        return set(found)
+        return set(self.listed(key, lambda one: type(one) is int and 0 <= one < L,
+                               f"a list of whole numbers, 0 to {L - 1}", []))
 
     def words(self, key: str) -> list[str]:
-        found = self.take(key, [])
-        if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):
-            self.refuse(key, found, "a list of names")
-        return list(found)
+        return self.listed(key, is_text, "a list of names", [])
 
     def settle(self, own: Iterable[str], why: str) -> None:
         """Take what changes no cost, here or in any family, if it is of the kind that it should be.
         What nobody asked for is refused, unless it says "none"."""
         for key in own:
             self.drop(*tables()["_groups"].get(key, key).split())
-        for kind, (types, accepted) in _KINDS.items():
+        for kind, (fits, accepted) in _KINDS.items():
             for key in tables()["_harmless"][kind].split():
                 value = self.take(key, None)
-                if value is not None and (not isinstance(value, types) or (
-                        bool not in types and isinstance(value, bool))
-                        or kind == "positive" and value <= 0):
+                if value is not None and not fits(value):
                     self.refuse(key, value, accepted)
         for key, value in self.left.items():
             if value not in (None, False, 0, "", [], {}, ()):
                 self.refuse(key, value, why)
 
     def inner(self, key: str) -> "Keys":
-        found = self.take(key, {})
-        if not isinstance(found, dict):
-            self.refuse(key, found, "an object")
-        return Keys(found, f"{self.source}: {key}")
+        return Keys(self.such(key, lambda value: isinstance(value, dict), "an object", {}),
+                    f"{self.source}: {key}")
 
     def drop(self, *keys: str) -> None:
         """Keys that change nothing here, whatever they say."""

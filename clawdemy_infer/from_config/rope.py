@@ -15,9 +15,8 @@ frequency theta^(-2j/H) of pair j by a number of its own (`slower`), and compute
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
-from clawdemy_infer.from_config.keys import Keys
+from clawdemy_infer.from_config.keys import Keys, above_0
 
 SAID = {"linear": ("factor",), "dynamic": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -30,29 +29,8 @@ SAID = {"linear": ("factor",), "dynamic": ("factor",),
 
 
 @dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's, in the words of config.json."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    rope_type: ClassVar[str] = "llama3"
-    attention_factor: ClassVar[float] = 1.0
-    same_until: ClassVar[None] = None
-
-    def slower(self, H: int, theta: float, length: int = 0) -> list[float]:
-        """See `RopeScaling.slower`."""
-        turns = (self.original_max_position_embeddings * theta**(-2 * j / H) / (2 * math.pi)
-                 for j in range(H // 2))
-        low, high = self.low_freq_factor, self.high_freq_factor
-        return blended([(each - low) / (high - low) for each in turns], self.factor)
-
-
-@dataclass(frozen=True)
 class RopeScaling:
-    """One of the other ways, in the words of config.json."""
+    """One of these ways, in the words of config.json."""
 
     rope_type: str
     factor: float
@@ -61,6 +39,8 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -81,26 +61,26 @@ class RopeScaling:
             return [grown ** (2 * j / (H - 2)) for j in range(H // 2)]
         if self.rope_type == "linear":
             return [factor] * (H // 2)
-        # yarn: the pairs that turn beta_fast and beta_slow times within the original context.
-        first, last = (H * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-                       for turns in (self.beta_fast, self.beta_slow))
-        if self.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, H - 1)
-        width = (last - first) or 0.001
-        return blended([1 - (j - first) / width for j in range(H // 2)], factor)
-
-
-def blended(keep: list[float], factor: float) -> list[float]:
-    """A frequency times keep + (1 - keep) / factor, for keep from 0 to 1, is divided by this."""
-    clamped = (min(max(each, 0), 1) for each in keep)
-    return [1 / (each + (1 - each) / factor) for each in clamped]
+        # llama3 and yarn: how much of its frequency each pair keeps; the rest is divided by factor.
+        if self.rope_type == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            keep = [(original * theta**(-2 * j / H) / (2 * math.pi) - low) / (high - low)
+                    for j in range(H // 2)]
+        else:   # the pairs that turn beta_fast and beta_slow times within the original context
+            first, last = (H * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                           for turns in (self.beta_fast, self.beta_slow))
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, H - 1)
+            keep = [1 - (j - first) / ((last - first) or 0.001) for j in range(H // 2)]
+        clamped = (min(max(each, 0), 1) for each in keep)
+        return [1 / (each + (1 - each) / factor) for each in clamped]
 
 
 def scaling_of(keys: Keys, kind: str, H: int, theta: float, context: int,
-               original: int | None) -> Llama3Scaling | RopeScaling:
+               original: int | None) -> RopeScaling:
     """From the keys of rope_scaling, for heads of H and a file that says `context` tokens and
-    maybe, beside rope_scaling, that it was first trained on `original`. Raises ValueError."""
+    maybe, beside rope_scaling, that it was first trained on `original`. Raises Refused."""
     if kind in ("linear", "dynamic"):
         if kind == "dynamic" and H == 2:
             keys.refuse("rope_type", kind, "another for a head_dim of 2")
@@ -111,21 +91,18 @@ def scaling_of(keys: Keys, kind: str, H: int, theta: float, context: int,
         low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
         if high <= low:
             keys.refuse("high_freq_factor", high, f"above low_freq_factor = {low}")
-        return Llama3Scaling(keys.number("factor"), low, high, original)
+        return RopeScaling(kind, keys.number("factor"), original, low_freq_factor=low,
+                           high_freq_factor=high)
     factor = keys.number("factor", context / original)
     if kind == "longrope":
         if not 1 < original <= context:
             keys.refuse("original_max_position_embeddings", original, f"2 to {context}")
         usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        lists = []
-        for key in ("short_factor", "long_factor"):
-            numbers = keys.take(key)
-            if (not isinstance(numbers, list) or len(numbers) != H // 2
-                    or not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers)):
-                keys.refuse(key, numbers, f"{H // 2} numbers above 0, half the head_dim")
-            lists.append(tuple(map(float, numbers)))
+        half, accepted = H // 2, f"{H // 2} numbers above 0, half the head_dim"
+        short, long = (keys.listed(key, above_0, accepted, least=half, most=half)
+                       for key in ("short_factor", "long_factor"))
         return RopeScaling(kind, factor, original, keys.number("attention_factor", usual),
-                           short_factor=lists[0], long_factor=lists[1])
+                           short_factor=tuple(short), long_factor=tuple(long))
     # yarn. DeepSeek's mscale: the one for the keys over the one for all dimensions.
     if theta == 1:
         keys.refuse("rope_type", kind, "another for a rope_theta of 1")

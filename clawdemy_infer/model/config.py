@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.decoder import decoder_from_config
-from clawdemy_infer.from_config.rope import Llama3Scaling, RopeScaling
+from clawdemy_infer.from_config.rope import RopeScaling
 
 RUNS = frozenset({"name", "source", "L", "D", "N", "K", "H", "F", "V", "tied", "window", "qk_norm",
                   "max_context"})
@@ -24,7 +24,7 @@ class ModelConfig:
     shape: ModelShape
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3Scaling | RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 

@@ -11,11 +11,10 @@ Which dimensions pair up is a convention of the checkpoint. The paper pairs neig
 
 import torch
 
-from clawdemy_infer.from_config.rope import Llama3Scaling, RopeScaling
+from clawdemy_infer.from_config.rope import RopeScaling
 
 
-def angular_frequencies(head_dim: int, theta: float,
-                        scaling: Llama3Scaling | RopeScaling | None = None,
+def angular_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None,
                         length: int = 0) -> torch.Tensor:
     """Radians per position of each pair, [H/2], fp32: theta^(-2j/H), slowed down as `scaling` says
     of a text of `length` tokens."""
