@@ -33,7 +33,7 @@ class Names(dict):
     or false where that is what its absence means, else a whole number."""
 
     def __init__(self, keys: Keys, says: dict) -> None:
-        super().__init__(min=min, range=range)
+        super().__init__(min=min, max=max, range=range)
         self.keys, self.absent = keys, says.get("absent", {})
 
     def __missing__(self, key: str) -> int | bool | None:
