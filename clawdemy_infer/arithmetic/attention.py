@@ -30,7 +30,8 @@ class Attention:
     Without `owns_kv` the layer projects and stores no keys and values but reads an earlier one's
     (cross-layer attention, Brandon et al. 2024). `sinks`: a learned logit a head (gpt-oss). `gate`:
     numbers of a head that weigh its output (Qiu et al. 2025). `one_kv`: a product makes K, and V is
-    a copy of it; `per_layer`: width of an input of the layer's own (both Gemma 4)."""
+    a copy of it; `per_layer`: width of an input of the layer's own (both Gemma 4). `value`: width
+    of a value head where it is not H (MiMo-V2)."""
 
     D: int
     N: int
@@ -45,17 +46,22 @@ class Attention:
     gate: int = 0
     one_kv: bool = False
     per_layer: int = 0
+    value: int = 0
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Q, K, V and the gate are one product."""
-        made = self.N + self._kv_heads // (2 if self.one_kv else 1)
+        made = self.N * (self.H + self.gate) + self._own_kv // (2 if self.one_kv else 1)
         own = {"per_layer": (self.D, 3 * self.per_layer)} if self.per_layer else {}
-        return {"qkv": (self.D, made * self.H + self.N * self.gate),
-                "out": (self.N * self.H, self.D)} | own
+        return {"qkv": (self.D, made), "out": (self.N * self._value, self.D)} | own
 
     @property
-    def _kv_heads(self) -> int:
-        return 2 * self.K if self.owns_kv else 0
+    def _value(self) -> int:
+        return self.value or self.H
+
+    @property
+    def _own_kv(self) -> int:
+        """Numbers of the K and V of a token that the layer makes and keeps."""
+        return self.K * (self.H + self._value) if self.owns_kv else 0
 
     def vectors(self) -> int:
         biases = sum(O for name, (_, O) in self.matrices().items() if name in self.biases)
@@ -64,11 +70,11 @@ class Attention:
 
     def kept(self, S: int) -> int:
         """K and V of each KV head (not query head) and token that the next one can still see."""
-        return self._kv_heads * self.H * (min(S, self.window) if self.window else S)
+        return self._own_kv * (min(S, self.window) if self.window else S)
 
     def of_rows(self, run: Pass) -> list[Work]:
         products = [run.matmul(name, I, O) for name, (I, O) in self.matrices().items()]
-        q_and_k = run.tokens * (self.N + self._kv_heads // 2) * self.H
+        q_and_k = run.tokens * (self.N + self.K * self.owns_kv) * self.H
         rope = [run.elementwise("rope", 2 * q_and_k)] if self.rope else []      # read and write
         return products + rope
 
@@ -78,11 +84,12 @@ class Attention:
         FLOPs: 2 (scores) + 2 (values) per query head, head dimension and visible pair. Bytes: Q and
         output once, K and V once per KV head if `run.shared`, else once per query head."""
         B, T, S = run.B, run.T, run.S
-        flops = 4 * B * self.N * self.H * visible_pairs(T, S, self.window)
+        both = self.H + self._value                                  # numbers of a K and a V head
+        flops = 2 * B * self.N * both * visible_pairs(T, S, self.window)
         readers = self.K if run.shared else self.N
         seen = min(S, self.window + T - 1) if self.window else S    # keys, by any of the T queries
-        kv_read = 2 * B * seen * readers * self.H * element_bytes("kv", run.kv)
-        q_and_o = 2 * B * T * self.N * self.H * element_bytes("activations", run.activations)
+        kv_read = B * seen * readers * both * element_bytes("kv", run.kv)
+        q_and_o = B * T * self.N * both * element_bytes("activations", run.activations)
         rows = T * (self.N // self.K if run.shared else 1)
         keys, heads = (seen, B * readers) if T == 1 else (0, 0)
         return [Work(flops, kv_read + q_and_o, "attention", run.activations, "attention", rows,

@@ -120,6 +120,7 @@ class ModelShape:
     gate        numbers of a query head that weigh its output
     full        K and H of the layers without a window, where theirs are others
     one_kv      there a product makes K, and V is a copy of it
+    value       width of a value head, where it is not H
     wide        twice the width F in the layers that use another's cache
     per_layer   width of the input that each layer has of its own, from a table of its own
     extra       numbers beside all these: norms of an unusual width, scales
@@ -152,6 +153,7 @@ class ModelShape:
     gate: int = 0
     full: tuple[int, ...] = ()
     one_kv: bool = False
+    value: int = 0
     wide: bool = False
     per_layer: int = 0
     extra: int = 0
@@ -202,7 +204,7 @@ class ModelShape:
             mixer = Attention(self.D, self.N, *((K, H) if own else self.full),
                               self.window if kind == "local" else None, manner != "shared",
                               self.rope, self.qk_norm, self.sinks, self.biases, self.gate,
-                              self.one_kv and kind == "global", self.per_layer)
+                              self.one_kv and kind == "global", self.per_layer, self.value)
         F = self.F * (2 if self.wide and manner == "shared" else 1)
         feed_forward = MLP(self.D, F, self.gated, self.biases) if F else None
         if has_experts:

@@ -1,6 +1,8 @@
 """State-space mixers: a state of fixed size instead of a cache that grows. Mamba (Gu and Dao 2023),
 Mamba-2 (Dao and Gu 2024). Gated delta networks (Yang et al. 2024) and Kimi's delta attention (2025)
 are Mamba-2 with a correction: what the state already says of a key is taken off the value.
+Lightning attention (Qin et al. 2024) is Mamba-2 with decays that are fixed. A gated short
+convolution (LFM2, 2025) has no state.
 
     h_t = a_t h_{t-1} + (dt_t x_t) B_t      for each of `inner` channels, `state` numbers
     y_t = C_t · h_t
@@ -18,9 +20,9 @@ from clawdemy_infer.arithmetic.work import Pass, Work, element_bytes
 
 @dataclass(frozen=True)
 class SSM:
-    """`inner` channels, `state` numbers for each, a convolution over `conv` tokens. Mamba has
-    `dt_rank`, the width through which dt comes; Mamba-2 has `heads`, and `groups` that share B and
-    C. `norms`: dt, B and C are normed (Jamba). `delta`: the correction, whose heads have keys of
+    """`inner` channels, `state` numbers for each (0: only the convolution), a convolution over
+    `conv` tokens (0: none, and fixed decays). Mamba has `dt_rank`, the width through which dt
+    comes; Mamba-2 has `heads`, and `groups` that share B and C. `norms`: dt, B and C are normed (Jamba). `delta`: the correction, whose heads have keys of
     `state` and values of inner/heads numbers; with a dt_rank too, that of thin matrices. `format`:
     of the state, if not the cache's."""
 
@@ -35,7 +37,7 @@ class SSM:
     format: str = ""
 
     def __post_init__(self) -> None:
-        if bool(self.dt_rank) == bool(self.heads) and not self.delta:
+        if self.state and bool(self.dt_rank) == bool(self.heads) and not self.delta:
             raise ValueError(f"dt_rank={self.dt_rank}, heads={self.heads}: one of them is given; "
                              "Mamba has a dt_rank, Mamba-2 has heads")
 
@@ -49,15 +51,19 @@ class StateSpace:
     window = None
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """`in` makes the gate beside the channels, and for Mamba-2 B, C and dt too."""
+        """`in` makes the gate beside the channels, and for Mamba-2 B, C and dt too. Around a
+        convolution without a state there are two gates."""
         D, s = self.D, self.ssm
+        if not s.state:
+            return {"in": (D, 3 * s.inner), "out": (s.inner, D)}
         if s.delta and s.dt_rank:
             return {"in": (D, self._conv_channels + s.heads + 2 * s.dt_rank),
                     "dt": (s.dt_rank, 2 * s.inner), "out": (s.inner, D)}
         if s.delta:
             return {"in": (D, s.inner + self._conv_channels + 2 * s.heads), "out": (s.inner, D)}
         if s.heads:
-            return {"in": (D, s.inner + self._conv_channels + s.heads), "out": (s.inner, D)}
+            dt = s.heads if s.conv else 0
+            return {"in": (D, s.inner + self._conv_channels + dt), "out": (s.inner, D)}
         return {"in": (D, 2 * s.inner), "x": (s.inner, s.dt_rank + 2 * s.state),
                 "dt": (s.dt_rank, s.inner), "out": (s.inner, D)}
 
@@ -68,6 +74,8 @@ class StateSpace:
 
     def vectors(self) -> int:
         s = self.ssm
+        if not s.state or not s.conv:           # the convolution, or the norm of what comes out
+            return s.inner * max(s.conv, 1)
         if s.delta:                     # A and dt's bias, and the norm of a head; no other bias
             decays = s.heads + (s.inner if s.dt_rank else s.heads)
             return self._conv_channels * s.conv + decays + s.inner // s.heads

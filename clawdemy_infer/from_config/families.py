@@ -38,8 +38,11 @@ class Names(dict):
 
     def __missing__(self, key: str) -> int | bool | None:
         usual, least = self.absent.get(key), int(key not in tables()["_harmless"]["zero"].split())
-        if self.keys.left.get(key) == "auto":
+        value = self.keys.left.get(key)
+        if value == "auto":
             del self.keys.left[key]
+        elif isinstance(value, list) and value and value.count(value[0]) == len(value):
+            self.keys.left[key] = value[0]              # the same for each layer
         default = usual if self.keys.left.get(key) is None else None
         if isinstance(default, str) and default:
             default = self.formula(default)
@@ -83,6 +86,8 @@ def read(name: str, keys: Keys) -> dict:
             keys.refuse("hybrid_override_pattern", letters, f"letters of {' '.join(LETTERS)}")
         keys.left["layer_types"] = keys.left.get("layer_types") or [LETTERS[one] for one in letters]
     if isinstance(types := keys.left.get("layer_types"), list | tuple) and types:
+        types = [str(kind) if type(kind) is int else kind for kind in types]
+        keys.left["layer_types"] = types
         L, drafts = (keys.left.setdefault("num_hidden_layers", len(types)),
                      keys.left.get("num_nextn_predict_layers"))
         if type(drafts) is int and len(types) - drafts == L:
@@ -91,6 +96,8 @@ def read(name: str, keys: Keys) -> dict:
     # 2. Letters and other fields. What a missing head_dim means is D/N, if that is a whole number.
     names, numbers = Names(keys, says), {}
     for field, formula in says["shape"].items():
+        if field == "extra":                            # it may count the kinds of layers
+            continue
         if formula == "head_dim" and not keys.left.get("head_dim"):
             D, N = numbers["D"], numbers["N"]
             if D % N and keys.said:
@@ -116,6 +123,9 @@ def read(name: str, keys: Keys) -> dict:
     # 3. Kinds of layers, the numbers of their mixers, and experts.
     types = keys.left.get("layer_types")
     numbers |= _kinds(keys, says, names, L, numbers.pop("shared", ()))
+    pattern = numbers["pattern"] or ("local" if numbers["window"] else "global",)
+    names["kinds"] = [pattern[i % len(pattern)] for i in range(L)]
+    numbers["extra"] = names.formula(says["shape"].get("extra", 0))
     for field, kind in (("mla", MLA), ("ssm", SSM)):
         if field in says:
             numbers[field] = kind(**{key: names.formula(value)
@@ -143,7 +153,7 @@ def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) 
         window = (names["sliding_window"] if "sliding_window" in names.absent
                   else keys.whole("sliding_window", 0, least=0)) * used or None
     # Layers that are listed by number: those that attend, those whose positions turn.
-    for key, base in (("attn_layer_indices", 0), ("full_attn_layers", 1)):
+    for key, base in (("attn_layer_indices", 0), ("full_attn_idxs", 0), ("full_attn_layers", 1)):
         if keys.left.get(key) and "ssm" in says:
             full = keys.indices(key, L + base)
             usual = ["global" if i + base in full else "ssm" for i in range(L)]
@@ -161,8 +171,8 @@ def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) 
     said = [words[kind] for kind in keys.one_each("layer_types", L, tuple(words))] or kinds
     if said != kinds and (usual == ["local"] or not window and "local" in said):
         keys.refuse("layer_types", said, f"what agrees with a window of {window}")
-    if "full" in says["shape"]:                         # Gemma 4's last layer sees all
-        said[-1] = "global"
+    if "last" in says:
+        said[-1] = says["last"]
     said = [f"{kind} shared" if i in shared else kind for i, kind in enumerate(said)]
     return {"window": window if any(kind.startswith("local") for kind in said) else None,
             "pattern": shortest(said)}
@@ -182,10 +192,10 @@ def _experts(keys: Keys, says: dict, names: Names, numbers: dict, sparse: list[b
     L = numbers["L"]
     said = {field: names.formula(formula) for field, formula in says.items()}
     plain = keys.indices("mlp_only_layers", L)
-    types = keys.one_each("mlp_layer_types", L, ("dense", "sparse"))
+    types = keys.one_each("mlp_layer_types", L, ("dense", "sparse", 0, 1))
     chosen, every = keys.indices("moe_layers", L), said.pop("sparse", [1])
     first = said.pop("first_dense", 0)
-    sparse = sparse or [kind == "sparse" for kind in types] or [
+    sparse = sparse or [kind in ("sparse", 1) for kind in types] or [
         i in chosen if chosen else i >= first and bool(every[i % len(every)]) and i not in plain
         for i in range(L)]
     least = said.pop("least", 1)
