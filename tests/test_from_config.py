@@ -201,7 +201,7 @@ LLAMA = {
 @pytest.mark.parametrize(
     "config, change, message",
     [(LLAMA, {"model_type": "lama"
-              }, "model_type='lama' is not supported; accepted: apertus, arcee, baichuan"),
+              }, "model_type='lama' is not supported; accepted: afmoe, apertus, arcee"),
      (LLAMA, {"model_type": "rwkv"}, "model_type='rwkv' is not supported; accepted: a decoder"),
      (LLAMA, {"model_type": None}, "model_type is missing"),
      (LLAMA, {"sliding_window": 512}, "sliding_window=512"),

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from families import model_of
-from hypothesis import example, given, settings
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_arithmetic_families import tensors
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -34,7 +36,8 @@ COMMON = dict(
 SPLIT = ("llama mistral qwen3 qwen3_moe gemma gemma2 gemma3_text glm glm4 olmo3 smollm3 seed_oss "
          "ernie4_5 hunyuan_v1_dense exaone4 llama4_text minimax_m2 gpt_oss nemotron_h qwen3_next "
          "qwen3_5_text qwen3_5_moe_text ministral dots1 glm4_moe gemma4_text "
-         "hunyuan_v1_moe").split()
+         "hunyuan_v1_moe afmoe exaone_moe hy_v3 solar_open mellum cohere2_moe iquestcoder "
+         "mimo_v2_flash gemma3n_text minimax").split()
 """Those whose heads may be of another width than D/N."""
 
 BIASED = dict(attention_bias=True, mlp_bias=True)
@@ -42,7 +45,6 @@ MORE = {
     "llama": [{}, BIASED], "arcee": [{}, BIASED], "smollm3": [{}, BIASED],
     "seed_oss": [{}, dict(attention_bias=False, attention_out_bias=True, mlp_bias=True)],
     "phimoe": [dict(attention_bias=True, lm_head_bias=True)],
-    "stablelm": [{}, dict(use_parallel_residual=True, use_qkv_bias=True)],
     "qwen2": [{}, dict(use_sliding_window=True, max_window_layers=2, sliding_window=16)],
     "qwen3_moe": [{}, dict(decoder_sparse_step=2), dict(mlp_only_layers=[0, 3])],
     "falcon": [{}, dict(bias=True), dict(new_decoder_architecture=True, num_kv_heads=2)],
@@ -71,12 +73,39 @@ MORE = {
     "kimi_linear": [dict(linear_attn_config=dict(
         full_attn_layers=[3, 6], kda_layers=[1, 2, 4, 5], head_dim=12, num_heads=6,
         short_conv_kernel_size=3), q_lora_rank=None, num_key_value_heads=8)],
+    "helium": [dict(head_dim=8), dict(head_dim=8, attention_bias=True, mlp_bias=True)],
+    "hyperclovax": [{}, BIASED | dict(use_post_norm=False)], "jais2": [{}, dict(mlp_bias=False)],
+    "persimmon": [{}, dict(qk_layernorm=False)], "granitemoe_swa": [dict(sliding_window=16)],
+    "gpt_neo": [dict(num_heads=8, attention_types=[[["global", "local"], 3]])],
+    "aria_text": [dict(moe_topk=2)], "granite_swa": [dict(sliding_window=16)],
+    "afmoe": [dict(sliding_window=16, num_dense_layers=2), dict(num_dense_layers=0)],
+    "cohere2_moe": [dict(sliding_window=16, num_shared_experts=2), dict(
+        mlp_layer_types=["dense"] * 2 + ["sparse"] * 4, prefix_dense_intermediate_size=60)],
+    "exaone_moe": [dict(sliding_window=16), dict(first_k_dense_replace=2, num_shared_experts=0)],
+    "hy_v3": [dict(mlp_layer_types=["dense", "sparse"] * 3), dict(num_shared_experts=0)],
+    "mellum": [dict(layer_types=["sliding_attention", "full_attention"] * 3, sliding_window=16),
+               dict(mlp_layer_types=["dense"] * 2 + ["sparse"] * 4)],
+    "mimo_v2_flash": [dict(sliding_window=16, v_head_dim=10), dict(attention_bias=True)],
+    "gemma3n_text": [dict(num_hidden_layers=10, num_kv_shared_layers=5, sliding_window=16,
+                          laurel_rank=6, hidden_size_per_layer_input=7,
+                          vocab_size_per_layer_input=99)],
+    "lfm2": [dict(layer_types=["conv", "full_attention", "conv"] * 2, block_multiple_of=5),
+             dict(full_attn_idxs=[1, 4], block_auto_adjust_ff_dim=False)],
+    "lfm2_moe": [dict(layer_types=["conv", "full_attention", "conv"] * 2, num_dense_layers=2)],
+    "minimax": [{}, dict(layer_types=["linear_attention", "full_attention", "linear_attention"] * 2,
+                         sliding_window=None)],
+    "falcon_h1": [dict(mamba_d_ssm=128), BIASED | dict(mamba_d_ssm=128, mamba_rms_norm=True),
+                  dict(mamba_d_ssm=None)],
+    "olmo_hybrid": [{}, dict(layer_types=["linear_attention", "full_attention"] * 3)],
+    "stablelm": [{}, dict(use_parallel_residual=True, use_qkv_bias=True),
+                 dict(use_parallel_residual=True, qk_layernorm=True)],
     "deepseek_v32": [dict(num_key_value_heads=8)],
     "deepseek_v2": [dict(num_key_value_heads=8)],
 }
-UNTRIED = {"cwm", "dbrx", "step3p5", "step3p7", "helium", "internlm3", "llava", "qwen2_vl",
-           "qwen2_5_vl"}
-"""Their classes in transformers demand more than sizes, or are no language models alone."""
+UNTRIED = {"cwm", "dbrx", "step3p5", "step3p7", "llava", "qwen2_vl", "qwen2_5_vl", "mistral4",
+           "longcat_flash"}
+"""Their classes in transformers demand more than sizes, are no language models alone, or hold more
+than the model has: of LongCat's experts also those that do nothing."""
 
 
 def classes():
@@ -114,7 +143,9 @@ def test_a_small_config_of_the_family_counts_the_parameters_of_its_module(name, 
 
 @pytest.mark.parametrize("name, index", [
     ("qwen3_5_text", 0), ("nemotron_h", 0), ("gemma4_text", 0), ("gemma4_text", 1),
-    ("deepseek_v32", 0), ("llama4_text", 0), ("kimi_linear", 0), ("olmo3", 0)])
+    ("deepseek_v32", 0), ("llama4_text", 0), ("kimi_linear", 0), ("olmo3", 0), ("lfm2", 0),
+    ("falcon_h1", 0), ("olmo_hybrid", 0), ("mimo_v2_flash", 0), ("gemma3n_text", 0), ("afmoe", 0),
+    ("mellum", 0), ("cohere2_moe", 0)])
 def test_what_a_new_kind_of_layer_keeps_are_the_tensors_of_transformers(name, index):
     """After 30 tokens, in a window of 16 of which transformers keeps all but the next one's."""
     config = tiny(name, MORE.get(name, [{}])[index] | (
@@ -125,6 +156,54 @@ def test_what_a_new_kind_of_layer_keeps_are_the_tensors_of_transformers(name, in
         model(torch.arange(60).view(2, 30), use_cache=True, past_key_values=cache)
     windows = sum(layer.mixer.kept(1) for layer in shape.layers if layer.mixer.window)
     assert shape.kv_bytes(2, 30, "fp32") == tensors(cache) + 4 * 2 * windows
+
+
+@pytest.mark.parametrize("name, more", [
+    ("lfm2", MORE["lfm2"][0]), ("olmo_hybrid", {}), ("persimmon", {}), ("hyperclovax", BIASED),
+    ("mimo_v2_flash", dict(v_head_dim=10, mlp_layer_types=["dense"] * 6))])
+def test_the_products_of_a_new_kind_of_layer_are_those_of_transformers(name, more):
+    """X W of all layers and of the head, for 30 tokens; as transformers multiplies them."""
+    config = tiny(name, more)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model_of(config)(torch.arange(30)[None], use_cache=False)
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(counted.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    step = from_config(as_file(config)).step(1, 30, 30, logits=30)
+    assert products == sum(op.flops for op in step.operations() if op.kernel == "gemm")
+
+
+VARIED = {
+    "num_key_value_heads": [1, 4, 8], "n_shared_experts": [1, 2], "num_shared_experts": [1, 2],
+    "moe_num_shared_experts": [1, 3], "first_k_dense_replace": [0, 2], "hidden_size": [96],
+    "decoder_sparse_step": [1, 2, 3], "q_lora_rank": [None, 24], "sliding_window": [None, 16],
+    "num_experts_per_tok": [1, 3], "index_head_dim": [12], "num_nextn_predict_layers": [1],
+} | dict.fromkeys("""tie_word_embeddings attention_bias attention_out_bias mlp_bias bias use_bias
+    use_qkv_bias qkv_bias use_conv_bias mamba_conv_bias mamba_proj_bias projectors_bias conv_bias
+    lm_head_bias use_qk_norm qk_layernorm use_post_norm use_parallel_residual parallel_attn
+    multi_query alibi mamba_rms_norm use_sliding_window attention_k_eq_v use_double_wide_mlp
+    attn_output_gate altup_correct_scale norm_topk_prob enable_bias""".split(), [False, True])
+"""What a config of a family may say otherwise."""
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from([case.values for case in classes()]), st.data())
+def test_what_a_config_says_otherwise_counts_or_is_refused_by_its_key(case, data):
+    name, more = case
+    known = set(CONFIG_MAPPING[name].__dataclass_fields__) - set(more)
+    change = data.draw(st.fixed_dictionaries({}, optional={
+        key: st.sampled_from(values) for key, values in VARIED.items() if key in known}))
+    try:
+        config = tiny(name, more | change)
+        module = model_of(config, "meta")
+    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError, AttributeError):
+        assume(False)                                   # transformers makes no model of it
+    try:
+        shape = from_config(as_file(config))
+    except ValueError as error:
+        assert any(key in str(error) for key in [*change, "layer_types", "max_window_layers",
+                                                        "KV heads"])
+    else:
+        assert shape.parameters() == sum(p.numel() for p in module.parameters())
 
 
 PUBLISHED = {
@@ -158,6 +237,44 @@ PUBLISHED = {
         "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
         "vocab_size": 151680, "max_position_embeddings": 32768, "attention_bias": True,
         "num_nextn_predict_layers": 1, "tie_word_embeddings": False}),
+    "meituan-longcat/LongCat-Flash-Chat, 560 billion": (560e9, {
+        "model_type": "longcat_flash", "attention_method": "MLA", "hidden_size": 6144,
+        "num_layers": 28, "num_attention_heads": 64, "ffn_hidden_size": 12288, "moe_topk": 12,
+        "expert_ffn_hidden_size": 2048, "n_routed_experts": 512, "zero_expert_num": 256,
+        "zero_expert_type": "identity", "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 131072,
+        "max_position_embeddings": 131072, "mla_scale_q_lora": True, "router_bias": False}),
+    "mistralai/Mistral-Small-4-119B": (119e9, {
+        "model_type": "mistral4", "hidden_size": 4096, "intermediate_size": 12288,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "n_shared_experts": 1, "n_routed_experts": 128,
+        "num_experts_per_tok": 4, "first_k_dense_replace": 0, "q_lora_rank": 1024,
+        "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "vocab_size": 131072, "max_position_embeddings": 1048576}),
+    "XiaomiMiMo/MiMo-V2-Flash, 309 billion": (309e9, {
+        "model_type": "mimo_v2_flash", "hidden_size": 4096, "intermediate_size": 16384,
+        "num_hidden_layers": 48, "num_attention_heads": 64, "num_key_value_heads": 4,
+        "head_dim": 192, "v_head_dim": 128, "swa_num_attention_heads": 64, "swa_head_dim": 192,
+        "swa_num_key_value_heads": 8, "swa_v_head_dim": 128, "sliding_window": 128,
+        "hybrid_layer_pattern": [0, *[1] * 4, *[0, *[1] * 5] * 7, 0],
+        "moe_layer_freq": [0] + [1] * 47, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+        "n_shared_experts": None, "num_experts_per_tok": 8, "vocab_size": 152576,
+        "max_position_embeddings": 262144, "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False, "tie_word_embeddings": False}),
+    "MiniMaxAI/MiniMax-M1-80k, 456 billion": (456e9, {
+        "model_type": "minimax_m1", "hidden_size": 6144, "intermediate_size": 9216,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 128, "num_local_experts": 32, "num_experts_per_tok": 2, "postnorm": True,
+        "attn_type_list": [*[0] * 7, 1] * 10, "shared_intermediate_size": 0, "vocab_size": 200064,
+        "max_position_embeddings": 10240000}),
+    "LiquidAI/LFM2-1.2B, 1,170,340,608 weights": (1_170_340_608, {
+        "model_type": "lfm2", "block_auto_adjust_ff_dim": True, "block_dim": 2048,
+        "block_ff_dim": 12288, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256,
+        "block_use_swiglu": True, "conv_L_cache": 3, "conv_bias": False, "conv_dim": 2048,
+        "conv_dim_out": 2048, "full_attn_idxs": [2, 5, 8, 10, 12, 14], "hidden_size": 2048,
+        "max_position_embeddings": 128000, "norm_eps": 1e-05, "num_attention_heads": 32,
+        "num_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "use_pos_enc": True,
+        "vocab_size": 65536}),
     "stepfun-ai/Step-3.5-Flash, 196 billion": (196e9, {
         "model_type": "step3p5", "hidden_size": 4096, "intermediate_size": 11264, "head_dim": 128,
         "num_attention_heads": 64, "num_hidden_layers": 45, "num_key_value_heads": 8,

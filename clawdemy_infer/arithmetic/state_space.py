@@ -22,9 +22,10 @@ from clawdemy_infer.arithmetic.work import Pass, Work, element_bytes
 class SSM:
     """`inner` channels, `state` numbers for each (0: only the convolution), a convolution over
     `conv` tokens (0: none, and fixed decays). Mamba has `dt_rank`, the width through which dt
-    comes; Mamba-2 has `heads`, and `groups` that share B and C. `norms`: dt, B and C are normed (Jamba). `delta`: the correction, whose heads have keys of
-    `state` and values of inner/heads numbers; with a dt_rank too, that of thin matrices. `format`:
-    of the state, if not the cache's."""
+    comes; Mamba-2 has `heads`, and `groups` that share B and C. `norms`: dt, B and C are normed
+    (Jamba). `delta`: the correction, whose heads have keys of `state` and values of inner/heads
+    numbers; with a dt_rank too, that of thin matrices. `format`: of the state, if not the cache's.
+    """
 
     inner: int
     state: int
