@@ -12,6 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_arithmetic_families import tensors
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 from transformers.cache_utils import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -103,7 +104,7 @@ MORE = {
     "deepseek_v2": [dict(num_key_value_heads=8)],
 }
 UNTRIED = {"cwm", "dbrx", "step3p5", "step3p7", "llava", "qwen2_vl", "qwen2_5_vl", "mistral4",
-           "longcat_flash"}
+           "longcat_flash", "glm_ocr_text", "qwen2_5_omni_text"}
 """Their classes in transformers demand more than sizes, are no language models alone, or hold more
 than the model has: of LongCat's experts also those that do nothing."""
 
@@ -139,6 +140,17 @@ def test_a_small_config_of_the_family_counts_the_parameters_of_its_module(name, 
     shape = from_config(as_file(config))
     assert shape.parameters() == sum(p.numel() for p in model_of(config, "meta").parameters())
     assert shape.active_parameters() <= shape.parameters()
+
+
+@pytest.mark.parametrize("name", [
+    "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text",
+    "glm4v_moe_text", "glm_ocr_text"])
+def test_the_text_part_of_a_model_that_sees_counts_its_module_and_a_head(name):
+    config = tiny(name, {})
+    with torch.device("meta"):
+        module = AutoModel.from_config(config)
+    shape = from_config(as_file(config) | {"tie_word_embeddings": False})
+    assert shape.parameters() == 131 * 64 + sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize("name, index", [
