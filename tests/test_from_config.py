@@ -214,6 +214,8 @@ LLAMA = {
      (LLAMA, {"hidden_size": 60.0}, "hidden_size=60.0 is not supported; accepted: a whole number"),
      (LLAMA, {"intermediate_size": None}, "intermediate_size is missing"),
      (LLAMA, {"hidden_size": 64}, "head_dim is missing"),
+     (LLAMA, {"model_type": "lfm2_moe", "num_experts": 4, "num_experts_per_tok": 2,
+              "moe_intermediate_size": 32}, "layer_types is missing"),
      (MIXTRAL, {"num_experts_per_tok": 9}, "active=9 is not supported; accepted: 1 to 8 experts"),
      (GEMMA_3, {"layer_types": ["full_attention"]*25 + ["chunked_attention"]
                 }, "layer_types='chunked_attention'"),

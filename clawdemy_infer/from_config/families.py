@@ -117,11 +117,14 @@ def read(name: str, keys: Keys) -> dict:
              for _, _, key in rules}
     numbers["biases"] = tuple(dict.fromkeys(
         matrix for matrices, _, key in rules if flags[key] for matrix in matrices.split()))
-    for key in keys.left.keys() & names.absent.keys() - {"sliding_window", "use_sliding_window"}:
+    for key in keys.left.keys() & names.absent.keys() - {"sliding_window", "use_sliding_window",
+                                                          "layer_types"}:
         names[key]                                      # no formula came to ask, but it is known
 
     # 3. Kinds of layers, the numbers of their mixers, and experts.
     types = keys.left.get("layer_types")
+    if not types and names.absent.get("layer_types") == "":
+        keys.take("layer_types")
     numbers |= _kinds(keys, says, names, L, numbers.pop("shared", ()))
     pattern = numbers["pattern"] or ("local" if numbers["window"] else "global",)
     names["kinds"] = [pattern[i % len(pattern)] for i in range(L)]
