@@ -123,7 +123,7 @@ def read(name: str, keys: Keys) -> dict:
 
     # 3. Kinds of layers, the numbers of their mixers, and experts.
     types = keys.left.get("layer_types")
-    if not types and names.absent.get("layer_types") == "":
+    if not types and says.get("absent", {}).get("layer_types") == "":
         keys.take("layer_types")
     numbers |= _kinds(keys, says, names, L, numbers.pop("shared", ()))
     pattern = numbers["pattern"] or ("local" if numbers["window"] else "global",)
