@@ -26,7 +26,7 @@
 # 2. Multiply **1 row** of 1,024 numbers with each of 64 matrices, 1,024 × 1,024. They have 67 million numbers too.
 # 3. The same with **64 rows**: 64 times the arithmetic.
 #
-# **45 minutes**, exercises extra. Before: Python, the matrix product. Afterwards: you predict such jobs on any machine, from three numbers.
+# **45 minutes**, exercises extra. Before: Python, the matrix product. Afterwards: you predict such jobs on any machine. Folded code is plumbing: skip it.
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Let the room vote on paper: the order of the three jobs, and the ratio of job 3 to job 2. The wrong part is usually
@@ -36,13 +36,13 @@
 # %% [markdown] tags=["core", "slide"]
 # ## Envelope
 #
-# Three numbers: **bandwidth** (bytes/s from memory), **peak** (FLOP/s), **launch overhead** (s for an operation, however small).
+# Three numbers: **bandwidth** (bytes/s from memory), **peak** (FLOP/s), **launch overhead** (s per operation, however small).
 #
 # > time = max( FLOPs / peak , bytes / bandwidth ) + launches × launch overhead
 #
-# This holds on a CPU. A GPU's host runs ahead: there, about the *larger* of GPU time and launches.
+# **Calibration**: products, reads and launches, timed once on this machine.
 #
-# **Napkin**: the max alone. **Predicted**: an interval, from a calibration. **Inside?**: did the measurement fall inside? **Explained** = 1 − |not explained| / |measured − napkin|.
+# **Napkin**: the max alone, from peak and bandwidth. **Predicted**: an interval, from all calibrated rates and the launches.
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Why the maximum and not the sum? Fetching and computing overlap. Why is the launch outside? A CPU launches, then works, one after the
@@ -56,6 +56,7 @@ from functools import partial
 
 from clawdemy_course import diagrams
 from clawdemy_course.figures import mark, roofline
+from clawdemy_course.reading import how_to_read
 from clawdemy_infer.arithmetic import Work, matmul, total
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_infer.fast import PackedLinear
@@ -80,7 +81,9 @@ bf16 = partial(matmul, weights="bf16", activations="bf16")
 lesson = Lesson("00 your_machine", machine=fingerprint(device)["device"])
 h100, l4, a100, laptop = map(
     catalog.machine, ("h100-sxm", "l4", "a100-80gb-sxm", "macbook-air-m2"))
-diagrams.machine()
+display(diagrams.machine(), Markdown(
+    "A **GPU's** host launches ahead: the launch hides, so the max of all three. "
+    "A **CPU** launches, then works: add it."))
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Build the picture step by step. Ask at each arrow: "which number stands here, and in which unit?" X is read and Y is written, beside the
@@ -228,8 +231,7 @@ bandwidth = lesson.build("bandwidth", my_bandwidth)
 # %% [markdown] tags=["core"]
 # ## Measure
 #
-# Run lessons on a quiet machine: neighbours show up in every number. `this_machine()` takes the kept calibration, or makes one in at most 20
-# seconds; all later lessons stand on it, and its card is at their top.
+# Neighbours show up in every number: keep the machine quiet. `this_machine()` took the kept calibration, or made one; all lessons stand on it.
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 def binary(size):
@@ -318,15 +320,16 @@ def toy_step():                             # a caricature of a model's step for
     for W in toy_weights:
         y = W(y)
         power = y.square().mean(-1, keepdim=True)
-        y = y * torch.rsqrt(power + 1e-5)   # RMS norm: a row / its root mean square; 5
-        y = silu(y) * toy_row + y           # gate: silu(y) = y·sigmoid(y); 3
+        y = y * torch.rsqrt(power + 1e-5)   # RMS norm, x / its RMS: 5 launches
+        y = silu(y) * toy_row + y           # gate, silu(y) = y·sigmoid(y): 3 launches
 
 # %% [markdown] tags=["notes"]
 # **1 min.** The jobs. The first three are those of the vote. The last is new: 48 small products, between them 8 launches each, as
 # in a small model (5 in the norm, 3 in the gate). Ask: "what will it mostly pay?" Nobody answers yet; there is a vote on it.
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
-# What the jobs cost and are predicted to take. A product's rate has its launch.
+# What the jobs cost and are predicted to take. Timings of products include their
+# launch, so of the toy step only the norm's (5) and the gate's (3) are added.
 SUM, TOY = "sum of 67 M numbers", "toy step"
 ONE, MANY = "64 products, B = 1", "64 products, B = 64"
 toy_products = partial(products, toy_row, toy_weights)
@@ -361,19 +364,16 @@ lesson.measure(TOY, in_turn[TOY], parts=[
     {"name": "launches", "napkin_s": next(napkins),
      "predicted_s": parts["launches"] + parts["element-wise"],
      "measured_s": launches[TOY] * launch_now_s, "reached": 1 / launch_now_s,
-     "unit": "launches/s"}])
+     "bound": 1 / machine.fixed_s_per_op, "unit": "launches/s"}])
 numbers = ["bytes", "FLOPs", "napkin", "took"]
 display(Table(["job", *numbers], [
     [f"{i}. {name}", si(works[name].bytes, "B"), si(works[name].flops, "FLOP"),
      si(lesson.rows[name].napkin, "s"), si(took[name], "s")]
     for i, name in enumerate(took, 1)], numbers))
 slowest = 1 + list(took.values()).index(max(took.values()))
-apart_s, launches_s = abs(took[ONE] - took[SUM]), 63 * machine.fixed_s_per_op
 Markdown(f"Slowest: job {slowest}. **64 : 1 in arithmetic, {ratio:.1f} : 1 in time.** "
          f"The ridge point here is {number(machine.ridge('fp32'))} FLOPs per byte in "
-         f"fp32; job 3 has {number(works[MANY].intensity)}. Jobs 1 and 2 read the same "
-         f"bytes and differ by {si(apart_s, 's')}; 63 launches more come to "
-         f"{si(launches_s, 's')}; the rest is not explained.")
+         f"fp32; job 3 has {number(works[MANY].intensity)}.")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Run it live and go back to the votes. The wrong part is usually "64 times". Which of jobs 1 and 3 is the slowest depends on peak over
@@ -403,6 +403,7 @@ lesson.cause("toy step", ...)
 
 # %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 lesson.explain("toy step")
+print(how_to_read(lesson, "toy step"))
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Read the waterfall from left to right: the napkin, then each part by what it took beyond its share, then what was measured. The products
@@ -411,10 +412,16 @@ lesson.explain("toy step")
 
 # %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 display(lesson.table(*works, "64 rows over 1 row"))
-Markdown(f"64 rows over 1 row: the napkin's peak was {si(computes, 'FLOP/s')}, the "
-         f"calibrated one is {si(machine.peak('fp32'), 'FLOP/s')}, "
-         f"{machine.peak('fp32') / computes:.1f} times as much. With the calibrated "
-         "peak and bandwidth the napkin would be "
+toy = lesson.rows[TOY]
+toy_s = abs(toy.measured - toy.napkin)
+example = ""
+if toy.explained is not None:
+    example = (f", of the toy step 1 − {si((1 - toy.explained) * toy_s, 's')} / "
+               f"{si(toy_s, 's')} = {toy.explained:.0%}")
+Markdown("**Inside?** Is *measured* in the *predicted* interval? **Explained** = 1 − "
+         f"|not explained| / |measured − napkin|{example}.\n\n64 rows over 1 row: "
+         f"calibrated peak {machine.peak('fp32') / computes:.2f} times the box's, "
+         f"bandwidth {machine.bandwidth_at() / reads:.2f} times. The napkin with both: "
          f"{machine.napkin(works[MANY]) / machine.napkin(works[ONE]):.2f} ×.")
 
 # %% [markdown] tags=["notes"]
@@ -425,7 +432,7 @@ Markdown(f"64 rows over 1 row: the napkin's peak was {si(computes, 'FLOP/s')}, t
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# In 16 bits, a data-centre GPU needs about 150 to 500 rows to be compute-bound. Its host launches ahead.
+# In 16 bits, a data-centre GPU needs about 150 to 500 rows to be compute-bound.
 # **Small kernels hurt where the launches take longer than the GPU's work.** CUDA graphs replay many as one.
 
 # %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
@@ -463,18 +470,16 @@ Markdown(
 launch_s, in_cache = machine.fixed_s_per_op, max(curve, key=curve.get)
 worst = max(a100_off, key=a100_off.get)
 tiles = math.ceil(worst / 128) * 4096 // 128
-against = "less" if smallest_s < launch_s else "more"
-cached = (f"came {factor:.1f} times as fast as from main memory"
+cached = (f"came {factor:.1f} times as fast"
           if factor > 1.15 else "can come faster; here it did not")
 Markdown(
-    f"- **Tiny operations**: reading {binary(sizes[0])} in a loop took "
-    f"{si(smallest_s, 's')}, {against} than a launch between products "
-    f"({si(launch_s, 's')}), worth reading "
-    f"**{si(launch_s * machine.bandwidth_at(), 'B')}**.\n"
+    f"- **Tiny operations**: a launch between products took {si(launch_s, 's')}, worth "
+    f"reading **{si(launch_s * machine.bandwidth_at(), 'B')}**. In a loop it costs "
+    f"less (Further): reading {binary(sizes[0])} took {si(smallest_s, 's')}.\n"
     f"- **Data in a cache** ({binary(in_cache)}) {cached}.\n"
     f"- **Uneven work**: A100, {worst} rows: "
-    f"{a100_off[worst]:.1f} times (± 1 µs). With tiles of 128 × 128 (assumed), {tiles} "
-    f"of 108 multiprocessors had work: {108 / tiles:.1f} times.")
+    f"{a100_off[worst]:.1f} times. Each GPU core (multiprocessor) gets a tile "
+    f"of Y: at 128 × 128 (assumed), {tiles} of 108 did: {108 / tiles:.1f} times.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes about as long: small models, fast
@@ -486,8 +491,8 @@ Markdown(
 #
 # A service runs 32 products `X[B, D] @ W[D, D]` in bf16 for a token and promised it in **20 ms**. A red bar breaks the promise.
 #
-# - Which is the largest batch that each machine can promise?
-# - At B = 16,384, which term alone breaks it on the L4? On the H100?
+# - What is each machine's largest batch?
+# - At B = 16,384, which terms, each by itself, break it on the L4, on the H100, if any?
 # - Raise D until a machine fails at B = 1. Which term is it now, and does any batch help?
 
 # %% [markdown] tags=["notes"]
@@ -555,7 +560,7 @@ promise("L4", 4096, 1024)
 # - FLOPs per byte, against the ridge point, say which one limits a job.
 # - Weights that are read once serve many rows: 64 rows do not take 64 times as long.
 #
-# **Next:** what does a *model's* step read and compute? **Homework:** three exercises: numbers in the unit stated, or text (`"8 µs"`).
+# **Next:** what does a *model's* step read and compute? **Homework:** three exercises: numbers, or text (`"8 µs"`). Solutions, of Play too, are at the end.
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Let three students say one sentence each before you show yours. Each step of an exercise is checked by itself, and solutions are at the end
@@ -712,6 +717,26 @@ Table(["", "measured", "÷ napkin"],
 # ```
 #
 # </details>
+
+# %% tags=["solution", "hide-input"]
+def terms(sheet, D, B):
+    """Seconds of the FLOPs and of the bytes of a step."""
+    work = bf16(B, D, D) * 32
+    return work.flops / sheet.peak("bf16"), work.bytes / sheet.bandwidth_at()
+
+
+answers = []
+for name, sheet in list(machines.items())[:3]:
+    most = max(B for B in BATCHES if max(terms(sheet, 4096, B)) <= DEADLINE_S)
+    computing, reading = terms(sheet, 4096, 16_384)
+    wide = [D for D in (8192, 16_384) if terms(sheet, D, 1)[1] > DEADLINE_S]
+    fails = (f"at B = 1 D = {wide[0]:,} breaks it, by bytes" if wide
+             else "at B = 1 no D of the slider breaks it")
+    answers.append(f"- {name}: batch {most:,}; at 16,384 FLOPs take "
+                   f"{si(computing, 's')} and bytes {si(reading, 's')}; {fails}.")
+Markdown("<details><summary>Play</summary>\n\n" + "\n".join(answers) + "\n\nMore than "
+         "20 ms breaks the promise. Where the weights alone take longer, no batch "
+         "helps: each batch reads them.\n\n</details>")
 
 # %% [markdown] tags=["solution", "solution:unknown_machine"]
 # <details><summary>unknown_machine</summary>

@@ -12,11 +12,11 @@
 # ## Question
 #
 # A chat user waits for the time to first token (**TTFT**; without queueing), then the time per
-# output token (**TPOT**). An agent reads 8,000 tokens and writes 30,000. An output token costs
+# output token (**TPOT**). An agent reads 8,000 tokens, writes 30,000. An output token costs
 # several times a prompt token, through the same weights. Why?
 #
-# *45 minutes, exercises extra. Before: lesson 00. Afterwards: TTFT, TPOT and a bill from
-# config.json and data sheet.*
+# *45 minutes, exercises extra. Before: lesson 00. Afterwards: TTFT, TPOT, a bill from
+# config.json and data sheet. Skip folded code.*
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask the room: which costs more, reading a token or writing one? By what factor?
@@ -26,6 +26,7 @@
 # %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 from clawdemy_course import diagrams
 from clawdemy_course.build_01 import CONFIGS, config_of
+from clawdemy_course.reading import how_to_read
 from clawdemy_infer import published
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.fast.faster import faster
@@ -152,9 +153,18 @@ for batch in (1, 64, 256):
     lines.append((str(batch), si(fits.weight_bytes, "B"), si(fits.kv_bytes, "B"),
                   *(("yes", *shown) if fits else ("no", "–", "–"))))
 columns = ("batch", "weights", "KV cache", "fits?", "time per token", "tokens/s")
-Table(columns, lines, [name for name in columns if name != "fits?"],
-      f"Capacity first: {llama_2.name}, 1,024 tokens, H100. The 80 GB on its box are "
-      f"80 GiB = {si(h100.memory, 'B')}")
+display(Table(columns, lines, [name for name in columns if name != "fits?"],
+              f"Capacity first: {llama_2.name}, 1,024 tokens, H100. The 80 GB on its "
+              f"box are 80 GiB = {si(h100.memory, 'B')}"))
+numbers, peak = llama_2.matrix_parameters(), h100.peak("bf16")
+bandwidth, computed = h100.bandwidth_at(), 2 * numbers * 1024
+read = llama_2.streamed_bytes() + llama_2.kv_bytes(1, 1024)
+Markdown(
+    "**By hand, batch 1.** TPOT ≈ (weights read + cache) / bandwidth = "
+    f"{si(read, 'B')} / {si(bandwidth, 'B/s')} = **{si(read / bandwidth, 's')}**.\n\n"
+    "TTFT ≈ 2 · parameters · prompt tokens / peak = 2 · "
+    f"{numbers / 1e9:.1f}·10⁹ · 1,024 / {si(peak, 'FLOP/s')} = "
+    f"**{si(computed / peak, 's')}**.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** A configuration that does not fit has no speed. A step reads all stored weights except
@@ -183,13 +193,14 @@ lesson.guess("time per token, context 512, bf16", ...)
 # %% [markdown] tags=["core", "slide"]
 # ## Build
 #
-# A decode step of the Llama family (gated MLP, full attention):
+# A decode step, Llama family (gated MLP, full attention):
 #
-# * a multiply and an add are 2 FLOPs, a number is 2 bytes (bf16);
-# * the MLP has three D x F matrices: gate, up, down;
-# * each matrix is read once a step, the LM head too; the embedding is not;
+# * a multiply-add is 2 FLOPs, a number 2 bytes (bf16);
+# * Q: D×N·H; K, V: D×K·H each; output: N·H×D; gate, up, down: D×F each;
+# * a step reads each matrix once, the LM head (D×V) too; the embedding is stored, not read;
 # * each sequence reads its cache;
-# * leave out norms, rotary position embedding (RoPE), activations: small at small batches.
+# * leave out norms, rotary position embedding (RoPE), activations: small for few rows, not a
+#   prompt's.
 
 # %% [markdown] tags=["notes"]
 # **1 min.** The rules are those of the envelope. Ask: does it matter whether the LM head is tied
@@ -223,25 +234,16 @@ decode_step = lesson.build("decode_step", my_decode_step)
 # %% [markdown] tags=["core"]
 # ## Measure
 #
-# Two predictions for each step. The **napkin** is your count over two numbers of the card: bytes
-# over bandwidth, or FLOPs over peak, whichever is longer. The **calibrated roofline** also knows
-# the rate of a product with few or many rows, of attention, and what a kernel launch costs; it says
-# an **interval**. Neither has seen the model run. The machine is looked at again right before and
-# after each run; if its speed changed, the interval is widened, and the table says which step is
-# inside only so; the step's own time is never used. A prompt of T tokens is T rows of the same
-# products (the library counts its causal attention).
-#
-# Bound over measured, with the data sheet's peak or bandwidth in the bound, is what the field calls
-# **MFU** (FLOPs) or **MBU** (bytes); with the calibrated values, as here, it comes out higher. Each
-# measurement is kept in the **ledger**, a file of all your predictions. Two steps are also explained
-# part by part (a third under Further); the **explained share** says how much of the difference to
-# the napkin the parts account for.
+# Two predictions for each step. The **napkin**: your count over the card's bandwidth or peak,
+# whichever takes longer. The **calibrated roofline** also knows the rates of products with few or
+# many rows and of attention, and the price of a launch; it says an **interval**. Neither has seen
+# the model run. If the machine's speed changed around a run, the interval is *widened*.
 
 # %% tags=["core", "nbval-ignore-output"]
 lesson.show("decode_step")               # the library's count, folded
 smollm2 = load_model("smollm2-135m", device=machine.device)
 models = {dtype: faster(smollm2, dtype) for dtype in ("fp32", "bf16")}
-BF16S = {"fp32": 2, "bf16": 1}          # a number's size, in numbers of bf16
+TIMES = {"fp32": 2, "bf16": 1}          # fp32 moves twice the bytes of bf16
 
 steps = {f"TTFT, prompt {T}, fp32": StepOf(models["fp32"], "prefill", context=T)
          for T in (8, 256, 1024)}
@@ -253,7 +255,7 @@ for name, step in steps.items():
     napkin, dtype = step.napkin(machine), step.model.weights
     if step.phase == "decode":
         flops, bytes = decode_step(CONFIGS["smollm2-135m"], 1, step.context)
-        napkin = machine.napkin(Work(flops, BF16S[dtype] * bytes, dtype=dtype))
+        napkin = machine.napkin(Work(flops, TIMES[dtype] * bytes, dtype=dtype))
     lesson.predict(name, napkin, step.predict(machine), unit="s")
 lesson.reveal()
 
@@ -300,11 +302,7 @@ lesson.cause("TTFT, prompt 256, fp32", ...)
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 lesson.explain("time per token, context 512, fp32")
-for part in lesson.rows["time per token, context 512, fp32"].parts:
-    if part["name"] == "launches":
-        print("Launches are a count times a price sampled in this step's turns "
-              f"({si(1 / part['reached'], 's')}; the card's is "
-              f"{si(machine.fixed_s_per_op, 's')}).")
+print(how_to_read(lesson, "time per token, context 512, fp32"))
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Read the waterfall from left to right. Products and attention were clocked; launches
@@ -313,6 +311,7 @@ for part in lesson.rows["time per token, context 512, fp32"].parts:
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 lesson.explain("TTFT, prompt 256, fp32")
+print(how_to_read(lesson, "TTFT, prompt 256, fp32"))
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Here the napkin counts FLOPs at the peak. Ask: which part would a longer prompt make
@@ -353,22 +352,21 @@ lesson.table()
 # ## On a GPU
 #
 # What others measured for the same two phases, beside the same envelope: data-sheet bandwidth and
-# peak (fp32 accumulation). The intensities carry over, and so does the result: a long prefill is
-# compute-bound, decode at small batches memory-bound. There a **kernel launch** costs microseconds
-# on the CPU side, so a small model in eager PyTorch (one kernel at a time, from Python) waits for
-# launches; **CUDA graphs** record a step's kernels once and replay them with a single launch.
-# Lesson A1 asks hundreds of published runs how good the envelope is.
+# peak (fp32 accumulation). There a **kernel launch** costs microseconds on the CPU side, so a small
+# model in eager PyTorch (one kernel at a time, from Python) waits for launches; **CUDA graphs**
+# record a step's kernels once and replay them with a single launch.
 
 # %% tags=["core", "slide", "hide-input"]
 IDS = ("r103", "r104", "r154", "r157", "r133", "r144", "r142", "r002")
 runs = {run.id: run for run in published.read()}
 figure, ax = plt.subplots(figsize=(9, 4.6))
-names, said = [], []
+names, said, times = [], [], []
 for place, run in enumerate(map(runs.get, IDS)):
     chip = published.demand(run).chip       # the peak as listed: sums in fp32
     asked = published.demand(run.changed(
         peak_TFLOPs_per_device=run.peak_TFLOPs_per_device / chip.fp16_accumulation))
     took, bound = asked.seconds(run.value), asked.bound
+    times.append(took / bound)
     prefill = run.metric == "ttft_ms"
     gpu = run.hardware.split("-80GB")[0]
     software = run.software.replace(" (torch.compile)", "")
@@ -383,7 +381,7 @@ for place, run in enumerate(map(runs.get, IDS)):
     said.append(f"{run.model}, {what}, {gpu}: {took / bound:.2f}")
 ax.plot([], [], "o", color=plots.MEASURED, label="prefill")
 ax.plot([], [], "s", color=plots.MEASURED, label="decode")
-ax.set(title="Real kernels took longer than the envelope, in both phases",
+ax.set(title=f"Real kernels: {min(times):.1f} to {max(times):.1f} times the envelope",
        xlim=(1, 2.8), ylim=(len(IDS) - 0.4, -0.6),
        xlabel="published ÷ envelope (data sheet)")
 ax.set_yticks(range(len(IDS)), names, fontsize=10)
@@ -478,22 +476,28 @@ design("h100-sxm", 64, 8192, 20)
 # Use `decode_step(config, batch, context)`, and of the data sheet `card.peak("bf16")`,
 # `card.bandwidth_at()`, `card.memory`. Weights and cache are in bf16; GB are 10^9 bytes. Bytes of
 # one cached token are the difference of two contexts. A prompt of T tokens counts as batch T at
-# context T/2. Where several lines are wrong, correct the first; the others follow from it.
+# context T/2. What must fit is *stored*: the embedding too. Of wrong lines, correct the first.
+# Solutions, of Play too, are at the end.
 #
 # **A turn of an agent.** Qwen3-32B on one H200, rented at $4 an hour. A turn reads 8,000 tokens and
 # writes 30,000. Give its TTFT (products and causal attention), its TPOT at the mean context while
 # it answers (prompt included), the seconds of the whole turn, the share of the TTFT in them, and its
 # price in dollars alone on the card. Do eight turns fit, each with all of its tokens? What does one
-# cost when eight start together, prompts one after the other?
-#
-# **Compute-bound decode.** Llama-3.1-70B on one MI300X. Leave attention's FLOPs out, not its
-# bytes. Below which context does some batch reach the ridge point? At *half* that context, which
-# batch does (with a fraction)? How many bytes of cache does it keep? Does it fit
-# beside the weights (`True` or `False`)?
+# cost when eight start together: prompts one after the other, nobody decodes until all are read?
 #
 # **A promise.** Qwen3-14B on L40S cards, 10,000 tokens of context, 45 ms a token promised. What is
 # the largest batch that keeps the promise? Does it fit? How many tokens/s does a card give then?
 # How many cards serve 5,000 tokens/s?
+
+# %% tags=["core", "hide-input"]
+for name, card in (("qwen3-32b", "h200-sxm"), ("qwen3-14b", "l40s"),
+                   ("llama-3.1-70b", "mi300x")):
+    asked, sheet = catalog.model(name), catalog.machine(card)
+    letters = ", ".join(f"{each} {getattr(asked, each):,}" for each in "LDNKHFV")
+    tied = "is" if asked.tied else "beside"
+    print(f"{name}: {letters}; embedding {tied} the LM head\n"
+          f"    {card}: {si(sheet.peak('bf16'), 'FLOP/s')} in bf16, "
+          f"{si(sheet.bandwidth_at(), 'B/s')}, {si(sheet.memory, 'B')}")
 
 # %% tags=["core", "exercise", "exercise:agent_turn"]
 config, card = config_of("qwen3-32b"), catalog.machine("h200-sxm")
@@ -506,14 +510,6 @@ fits = ...              # True or False: eight turns
 dollars_of_8 = ...      # of one turn, when eight run together
 lesson.steps("agent_turn", ttft=ttft, tpot=tpot, seconds=seconds, share=share,
              dollars=dollars, fits=fits, dollars_of_8=dollars_of_8)
-
-# %% tags=["core", "exercise", "exercise:compute_bound"]
-config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
-below = ...             # tokens
-batch = ...             # sequences, at half of them
-cache = ...             # bytes
-fits = ...              # True or False
-lesson.steps("compute_bound", below=below, batch=batch, cache=cache, fits=fits)
 
 # %% tags=["core", "exercise", "exercise:promise"]
 config, card = config_of("qwen3-14b"), catalog.machine("l40s")
@@ -532,15 +528,36 @@ lesson.steps("promise", batch=batch, fits=fits, tokens_per_s=tokens_per_s, cards
 # * Bytes over bandwidth bound TPOT from below, FLOPs over peak a long prompt's TTFT; capacity comes
 #   first.
 #
-# **Next**: what does remembering cost, and save? **Homework**: the three exercises above.
+# **Next**: what does remembering cost, and save? **Homework**: the exercises, one in Further.
 
 # %% [markdown] tags=["notes"]
-# **1 min.** Three sentences; let the room say them first. The exercises take about half an hour;
+# **1 min.** Three sentences; let the room say them first. The three exercises take nearly an hour;
 # the first one is the bill of an agent.
 
 # %% [markdown] tags=["further"]
 # ## Further
 #
+# **MFU, MBU, ledger.** Bound over measured, with the data sheet's peak or bandwidth in the bound,
+# is what the field calls **MFU** (FLOPs) or **MBU** (bytes); with the calibrated values, as here, it
+# comes out higher. Each measurement is kept in the **ledger**, a file of all your predictions. The
+# **explained share** says how much of the difference to the napkin the parts account for. A step's
+# own time is never used to predict it.
+
+# %% [markdown] tags=["further"]
+# **Exercise: compute-bound decode.** Llama-3.1-70B on one MI300X. Leave attention's FLOPs out, not
+# its bytes. Below which context does some batch reach the ridge point? At *half* that context,
+# which batch does (with a fraction)? How many bytes of cache does it keep? Does it fit beside the
+# stored weights (`True` or `False`)?
+
+# %% tags=["further", "exercise", "exercise:compute_bound"]
+config, card = config_of("llama-3.1-70b"), catalog.machine("mi300x")
+below = ...             # tokens
+batch = ...             # sequences, at half of them
+cache = ...             # bytes
+fits = ...              # True or False
+lesson.steps("compute_bound", below=below, batch=batch, cache=cache, fits=fits)
+
+# %% [markdown] tags=["further"]
 # **When does it lose, in numbers.**
 
 # %% tags=["further", "hide-input", "nbval-ignore-output"]
@@ -666,6 +683,17 @@ Markdown(
 # ```
 #
 # </details>
+
+# %% tags=["solution", "hide-input"]
+kept = []
+for key in CARDS:
+    for batch in (2**i for i in range(9)):
+        (stored, memory), (seconds, promised) = limits(key, batch, 8192, 20)
+        if stored <= memory and seconds <= promised and batch / seconds >= 1500:
+            kept.append(f"- {catalog.machine(key).name}, batch {batch}: "
+                        f"{si(stored, 'B')}, {si(seconds, 's')}, "
+                        f"{batch / seconds:,.0f} tokens/s")
+Markdown("<details><summary>Play</summary>\n\n" + "\n".join(kept) + "\n\n</details>")
 
 # %% [markdown] tags=["solution", "solution:agent_turn"]
 # <details><summary>agent_turn</summary>

@@ -11,12 +11,12 @@
 #
 # ## Question
 #
-# A chat answers in 300 words; an agent thinks for 30,000 tokens. Each new token looks back at all
+# A chat answers in 300 words; an agent thinks for 30,000 tokens. Each token looks back at all
 # earlier ones. Must the model *compute* them again? Plain programs do. Engines keep a **KV
-# cache** instead, and it fills the card.
+# cache** instead; it fills the card.
 #
 # **45 minutes**, exercises extra. Before: lesson 01. Afterwards: you have built a KV
-# cache and know how many users fit.
+# cache and know how many users fit. Skip folded code.
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "at 256 tokens, how many times faster is a token with a cache?" Collect three
@@ -29,6 +29,7 @@ from functools import cache as remembered
 
 from clawdemy_course import diagrams
 from clawdemy_course.build_02 import CatCache, adapt
+from clawdemy_course.reading import how_to_read
 from clawdemy_infer.arithmetic import Work, total
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
@@ -134,14 +135,13 @@ many, one = shape.prefill(1, S).flops, shape.decode(1, S).flops
 assert (many, one) == (flops(S, S * (S + 1) // 2, 1), flops(1, S, 1))
 read = (L * weights + V * D) * 4 + L * 2 * K * H * S * 4    # weights, keys and values
 Markdown(f"""
+In the picture 1 + 1 + 1 + 1 + 1 rows equal the last step's 5 without a cache.
 **With a cache, the layers do in a whole generation exactly the work of its last step
-without one.** The LM head runs once a step.
+without one.**
 
-* {n} tokens after {P}, LM heads included: {si(without, "FLOP")} without,
-  {si(with_cache, "FLOP")} with. Rows n² → n, pairs n³ → n².
-* At 256 tokens both steps read {si(read, "B")} of weights, keys and values.
-  {many / read:.0f} FLOPs per such byte become {one / read:.1f}: compute-bound turns
-  **memory-bound**.
+* {n} tokens after {P}: {si(without, "FLOP")} without, {si(with_cache, "FLOP")} with.
+* At 256 tokens both steps read {si(read, "B")}. {many / read:.0f} FLOPs per such byte
+  become {one / read:.1f}: compute-bound turns **memory-bound**.
 """)
 
 # %% [markdown] tags=["notes"]
@@ -153,42 +153,32 @@ without one.** The LM head runs once a step.
 names = ["llama-2-7b", "llama-3-8b", "llama-2-70b", "qwen3-0.6b", "qwen3-4b"]
 
 
-lines, mistakes = [], []
+lines = []
 for each in map(catalog.model, names):
     right = 2 * each.L * each.K * each.H * 2
     assert right == each.kv_bytes_per_token("bf16")
     lines.append([each.name, f"{each.N} / {each.K}", f"{right / 1024:g}",
                   f"{each.streamed_bytes('bf16') / right:,.0f}"])
-    mistakes.append((each.name, each.N / each.K, each.D / each.N / each.H))
-display(Markdown("""
+eight, small = catalog.model("llama-3-8b"), catalog.model("qwen3-0.6b")
+display(Markdown(f"""
 ### What one token leaves in memory
 
 A key and a value for each KV head and layer:
 
 **KV bytes per token = 2 · L · K · H · bytes**
 
-Last column: tokens from which the cache is the larger read, weight bytes read / KV
-bytes per token.
+Using N instead of K makes it {eight.N / eight.K:g} times too large for {eight.name};
+D/N instead of H makes it {small.D / small.N / small.H:g} of the truth for {small.name}.
+
+Last column: context from which a step at batch 1 reads more cache than weights.
 """))
-header = ["model", "N / K", "KiB per token, bf16", "outweighs at, tokens"]
+header = ["model", "N / K", "KiB per token, bf16", "more cache from, tokens"]
 Table(header, lines, header[1:])
-
-# %% tags=["core", "fragment", "hide-input"]
-def times(factors) -> str:
-    return ", ".join(f"{name} × {factor:g}" for name, factor in factors if factor != 1)
-
-
-same = [name for name, heads, width in mistakes if heads == width == 1]
-Markdown(f"""
-* **N for K**, wrong by: {times((name, heads) for name, heads, _ in mistakes)}
-* **D/N for H**, wrong by: {times((name, width) for name, _, width in mistakes)}
-* **{", ".join(same)}:** neither shows
-""")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Let the room compute Llama-3-8B in the head: 2 · 32 · 8 · 128 · 2 = 128 KiB. Ask which
-# model keeps *least* per token for its size: the 70B one keeps less than the 7B one. Ask for two
-# ways to get it wrong, then show the fragment: N for K (only KV heads are kept), D/N for H
+# model keeps *least* per token for its size: the 70B one keeps less than the 7B one. The two
+# ways to get it wrong: N for K (only KV heads are kept), D/N for H
 # (`config.json` may state a `head_dim`). A test on Llama-2-7B finds neither. Last column: one long
 # chat is enough for Qwen3-0.6B.
 
@@ -350,9 +340,8 @@ Cache = lesson.build("KVCache", MyCache)
 # %% [markdown] tags=["core"]
 # ## Measure
 #
-# The same story three times: without a cache, with yours (`Cache`), with the library's. Greedy, so
-# all three should write the *same tokens*: a cache changes the time, and the logits by no more than
-# rounding. Then single steps.
+# The same story three times: without a cache, with `Cache` (your class, wrapped by the checker for
+# the decoder), with the library's. Greedy, so all three write the *same tokens*. Then single steps.
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 story = ("Once upon a time, in a small town by the sea, there lived an old clockmaker "
@@ -448,9 +437,13 @@ plots.show(fig, "Left, time for one token against the length: at 256 tokens "
                 f"{si(took['with'][256], 's')} with one. Right, the speed-up: "
                 + ", ".join(f"{speedup[S]:.1f} at {S}" for S in LENGTHS)
                 + f". The ridge lies at {ridge_rows:.0f} rows.")
-print("In the figure the two steps were timed in turn; the times above were taken one "
-      "after the other.\nTake the speed-up from the figure. The length of twice as "
-      "fast is interpolated between two of its dots.")
+head = shape.streamed_bytes("fp32") / (L * weights * 4)
+print(f"At {ridge_rows:.0f} rows the layers compute as long as they read. Twice as "
+      f"long as a cached token takes twice as many\nrows, times {head:.2f}: the LM "
+      f"head is read too, and computed for one row only. Napkin: "
+      f"{lesson.rows['length where it is twice as fast'].napkin:.0f}.\n"
+      "Here both steps were timed in turn, above one after the other: the speed-up is "
+      "this figure's.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Left: one line rises with the length, the other is flat. Right: the same as a ratio;
@@ -490,8 +483,11 @@ yours, theirs = (f"a token with {whose} cache, at 256"
                  for whose in ("a", "the library's"))
 lesson.measure(theirs, decode.time(machine), parts=decode.parts(machine))
 lesson.explain(yours)
+print(how_to_read(lesson, yours))
 if Cache is ContiguousCache:
-    print("Your cache is still open; answer it and this line compares.")
+    print("Your cache is still open, so the library's ran twice, in "
+          f"{si(lesson.rows[yours].measured, 's')} and "
+          f"{si(lesson.rows[theirs].measured, 's')}: noise from run to run.")
 else:
     print(f"Your cache: {si(lesson.rows[yours].measured, 's')} a token, the library's: "
           f"{si(lesson.rows[theirs].measured, 's')}.\nAttention "
@@ -515,7 +511,6 @@ else:
 # - The **ridge point** lies far to the right: more rows are free; crossover comes later.
 # - **Bytes** stream dozens of times as fast. A **launch** costs host time; in steps of many short
 #   kernels the host falls behind the GPU (CUDA graphs, lesson 10).
-# - **Prefix caching**: requests that begin alike share keys and values (lesson 06).
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Ask before you go on: "is the cache worth more or less on a GPU?" Usual wrong answer:
@@ -541,8 +536,8 @@ bound = {"with": t4.napkin(gpt2.prefill(1, 5, logits=5, **FP32)) + sum(
                         for i in range(1000))}
 display(Markdown(f"""
 **GPT-2, fp32, 1,000 tokens on a T4.** Published by J. Lages 2023, not measured here.
-Without a cache both rows have the logits of all rows, as `transformers` then computed
-them. A cached token took {si(published["with"] / 1000, "s")}; its bytes take
+Without a cache both table lines count the logits of all tokens, as `transformers` then
+computed them. A cached token took {si(published["with"] / 1000, "s")}; its bytes take
 {si(bound["with"] / 1000, "s")}.
 """), Table(["", "without", "with", "times faster"],
             [[name, f"{of['without']:.1f} s", f"{of['with']:.1f} s",
@@ -649,7 +644,7 @@ draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
 # ## Check yourself
 #
 # Numbers in the unit behind each line, or text with a unit (`"16 GB"`). The third is under Further,
-# solutions at the end.
+# solutions, of Play too, at the end.
 #
 # **1 · A long agent.** Qwen3-4B in bf16: L = 36, D = 2,560, N = 32, K = 8, head_dim = 128; 8.04 GB
 # of weights; a bf16 cache. Each agent keeps 30,000 tokens. How many bytes does a *token* keep, and
@@ -658,9 +653,9 @@ draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
 #
 # **2 · A summary.** An 8B model (7·10⁹ weights in its layers, bf16) reads P = 4,000 tokens and
 # writes n = 200, alone on a GPU that reaches 400 TFLOP/s and 2.7 TB/s. Count only the layers'
-# matrices. How many *rows* go through them without and with a cache? How many *seconds* does each
-# take: without one, every step is compute-bound; with one, only the prefill is. How many *times
-# faster* is the cache?
+# matrices. With a cache the prefill writes the first token. How many *rows* go through them without
+# and with one? How many *seconds* does each take: without one, every step is compute-bound; with
+# one, only the prefill is. How many *times faster* is the cache?
 
 # %% tags=["core", "exercise", "exercise:long_agent"]
 per_token = ...             # bytes
@@ -682,8 +677,6 @@ lesson.steps("summary", rows_without=rows_without, rows_with=rows_with,
              s_without=s_without, s_with=s_with, times_faster=times_faster)
 
 # %% [markdown] tags=["further", "slide"]
-# ## Further
-#
 # ### Take with you
 #
 # 1. With a cache, the layers do in a whole generation the work of its last step without one.
@@ -696,6 +689,8 @@ lesson.steps("summary", rows_without=rows_without, rows_with=rows_with,
 # **1 min.** Let three people say one sentence each, with the slide closed. Then the question.
 
 # %% [markdown] tags=["further"]
+# ## Further
+#
 # ### Exercise 3 · Yesterday's prompt
 #
 # The cache of a 4,000-token prompt of Llama-2-7B (L = 32, K = N = 32, H
@@ -715,7 +710,7 @@ lesson.steps("fetch_or_compute", fetch=fetch, compute=compute, even=even,
              even_gqa=even_gqa, better=better)
 
 # %% [markdown] tags=["further"]
-# ### The library's cache, and all predictions beside the stopwatch
+# ### The library's cache
 
 # %% tags=["further", "hide-input"]
 lesson.show("KVCache")
@@ -762,12 +757,9 @@ lesson.explain("a token without a cache, at 256")
 
 # %% [markdown] tags=["further"]
 # ### A long context, and a cache that copies
-# "Flat" was too strong: the new token looks at every key and value kept. How much longer is a step
-# that looks back at 2,048 tokens instead of 64? And how much longer is one whose cache grows by
-# `torch.cat`, which reads and writes all of it anew for each token, at 2,048? On the napkin the
-# first is the bytes of 1,984 tokens over the bandwidth; the second moves all 2,047 twice, once in
-# and once out. Each is measured as a difference, round by round. The two programs differ in nothing
-# else, but attention may now find in a processor's cache what `torch.cat` has just written.
+# "Flat" was too strong: a token looks at all that is kept. How much longer is a step that looks
+# back at 2,048 tokens instead of 64 (napkin: the bytes of 1,984)? And one whose cache grows by
+# `torch.cat` (napkin: 2,047 tokens, read and written)? Each is a difference, round by round.
 
 # %% tags=["further", "guess"]
 lesson.guess("attention to 2,048 tokens adds, over 64", ...)
@@ -815,11 +807,12 @@ lesson.explain("attention to 2,048 tokens adds, over 64")
 
 # %% [markdown] tags=["further"]
 # A layer's keys and values of 2,048 tokens are 3.1 MB. If they stay in a processor's cache from
-# `torch.cat` to attention, attention's bytes no longer come from memory, and a count that adds the
-# copy's bytes to attention's counts bytes that never moved:
+# `torch.cat` to attention, a count that adds the copy's bytes to attention's counts bytes that never
+# moved:
 
 # %% tags=["further", "nbval-ignore-output"]
 lesson.explain("growing by torch.cat adds, at 2,048")
+print(how_to_read(lesson, "growing by torch.cat adds, at 2,048"))
 
 # %% tags=["further", "nbval-ignore-output"]
 lesson.table()
@@ -884,6 +877,35 @@ Table(["cache", "bytes", "of contiguous, fp32"],
 # ```
 #
 # </details>
+
+# %% tags=["solution", "hide-input"]
+def fitting(model, users, context, cards):
+    return [card for card in cards
+            if catalog.model(model).fits(catalog.machine(card).memory, users, context)]
+
+
+def called(cards):
+    return ", ".join(catalog.machine(card).name for card in cards)
+
+
+cards = catalog.machine_names()
+larger = fitting("llama-3-8b", 128, 8192, cards)
+enough = fitting("qwen3-4b", 8, 32_768, cards)
+least = min(catalog.machine(card).memory for card in enough)
+smallest = [card for card in enough if catalog.machine(card).memory == least]
+both = fitting("llama-30b", 64, 2048, cards)
+one = [card for card in fitting("llama-2-70b", 64, 2048, cards) if card not in both]
+big, mha = catalog.model("llama-2-70b"), catalog.model("llama-30b")
+Markdown(f"""<details><summary>Play</summary>
+
+1. Half the context, an int8 cache (on paper: it fills the card), a model that keeps
+   less per token, or a card with more memory: {called(larger)}.
+2. {called(smallest)}.
+3. {called(one)}. {big.name} shares each KV head among {big.N // big.K} query
+   heads ({big.kv_bytes_per_token() / 1024:,.0f} KiB per token); {mha.name} has
+   multi-head attention, {mha.K} KV heads ({mha.kv_bytes_per_token() / 1024:,.0f} KiB).
+
+</details>""")
 
 # %% [markdown] tags=["solution", "solution:long_agent"]
 # <details><summary>A long agent</summary>
