@@ -1,5 +1,4 @@
-"""Attention with grouped queries: N query heads share K KV heads (Ainslie et al. 2023, GQA). MHA is
-K = N, MQA is K = 1."""
+"""Attention: N query heads share K KV heads (GQA, Ainslie et al. 2023). MHA: K = N, MQA: K = 1."""
 
 from collections.abc import Sequence
 
@@ -36,18 +35,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def visible_keys(T: int, S: int, window: int | None) -> int:
-    """How many of the last S keys T new queries can see between them: the first of them still sees
-    window - 1 before it."""
+    """How many of the last S keys T new queries see: the first still sees window - 1 before it."""
     return min(S, window + T - 1) if window else S
 
 
 def causal_mask(past: Sequence[int], T: int, window: int | None, dtype: torch.dtype,
                 device: torch.device | str) -> torch.Tensor | None:
     """Which keys the T new queries of sequence b see, which stand behind `past[b]` tokens: those up
-    to themselves, and of these the last `window`. [B or 1, 1, T, max(past) + T], 0 where they do,
-    -inf where not, to be added to the scores. None where causality alone says it: for sequences
-    equally long, one query or a square, and a window that never bites. SDPA then skips the upper
-    triangle."""
+    to themselves, and of these the last `window`. [B or 1, 1, T, max(past) + T] to be added to the
+    scores: 0 where they do, else -inf. None where causality alone says it: for sequences equally
+    long, one query or a square, a window that never bites. SDPA then skips the upper triangle."""
     if len(set(past)) == 1:
         past = past[:1]
         if (T == 1 or not past[0]) and (window is None or past[0] + T <= window):

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "timing": [],
     "paths": [],
     "attention": [],
-    "kv_cache": ["attention"],
+    "kv_cache": ["arithmetic", "attention"],
     "model": ["arithmetic", "from_config", "timing", "attention", "kv_cache"],
     "batching": ["arithmetic", "envelope", "timing", "kv_cache", "model"],
     "quantization": ["arithmetic", "timing", "kv_cache", "model"],

@@ -64,8 +64,7 @@ class LatentAttention:
         return self.mla.latent + (self.mla.q_latent or 0) + 2 * self.mla.index * self.indexes
 
     def kept(self, S: int) -> int:
-        """Latent and rotated part, once for all heads; values are made from the latent. And the
-        keys of the index."""
+        """Latent, which values are made from, and rotated part, for all heads; the index's keys."""
         return (self.mla.latent + self.mla.rope + self.mla.index * self.indexes) * S
 
     def of_rows(self, run: Pass) -> list[Work]:
@@ -110,8 +109,7 @@ class LatentAttention:
                 run.matmul("absorb_v", latent, self.mla.value) * self.N]
 
     def _attention(self, run: Pass, read: float, key: int, value: int, rows: int) -> Work:
-        """Scores of `key` numbers and sums of `value` for each head and visible pair; `read` bytes
-        of keys and values."""
+        """Scores of `key` numbers, sums of `value`, by head and visible pair; `read`: K and V."""
         width = self.N * (key + value)                          # of Q and the output together
         flops = 2 * run.B * width * visible_pairs(run.T, run.S, self.mla.chosen or None)
         q_and_o = run.tokens * width * element_bytes("activations", run.activations)

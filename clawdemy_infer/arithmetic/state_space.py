@@ -60,11 +60,9 @@ class StateSpace:
         if s.delta and s.dt_rank:
             return {"in": (D, self._conv_channels + s.heads + 2 * s.dt_rank),
                     "dt": (s.dt_rank, 2 * s.inner), "out": (s.inner, D)}
-        if s.delta:
-            return {"in": (D, s.inner + self._conv_channels + 2 * s.heads), "out": (s.inner, D)}
         if s.heads:
-            dt = s.heads if s.conv else 0
-            return {"in": (D, s.inner + self._conv_channels + dt), "out": (s.inner, D)}
+            by_head = s.heads * (2 if s.delta else 1 if s.conv else 0)
+            return {"in": (D, s.inner + self._conv_channels + by_head), "out": (s.inner, D)}
         return {"in": (D, 2 * s.inner), "x": (s.inner, s.dt_rank + 2 * s.state),
                 "dt": (s.dt_rank, s.inner), "out": (s.inner, D)}
 

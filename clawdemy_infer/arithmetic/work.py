@@ -20,8 +20,7 @@ BYTES = {
 
 
 class Mixed(NamedTuple):
-    """A format `name` that some weights have: `parts` by the first word of a matrix's name, `rest`
-    for all others."""
+    """A format `name`: `parts` by the first word of a matrix's name, `rest` for all others."""
 
     name: str
     rest: "Format"

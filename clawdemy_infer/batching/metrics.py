@@ -1,10 +1,4 @@
-"""What serving was like: for each request, and for the whole. Seconds and bytes.
-
-    TTFT   time to first token: from arrival, so queueing is in it
-    TPOT   time per output token: (last - first) / (tokens - 1), the mean of one request
-    ITL    inter-token latency: every single gap; a stall that TPOT averages away is seen here
-    E2E    from arrival to the last token
-"""
+"""What serving was like: for each request, and for the whole. Seconds and bytes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +10,7 @@ import numpy as np
 
 from clawdemy_infer.batching.plan import Emission, Plan
 from clawdemy_infer.batching.request import OUTCOMES, Sequence, State
+from clawdemy_infer.model.writing import seconds_per_token
 
 
 @dataclass(frozen=True)
@@ -47,18 +42,17 @@ class StepRecord(NamedTuple):
 
 
 def ttft(sequence: Sequence) -> float | None:
-    """Seconds from arrival to the first token; None where there is none."""
+    """Time to first token: from arrival, so queueing is in it; None where there is none."""
     return sequence.token_times[0] - sequence.arrival_s if sequence.token_times else None
 
 
 def tpot(sequence: Sequence) -> float | None:
-    """Seconds per output token after the first; None unless some came later than it."""
-    times = sequence.token_times
-    return (times[-1] - times[0]) / (len(times) - 1) if times and times[-1] > times[0] else None
+    """Time per output token, the mean of one request: see `seconds_per_token`."""
+    return seconds_per_token(sequence.token_times)
 
 
 def e2e(sequence: Sequence) -> float | None:
-    """Seconds from arrival to the end; None unless it finished."""
+    """From arrival to the last token; None unless it finished."""
     finished = sequence.state is State.FINISHED
     return sequence.token_times[-1] - sequence.arrival_s if finished else None
 
@@ -116,7 +110,8 @@ class Report:
             finished, cancelled, refused, failed    how many ended so
             seconds, *_per_s                        of the whole, and rates over it: requests and
                                                     input tokens of finished ones, output of all
-            ttft_*, tpot_*, itl_*, e2e_*            seconds: p50, p95, p99
+            ttft_*, tpot_*, itl_*, e2e_*            seconds: p50, p95, p99. Inter-token latency is
+                                                    every gap: a stall shows that TPOT averages away
             goodput                                 requests per second that met the SLO
             steps, busy                             how many; share of the seconds spent in them
             occupancy, kv_usage                     share of max_batch, of blocks: means over steps

@@ -1,5 +1,4 @@
-"""The scheduler: after every step, who runs, who waits, and who gives way. It knows of no model and
-of no clock.
+"""The scheduler: after each step, who runs, waits and gives way. It knows no model and no clock.
 
     plan = scheduler.schedule(now)      which sequences bring how many tokens; takes their blocks
     ...                                 the step; it commits the tokens to the block tables

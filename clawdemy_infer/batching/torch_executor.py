@@ -1,8 +1,4 @@
-"""The real clock: an executor that runs the model, and so spends the time that it reports.
-
-One forward pass serves sequences that decode and chunks of prompts alike, over a paged cache
-(selective batching: Yu et al. 2022, Orca, section 3.2).
-"""
+"""The real clock: an executor that runs the model, and so spends the time that it reports."""
 
 import time
 from collections.abc import Iterable, Mapping

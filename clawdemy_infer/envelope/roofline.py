@@ -17,8 +17,7 @@ PAGED_ATTENTION = "paged attention"     # the kernel of a decode step over a blo
 
 
 def part_name(op: Work) -> str:
-    """The part of a step that `op` belongs to: a product by its own name, all else by its kernel's
-    common one."""
+    """The part of a step that `op` belongs to: a product's own name, else that of its kernel."""
     if op.kernel in ("", "gemm"):
         return op.name
     return {PAGED_ATTENTION: "attention", "elementwise": "element-wise"}.get(op.kernel, op.kernel)

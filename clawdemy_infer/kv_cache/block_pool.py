@@ -1,19 +1,17 @@
 """A pool of blocks, and how many hold each (Kwon et al. 2023, PagedAttention, sections 4.2 and
 4.4). No byte lies here.
 
-A block is room for `block_size` tokens. Each is in one of three states, and free + used = total at
-any time:
+A block is room for `block_size` tokens, in one of three states, and free + used = total always:
 
     used    `ref_counts[block]` block tables point at it
-    idle    nobody's, but what lies in it may still be wanted (`prefix_cache`): free, and taken
-            last, oldest first
+    idle    nobody's, but may be wanted again (`prefix_cache`): free, and taken last, oldest first
     empty   nobody's
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
 
-from clawdemy_infer.kv_cache.step import at_least_1
+from clawdemy_infer.arithmetic.work import at_least_1
 
 
 class BlockPool:
@@ -62,8 +60,7 @@ class BlockPool:
         self.ref_counts[block] += 1
 
     def release(self, block: int, keep: bool = False) -> None:
-        """One table fewer points at `block`. After the last it is empty; or idle, if what lies in
-        it is to be kept."""
+        """One table fewer points at `block`; after the last it is empty, or idle if to `keep`."""
         if not self.ref_counts[block]:
             raise ValueError(f"block={block}: it is released, but nobody holds it")
         self.ref_counts[block] -= 1

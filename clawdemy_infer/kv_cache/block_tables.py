@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from clawdemy_infer.kv_cache.block_pool import BlockPool
-from clawdemy_infer.kv_cache.prefix_cache import ROOT, PrefixCache
+from clawdemy_infer.kv_cache.prefix_cache import PrefixCache
 
 Copy = Callable[[list[int], list[int]], None]
 """Copies the bytes of source blocks to target blocks, at once."""
@@ -81,8 +81,7 @@ class BlockTables:
         return length
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
-        """A sequence that begins as `parent` is now, and shares all its blocks until one of the two
-        writes (section 4.4)."""
+        """A sequence that begins as `parent` is, and shares its blocks until one writes (4.4)."""
         self._known(parent)
         self._check_new("child", child)
         blocks = self.blocks[parent][:self.pool.blocks_for(self.lengths[parent])]
@@ -92,8 +91,7 @@ class BlockTables:
                     list(self._digests[parent]))
 
     def free(self, sequence: Hashable) -> None:
-        """The sequence has ended, or gives way. The prefix cache knows its full blocks as long as
-        there is room."""
+        """It has ended, or gives way. The prefix cache knows its full blocks as room allows."""
         self._known(sequence)
         blocks = self.blocks.pop(sequence)
         del self.lengths[sequence], self._ids[sequence], self._digests[sequence]
@@ -101,11 +99,9 @@ class BlockTables:
 
     def learn(self, sequence: Hashable) -> None:
         """Tell the prefix cache of the blocks that have become full."""
-        size, ids, digests = self.pool.block_size, self._ids[sequence], self._digests[sequence]
-        for i in range(len(digests), len(ids) // size if self.prefix else 0):
-            before = digests[-1] if digests else ROOT
-            digests.append(self.prefix.digest(before, ids[i * size:(i + 1) * size]))
-            self.prefix.learn(digests[i], self.blocks[sequence][i])
+        ids, digests = self._ids[sequence], self._digests[sequence]
+        for i in range(len(digests), len(ids) // self.pool.block_size if self.prefix else 0):
+            self.prefix.learn(self.prefix.digest(i, ids, digests), self.blocks[sequence][i])
 
     def forget(self, sequence: Hashable) -> None:
         """What it has computed is in doubt: nobody is to find its blocks from now on."""

@@ -11,8 +11,9 @@ from functools import cached_property
 
 import torch
 
+from clawdemy_infer.arithmetic.work import at_least_1
 from clawdemy_infer.attention import attend, causal_mask, visible_keys
-from clawdemy_infer.kv_cache.step import Rectangle, Step, at_least_1, rectangles
+from clawdemy_infer.kv_cache.step import Rectangle, Step, rectangles
 
 
 class RectangularCache:

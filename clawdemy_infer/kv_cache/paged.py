@@ -8,7 +8,7 @@ in every layer; a kernel that follows the block table (`fast/`) spares both.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -19,8 +19,7 @@ from clawdemy_infer.kv_cache.step import Step
 
 
 class PagedCache:
-    """The sequences of `tables`, in two tensors [L, blocks, K, block_size, H] for all blocks of
-    their pool.
+    """The sequences of `tables`, in two tensors [L, blocks, K, block_size, H] over their pool.
 
     Slot s, the s-th token of the pool, lies in block s // block_size at s % block_size. With K
     before the tokens, those of one head within a block lie one behind the other.
@@ -116,10 +115,6 @@ class PagedCache:
                         .view(*head_slots.shape, -1) for x in (self.keys, self.values))
         return keys, values
 
-    def copy(self, sources: list[int], targets: list[int]) -> None:
-        """Copy blocks within the pool, in all layers."""
-        copy_blocks((self.keys, self.values), (self.keys, self.values), sources, targets)
-
 
 def copy_blocks(here: Iterable[torch.Tensor], there: Iterable[torch.Tensor], sources: list[int],
                 targets: list[int]) -> None:
@@ -133,14 +128,15 @@ class PagedStep(Step):
     """A step over block tables.
 
     `block_table[i]` are the blocks of the i-th sequence, in order, and `slot_mapping` [M] is the
-    slot that each new token goes to: token t of a sequence lies in slot
-    block_table[t // block_size] * block_size + t % block_size.
+    slot that each new token goes to.
     """
 
     def __init__(self, cache: PagedCache, new: Mapping[Hashable, Sequence[int]],
                  window: int | None) -> None:
         super().__init__(cache, new, window)
-        cache.tables.reserve(dict(zip(new, self.num_new_tokens, strict=True)), cache.copy)
+        pool = cache.keys, cache.values
+        cache.tables.reserve(dict(zip(new, self.num_new_tokens, strict=True)),
+                             partial(copy_blocks, pool, pool))
         self.block_table = [cache.tables.blocks[sequence] for sequence in self.sequences]
 
     def slots(self, i: int, begin: int) -> list[int]:

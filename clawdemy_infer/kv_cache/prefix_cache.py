@@ -1,5 +1,4 @@
-"""Which full block holds which tokens, so that a prompt that begins like an earlier one need not be
-computed again.
+"""Which full block holds which tokens: what a prompt shares with an earlier one is computed once.
 
 The keys and values of a block depend on its tokens and on all before them. So a block is known by a
 chain of digests, each over the digest before it and the block's own tokens. SHA-256: two prompts
@@ -10,9 +9,6 @@ Standard library only.
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
-
-ROOT = b""
-"""The digest before the first block."""
 
 
 class PrefixCache:
@@ -33,27 +29,27 @@ class PrefixCache:
         """Tokens found over tokens asked for; 0 before anybody has asked."""
         return self.found / self.asked if self.asked else 0.0
 
-    def digest(self, before: bytes, tokens: Sequence[int]) -> bytes:
-        """The name of the block that holds `tokens`, behind the block named `before`."""
-        return sha256(before + array("q", tokens).tobytes()).digest()
+    def digest(self, i: int, tokens: Sequence[int], digests: list[bytes]) -> bytes:
+        """The name of block i of `tokens`: digests[i], which is appended where it is the next."""
+        if i == len(digests):
+            own = array("q", tokens[i * self.block_size:(i + 1) * self.block_size])
+            digests.append(sha256((digests[-1] if digests else b"") + own.tobytes()).digest())
+        return digests[i]
 
     def find(self, tokens: Sequence[int], digests: list[bytes]) -> list[int]:
         """The blocks that hold the longest known beginning of `tokens`. The last token is left out:
         a prompt that is known whole still has to bring one token, from whose logits generation goes
         on. Digests of `tokens` that are not yet among `digests` are added to them."""
-        blocks, size = [], self.block_size
-        for i in range((len(tokens) - 1) // size):
-            if i == len(digests):
-                before = digests[-1] if digests else ROOT
-                digests.append(self.digest(before, tokens[i * size:(i + 1) * size]))
-            if digests[i] not in self._block_of:
+        blocks = []
+        for i in range((len(tokens) - 1) // self.block_size):
+            block = self._block_of.get(self.digest(i, tokens, digests))
+            if block is None:
                 break
-            blocks.append(self._block_of[digests[i]])
+            blocks.append(block)
         return blocks
 
     def learn(self, digest: bytes, block: int) -> None:
-        """`block` is full, and this is what it holds. Where another block is known for the same
-        tokens, that one stays."""
+        """`block` is full, and this is what it holds. Another, known for the same tokens, stays."""
         if digest not in self._block_of:
             self._block_of[digest], self._digest_of[block] = block, digest
 

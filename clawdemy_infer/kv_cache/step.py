@@ -2,7 +2,7 @@
 
 One forward pass is a *step*. It may bring a different number of new tokens for each sequence: a
 chunk of a prompt for one, a single token for the others (selective batching: Yu et al. 2022, Orca,
-section 3). For everything but attention that makes no difference, so the decoder packs the new
+section 3.2). For everything but attention that makes no difference, so the decoder packs the new
 tokens of all sequences into M rows. Attention alone must know whose row is whose, and what each
 sequence has seen before. That knowledge is the cache's:
 
@@ -23,8 +23,7 @@ import torch
 
 
 class KVCache(Protocol):
-    """Keys and values of several sequences. A sequence is named by anything hashable; simple caches
-    count 0 ... B-1.
+    """Keys and values of several sequences, named by anything hashable, in simple caches 0 ... B-1.
 
     lengths     the sequences, in order, and how many tokens of each are kept and count
     capacity    the most tokens that one sequence may come to hold
@@ -122,10 +121,3 @@ def positions(past: Sequence[int], num_new_tokens: Sequence[int], device: torch.
     """past[b], past[b] + 1 ... for the new tokens of each sequence b, one behind the other: [M]."""
     places = [start + t for start, T in zip(past, num_new_tokens, strict=True) for t in range(T)]
     return torch.tensor(places, dtype=dtype, device=device)
-
-
-def at_least_1(**sizes: int) -> None:
-    """ValueError naming the first of `sizes` that no cache has."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size}: a cache needs at least 1")

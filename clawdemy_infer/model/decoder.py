@@ -1,7 +1,6 @@
 """The decoder: the Llama family in one file, as it is run and as the arithmetic counts it.
 
-Letters as everywhere: B batch, S context, T new tokens, D width, F feed-forward width, N query
-heads, K KV heads, H head dimension, L layers, V vocabulary. One step is
+One step is, in the letters of `arithmetic.work`,
 
     tokens [M] -> embed -> L x (attention, MLP) -> norm -> head -> logits [M, V]
 
@@ -47,8 +46,7 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention and a gated MLP, each behind a norm and added to the
-    residual stream.
+    """One layer: attention and a gated MLP, each behind a norm and added to the residual stream.
 
     Q, K and V are one matrix, and so are gate and up: the same bytes in fewer operations, each of
     which costs a few microseconds on a CPU whatever its size. A variant replaces one half.
@@ -205,9 +203,8 @@ class Decoder(nn.Module):
     def _check(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache) -> None:
         shape = self.config.shape
         for sequence, ids in new.items():
-            if ids and not (0 <= min(ids) and max(ids) < shape.V):
-                wrong = min(ids) if min(ids) < 0 else max(ids)
-                raise ValueError(f"tokens hold {wrong}: ids from 0 to V-1 = {shape.V - 1} are "
+            if wrong := [token for token in ids if not 0 <= token < shape.V]:
+                raise ValueError(f"tokens hold {wrong[0]}: ids from 0 to V-1 = {shape.V - 1} are "
                                  "accepted")
             past, T = cache.lengths.get(sequence, 0), len(ids)
             # Where a cache counts positions within itself, a text may go on for ever.

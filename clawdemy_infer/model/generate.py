@@ -9,7 +9,7 @@ import torch
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.model.decoder import Decoder
 from clawdemy_infer.model.sampling import Sampling, sample
-from clawdemy_infer.model.writing import Writer, uninterrupted
+from clawdemy_infer.model.writing import Writer, seconds_per_token, uninterrupted
 from clawdemy_infer.timing import now
 
 CACHES = {"contiguous": ContiguousCache.for_model, "paged": PagedCache.for_model}
@@ -23,9 +23,9 @@ class Generation:
     `tokens` are the ids of all generated tokens, with the end-of-sequence token or those of a stop
     string if that is what ended it; `text` has neither. `ttft_s`, time to first token, runs from
     the call to the first token: the prefill and its choice. `tpot_s`, time per output token, is
-    (last - first) / (tokens - 1): decode alone; None for fewer than two. `finish_reason` is eos,
-    stop (a stop string came), length (max_tokens reached), interrupted (Ctrl-C), or failed (no
-    finite logits), which only `speculate_batch` returns.
+    that of decode alone: see `seconds_per_token`. `finish_reason` is eos, stop (a stop string
+    came), length (max_tokens reached), interrupted (Ctrl-C), or failed (no finite logits), which
+    only `speculate_batch` returns.
     """
 
     prompt_tokens: list[int]
@@ -40,8 +40,7 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64,
              sampling: Sampling | None = None, *, stop: str | Sequence[str] = (),
              on_token: Callable[[str], None] | None = None,
              cache: str | KVCache = "contiguous") -> Generation:
-    """Continue `prompt`, a text or its token ids, by up to `max_tokens` tokens; greedily without a
-    `sampling`.
+    """Continue `prompt`, a text or its ids, by up to `max_tokens` tokens; greedily by default.
 
     `on_token` is called with each new piece of text; joined they are `text`. `cache` names one of
     `CACHES`, or is a cache for one sequence, and the prompt follows on what that one holds; "none"
@@ -88,8 +87,7 @@ class Text:
         return kind(
             prompt_tokens=self.prompt, tokens=self.ids[len(self.prompt):],
             text=stream.text if stream else "", ttft_s=times[0] - start if times else None,
-            tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-            finish_reason=self.writer.reason, **more)
+            tpot_s=seconds_per_token(times), finish_reason=self.writer.reason, **more)
 
 
 def keep(came: Iterable[tuple[Text, list[int]]]) -> None:

@@ -1,9 +1,7 @@
-"""Rotary position embedding (RoPE): a token's position becomes an angle by which its queries and
-keys are turned.
+"""Rotary position embedding (RoPE): a token's position is an angle by which its Q and K turn.
 
 Su et al. 2021, "RoFormer", section 3.4.2: the dimensions of a head form H/2 pairs, and at position
-m the pair j turns by m * theta^(-2j/H). A query at m and a key at n then meet at an angle that
-depends on m - n alone.
+m the pair j turns by m * theta^(-2j/H). The angle of a query at m to a key at n is of m - n alone.
 
 Which dimensions pair up is a convention of the checkpoint. The paper pairs neighbours (0,1), (2,3),
 …; Hugging Face's weights pair halves (0, H/2), (1, H/2 + 1), …, and so do we.
@@ -40,7 +38,6 @@ def rope_tables(frequencies: torch.Tensor, positions: torch.Tensor, dtype: torch
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn every head of x [M, heads, H]: (a, b) -> (a cos - b sin, b cos + a sin) for its two
-    halves a and b."""
+    """Turn every head of x [M, heads, H], (a, b) in halves, to (a cos - b sin, b cos + a sin)."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)                         # (b, a)
     return torch.addcmul(x * cos, swapped, sin)

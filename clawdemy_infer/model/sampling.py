@@ -10,8 +10,7 @@ NOTHING = -1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature=0`, the default, is greedy and leaves nothing to
-    the rest.
+    """How the next token is chosen. `temperature=0`, the default, is greedy, whatever the rest.
 
     top_k keeps the k likeliest tokens; top_p the fewest likeliest that hold at least p of the
     probability (Holtzman et al. 2020, nucleus sampling); min_p those at least min_p times as likely

@@ -23,13 +23,17 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def seconds_per_token(times: Sequence[float]) -> float | None:
+    """TPOT, time per output token: (last - first) / (tokens - 1); None unless some came later."""
+    return (times[-1] - times[0]) / (len(times) - 1) if times and times[-1] > times[0] else None
+
+
 class Writer:
     """One sequence that is being written.
 
     A text ends with an end-of-sequence token ("eos"), with a stop string ("stop"), with its
     `limit`-th token ("length"), or where `NOTHING` could be chosen ("failed"); `reason` is empty
-    until then. `left` is how many tokens may still come. Without a tokenizer there is no text, and
-    no stop string.
+    until then, and `left` tokens may still come. No tokenizer: no text, and no stop string.
 
     >>> writer = Writer(limit=3, eos_ids=(2,))
     >>> writer.take([5, 2, 7]), writer.reason        # 7 comes after the end
@@ -79,8 +83,7 @@ class TextStream:
         self._start = self._read = 0
 
     def push(self, token: int) -> str:
-        """Take one more token; return the text that it settles, perhaps none. Sets `stopped` at a
-        stop string."""
+        """One more token; the text that it settles, perhaps "". A stop string sets `stopped`."""
         self._ids.append(token)
         fresh = self._undecoded()
         if fresh.endswith("\ufffd"):  # a character that is not yet whole

@@ -46,8 +46,7 @@ class Draft(Protocol):
     def propose(self, texts: Texts, counts: Mapping[Hashable, int], sampling: Sampling,
                 generator: torch.Generator) -> Proposal:
         """At most counts[sequence] tokens to follow each text, drawn as `sampling` says. A text has
-        grown since the last call by some of what was proposed then, and by tokens of the target's,
-        at least one."""
+        grown since by some of what was proposed then, and by one or more of the target's."""
 
 
 class PromptLookup:

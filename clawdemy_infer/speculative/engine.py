@@ -1,5 +1,4 @@
-"""Speculation inside the engine: all sequences' drafts are verified in one ragged step, beside the
-prompts that others bring.
+"""Speculation in the engine: one ragged step verifies all drafts, beside the prompts of others.
 
 The scheduler says for how many drafted tokens a sequence has room, `Plan.num_lookahead_tokens`, and
 takes back what was rejected of those that the step committed.

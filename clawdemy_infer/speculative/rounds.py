@@ -103,7 +103,7 @@ def speculate_batch(model: Decoder, prompts: Sequence[str | Sequence[int]], draf
                 rounds[sequence].append(round)
             keep((texts[sequence], [*mine[:count], token])
                  for sequence, (mine, count, token) in came.items())
-            forget_rejected(texts, cache)
+            forget_rejected(active, cache)
     except KeyboardInterrupt:
         for text in texts.values():
             text.writer.reason = text.writer.reason or "interrupted"

@@ -37,8 +37,8 @@ def verify(p: torch.Tensor, q: torch.Tensor | None, drafted: torch.Tensor, count
            generator: torch.Generator | None = None) -> Verdict:
     """Rejection sampling for B sequences, each with its own number of drafted tokens: row b has
     drafted[b, :counts[b]], and what lies behind is not looked at. p [B, G+1, V] are the target's
-    probabilities at the drafted tokens and behind the last; q [B, G, V] those that `drafted` [B, G]
-    were drawn from, None where the draft was certain of each.
+    probabilities at the drafted tokens and behind the last; q [B, >= G, V] those that `drafted`
+    [B, G] were drawn from, None where the draft was certain of each.
 
     >>> p = torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])    # after the text; after one more
     >>> q, one = torch.tensor([[[0.5, 0.0, 0.5]]]), torch.tensor([1])
@@ -95,5 +95,4 @@ def verify_rows(logits: torch.Tensor, drafted: list[list[int]], q: torch.Tensor 
     counts = torch.tensor(counts, device=device)
     if sampling.temperature == 0:
         return verify_greedy(likeliest(logits)[rows], tokens, counts)
-    return verify(probabilities(logits[rows], sampling), q if q is None else q[:, :G], tokens,
-                  counts, generator)
+    return verify(probabilities(logits[rows], sampling), q, tokens, counts, generator)

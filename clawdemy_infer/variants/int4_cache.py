@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from clawdemy_infer.arithmetic.work import at_least_1
 from clawdemy_infer.attention import attend, causal_mask
 from clawdemy_infer.fast.backends import kernel
-from clawdemy_infer.kv_cache.step import Rectangle, at_least_1, rectangles
+from clawdemy_infer.kv_cache.step import Rectangle, rectangles
 from clawdemy_infer.quantization.integers import SMALLEST_SCALE
 from clawdemy_infer.variants.parts import NOWHERE, KernelCache, PartStep, one_by_one, position_mask
 

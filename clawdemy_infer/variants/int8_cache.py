@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from clawdemy_infer.arithmetic.work import at_least_1
 from clawdemy_infer.fast.backends import kernel
 from clawdemy_infer.fast.codes import to_int8
 from clawdemy_infer.kv_cache.contiguous import RectanglePart
-from clawdemy_infer.kv_cache.step import at_least_1
 from clawdemy_infer.variants.parts import KernelCache
 
 

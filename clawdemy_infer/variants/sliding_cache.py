@@ -21,9 +21,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from clawdemy_infer.arithmetic.work import at_least_1
 from clawdemy_infer.attention import attend
 from clawdemy_infer.fast.backends import kernel
-from clawdemy_infer.kv_cache.step import Rectangle, at_least_1, positions, rectangles
+from clawdemy_infer.kv_cache.step import Rectangle, positions, rectangles
 from clawdemy_infer.variants.parts import NOWHERE, KernelCache, PartStep, one_by_one, position_mask
 
 
