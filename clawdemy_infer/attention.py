@@ -13,8 +13,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
     Returns [B*T, N*H]. Query head n reads KV head n // G, where G = N/K. `mask`, 0 or -inf, is
     added to the scores, [B or 1, 1, T, S] or [T, S]; without one, T is 1 and sees all keys, or T is
-    S and query i sees the keys up to i. What a mask hides does not matter, NaN included.
-    """
+    S and query i sees the keys up to i. What a mask hides does not matter, NaN included."""
     (B, K), (M, N, H) = k.shape[:2], q.shape
     T = M // B
     if T == 1:

@@ -28,10 +28,7 @@ class Attention:
     """N query heads, K KV heads, H numbers in each. `window` in tokens, None to see everything.
 
     Without `owns_kv` the layer projects and stores no keys and values but reads an earlier one's
-    (cross-layer attention, Brandon et al. 2024). `sinks`: a learned logit a head (gpt-oss). `gate`:
-    numbers of a head that weigh its output (Qiu et al. 2025). `one_kv`: a product makes K, and V is
-    a copy of it; `per_layer`: width of an input of the layer's own (both Gemma 4). `value`: width
-    of a value head where it is not H (MiMo-V2)."""
+    (cross-layer attention, Brandon et al. 2024). The other fields are those of `ModelShape`."""
 
     D: int
     N: int

@@ -2,8 +2,7 @@
 
 Gated MLPs: Shazeer 2020. Mixture of experts: Shazeer et al. 2017, Jiang et al. 2024 (Mixtral);
 shared experts: Dai et al. 2024. `numbers(tokens)` counts, matrix by matrix, the numbers that
-`tokens` tokens are expected to touch: all of an MLP, of the experts only some; for None, all.
-"""
+`tokens` tokens are expected to touch: all of an MLP, of the experts only some; for None, all."""
 
 from dataclasses import dataclass, replace
 
@@ -35,15 +34,14 @@ class MLP:
         return {name: I * O for name, (I, O) in matrices.items()} | {
             "vectors": sum(O for name, (_, O) in matrices.items() if name in self.biases)}
 
-    def activation(self, run: Pass, rows: float) -> Work:
+    def activation(self, run: Pass, rows: float, of: str = "") -> Work:
         """Read what the first product wrote, write F numbers."""
         name, arrays = ("silu(gate)*up", 3) if self.gated else ("activation", 2)
-        return run.elementwise(name, arrays * rows * self.F)
+        return run.elementwise(of + name, arrays * rows * self.F)
 
     def work(self, run: Pass, of: str = "") -> list[Work]:
         products = [run.matmul(of + name, I, O) for name, (I, O) in self.matrices().items()]
-        activation = self.activation(run, run.tokens)
-        return [*products, activation._replace(name=of + activation.name)]
+        return [*products, self.activation(run, run.tokens, of)]
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ class MoE:
     `shared` for all of them, which a number weighs where there is a `shared_gate` (Qwen2-MoE). The
     first `first_dense` layers have a plain MLP; then every `every`-th, from `offset`, has experts;
     `layers` names those that do, where there is no such rule. With a `latent`, a product goes to
-    that width before the experts and one comes back after them (Nemotron 3).
-    """
+    that width before the experts and one comes back after them (Nemotron 3)."""
 
     experts: int
     active: int

@@ -70,8 +70,7 @@ class LatentAttention:
     def of_rows(self, run: Pass) -> list[Work]:
         products = [run.matmul(name, I, O)
                     for name, (I, O) in self.matrices().items() if name != "kv_b"]
-        rope = run.elementwise("rope", 2 * run.tokens * (self.N + 1) * self.mla.rope)
-        return [*products, rope]
+        return [*products, run.elementwise("rope", 2 * run.tokens * (self.N + 1) * self.mla.rope)]
 
     def of_sequences(self, run: Pass) -> list[Work]:
         """What lies between the queries and the output matrix, kv_b included, in the form that
@@ -109,7 +108,7 @@ class LatentAttention:
                 run.matmul("absorb_v", latent, self.mla.value) * self.N]
 
     def _attention(self, run: Pass, read: float, key: int, value: int, rows: int) -> Work:
-        """Scores of `key` numbers, sums of `value`, by head and visible pair; `read`: K and V."""
+        """Scores of `key` numbers, sums of `value`, by head and visible pair; `read` K, V bytes."""
         width = self.N * (key + value)                          # of Q and the output together
         flops = 2 * run.B * width * visible_pairs(run.T, run.S, self.mla.chosen or None)
         q_and_o = run.tokens * width * element_bytes("activations", run.activations)

@@ -61,9 +61,6 @@ class Layer:
         norms = self.norms * self.D * (2 if self.norm_bias else 1)
         return own | feed | {"vectors": self.mixer.vectors() + feed["vectors"] + norms}
 
-    def parameters(self) -> int:
-        return sum(self.numbers().values())
-
     def held(self, context: int, kv: Format) -> float:
         """Bytes that a sequence leaves in memory for the next step."""
         return self.mixer.kept(context) * element_bytes("kv", self.format or kv)
@@ -116,13 +113,13 @@ class ModelShape:
     parallel    attention and MLP side by side
     rope        whether positions are rotations; else `positions` rows of a learned table, or none
     biases      what adds one, of `BIASES`
-    sinks       a learned logit for each query head
-    gate        numbers of a query head that weigh its output
+    sinks       a learned logit for each query head (gpt-oss)
+    gate        numbers of a query head that weigh its output (Qiu et al. 2025)
     full        K and H of the layers without a window, where theirs are others
-    one_kv      there a product makes K, and V is a copy of it
-    value       width of a value head, where it is not H
+    one_kv      there a product makes K, and V is a copy of it (Gemma 4)
+    value       width of a value head, where it is not H (MiMo-V2)
     wide        twice the width F in the layers that use another's cache
-    per_layer   width of the input that each layer has of its own, from a table of its own
+    per_layer   width of the input that each layer has of its own, from its own table (Gemma 4)
     extra       numbers beside all these: norms of an unusual width, scales
     """
 
@@ -318,6 +315,5 @@ class ModelShape:
 def _pass(batch: int, new: int, context: int, options: dict) -> Pass:
     at_least_1(batch=batch, new=new, context=context)
     if context < new:
-        raise ValueError(f"context={context}: it counts the {new} new tokens too, so it is at "
-                         f"least {new}")
+        raise ValueError(f"context={context}: it counts the {new} new tokens too; at least {new}")
     return Pass(batch, new, context, **options)

@@ -10,8 +10,7 @@ convolution (LFM2, 2025) has no state.
 A short convolution over the last `conv` tokens goes before it. Mamba computes dt, B and C from each
 channel's input by two thin matrices, and a_t differs for every state; Mamba-2 takes all from one
 product, with one a_t for a head of channels. These letters, and A and D in a comment below, are the
-papers' and local: B is not the batch, and the width of the model is `self.D`.
-"""
+papers' and local: B is not the batch, and the width of the model is `self.D`."""
 
 from dataclasses import dataclass
 

@@ -2,8 +2,7 @@
 
 It knows no clock but its executor's: `TorchExecutor` runs the model and reads the clock,
 `RooflineExecutor` charges what the roofline says. The scheduler that decides is the same, so what
-an engine does, a simulation does.
-"""
+an engine does, a simulation does."""
 
 from bisect import insort
 from collections.abc import Hashable, Iterable, Mapping
@@ -42,8 +41,7 @@ class Engine:
 
     Ctrl-C or Jupyter's stop button takes effect between two steps, so that nothing is ever half
     done: each `Sequence` has what the step brought, and the engine goes on with the next `step` or
-    `run`, or `cancel_all` clears it. A request whose logits leave nothing to choose fails alone.
-    """
+    `run`, or `cancel_all` clears it. A request whose logits leave nothing to choose fails alone."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, block_bytes: float = 0.0) -> None:
         self.scheduler, self.executor, self.block_bytes = scheduler, executor, block_bytes

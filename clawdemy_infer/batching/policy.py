@@ -24,7 +24,7 @@ class Policy:
                      begins it anew, "swap" moves its blocks to the host (Kwon et al. 2023, 4.5)
     prefix_caching   prompts that begin alike share blocks
     gamma            most tokens that are drafted for a decoding sequence, and verified in the same
-                     step (Leviathan et al. 2023), in what budget and blocks are left over; 0: none
+                     step (Leviathan et al. 2023), as far as budget and blocks are left; 0: none
     """
 
     batching: str = "continuous"
@@ -48,5 +48,4 @@ class Policy:
             raise ValueError(f"gamma={self.gamma}: a whole number, 0 (draft nothing) or more")
         for name in ("token_budget", "prefix_caching", "gamma"):
             if self.batching == "static" and (value := getattr(self, name)):
-                raise ValueError(f"{name}={value}: only continuous batching has this; a static "
-                                 "batch is padded")
+                raise ValueError(f"{name}={value}: only continuous batching has this, not static")

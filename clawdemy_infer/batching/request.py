@@ -35,8 +35,7 @@ class Request:
     sampling        a `model.Sampling`; None is greedy
     stop            texts that end it
 
-    Raises ValueError for senseless numbers; an empty or too long prompt is refused on arrival.
-    """
+    Raises ValueError for senseless numbers; an empty or too long prompt is refused on arrival."""
 
     id: Hashable
     prompt: str | int | tuple[int, ...] | list[int]
@@ -51,14 +50,11 @@ class Request:
         for name in ("max_tokens", "output_tokens"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r}: request {self.id!r} needs a whole number, 1 "
-                                 "or more")
+                raise ValueError(f"{name}={value!r}: request {self.id!r} needs a whole number >= 1")
         if type(self.prompt) is int and self.prompt < 0:
-            raise ValueError(f"prompt={self.prompt}: request {self.id!r} needs a number of tokens, "
-                             "token ids or a text")
+            raise ValueError(f"prompt={self.prompt}: request {self.id!r} needs 0 tokens or more")
         if self.arrival_s is not None and not 0 <= self.arrival_s < inf:
-            raise ValueError(f"arrival_s={self.arrival_s}: request {self.id!r} arrives at 0 s or "
-                             "later")
+            raise ValueError(f"arrival_s={self.arrival_s}: {self.id!r} arrives at 0 s or later")
 
 
 _serial = count()

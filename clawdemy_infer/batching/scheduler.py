@@ -7,8 +7,7 @@
 How far a sequence has been computed is written down in one place only, `tables.lengths`. A sequence
 has `total` tokens, and what is not yet in the tables has to be brought: one token while it decodes,
 the prompt in the beginning, everything after a preemption by recomputation. So prefill, decode,
-chunks and resumption are the same rule, and a step that was interrupted is simply decided again.
-"""
+chunks and resumption are the same rule, and a step that was interrupted is simply decided again."""
 
 from bisect import insort
 from collections.abc import Mapping
@@ -112,7 +111,6 @@ class Scheduler:
 
     def update(self, emitted: Mapping[Sequence, Emission], now: float) -> list[Sequence]:
         """Take what came out of the step. Returns the sequences that have ended with it."""
-        ended = []
         for sequence, (ids, text, reason, num_tokens, num_draft_tokens) in emitted.items():
             sequence.extend([now] * num_tokens, ids, text)
             sequence.drafted += num_draft_tokens
@@ -123,9 +121,7 @@ class Scheduler:
                           "hold NaN or +inf, or are all -inf: no token can be chosen", now)
             elif reason or sequence.generated >= sequence.limit:
                 self._end(sequence, State.FINISHED, reason or "length", now)
-            if sequence.over:
-                ended.append(sequence)
-        return ended
+        return [sequence for sequence in emitted if sequence.over]
 
     # ---- details ----
 

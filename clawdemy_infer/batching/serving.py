@@ -39,8 +39,7 @@ def engine(model: Decoder, policy: Policy | None = None, *, kv_bytes: float = 2*
     block_bytes = block_size * shape.kv_bytes_per_token(model.dtype.itemsize)
     blocks = int(kv_bytes // block_bytes)
     if blocks < 1:
-        raise ValueError(f"kv_bytes={kv_bytes}: at least {block_bytes}, a block of {block_size} "
-                         "tokens")
+        raise ValueError(f"kv_bytes={kv_bytes}: a block of {block_size} tokens needs {block_bytes}")
     host_blocks = int(host_bytes // block_bytes)
     scheduler = scheduler_for(policy, blocks, block_size, host_blocks,
                               model.config.same_angles_until or shape.max_context)

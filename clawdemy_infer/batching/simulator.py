@@ -1,7 +1,6 @@
 """The other clock: an executor that runs no model and charges what the roofline says.
 
-It leaves out the scheduler's own time, the tokenizer, and whatever a `Machine` does not know of.
-"""
+It leaves out the scheduler's own time, the tokenizer, and whatever a `Machine` does not know of."""
 
 from collections.abc import Iterable, Mapping
 from itertools import count as counter
@@ -110,8 +109,7 @@ def simulator(shape: ModelShape, machine: Machine, policy: Policy | None = None,
     The cache gets what the weights leave of `memory` bytes a device (default: nine tenths of what
     it has; the rest is for activations), or `kv_bytes` of each; `host_bytes` are to swap to. The
     rest is as in `RooflineExecutor` and `StepCost`; a draft's memory is not counted. Raises
-    ValueError where weights and one block do not fit, for a wrong alpha, or as `StepCost` does.
-    """
+    ValueError where weights and one block do not fit, for a wrong alpha, or as `StepCost` does."""
     policy, layout = policy or Policy(), Layout(tp)
     if policy.gamma and not (alpha is not None and 0 <= alpha <= 1):
         raise ValueError(f"alpha={alpha}: the chance, 0 to 1, that one of the gamma={policy.gamma} "

@@ -1,7 +1,7 @@
 """Static batching, the baseline: a batch is formed, padded, and kept until all in it have ended.
 
 Every prompt is computed as if it were as long as the longest, and ended sequences go on being
-computed. Memory, too, is taken as a rectangle. In return nothing moves: one plain cache, one shape.
+computed. Memory, too, is taken as a rectangle. In return nothing moves: a plain cache, one shape.
 """
 
 from collections.abc import Iterable

@@ -3,8 +3,7 @@
 Everything but attention sees M rows and not whose they are: what `ModelShape.step` says of one
 sequence with M new tokens. Attention is one operation for each chunk, and one for all that decode:
 linear in the keys that a sequence sees, so B sequences ask for what they would if each saw the
-mean. For sequences that are all alike the result is `Machine.time(shape.step(...))`.
-"""
+mean. For sequences that are all alike the result is `Machine.time(shape.step(...))`."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -35,8 +34,7 @@ class StepCost:
     """Seconds of a step of `shape` on `machine`, in these formats.
 
     With a tensor-parallel `layout` (Shoeybi et al. 2019): the work of one device, and the time that
-    they talk. Raises ValueError for a layout of another kind, or a machine without a link.
-    """
+    they talk. Raises ValueError for a layout of another kind, or a machine without a link."""
 
     def __init__(self, shape: ModelShape, machine: Machine, weights="bf16", kv="bf16",
                  activations="bf16", operations: Operations | None = None,

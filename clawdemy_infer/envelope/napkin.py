@@ -80,7 +80,14 @@ def card(shape: ModelShape, machine: Machine, batch: int = 1, context: int = 102
                              activations=computed) * times
         told = [asdict(one) | {"seconds": one.seconds * times} for one in
                 parallel.transfers(shape, layout, batch, new, machine.link, computed)]
-        result[phase] = _phase(work, machine, computed, told)
+        terms = {"memory": work.bytes / machine.bandwidth_at(),     # each alone
+                 "compute": work.flops / machine.peak(computed),
+                 "communication": sum(one["seconds"] for one in told)}
+        result[phase] = {
+            "flops": work.flops, "bytes": work.bytes, "intensity": work.intensity,
+            "parts": parts(work), **{f"{term}_s": seconds for term, seconds in terms.items()},
+            "transfers": told, "seconds": machine.napkin(work) + terms["communication"],
+            "bound": max(terms, key=terms.get)}
         if not capacity:
             result[phase] |= dict.fromkeys(("compute_s", "memory_s", "communication_s", "seconds",
                                             "bound")) | {"transfers": []}
@@ -95,19 +102,6 @@ def card(shape: ModelShape, machine: Machine, batch: int = 1, context: int = 102
         "dollars_per_hour": price, "priced": machine.priced, "watts": power,
         "dollars_per_million_tokens": price / 3600 / rate * 1e6 if price and rate else None,
         "joules_per_token": power / rate if power and rate else None,
-    }
-
-
-def _phase(work: Work, machine: Machine, dtype: str, transfers: list[dict]) -> dict:
-    """One phase of the card: the work, the seconds of each term alone, and the largest of them."""
-    terms = {"memory": work.bytes / machine.bandwidth_at(),
-             "compute": work.flops / machine.peak(dtype),
-             "communication": sum(one["seconds"] for one in transfers)}
-    return {
-        "flops": work.flops, "bytes": work.bytes, "intensity": work.intensity, "parts": parts(work),
-        **{f"{term}_s": seconds for term, seconds in terms.items()}, "transfers": transfers,
-        "seconds": machine.napkin(work) + terms["communication"],
-        "bound": max(terms, key=terms.get),
     }
 
 

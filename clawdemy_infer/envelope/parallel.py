@@ -48,18 +48,14 @@ class Layout:
         if shape.moe and shape.moe.experts % ep:
             raise ValueError(f"ep={ep}: it must divide the {shape.moe.experts} experts")
 
-    def sequences(self, batch: int) -> int:
-        """Sequences in the cache of one device, in the largest group."""
-        return ceil(batch / self.ep)
-
     def microbatch(self, batch: int) -> int:
         """Sequences that pass a stage together."""
-        return ceil(self.sequences(batch) / self.pp)
+        return ceil(batch / (self.ep * self.pp))
 
     def filling(self, batch: int) -> float:
         """How much longer a prefill takes because the pipeline starts empty: m microbatches need
         pp + m - 1 turns, the first alone pp."""
-        return 1 + (ceil(self.sequences(batch) / self.microbatch(batch)) - 1) / self.pp
+        return 1 + (ceil(batch / (self.ep * self.microbatch(batch))) - 1) / self.pp
 
 
 ONE_DEVICE = Layout()
@@ -98,10 +94,11 @@ def step(shape: ModelShape, layout: Layout, batch: int, new: int, context: int, 
 
 def fits(shape: ModelShape, layout: Layout, memory: float, batch: int, context: int,
          weights: Format = "bf16", kv: Format = "bf16") -> Capacity:
-    """Does the fullest stage fit into `memory` bytes a device? `batch` is what it caches."""
+    """Does the fullest stage of the largest group fit into `memory` bytes a device? It caches its
+    part of `batch`."""
     layout.check(shape)
     at_least_1(batch=batch, context=context)
-    own, sequences, pp = share(shape, layout.tp), layout.sequences(batch), layout.pp
+    own, sequences, pp = share(shape, layout.tp), ceil(batch / layout.ep), layout.pp
     stages = [own.layers[i * shape.L // pp:(i + 1) * shape.L // pp] for i in range(pp)]
     held = [sum(weigh(_held(layer, layout.ep), weights) for layer in stage) for stage in stages]
     # The first stage has the tables, the last what follows the layers, with a copy if tied.

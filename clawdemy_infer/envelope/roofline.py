@@ -3,8 +3,7 @@ larger of the first two, plus the third (the roofline: Williams, Waterman and Pa
 
 A `Machine` is a data sheet: one bandwidth, one peak by dtype. One that was measured
 (`machine.calibrated`) predicts through the same `time()` and knows more: bandwidth by working set,
-the rate of each kernel by its rows, seconds per operation.
-"""
+the rate of each kernel by its rows, seconds per operation."""
 
 import math
 from dataclasses import dataclass
@@ -171,10 +170,6 @@ class Machine:
         """How far the figures of `kernel` in `format` may be off, relative: 0 on a sheet."""
         return 0.0
 
-    def bytes_at(self, op: Work, working_set: float) -> float:
-        """Bytes/s at which `op` moves its bytes, among others that read `working_set` bytes."""
-        return min(self.bandwidth_at(working_set), self.handles_at(op))
-
     def time(self, work: Work, ops: int = 0, communication_s: float = 0.0) -> Prediction:
         """Seconds for `work`, each of its operations bound by compute or by memory, plus the fixed
         cost of `ops` operations and the time that devices talk, which nothing hides. The working
@@ -182,7 +177,7 @@ class Machine:
         compute_s, memory_s, parts = 0.0, 0.0, {}
         for op in work.operations():
             compute = op.flops / self.flops_at(op)
-            memory = op.bytes / self.bytes_at(op, work.bytes)
+            memory = op.bytes / min(self.bandwidth_at(work.bytes), self.handles_at(op))
             compute_s, memory_s = compute_s + compute, memory_s + memory
             name, spread = part_name(op), self.spread_at(op.kernel, op.weights or op.dtype)
             bound = "compute" if op.intensity > self.ridge(op.dtype) else "memory"

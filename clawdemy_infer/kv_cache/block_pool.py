@@ -1,5 +1,4 @@
-"""A pool of blocks, and how many hold each (Kwon et al. 2023, PagedAttention, sections 4.2 and
-4.4). No byte lies here.
+"""A pool of blocks, without bytes: how many hold each (Kwon et al. 2023, PagedAttention, 4.2, 4.4).
 
 A block is room for `block_size` tokens, in one of three states, and free + used = total always:
 
@@ -60,7 +59,7 @@ class BlockPool:
         self.ref_counts[block] += 1
 
     def release(self, block: int, keep: bool = False) -> None:
-        """One table fewer points at `block`; after the last it is empty, or idle if to `keep`."""
+        """One table fewer points at `block`; after the last it is empty, or with `keep` idle."""
         if not self.ref_counts[block]:
             raise ValueError(f"block={block}: it is released, but nobody holds it")
         self.ref_counts[block] -= 1

@@ -7,8 +7,7 @@ chunks of a prompt, or by a step that was interrupted. This file decides, for a 
 simulator and `paged.PagedCache`; the cache moves the bytes.
 
 One step goes   can_append?   reserve   (compute)   commit.   Before `commit` no length has changed,
-and a `reserve` that is not followed by one may be repeated: it finds the blocks that it took.
-"""
+and a `reserve` that is not followed by one may be repeated: it finds the blocks that it took."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -148,8 +147,7 @@ class BlockTables:
         """Take the blocks that the step needs, and copy those that it would write to and somebody
         else reads (copy on write).
 
-        Raises ValueError, before anything is taken, where `can_append` says no.
-        """
+        Raises ValueError, before anything is taken, where `can_append` says no."""
         for sequence in num_new_tokens.keys() - self.lengths.keys():
             self._known(sequence)
         if not self.can_append(num_new_tokens):

@@ -2,18 +2,16 @@
 
 A step cuts the batch into rectangles: neighbouring sequences that bring equally many tokens are
 computed together. A batch that decodes in step is a single rectangle. So is one whose sequences
-have different lengths, under a mask that hides what is not theirs: it reads as far as the longest,
-which is the price of a rectangle.
-"""
+have different lengths, under a mask of what is not theirs: it reads as far as the longest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 
 from clawdemy_infer.arithmetic.work import at_least_1
 from clawdemy_infer.attention import attend, causal_mask, visible_keys
-from clawdemy_infer.kv_cache.step import Rectangle, Step, rectangles
+from clawdemy_infer.kv_cache.step import Rectangle, Step, Tokens, rectangles
 
 
 class RectangularCache:
@@ -44,8 +42,7 @@ class RectangularCache:
         """Does each sequence stay within the capacity?"""
         return all(self.lengths[each] + T <= self.capacity for each, T in num_new_tokens.items())
 
-    def begin(self, new: Mapping[int, Sequence[int]],
-              window: int | None = None) -> "RectangularStep":
+    def begin(self, new: Tokens, window: int | None = None) -> "RectangularStep":
         """Begin a step; ValueError where the tokens do not fit."""
         return RectangularStep(self, new, window)
 
@@ -68,8 +65,7 @@ class RectangularCache:
         chosen = list(self.lengths) if sequence is None else [sequence]
         shortest = min(self.lengths[each] for each in chosen)
         if not 0 <= length <= shortest:
-            raise ValueError(f"length={length}: the cache holds {shortest} tokens, so 0 to "
-                             f"{shortest}")
+            raise ValueError(f"length={length}: the cache holds {shortest} tokens; as many at most")
         return chosen
 
     @property
@@ -78,12 +74,9 @@ class RectangularCache:
 
 
 class ContiguousCache(RectangularCache):
-    """Keys and values of `batch` sequences: two preallocated [L, B, K, capacity, H] tensors.
-
-    2 * L * B * K * capacity * H elements are allocated at once, so nothing is ever copied to make
-    room, and the keys of one head lie one behind the other, as attention reads them. Raises
-    ValueError where a size is below 1.
-    """
+    """Keys and values of `batch` sequences: two [L, B, K, capacity, H] tensors, allocated at once,
+    so that nothing is ever copied to make room. The keys of one head lie one behind the other, as
+    attention reads them. Raises ValueError where a size is below 1."""
 
     def __init__(self, layers: int, batch: int, kv_heads: int, head_dim: int, capacity: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:

@@ -4,8 +4,7 @@ blocks, and give them back when they end.
 `block_tables` decides which block is whose; here are the bytes, and the interface that the decoder
 knows. To attend, a step gathers: keys and values of a sequence are copied together from their
 blocks, then attention is that of any cache. That is one write and one more read of everything kept,
-in every layer; a kernel that follows the block table (`fast/`) spares both.
-"""
+in every layer; a kernel that follows the block table (`fast/`) spares both."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -15,15 +14,14 @@ import torch
 from clawdemy_infer.attention import attend, causal_mask, visible_keys
 from clawdemy_infer.kv_cache.block_pool import BlockPool
 from clawdemy_infer.kv_cache.block_tables import BlockTables
-from clawdemy_infer.kv_cache.step import Step
+from clawdemy_infer.kv_cache.step import Step, Tokens
 
 
 class PagedCache:
     """The sequences of `tables`, in two tensors [L, blocks, K, block_size, H] over their pool.
 
     Slot s, the s-th token of the pool, lies in block s // block_size at s % block_size. With K
-    before the tokens, those of one head within a block lie one behind the other.
-    """
+    before the tokens, those of one head within a block lie one behind the other."""
 
     span = None
 
@@ -31,6 +29,7 @@ class PagedCache:
                  capacity: int | None = None, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> None:
         pool, self.tables, self.kv_heads = tables.pool, tables, kv_heads
+        self.lengths = tables.lengths       # the sequences in the pool, and how many tokens count
         self.dtype, self.device = dtype, torch.device(device)
         self.capacity = capacity or pool.blocks * pool.block_size
         self.keys = torch.zeros(layers, pool.blocks, kv_heads, pool.block_size, head_dim,
@@ -55,15 +54,6 @@ class PagedCache:
     # ---- the sequences ----
 
     @property
-    def lengths(self) -> Mapping[Hashable, int]:
-        """The sequences in the pool, and how many tokens of each count."""
-        return self.tables.lengths
-
-    @property
-    def length(self) -> int:
-        return max(self.lengths.values(), default=0)
-
-    @property
     def allocated_bytes(self) -> int:
         """Bytes of all blocks, whether or not a sequence has them."""
         return self.keys.nbytes + self.values.nbytes
@@ -73,8 +63,7 @@ class PagedCache:
         return self.tables.can_append(num_new_tokens) and all(
             self.lengths[each] + T <= self.capacity for each, T in num_new_tokens.items())
 
-    def begin(self, new: Mapping[Hashable, Sequence[int]],
-              window: int | None = None) -> "PagedStep":
+    def begin(self, new: Tokens, window: int | None = None) -> "PagedStep":
         """Begin a step. Takes blocks, and copies those shared ones that it will write to."""
         return PagedStep(self, new, window)
 
@@ -128,11 +117,9 @@ class PagedStep(Step):
     """A step over block tables.
 
     `block_table[i]` are the blocks of the i-th sequence, in order, and `slot_mapping` [M] is the
-    slot that each new token goes to.
-    """
+    slot that each new token goes to."""
 
-    def __init__(self, cache: PagedCache, new: Mapping[Hashable, Sequence[int]],
-                 window: int | None) -> None:
+    def __init__(self, cache: PagedCache, new: Tokens, window: int | None) -> None:
         super().__init__(cache, new, window)
         pool = cache.keys, cache.values
         cache.tables.reserve(dict(zip(new, self.num_new_tokens, strict=True)),
@@ -158,25 +145,22 @@ class PagedStep(Step):
     def parts(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """For all sequences that bring equally many tokens: their rows of the packed step, the head
         slots [B, K, S] to gather, and the mask. Made when the first layer attends."""
-        first, members = 0, {}
+        cache, window, first, members, found = self.cache, self.window, 0, {}, []
         for i, T in enumerate(self.num_new_tokens):
-            members.setdefault(T, []).append((i, first))
+            members.setdefault(T, []).append((i, range(first, first + T)))
             first += T
-        return [self._gathered(T, *zip(*some, strict=True)) for T, some in members.items()]
-
-    def _gathered(self, T: int, chosen: Sequence[int], first_rows: Sequence[int]) -> tuple:
-        """For sequences `chosen` that bring T tokens each, from these rows of the step on."""
-        cache, window = self.cache, self.window
-        seen = [visible_keys(T, self.past[i] + T, window) for i in chosen]
-        longest = max(seen)
-        slots = [self.slots(i, self.past[i] + T - keys)
-                 for i, keys in zip(chosen, seen, strict=True)]
-        # The shorter are filled up with their own last slot: nobody reads what is another's.
-        slots = [mine + mine[-1:] * (longest - len(mine)) for mine in slots]
-        mask = causal_mask([keys - T for keys in seen], T, window, cache.dtype, cache.device)
-        rows = [first + t for first in first_rows for t in range(T)]
-        head_slots = cache.head_slots(torch.tensor(slots, device=cache.device)).transpose(1, 2)
-        return torch.tensor(rows, device=cache.device), head_slots, mask
+        for T, some in members.items():
+            seen = [visible_keys(T, self.past[i] + T, window) for i, _ in some]
+            longest = max(seen)
+            slots = [self.slots(i, self.past[i] + T - keys)
+                     for (i, _), keys in zip(some, seen, strict=True)]
+            # The shorter are filled up with their own last slot: nobody reads what is another's.
+            slots = [mine + mine[-1:] * (longest - len(mine)) for mine in slots]
+            mask = causal_mask([keys - T for keys in seen], T, window, cache.dtype, cache.device)
+            rows = torch.tensor([row for _, mine in some for row in mine], device=cache.device)
+            slots = torch.tensor(slots, device=cache.device)
+            found.append((rows, cache.head_slots(slots).transpose(1, 2), mask))
+        return found
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache = self.cache

@@ -3,8 +3,7 @@
 The keys and values of a block depend on its tokens and on all before them. So a block is known by a
 chain of digests, each over the digest before it and the block's own tokens. SHA-256: two prompts
 must never meet by chance, for the second would then be answered from the first one's memory.
-Standard library only.
-"""
+Standard library only."""
 
 from array import array
 from collections.abc import Sequence
@@ -49,7 +48,7 @@ class PrefixCache:
         return blocks
 
     def learn(self, digest: bytes, block: int) -> None:
-        """`block` is full, and this is what it holds. Another, known for the same tokens, stays."""
+        """`block` is full, and this is what it holds. Of two that hold the same the first stays."""
         if digest not in self._block_of:
             self._block_of[digest], self._digest_of[block] = block, digest
 

@@ -12,8 +12,7 @@ sequence has seen before. That knowledge is the cache's:
     step.commit()                                         the step is over: the new tokens count
 
 Until `commit`, `lengths` says what it said before. A step that was interrupted half-way has
-therefore not happened: begin it again, and it writes over what it had written.
-"""
+therefore not happened: begin it again, and it writes over what it had written."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import groupby
@@ -21,27 +20,24 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+Tokens = Mapping[Hashable, Sequence[int]]       # token ids by sequence
+
 
 class KVCache(Protocol):
-    """Keys and values of several sequences, named by anything hashable, in simple caches 0 ... B-1.
+    """Keys and values of sequences, named by anything hashable; in simple caches, 0 ... B-1."""
 
-    lengths     the sequences, in order, and how many tokens of each are kept and count
-    capacity    the most tokens that one sequence may come to hold
-    span        the most positions, where positions are counted within the cache, as in a window
-                with sinks: a text may then go on beyond the model's context. Otherwise None
-    dtype       of the keys and values that go in, and of the queries
-    """
-
-    lengths: Mapping[Hashable, int]
-    capacity: int
+    lengths: Mapping[Hashable, int]     # of the sequences, in order: tokens that are kept and count
+    capacity: int                       # the most tokens that one sequence may come to hold
+    # The most positions, where positions are counted within the cache, as in a window with sinks: a
+    # text may then go on beyond the model's context. Otherwise None.
     span: int | None
-    dtype: torch.dtype
+    dtype: torch.dtype                  # of the keys and values that go in, and of the queries
     device: torch.device
 
     def can_append(self, num_new_tokens: Mapping[Hashable, int]) -> bool:
         """Is there room for this many more tokens of each sequence? Ask before `begin`."""
 
-    def begin(self, new: Mapping[Hashable, Sequence[int]], window: int | None = None) -> "Step":
+    def begin(self, new: Tokens, window: int | None = None) -> "Step":
         """Begin a step that brings these token ids. ValueError, before anything is changed, where
         `can_append` would say no."""
 
@@ -58,8 +54,7 @@ class Step:
     window                  the model's own sliding window in tokens, or None
     """
 
-    def __init__(self, cache: KVCache, new: Mapping[Hashable, Sequence[int]],
-                 window: int | None = None) -> None:
+    def __init__(self, cache: KVCache, new: Tokens, window: int | None = None) -> None:
         lengths = cache.lengths
         if not new:
             raise ValueError("new: at least one sequence is needed")
@@ -67,8 +62,7 @@ class Step:
             if sequence not in lengths:
                 raise ValueError(f"new: the cache has no sequence {sequence!r}")
             if not ids:
-                raise ValueError(f"new: sequence {sequence!r} brings no token; at least 1 is "
-                                 "needed")
+                raise ValueError(f"new: sequence {sequence!r} brings no token; it needs at least 1")
             if lengths[sequence] + len(ids) > cache.capacity:
                 raise ValueError(f"cache: it holds {lengths[sequence]} tokens of at most "
                                  f"{cache.capacity}, and {len(ids)} more do not fit")

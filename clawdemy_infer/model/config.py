@@ -18,8 +18,7 @@ class ModelConfig:
     """A shape that the decoder runs, the epsilon of its norms, the base and the scaling of its
     rotary positions, and the ids that begin and end a text.
 
-    Raises ValueError naming a field that the arithmetic can count and the decoder cannot run.
-    """
+    Raises ValueError naming a field that the arithmetic can count and the decoder cannot run."""
 
     shape: ModelShape
     norm_eps: float = 1e-6

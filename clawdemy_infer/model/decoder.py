@@ -4,15 +4,14 @@ One step is, in the letters of `arithmetic.work`,
 
     tokens [M] -> embed -> L x (attention, MLP) -> norm -> head -> logits [M, V]
 
-over M rows, the new tokens of all sequences one behind the other, B * T where each of B sequences
-brings T. Only attention must know whose row is whose, and asks the cache.
+over M rows, the new tokens of all sequences one behind the other. Only attention must know whose
+row is whose, and asks the cache.
 
 Touvron et al. 2023 (Llama); Jiang et al. 2023 (Mistral's sliding window); Qwen2 adds a bias to Q, K
 and V, Qwen3 a norm to the heads of Q and K. What one family has and another has not is a field of
-the config, never a subclass.
-"""
+the config, never a subclass."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, Step
+from clawdemy_infer.kv_cache.step import Tokens
 from clawdemy_infer.model.config import ModelConfig
 from clawdemy_infer.model.rope import angular_frequencies, rope_tables, rotate
 
@@ -49,8 +49,7 @@ class Layer(nn.Module):
     """One layer: attention and a gated MLP, each behind a norm and added to the residual stream.
 
     Q, K and V are one matrix, and so are gate and up: the same bytes in fewer operations, each of
-    which costs a few microseconds on a CPU whatever its size. A variant replaces one half.
-    """
+    which costs a few microseconds on a CPU whatever its size. A variant replaces one half."""
 
     def __init__(self, shape: ModelShape, eps: float) -> None:
         super().__init__()
@@ -149,8 +148,7 @@ class Decoder(nn.Module):
         return self.step(new, cache, int(last_only)).view(B, -1, self.config.shape.V)
 
     @torch.inference_mode()
-    def step(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache,
-             logits_to_keep: LogitsToKeep = 1) -> torch.Tensor:
+    def step(self, new: Tokens, cache: KVCache, logits_to_keep: LogitsToKeep = 1) -> torch.Tensor:
         """One forward pass over `new`, the token ids that each of some sequences brings. Returns
         the logits of the last row of each sequence, [B, V] in the order of `new`; of as many of its
         last rows as `logits_to_keep` says; or, for 0, of all M rows, [M, V].
@@ -158,8 +156,7 @@ class Decoder(nn.Module):
         The cache counts the tokens only when the whole step is done, so an interrupted step can
         simply be run again. Logits come out of inference mode: `clone()` them to write into them.
         Raises ValueError, before any work, for an unknown sequence or token, or for more tokens
-        than the cache or the model's context has room for.
-        """
+        than the cache or the model's context has room for."""
         self._check(new, cache)
         tokens = torch.tensor([token for ids in new.values() for token in ids], device=self.device)
         step = cache.begin(new, self.config.shape.window)
@@ -200,7 +197,7 @@ class Decoder(nn.Module):
         """Of vectors [M, D] that are normed: [M, V]."""
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
-    def _check(self, new: Mapping[Hashable, Sequence[int]], cache: KVCache) -> None:
+    def _check(self, new: Tokens, cache: KVCache) -> None:
         shape = self.config.shape
         for sequence, ids in new.items():
             if wrong := [token for token in ids if not 0 <= token < shape.V]:

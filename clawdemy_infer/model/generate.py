@@ -25,8 +25,7 @@ class Generation:
     the call to the first token: the prefill and its choice. `tpot_s`, time per output token, is
     that of decode alone: see `seconds_per_token`. `finish_reason` is eos, stop (a stop string
     came), length (max_tokens reached), interrupted (Ctrl-C), or failed (no finite logits), which
-    only `speculate_batch` returns.
-    """
+    only `speculate_batch` returns."""
 
     prompt_tokens: list[int]
     tokens: list[int]
@@ -47,8 +46,7 @@ def generate(model: Decoder, prompt: str | Sequence[int], max_tokens: int = 64,
     runs the whole text anew for every token. An interrupt ends the generation: what is there by
     then has gone to `on_token`, and comes back. However it ends, the cache holds all but the last
     token. Raises ValueError, before any work, for an empty prompt, a wrong `max_tokens`, `stop` or
-    `cache`, or more than the context holds; and where the logits leave nothing to choose.
-    """
+    `cache`, or more than the context holds; and where the logits leave nothing to choose."""
     # 1) Check, and make a cache.
     start, sampling = now(), sampling or Sampling()
     ids, stop = prompt_ids(model, prompt), (stop,) if isinstance(stop, str) else tuple(stop)
@@ -123,8 +121,7 @@ def prompt_ids(model: Decoder, prompt: str | Sequence[int]) -> list[int]:
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]
     if model.tokenizer is None:
-        raise ValueError("prompt is a text, but this model's directory has no tokenizer.json; "
-                         "token ids are accepted")
+        raise ValueError("prompt is a text, and there is no tokenizer.json; ids are accepted")
     return model.tokenizer.encode(prompt)
 
 

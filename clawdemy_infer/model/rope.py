@@ -1,11 +1,10 @@
 """Rotary position embedding (RoPE): a token's position is an angle by which its Q and K turn.
 
 Su et al. 2021, "RoFormer", section 3.4.2: the dimensions of a head form H/2 pairs, and at position
-m the pair j turns by m * theta^(-2j/H). The angle of a query at m to a key at n is of m - n alone.
+m the pair j turns by m * theta^(-2j/H). A query at m meets a key at n at an angle of m - n alone.
 
 Which dimensions pair up is a convention of the checkpoint. The paper pairs neighbours (0,1), (2,3),
-…; Hugging Face's weights pair halves (0, H/2), (1, H/2 + 1), …, and so do we.
-"""
+…; Hugging Face's weights pair halves (0, H/2), (1, H/2 + 1), …, and so do we."""
 
 import torch
 
@@ -28,8 +27,7 @@ def rope_tables(frequencies: torch.Tensor, positions: torch.Tensor, dtype: torch
     """cos and signed sin of `positions` [M] times `gain`, each [M, 1, H]: made once a step and
     shared by all layers. `frequencies` are [H/2], or [M, H/2] where each row has its own.
 
-    The sine carries the sign of its half, (-sin, +sin), so that `rotate` needs no negation.
-    """
+    The sine carries the sign of its half, (-sin, +sin), so that `rotate` needs no negation."""
     angles = (positions[:, None] * frequencies)[:, None]                 # [M, 1, H/2]
     cos, sin = angles.cos(), angles.sin()
     if gain != 1:

@@ -10,13 +10,12 @@ NOTHING = -1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature=0`, the default, is greedy, whatever the rest.
+    """How the next token is chosen. `temperature=0`, the default, is greedy and ignores the rest.
 
     top_k keeps the k likeliest tokens; top_p the fewest likeliest that hold at least p of the
     probability (Holtzman et al. 2020, nucleus sampling); min_p those at least min_p times as likely
     as the likeliest (Nguyen et al. 2024). Without a `seed` every run draws afresh. Raises
-    ValueError for a value that makes no sense.
-    """
+    ValueError for a value that makes no sense."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -50,8 +49,7 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
     Filters act in the order temperature, top-k, top-p, min-p, each on what the one before left:
     transformers' order, and other orders give other distributions. Greedy is the distribution that
-    is certain of the likeliest token. NaN where there is none, as in `NOTHING`.
-    """
+    is certain of the likeliest token. NaN where there is none, as in `NOTHING`."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.temperature == 0:
         largest, token = logits.max(-1, keepdim=True)
@@ -95,8 +93,7 @@ def draw(weights: torch.Tensor, generator: torch.Generator | None = None) -> tor
     for a row that sums to nothing, to NaN or to infinity.
 
     The first at which the running sum exceeds a random share of the whole. `torch.multinomial`
-    draws a random number for each token of the vocabulary, and takes twenty times as long.
-    """
+    draws a random number for each token of the vocabulary, and takes twenty times as long."""
     sums = weights.cumsum(-1, dtype=torch.float64)
     u = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64, device=sums.device)
     found = torch.searchsorted(sums, u * sums[:, -1:], right=True).squeeze(-1)

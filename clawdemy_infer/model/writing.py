@@ -59,7 +59,7 @@ class Writer:
                            else "" if self.left > 0 else "length")
             if self.stream:
                 text += self.stream.push(token) if came else ""
-                if self.reason and not self.stream.stopped:
+                if self.reason:
                     text += self.stream.close()
                 if self.stream.stopped:
                     self.reason = "stop"
@@ -70,8 +70,7 @@ class TextStream:
     """Tokens in, text out: each piece is whole characters, and never part of a stop string.
 
     A character may be spread over several tokens, and a stop string too. What might still become
-    either is held back until the next token decides. The pieces joined together are `text`.
-    """
+    either is held back until the next token decides. The pieces joined together are `text`."""
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
@@ -93,12 +92,8 @@ class TextStream:
 
     def close(self) -> str:
         """No more tokens: return all that was held back, unless a stop string came."""
-        if self.stopped:
-            return ""
-        rest = self._settle(self._undecoded())
-        if not self.stopped:
-            rest += self.held
-            self.text += self.held
+        rest = self._settle(self._undecoded()) + self.held      # at a stop string nothing is held
+        self.text += self.held
         self.held, self._read = "", len(self._ids)
         return rest
 

@@ -8,9 +8,7 @@ error of their weights. Multiply such weights by s > 1 before rounding, and the 
 
 Weights s times as large on a grid that has hardly grown lose s times less, but too large an s
 stretches the grid of all neighbours. So s = mean|x|^a is searched (equation 5), with the a from 0
-to 1 of least error at the output of the block. The 1/s goes into the weights of what made x
-(`fold`). Then each group is clipped.
-"""
+to 1 of least error at the block's output; `fold` puts 1/s into what made x. Groups are clipped."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -50,8 +48,7 @@ def awq(model: Decoder, tokens: torch.Tensor, format: Format, *,
     def search(original: nn.Module, arguments: tuple, y: torch.Tensor) -> None:
         x, rope, step, i = arguments
         if not torch.isfinite(y).all():
-            raise ValueError(f"tokens: the output of layer {i} that they lead to is not finite, "
-                             "and AWQ needs its size")
+            raise ValueError(f"tokens: the output of layer {i} that they lead to is not finite")
         # 1. The tokens that judge: all sinks, and some of the others.
         layer, sink = copy.layers[i], ~(_ordinary(x) & _ordinary(y))            # [M]
         some = (~sink).nonzero()[::-(-len(sink) // MAX_JUDGES)]

@@ -11,8 +11,7 @@ Round column j to q_j. The columns not yet rounded then do best to move by (equa
 
 and H⁻¹ loses row and column j (equation 3). All rows take the columns in the same order, so the
 rows that are needed are known beforehand: up to a scale those of the Cholesky factor U of H⁻¹ =
-Uᵀ U (section 3.3). Weights end up *further* from where they were than by rounding, outputs nearer.
-"""
+Uᵀ U (section 3.3). Weights end *further* from where they were than by rounding, outputs nearer."""
 
 from collections.abc import Callable
 
@@ -68,8 +67,7 @@ def hessian_of(x: torch.Tensor, name: str = "x") -> torch.Tensor:
     x = x.float()
     H = x.T @ x * (2 / len(x))          # M·I² multiplications: most of GPTQ's arithmetic
     if not torch.isfinite(H.diagonal()).all():
-        raise ValueError(f"tokens: the inputs of {name} that they lead to are not all finite, and "
-                         "GPTQ needs their squares")
+        raise ValueError(f"tokens: the inputs of {name} that they lead to are not all finite")
     return H
 
 

@@ -4,10 +4,8 @@
     integer zero       x ~ (code - zero) * scale                   0 <= code < 2^b
     float zero         x ~ code * scale + zero                     0 <= code < 2^b
 
-A group of mostly positive weights wastes codes of a symmetric grid. A zero point moves the grid: by
-whole steps, so that the weight 0 stays 0 (GPTQ's and AWQ's files), or by any amount (llama.cpp's
-Q4_1, PyTorch's packed int4).
-"""
+Mostly positive weights waste codes of a symmetric grid. A zero point moves it: by whole steps, so
+that 0 stays 0 (GPTQ's and AWQ's files), or freely (llama.cpp's Q4_1, PyTorch's packed int4)."""
 
 import torch
 

@@ -32,15 +32,14 @@ def watchable(model: Decoder) -> dict[str, nn.Linear]:
     return linears(model)
 
 
-def with_matrices(model: Decoder, weights: Mapping[str, torch.Tensor | Quantized]) -> Decoder:
-    """A copy of `model` with these weights, by the name of their matrix; quantized ones as the
-    numbers their codes mean, so it is no faster. All other tensors are those of `model`."""
+def with_matrices(model: Decoder, weights: Mapping[str, Quantized]) -> Decoder:
+    """A copy of `model` with these weights, by the name of their matrix, as the numbers their codes
+    mean, so it is no faster. All other tensors are those of `model`."""
     with torch.device("meta"):
         copy = Decoder(model.config)
     state = model.state_dict()
     for name, weight in weights.items():
-        values = weight.dequantize() if isinstance(weight, Quantized) else weight
-        state[f"{name}.weight"] = values.to(model.dtype)
+        state[f"{name}.weight"] = weight.dequantize().to(model.dtype)
     copy.load_state_dict(state, assign=True)
     copy.tokenizer = model.tokenizer
     return copy.eval().requires_grad_(False)

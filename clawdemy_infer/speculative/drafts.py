@@ -7,8 +7,7 @@
 
 A draft returns its tokens together with q, the distribution that it drew them from. Verification
 divides by q, so a q that is almost what was sampled from makes an output that is almost right, and
-no test of the text will tell.
-"""
+no test of the text will tell."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, Protocol

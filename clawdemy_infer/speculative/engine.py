@@ -1,8 +1,7 @@
 """Speculation in the engine: one ragged step verifies all drafts, beside the prompts of others.
 
 The scheduler says for how many drafted tokens a sequence has room, `Plan.num_lookahead_tokens`, and
-takes back what was rejected of those that the step committed.
-"""
+takes back what was rejected of those that the step committed."""
 
 from collections.abc import Mapping
 from functools import partial

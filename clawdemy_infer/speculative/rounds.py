@@ -1,8 +1,7 @@
 """The loop of speculative decoding: propose, read, verify, keep.
 
 A forward pass at batch 1 streams all the weights for one row. With γ drafted tokens it streams them
-once for γ + 1 rows, and brings up to γ + 1 tokens.
-"""
+once for γ + 1 rows, and brings up to γ + 1 tokens."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field

@@ -12,8 +12,7 @@ position the draft drew a token x from its distribution q, and the target has th
 Why the result has distribution p: token y comes out of a position with q(y) min(1, p(y) / q(y)) =
 min(p(y), q(y)) by being accepted, and by the residual with what is missing from there to p(y),
 since a token is rejected with probability 1 - sum min(p, q) = sum max(0, p - q), which is just what
-the residual is divided by.
-"""
+the residual is divided by."""
 
 from collections.abc import Sequence
 from itertools import accumulate
