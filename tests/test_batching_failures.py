@@ -3,6 +3,7 @@ lost, callbacks that raise, Ctrl-C."""
 
 import signal
 from dataclasses import replace
+from hashlib import sha256
 from itertools import product
 from math import inf, nan
 from random import Random
@@ -14,8 +15,7 @@ from small_engine import BLOCK, POLICIES, random_model
 from clawdemy_infer.batching import Policy, Request, State
 from clawdemy_infer.batching.serving import engine
 from clawdemy_infer.batching.torch_executor import TorchExecutor
-from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
-from clawdemy_infer.kv_cache.prefix_cache import PrefixCache
+from clawdemy_infer.kv_cache import ContiguousCache, PagedCache, prefix_cache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
 from clawdemy_infer.model.writing import Writer
 from clawdemy_infer.speculative import (
@@ -341,9 +341,9 @@ def test_what_a_failed_text_held_back_comes_out():
 
 def test_a_request_counts_once_in_the_statistics_and_is_hashed_once_however_long_it_waits(
         small, monkeypatch):
-    hashed, digest = [], PrefixCache.digest
-    monkeypatch.setattr(PrefixCache, "digest", lambda self, *block: (
-        hashed.append(block[1]), digest(self, *block))[1])
+    hashed = []
+    monkeypatch.setattr(prefix_cache, "sha256", lambda block: (
+        hashed.append(block), sha256(block))[1])
     served = made(small, Policy(max_batch=1, prefix_caching=True), blocks=12)
     requests = [Request(i, [i, *range(1, 30)], 12) for i in range(2)]
     assert served.run(requests).summary["finished"] == 2
