@@ -1,16 +1,14 @@
 """State-space mixers: a state of fixed size instead of a cache that grows. Mamba (Gu and Dao 2023),
 Mamba-2 (Dao and Gu 2024). Gated delta networks (Yang et al. 2024) and Kimi's delta attention (2025)
 are Mamba-2 with a correction: what the state already says of a key is taken off the value.
-Lightning attention (Qin et al. 2024) is Mamba-2 with decays that are fixed. A gated short
-convolution (LFM2, 2025) has no state.
+Lightning attention (Qin et al. 2024) has fixed decays, a short convolution (LFM2, 2025) no state.
 
     h_t = a_t h_{t-1} + (dt_t x_t) B_t      for each of `inner` channels, `state` numbers
     y_t = C_t · h_t
 
 A short convolution over the last `conv` tokens goes before it. Mamba computes dt, B and C from each
 channel's input by two thin matrices, and a_t differs for every state; Mamba-2 takes all from one
-product, with one a_t for a head of channels. These letters, and A and D in a comment below, are the
-papers' and local: B is not the batch, and the width of the model is `self.D`."""
+product, with one a_t for a head of channels. A, B, D and dt are the papers': B is no batch."""
 
 from dataclasses import dataclass
 
@@ -23,8 +21,7 @@ class SSM:
     `conv` tokens (0: none, and fixed decays). Mamba has `dt_rank`, the width through which dt
     comes; Mamba-2 has `heads`, and `groups` that share B and C. `norms`: dt, B and C are normed
     (Jamba). `delta`: the correction, whose heads have keys of `state` and values of inner/heads
-    numbers; with a dt_rank too, that of thin matrices. `format`: of the state, if not the cache's.
-    """
+    numbers; with a dt_rank too, by thin matrices. `format`: of the state, if not the cache's."""
 
     inner: int
     state: int
@@ -38,8 +35,7 @@ class SSM:
 
     def __post_init__(self) -> None:
         if self.state and bool(self.dt_rank) == bool(self.heads) and not self.delta:
-            raise ValueError(f"dt_rank={self.dt_rank}, heads={self.heads}: one of them is given; "
-                             "Mamba has a dt_rank, Mamba-2 has heads")
+            raise ValueError(f"dt_rank={self.dt_rank}, heads={self.heads}: one of them is given")
 
 
 @dataclass(frozen=True)
