@@ -8,6 +8,8 @@ the clock sees is kernels one right behind the other, as in a CUDA graph. The lo
 
 from __future__ import annotations
 
+import datetime
+import platform
 import statistics
 from collections.abc import Callable
 
@@ -31,3 +33,22 @@ def seconds(work: Callable[[], object]) -> float:
         end.record()
     torch.cuda.synchronize()
     return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1000
+
+
+def copy_bandwidth(size: int = 2**30) -> float:
+    """Bytes/s, read and written, of a copy on the GPU: what every kernel is measured against."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source))
+
+
+def gpu() -> dict:
+    """What a time on this GPU depends on: the device, and versions."""
+    import triton
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "name": device.name, "multiprocessors": device.multi_processor_count,
+        "memory_bytes": device.total_memory, "capability": f"{device.major}.{device.minor}",
+        "torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip,
+        "triton": triton.__version__, "system": platform.platform(),
+        "date": datetime.date.today().isoformat()}

@@ -240,7 +240,7 @@ def test_bench_on_a_gpu_chooses_blocks_times_every_kernel_and_says_which_machine
     from clawdemy_infer.cli.main import main
     from clawdemy_infer.from_config.catalog import machine
     from clawdemy_infer.rigs import bench_kernels
-    from clawdemy_kernels import blocks, examples, launch
+    from clawdemy_kernels import blocks, clock, examples, launch
 
     if DEVICE == "cuda":
         pytest.skip("there is a GPU; `bench --kernels` itself says more")
@@ -248,8 +248,8 @@ def test_bench_on_a_gpu_chooses_blocks_times_every_kernel_and_says_which_machine
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr("clawdemy_infer.machine.calibrate.this_machine",
                         lambda *_: machine("h100-sxm"))
-    monkeypatch.setattr(bench_kernels, "gpu", lambda: {"name": "a GPU", "triton": "3"})
-    monkeypatch.setattr(bench_kernels, "copy_bandwidth", lambda: 1e11)
+    monkeypatch.setattr(clock, "gpu", lambda: {"name": "a GPU", "triton": "3"})
+    monkeypatch.setattr(clock, "copy_bandwidth", lambda: 1e11)
     monkeypatch.setattr(bench_kernels, "seconds", lambda work: 1e-3)
     monkeypatch.setattr(blocks, "choose_all", lambda seconds: {"decode_paged 256": {"S_BLOCK": 32}})
     plain = examples.examples

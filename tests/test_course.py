@@ -1,6 +1,7 @@
 """The course runs to its end whatever a lesson does, and a built notebook is the same notebook
 everywhere."""
 
+import asyncio
 import base64
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import sys
 import time
 from io import BytesIO
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import psutil
@@ -71,6 +73,37 @@ def run(notebook, tmp_path, environment=None):
 
 
 # -- building -------------------------------------------------------------------------------------
+
+
+def test_a_reply_whose_sign_was_lost_is_found_at_the_next_look(monkeypatch):
+    """The first wait ends with nothing, though the reply is there."""
+    monkeypatch.setattr(course, "LOOK_S", 0.01)
+    waits = []
+
+    class Channel:
+        async def get_msg(self, timeout):
+            waits.append(timeout)
+            if len(waits) == 1:
+                await asyncio.sleep(timeout)
+                raise Empty
+            return {"reply": 42}
+    channel = Channel()
+    course.look_again(channel)
+    assert asyncio.run(channel.get_msg(timeout=None)) == {"reply": 42} and waits == [0.01, 0.01]
+
+
+def test_a_reply_that_never_comes_is_waited_for_as_long_as_was_asked(monkeypatch):
+    monkeypatch.setattr(course, "LOOK_S", 0.02)
+
+    class Channel:
+        async def get_msg(self, timeout):
+            await asyncio.sleep(timeout)
+            raise Empty
+    channel, start = Channel(), time.monotonic()
+    course.look_again(channel)
+    with pytest.raises(Empty):
+        asyncio.run(channel.get_msg(timeout=0.1))
+    assert time.monotonic() - start >= 0.1
 
 
 def test_building_twice_gives_the_same_bytes(checkout, monkeypatch):

@@ -23,7 +23,7 @@ def run(args: Args) -> int:
     from clawdemy_infer.rigs import bench_kernels as rig
     choose("cpu", "triton")                     # a clear word where Triton is not installed
     from clawdemy_kernels import blocks as block_sizes
-    from clawdemy_kernels import checks
+    from clawdemy_kernels import checks, clock
     from clawdemy_kernels.launch import on_gpu
 
     # 1. The machine, this GPU or one on paper, and what it needs at least.
@@ -35,14 +35,14 @@ def run(args: Args) -> int:
         machine = calibrated("cuda")
     if gpu:
         say("The clock chooses block sizes; a minute or two, most of it the compiler's …")
-        copy, chosen = rig.copy_bandwidth(), block_sizes.choose_all(rig.seconds)
+        copy, chosen = clock.copy_bandwidth(), block_sizes.choose_all(clock.seconds)
     rows = rig.kernel_rows(machine, copy)
     show(table_of(rows, "kernel bytes asked flops predicted_s bound",
                   f"Llama-3-8B sizes in bf16 on {machine.name}"), stderr=args.json)
     result = {"card": {"machine": machine.name, "bandwidth": machine.bandwidth_at(),
                        "sizes": "Llama-3-8B, batch 8, context 1024, bf16"},
               "device": torch.cuda.get_device_name() if gpu else None,
-              "gpu": rig.gpu() if gpu else None, "blocks": chosen, "copy_bytes_per_s": copy,
+              "gpu": clock.gpu() if gpu else None, "blocks": chosen, "copy_bytes_per_s": copy,
               "rows": rows}
     # 2. Times on a GPU, counted bytes without one; then values and machine code.
     if gpu:

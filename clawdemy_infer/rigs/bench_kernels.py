@@ -1,32 +1,11 @@
 """Each Triton kernel at the sizes of Llama-3-8B (`clawdemy_kernels.examples`): what the roofline
 allows, and on a GPU what the clock says beside PyTorch's own way."""
 
-import datetime
-import platform
-
 import torch
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
 from clawdemy_kernels.clock import seconds
-
-
-def copy_bandwidth(size: int = 2**30) -> float:
-    """Bytes/s, read and written, of a copy on the GPU: what every kernel is measured against."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * size / seconds(lambda: target.copy_(source))
-
-
-def gpu() -> dict:
-    import triton
-    device = torch.cuda.get_device_properties(0)
-    return {
-        "name": device.name, "multiprocessors": device.multi_processor_count,
-        "memory_bytes": device.total_memory, "capability": f"{device.major}.{device.minor}",
-        "torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip,
-        "triton": triton.__version__, "system": platform.platform(),
-        "date": datetime.date.today().isoformat()}
 
 
 @torch.inference_mode()

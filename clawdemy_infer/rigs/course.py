@@ -1,13 +1,16 @@
 """Run lessons, each in a kernel of its own, and keep what they measured."""
 
 import json
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty
 from textwrap import shorten
 from types import NoneType
 
@@ -15,6 +18,7 @@ import nbformat
 import psutil
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client import AsyncKernelManager
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -30,6 +34,7 @@ FLOOR_S, FACTOR = 300, 20
 busy, and never less than `FLOOR_S`. The build writes `seconds` above `FLOOR_S / FACTOR`."""
 LAST_OUTPUT_S = 30
 """What a cell shows may come so long after its end; after that, the kernel has lost a message."""
+LOOK_S = 1.0
 RUN = {"name": str, "seconds": 0, "ok": bool, "error": (str, NoneType),
        "first_cell_s": (0, NoneType), "peak_bytes": 0}
 KEPT = {"": {"code": [str], "run": RUN, "rows": [dict]}}
@@ -74,6 +79,7 @@ def execute(notebook: NotebookNode, name: str, folder: Path,
     start, first, peak, error, place = time.perf_counter(), None, 0, None, ""
     try:
         with client.setup_kernel(cwd=str(folder), env=environment, cleanup_kc=True):
+            look_again(client.kc.shell_channel)
             for index, number, cell in code_cells(notebook, core):
                 place, began = f"cell [{number}] `{first_line(cell.source)}`: ", time.perf_counter()
                 client.execute_cell(cell, index, execution_count=number)
@@ -92,6 +98,21 @@ def execute(notebook: NotebookNode, name: str, folder: Path,
         error = f"the kernel did not start: {failure}"
     return LessonRun(name, time.perf_counter() - start, error is None, error and place + error,
                      first, peak)
+
+
+def look_again(channel: AsyncZMQSocketChannel) -> None:
+    """Let `channel.get_msg` look each second: what a slider of the cell sends meanwhile on the same
+    socket may use up the sign that the reply has come (jupyter/nbclient #312)."""
+    get = channel.get_msg
+
+    async def get_msg(timeout: float | None = None) -> dict:
+        end = time.monotonic() + (math.inf if timeout is None else timeout)
+        while (left := end - time.monotonic()) > LOOK_S:
+            with suppress(Empty):
+                return await get(LOOK_S)
+        return await get(max(left, 0))
+
+    channel.get_msg = get_msg
 
 
 def code_cells(notebook: NotebookNode, core: bool) -> Iterator[tuple[int, int, NotebookNode]]:
