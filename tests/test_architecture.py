@@ -61,7 +61,7 @@ BUDGETS = {
                     "__init__.py"]),
 }
 
-OVER = {"lesson": 239}
+OVER = {"lesson": 53}
 """Lines that a wing has above its budget, since it reads what others wrote: configs of every
 family, checkpoints, GGUF, traces, streams. To be paid back: these figures may only fall."""
 

@@ -3,7 +3,7 @@
 import pytest
 from answers_01 import ALSO_RIGHT
 
-from clawdemy_course import exercise
+from clawdemy_course import checks, exercise
 from clawdemy_course.build_01 import CONFIGS, TASK, decode_step
 from clawdemy_infer.from_config import catalog, from_config
 from clawdemy_infer.lesson import build
@@ -63,5 +63,5 @@ def test_exercises_end_where_a_sum_by_hand_does():
     ("promise", "cards", 38, "fewer cards"),
 ])
 def test_a_method_that_is_nearly_right_is_told_what_it_forgot(name, step, answer, said):
-    status, line = build.check_step(step, exercise(name).steps[step], answer)
+    status, line = checks.check_step(step, exercise(name).steps[step], answer)
     assert status == build.WRONG and said in line

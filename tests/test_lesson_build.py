@@ -19,9 +19,10 @@ import torch
 from hypothesis import strategies as st
 
 import clawdemy_course
+from clawdemy_course.checks import Exercise, Step
 from clawdemy_course.properties import for_all
 from clawdemy_infer.lesson import Lesson, NotRight, build
-from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG, Exercise, Step, Task, Wrong
+from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG, Task, Wrong
 
 REPOSITORY = Path(__file__).parents[1]
 forks = pytest.mark.skipif(not build.FORKS, reason="a child process needs Linux")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clawdemy_course.drawing import contrast, ink
-from clawdemy_course.figures import beside, mark, pareto, roofline
+from clawdemy_course.figures import beside, mark, pareto, roofline, waterfall
 from clawdemy_course.guesses import guesses
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
@@ -82,7 +82,7 @@ def test_a_waterfall_climbs_from_napkin_to_measured_and_says_so(ax):
     parts = [{"name": name, "napkin_s": napkin, "predicted_s": None, "measured_s": measured}
              for name, napkin, measured in (("qkv", 0.01, 0.016), ("attention", 0.004, 0.002))]
     row = LedgerRow("01", "time per token", "s", napkin=0.014, measured=0.02, parts=parts)
-    text = plots.waterfall(ax, row, account(row))
+    text = waterfall(ax, row, account(row))
     bars = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in ax.patches]
     assert bars == [pytest.approx(ends) for ends in (
         (0, 0.014), (0.014, 0.020), (0.020, 0.018), (0.018, 0.020), (0, 0.020))]

@@ -23,6 +23,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, NamedTuple
 
 import clawdemy_course
+from clawdemy_course import checks
 from clawdemy_infer.envelope.roofline import Machine, Prediction
 from clawdemy_infer.lesson import build, ledger, tables
 from clawdemy_infer.lesson.build import OPEN, RIGHT, WRONG
@@ -221,10 +222,11 @@ class Lesson:
                             cause_right=right, date=ledger.today()))
         import matplotlib.pyplot as plt
 
+        from clawdemy_course.figures import waterfall
         from clawdemy_infer.lesson import plots
 
         figure, ax = plt.subplots()
-        plots.show(figure, plots.waterfall(ax, row, found))
+        plots.show(figure, waterfall(ax, row, found))
         print(found.sentence)
         if right is not None:
             print(f"{'✓' if right else '✗'} you said: {row.cause}.")
@@ -288,7 +290,7 @@ class Lesson:
         if odd := answers.keys() ^ exercise.steps.keys():
             raise ValueError(f"exercise {name!r}: {_listed(sorted(odd))} is missing or unknown; "
                              f"its steps are {_listed(exercise.steps)}")
-        found = [build.check_step(each, step, answers[each])
+        found = [checks.check_step(each, step, answers[each])
                  for each, step in exercise.steps.items()]
         status = next((bad for bad in (WRONG, OPEN) if bad in dict(found)), RIGHT)
         means = [f"✓ {name}: {exercise.means}"] if status == RIGHT else []
@@ -308,8 +310,8 @@ class Lesson:
         if (cases is None) == (expected is None):
             raise ValueError(f"exercise {name!r}: give `cases` for a function or `expected` for a "
                              "value, one of the two")
-        status, problem = (build.check_value(name, answer, expected, rtol) if cases is None
-                           else build.check_function(name, answer, cases, rtol))
+        status, problem = (checks.check_value(name, answer, expected, rtol) if cases is None
+                           else checks.check_function(name, answer, cases, rtol))
         self._stands(name, status, {
             RIGHT: f"✓ {name}: {means or 'right.'}", WRONG: f"✗ {problem} {nudge}".rstrip(),
             OPEN: f"○ {name}: not attempted yet. Write over the dots and run the cell again.",

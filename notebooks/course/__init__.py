@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 
-from clawdemy_infer.lesson.build import Exercise, Task
+from clawdemy_course.checks import Exercise
+from clawdemy_infer.lesson.build import Task
 
 
 def task(name: str) -> Task:

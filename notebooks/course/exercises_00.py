@@ -1,9 +1,9 @@
 """Lesson 00's exercises: a machine from three times, rows that make a product compute-bound, and
 copies and launches."""
 
+from clawdemy_course.checks import Exercise, Step
 from clawdemy_infer.arithmetic import matmul
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson.build import Exercise, Step
 
 MiB, GiB = 2**20, 2**30
 H100, L4 = catalog.machine("h100-sxm"), catalog.machine("l4")

@@ -3,8 +3,8 @@ and a promise on the time per token."""
 
 from math import ceil, floor
 
+from clawdemy_course.checks import Exercise, Step
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson.build import Exercise, Step
 
 
 def _agent_turn() -> Exercise:

@@ -1,8 +1,8 @@
 """Lesson 02's exercises: an agent's memory, a summary's seconds, and a prompt that is fetched or
 computed anew. Every right and wrong answer is computed."""
 
+from clawdemy_course.checks import Exercise, Step
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson.build import Exercise, Step
 
 # ---- 1. Agents of 30,000 tokens of Qwen3-4B on an L40S ----
 

@@ -1,8 +1,8 @@
 """Exercises of appendix A1: which format a published cache had, and whether a run can have
 happened."""
 
+from clawdemy_course.checks import Exercise, Step
 from clawdemy_infer.from_config import catalog
-from clawdemy_infer.lesson.build import Exercise, Step
 from clawdemy_infer.published import read
 
 

@@ -1,6 +1,7 @@
-"""Figures that one or two lessons draw: work under a machine's roof (00), latency and throughput
-(04), and seconds by napkin, prediction and measurement over the same x (04, 06)."""
+"""Figures of lessons: the waterfall of each explanation, work under a machine's roof (00), latency
+and throughput (04), and seconds by napkin, prediction and measurement over the same x (04, 06)."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,10 @@ from matplotlib.axes import Axes
 
 from clawdemy_infer.arithmetic import Work
 from clawdemy_infer.envelope.roofline import Machine
-from clawdemy_infer.lesson.plots import MEASURED, NAPKIN, ROOFLINE, units
+from clawdemy_infer.lesson.ledger import LedgerRow
+from clawdemy_infer.lesson.plots import COLOURS, MEASURED, NAPKIN, ROOFLINE, TEXT, units
+from clawdemy_infer.lesson.tables import si
+from clawdemy_infer.lesson.waterfall import COUNTED, REST, Account
 
 
 def roofline(ax: Axes, machine: Machine, dtype: str, colour: str | None = None,
@@ -69,3 +73,39 @@ def beside(ax: Axes, x: Sequence[float], napkin: Sequence[float],
     ax.set_ylim(bottom=0)
     units(ax.yaxis, "s")
     ax.legend()
+
+
+def waterfall(ax: Axes, row: LedgerRow, found: Account) -> str:
+    """Draw the steps from napkin to measured: orange for what is slower, blue for what is faster,
+    hatched for what is not explained. Returns the figure's alternative text."""
+    moments = {f"{limit} at that moment": kind for kind, (_, limit) in COUNTED.items()}
+    bars, level = [("napkin", 0.0, row.napkin, NAPKIN)], row.napkin
+    for name, step in found.steps.items():
+        bars.append((name, level, step, MEASURED if step > 0 else ROOFLINE))
+        level += step
+    said = []
+    for place, (name, start, step, colour) in enumerate([*bars, ("measured", 0.0, level, NAPKIN)]):
+        ax.bar(place, step, bottom=start, color="none" if name == REST else colour, width=0.7,
+               edgecolor=colour, hatch="//" if name == REST else None)
+        if name in moments:
+            name = f"{moments[name]} was {'slower' if step > 0 else 'faster'}"
+        shown = 0.0 if abs(step) < 1e-3 * level else step
+        value = "+" * (start > 0 and shown > 0) + si(shown, row.unit)
+        ax.annotate(value, (place, max(start, start + step)), xytext=(0, 3), ha="center",
+                    textcoords="offset points", fontsize=9)
+        if place:
+            ax.plot([place - 0.65, place - 0.35], [start or level] * 2, color=TEXT, linewidth=0.8)
+        said.append((name, value))
+    ax.set_xticks(range(len(said)), fontsize=9, labels=[
+        re.sub("[ -]", lambda hit: hit[0].strip() + "\n", name, count=1) for name, _ in said])
+    ax.set_ylim(0, 1.1 * max(start + max(step, 0) for _, start, step, _ in bars))
+    ax.grid(visible=False, axis="x")
+    units(ax.yaxis, row.unit)
+    if row.guess and row.guess < 2 * ax.get_ylim()[1]:
+        ax.axhline(row.guess, color=COLOURS[2], linestyle="--")
+        ax.annotate(f"you said {si(row.guess, row.unit)}", (len(said) - 1, row.guess), ha="center",
+                    xytext=(0, 3), textcoords="offset points", fontsize=9, color=COLOURS[2])
+        ax.set_ylim(0, max(ax.get_ylim()[1], 1.1 * row.guess))
+    clause = found.sentence.partition(": the napkin's")[0].partition(" from napkin")[0]
+    ax.set_title(f"{row.quantity}\n{clause}")
+    return f"Waterfall of {row.quantity}: {'; '.join(map(' '.join, said))}. {found.sentence}"
