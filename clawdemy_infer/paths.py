@@ -75,7 +75,7 @@ def alike(value: object, shape: object) -> bool:
     if isinstance(shape, tuple):
         return any(alike(value, each) for each in shape)
     if isinstance(shape, list):
-        return (isinstance(value, list) and len(value) >= len(shape) - 1
+        return (isinstance(value, list | tuple) and len(value) >= len(shape) - 1
                 and all(alike(each, shape[0]) for each in value))
     if isinstance(shape, dict):
         known = {name.removesuffix("?"): each for name, each in shape.items()}

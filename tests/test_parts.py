@@ -12,9 +12,9 @@ from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.fast.launches import count_ops, op_counter
 from clawdemy_infer.fast.recorded import RecordedSteps
-from clawdemy_infer.fast.watched import Watch
+from clawdemy_infer.fast.watched import Watch, cost_of_watching
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
-from clawdemy_infer.lesson.parts import Parts, Rate, StepOf, cost_of_watching
+from clawdemy_infer.lesson.parts import Parts, Rate, StepOf
 from clawdemy_infer.lesson.steps import filled_cache, step_ops, work_of
 from clawdemy_infer.lesson.waterfall import shares
 from clawdemy_infer.machine import probes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clawdemy_infer.files.layouts import pack, unpack
+from clawdemy_infer.fast.codes import pack, unpack
 from clawdemy_infer.quantization import IntFormat, Quantized, Scales, format_named
 from clawdemy_infer.quantization.floats import E2M1, E4M3, E5M2, FLOATS, NF4, NormalFloat
 

@@ -1,10 +1,11 @@
-"""Integers for weights: round to nearest. How the integers were found does not matter to the
-kernels that run them."""
+"""Integers for weights: round to nearest, and bytes without a gap between them. How the integers
+were found does not matter to the kernels that run them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from clawdemy_infer.quantization.integers import SMALLEST_SCALE
@@ -65,3 +66,22 @@ def int4_codes(weight: torch.Tensor, group: int = 64) -> Codes:
     zeros = (-low / scales).round().clamp(0, 15)
     codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
     return Codes(codes.to(torch.uint8).flatten(1), scales, zeros)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Bytes (uint8) [..., ceil(n * bits / 8)] of codes (uint8) [..., n], the first in the lowest
+    bits, no bit unused but at the end of a row. ValueError where one does not fit.
+
+        4 bits: (1, 2, 15)  ->  (0x21, 0x0F)
+    """
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"codes hold {int(codes.max())}: {bits} bits hold 0 to {2**bits - 1}")
+    each = np.unpackbits(codes.cpu().numpy()[..., None], -1, bits, "little")    # [..., n, bits]
+    return torch.from_numpy(np.packbits(each.reshape(*codes.shape[:-1], -1), -1, "little"))
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The codes [..., count], uint8, that `pack` put into bytes, or words."""
+    each = np.unpackbits(packed.contiguous().view(torch.uint8).numpy(), -1, count * bits, "little")
+    each = each.reshape(*packed.shape[:-1], count, bits)
+    return torch.from_numpy(np.packbits(each, -1, "little")[..., 0])

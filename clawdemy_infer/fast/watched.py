@@ -59,6 +59,18 @@ class Watch:
         self.within += took
 
 
+def cost_of_watching(calls: int = 500) -> float:
+    """Seconds that watching adds to a call and does not count as the call's own: the least of a
+    few readings, since whatever disturbs one makes it longer."""
+    def reading() -> float:
+        watch = Watch()
+        empty, start = watch.of("", lambda: None), now()
+        for _ in range(calls):
+            empty()
+        return (now() - start - watch.taken[""]) / calls
+    return min(reading() for _ in range(5))
+
+
 @contextmanager
 def watched(model: Decoder, cache: KVCache, watch: Watch) -> Iterator[Watch]:
     """While it lasts, `watch` sees the steps of `model` over `cache` part by part: products, named
@@ -129,6 +141,27 @@ def ops_by_part(model: Decoder, cache: KVCache, run: Callable[[], object]) -> Co
     with op_counter() as ops, watched(model, cache, Watch(lambda: ops.count)) as watch:
         watch.of("the rest", run)()
     return watch.taken
+
+
+def random_tokens(model: Decoder, batch: int, length: int) -> torch.Tensor:
+    """[B, T] token ids. A step costs the same whatever the tokens say."""
+    ids = torch.randint(model.config.shape.V, (batch, length),
+                        generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
+
+
+def started(model: Decoder, new: int = 1, batch: int = 1,
+            kind: type = ContiguousCache) -> Counter[str]:
+    """Operations that each part of one forward pass over `batch` x `new` tokens starts.
+
+    The context does not change them, and the batch only where attention goes another way for many
+    sequences; a prefill of two tokens takes as many as a long one. A decode step has a past.
+    """
+    past = 1 if new == 1 else 0
+    cache, tokens = kind.for_model(model, batch, past + new), random_tokens(model, batch, new)
+    model(tokens, cache, last_only=True)                # the first step may compile or record
+    cache.truncate(past)
+    return ops_by_part(model, cache, lambda: model(tokens, cache, last_only=True))
 
 
 # ---- the steps of an engine ----

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clawdemy_infer.files.tokenizer import Tokenizer
-from clawdemy_infer.from_config.keys import read_object
+from clawdemy_infer.from_config.keys import read_object, tables
 from clawdemy_infer.from_config.rope import SAID
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.refused import Refused
@@ -205,10 +205,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
               "mistral" if shape.window else "llama")
     said = {
         "_name_or_path": shape.name, "architectures": [f"{family.capitalize()}ForCausalLM"],
-        "model_type": family, "hidden_act": "silu", "num_hidden_layers": shape.L,
-        "hidden_size": shape.D, "num_attention_heads": shape.N, "num_key_value_heads": shape.K,
-        "head_dim": shape.H, "intermediate_size": shape.F, "vocab_size": shape.V,
-        "tie_word_embeddings": shape.tied, "max_position_embeddings": context,
+        "model_type": family, "hidden_act": "silu", **{
+            key: getattr(shape, field) for field, key in tables()["_decoder"]["shape"].items()},
+        "max_position_embeddings": context,
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
         "rope_scaling": rope and {"rope_type": rope.rope_type} | {
             key: getattr(rope, key) for key in SAID[rope.rope_type]},

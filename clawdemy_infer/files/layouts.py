@@ -17,9 +17,9 @@ For codes u from 0 to 2^b - 1 and weights (u - zero) · scale, of a matrix W [O,
 format's codes are moved up by 2^(b-1), which then is their zero. Four bytes make a word on any
 machine that runs torch."""
 
-import numpy as np
 import torch
 
+from clawdemy_infer.fast.codes import pack, unpack
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.integers import IntFormat
 from clawdemy_infer.refused import Refused
@@ -154,25 +154,6 @@ def from_awq(stored: dict[str, torch.Tensor], format: IntFormat) -> Quantized:
               for name in ("qweight", "qzeros"))
     codes, zeros = (each[..., order].flatten(-2).T for each in eights)
     return _restored(format, codes, zeros, stored["scales"], None)
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Bytes (uint8) [..., ceil(n * bits / 8)] of codes (uint8) [..., n], the first in the lowest
-    bits, no bit unused but at the end of a row. ValueError where one does not fit.
-
-        4 bits: (1, 2, 15)  ->  (0x21, 0x0F)
-    """
-    if codes.numel() and int(codes.max()) >= 2**bits:
-        raise ValueError(f"codes hold {int(codes.max())}: {bits} bits hold 0 to {2**bits - 1}")
-    each = np.unpackbits(codes.cpu().numpy()[..., None], -1, bits, "little")    # [..., n, bits]
-    return torch.from_numpy(np.packbits(each.reshape(*codes.shape[:-1], -1), -1, "little"))
-
-
-def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The codes [..., count], uint8, that `pack` put into bytes, or words."""
-    each = np.unpackbits(packed.contiguous().view(torch.uint8).numpy(), -1, count * bits, "little")
-    each = each.reshape(*packed.shape[:-1], count, bits)
-    return torch.from_numpy(np.packbits(each, -1, "little")[..., 0])
 
 
 def _unsigned(quantized: Quantized) -> tuple[torch.Tensor, torch.Tensor]:

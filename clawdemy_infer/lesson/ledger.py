@@ -27,9 +27,17 @@ TORN = b" #torn"
 OLD = {"speed", "why"}          # fields of earlier ledgers, which are passed over
 PART = {"name": object, **dict.fromkeys(("napkin_s", "predicted_s", "measured_s"),
                                         (int, float, type(None)))}
-KINDS = {**dict.fromkeys(("lesson", "quantity", "unit", "cause", "sentence", "machine", "date"),
-                         (str, "text")), "late": (bool, "number"),
-         **dict.fromkeys(("spread", "explained", "cause_right"), (Real | None, "number"))}
+POSITIVE, NUMBER = 5e-324, "a positive number below 1e30 is needed, or its ratio means nothing"
+FIELDS = {
+    "napkin": (POSITIVE, NUMBER),
+    **dict.fromkeys(("predicted", "low", "high", "measured", "guess"),
+                    ((POSITIVE, type(None)), NUMBER)),
+    **dict.fromkeys(("lesson", "quantity", "unit", "cause", "sentence", "machine", "date"),
+                    (str, "it is a text")),
+    **dict.fromkeys(("spread", "explained", "cause_right"), ((Real, type(None)), "it is a number")),
+    "late": (bool, "it is true or false"),
+    "parts": ([PART], f"a part has {', '.join(sorted(PART))}")}
+"""What a row may have, as `paths.alike` reads it, and how an error says so."""
 
 
 def versions() -> dict[str, str]:
@@ -55,7 +63,7 @@ class LedgerRow:
     parts        of each part of a step: name, napkin_s, predicted_s, measured_s
     explained    share of measured - napkin that the parts account for; `sentence` is computed too
 
-    Raises `ValueError` for a number not positive and finite, half an interval, or what is no text.
+    Raises `ValueError` for a number not in 0 to 1e30, half an interval, or what is no text.
     """
 
     lesson: str
@@ -80,23 +88,13 @@ class LedgerRow:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))        # JSON knows lists alone
-        for name in ("napkin", "predicted", "low", "high", "measured", "guess"):
-            value = getattr(self, name)
-            if (value is not None or name == "napkin") and not (
-                    isinstance(value, Real) and 0 < value < 1e300):
-                raise ValueError(f"{name}={value!r} for {self.quantity!r}: a positive, finite "
-                                 "number is needed, or its ratio means nothing")
+        for name, (shape, accepted) in FIELDS.items():
+            if not alike(value := getattr(self, name), shape):
+                raise ValueError(f"{name}={value!r} for {self.quantity!r}: {accepted}")
         ends = (self.low, self.predicted, self.high)
         if ends != (None, self.predicted, None) and (None in ends or list(ends) != sorted(ends)):
             raise ValueError(f"low={self.low}, high={self.high} for {self.quantity!r}: an interval "
                              f"has both, around predicted={self.predicted}")
-        for part in self.parts:
-            if not alike(part, PART):
-                raise ValueError(f"parts={part!r} for {self.quantity!r}: a part has "
-                                 f"{', '.join(sorted(PART))}")
-        for name, (kind, said) in KINDS.items():
-            if not isinstance(value := getattr(self, name), kind):
-                raise ValueError(f"{name}={value!r} for {self.quantity!r}: it is a {said}")
 
     @property
     def ratio(self) -> float | None:
@@ -139,9 +137,6 @@ def half_width(low: float, high: float) -> float:
 def ratio_error(ratio: float) -> float:
     """How wrong a ratio is: max(r, 1/r) - 1, so 0 is perfect and 1 is twice too much or half."""
     return max(ratio, 1 / ratio) - 1
-
-
-# -- on disk --------------------------------------------------------------------------------------
 
 
 def ledger_path() -> Path:
@@ -196,9 +191,6 @@ def _is_json(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-# -- how good were we? ----------------------------------------------------------------------------
 
 
 def latest(rows: Iterable[LedgerRow]) -> list[LedgerRow]:

@@ -17,14 +17,14 @@ from typing import NamedTuple
 from clawdemy_infer.arithmetic import Format, Work, total
 from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Machine, Prediction, part_name
 from clawdemy_infer.fast.recorded import RecordedSteps
-from clawdemy_infer.fast.watched import Watch, is_one_call, products_of, watched
+from clawdemy_infer.fast.watched import Watch, cost_of_watching, is_one_call, products_of, watched
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache, PagedCache
 from clawdemy_infer.lesson.steps import filled_cache, random_tokens, started, work_of
 from clawdemy_infer.machine import probes
 from clawdemy_infer.machine.calibrated import only_products
 from clawdemy_infer.machine.present import bracketed
 from clawdemy_infer.model import Decoder
-from clawdemy_infer.timing import Timing, now, stopwatch
+from clawdemy_infer.timing import Timing, stopwatch
 
 PARTS_S = 3.0
 """Seconds for which the parts of a step are measured, about; once, if it takes longer."""
@@ -107,8 +107,6 @@ class StepOf:
             self.model(self.tokens, cache, last_only=True)
         return run
 
-    # ---- predicted ----
-
     @cached_property
     def work(self) -> Work:
         work = work_of(self.model.config.shape, self.phase, self.model.weights, self.batch,
@@ -153,8 +151,6 @@ class StepOf:
         for op in self.work.operations():
             parts.setdefault(part_name(op), []).append(op)
         return {name: total(name, ops) for name, ops in parts.items()}
-
-    # ---- measured ----
 
     @property
     def repeats(self) -> int:
@@ -247,15 +243,3 @@ class StepOf:
 
 def _ratio(amount: float, seconds: float) -> float | None:
     return amount / seconds if seconds else None
-
-
-def cost_of_watching(calls: int = 500) -> float:
-    """Seconds that watching adds to a call and does not count as the call's own: the least of a
-    few readings, since whatever disturbs one makes it longer."""
-    def reading() -> float:
-        watch = Watch()
-        empty, start = watch.of("", lambda: None), now()
-        for _ in range(calls):
-            empty()
-        return (now() - start - watch.taken[""]) / calls
-    return min(reading() for _ in range(5))

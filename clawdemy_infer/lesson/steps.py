@@ -1,21 +1,10 @@
 """Steps of the real model: what they are fed with, and the operations and work they are made of."""
 
-from collections import Counter
-
-import torch
-
 from clawdemy_infer.arithmetic import Format, ModelShape, Work
 from clawdemy_infer.fast import computes_in
-from clawdemy_infer.fast.watched import ops_by_part
+from clawdemy_infer.fast.watched import random_tokens, started
 from clawdemy_infer.kv_cache import ContiguousCache, KVCache
 from clawdemy_infer.model import Decoder
-
-
-def random_tokens(model: Decoder, batch: int, length: int) -> torch.Tensor:
-    """[B, T] token ids. A step costs the same whatever the tokens say."""
-    ids = torch.randint(model.config.shape.V, (batch, length),
-                        generator=torch.Generator().manual_seed(0))
-    return ids.to(model.device)
 
 
 def filled_cache(model: Decoder, batch: int, tokens: int, room: int = 1,
@@ -25,20 +14,6 @@ def filled_cache(model: Decoder, batch: int, tokens: int, room: int = 1,
     for start in range(0, tokens, 512):
         model(random_tokens(model, batch, min(512, tokens - start)), cache, last_only=True)
     return cache
-
-
-def started(model: Decoder, new: int = 1, batch: int = 1,
-            kind: type = ContiguousCache) -> Counter[str]:
-    """Operations that each part of one forward pass over `batch` x `new` tokens starts.
-
-    The context does not change them, and the batch only where attention goes another way for many
-    sequences; a prefill of two tokens takes as many as a long one. A decode step has a past.
-    """
-    past = 1 if new == 1 else 0
-    cache, tokens = kind.for_model(model, batch, past + new), random_tokens(model, batch, new)
-    model(tokens, cache, last_only=True)                # the first step may compile or record
-    cache.truncate(past)
-    return ops_by_part(model, cache, lambda: model(tokens, cache, last_only=True))
 
 
 def step_ops(model: Decoder, new: int = 1, batch: int = 1) -> int:

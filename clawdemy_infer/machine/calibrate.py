@@ -71,9 +71,6 @@ def fingerprint(device: str) -> dict[str, str]:
             "probes": PROBES}
 
 
-# ---- measuring ----
-
-
 def calibrate(device: str | None = None, budget_s: float = BUDGET_S) -> Calibrated:
     """Measure this machine in at most about `budget_s` seconds, keep the result in the user's
     cache, and return it. On a busy machine there are fewer samples, and wider spreads."""
@@ -170,9 +167,6 @@ def spread(values: Sequence[float]) -> float:
         return ONE_SAMPLE_SPREAD
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return min((high - low) / 2 / statistics.median(values), 1.0)
-
-
-# ---- keeping ----
 
 
 def _keep(record: dict, found: Figures, start: float) -> Calibrated:

@@ -88,9 +88,6 @@ def bandwidth_probes(sizes: Sequence[int], device: str) -> list[Probe]:
     return [Probe("bandwidth", "", size, sample(size)) for size in sizes]
 
 
-# ---- matrix products ----
-
-
 def gemm_weights(format: str, device: str, ring_bytes: int,
                  shapes: Sequence[tuple[int, int]] = SHAPES) -> list[PackedLinear]:
     """Linear layers of all `shapes`, one behind the other, of about `ring_bytes` bytes in all: so
@@ -136,9 +133,6 @@ def gemm_probes(format: str, device: str) -> Iterator[Probe]:
         weights = gemm_weights(format, device, ring_bytes, shapes)
         for m in rows:
             yield Probe(kernel, format, m, rate_of(gemm_step(weights, m, dtype, len(shapes))))
-
-
-# ---- what is between products ----
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
