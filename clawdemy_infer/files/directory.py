@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from clawdemy_infer.files.tokenizer import Tokenizer
 from clawdemy_infer.from_config.keys import read_object, tables
-from clawdemy_infer.from_config.rope import SAID
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.refused import Refused
 
@@ -210,7 +209,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": context,
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
         "rope_scaling": rope and {"rope_type": rope.rope_type} | {
-            key: getattr(rope, key) for key in SAID[rope.rope_type]},
+            key: getattr(rope, key) for key in tables()["_rope"][rope.rope_type].split()},
         "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) or None,
     }
     if family in ("llama", "qwen3"):

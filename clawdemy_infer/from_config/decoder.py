@@ -8,48 +8,32 @@ from typing import Any
 
 from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.families import read
-from clawdemy_infer.from_config.keys import Keys
-from clawdemy_infer.from_config.rope import SAID, RopeScaling, scaling_of
+from clawdemy_infer.from_config.keys import Keys, tables
+from clawdemy_infer.from_config.rope import RopeScaling, scaling_of
 from clawdemy_infer.refused import Refused
-
-DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-STATED = {"llama": [], "mistral": ["num_key_value_heads"], "qwen2": ["num_key_value_heads"],
-          "qwen3": ["num_key_value_heads", "head_dim"]}
-"""Keys whose absence means a number of the family's own: then they are refused and not guessed."""
-
-CHANGES_NOTHING = frozenset(
-    # Where the file came from, how the model was trained, what Hugging Face's own classes return.
-    "_name_or_path torch_dtype dtype transformers_version unsloth_version unsloth_fixed "
-    "transformers.js_config is_llama_config initializer_range use_cache pad_token_id return_dict "
-    "output_attentions output_hidden_states".split())
-
-ONLY_AS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0,
-           "pretraining_tp": 1, "partial_rotary_factor": 1, "rope_interleaved": False,
-           "use_mrope": False, "quantization_config": None, "auto_map": None}
-"""Keys that are accepted with this one value, which is also what their absence means."""
 
 
 def decoder_from_config(config: dict[str, Any], name: str = "",
                         source: str = "config.json") -> dict[str, Any]:
-    """The fields of a `ModelConfig`, from the keys of a config.json of one of `DECODER_FAMILIES`.
+    """The fields of a `ModelConfig`, from the keys of a config.json of a family that the decoder
+    runs: data/families.toml lists them, under `_runs`.
 
     Raises ValueError naming key, value and what is accepted, for anything that a decoder would not
     compute as it is meant.
     """
     # 1. What kind of model it is, and what it must not say.
-    keys = Keys(config, source)
-    family = keys.take("model_type")
-    if family not in DECODER_FAMILIES:                  # a tuple, for the value may be a list
-        keys.refuse("model_type", family, ", ".join(DECODER_FAMILIES))
+    keys, page = Keys(config, source), tables()["_runs"]
+    known, family = list(page["families"]), keys.take("model_type")
+    if family not in known:
+        keys.refuse("model_type", family, ", ".join(known))
     architectures = keys.take("architectures", [])
     for each in architectures if isinstance(architectures, list) else [architectures]:
         if not str(each).endswith("ForCausalLM"):
             keys.refuse("architectures", each, "a causal language model, …ForCausalLM")
-    keys.only(**ONLY_AS)
+    keys.only(**page["only"], **dict.fromkeys(page["absent"].split()))
 
     # 2. The shape.
-    for key in STATED[family]:
+    for key in page["families"][family].split():
         keys.left[key] = keys.take(key)                 # it must be there, for the reader to take
     if family == "mistral" and "sliding_window" not in config:
         raise Refused(source, "sliding_window", accepted="a number or null, said by any mistral")
@@ -74,9 +58,8 @@ def decoder_from_config(config: dict[str, Any], name: str = "",
     fields = {"shape": ModelShape(name=name, source=source, **numbers),
               "norm_eps": keys.number("rms_norm_eps"), "rope_theta": theta, "rope_scaling": scaling,
               "bos_id": begin, "eos_ids": tuple(end for end in ends if end is not None)}
-    for key, value in keys.left.items():
-        if value is not None and key not in CHANGES_NOTHING:
-            keys.refuse(key, value, "no such key, since it may change what the model computes")
+    keys.drop(*page["harmless"].split())
+    keys.end("no such key, since it may change what the model computes")
     return fields
 
 
@@ -94,8 +77,9 @@ def _rope(keys: Keys, numbers: dict[str, Any]) -> tuple[float, RopeScaling | Non
     theta = inner.number("rope_theta", keys.number("rope_theta", 10_000.0))
     # Older files call the type `type`, some say it twice.
     kinds = {str(inner.take(key, "default")) for key in ("rope_type", "type")} - {"default"}
-    if len(kinds) > 1 or kinds - set(SAID):
-        inner.refuse("rope_type", min(kinds - set(SAID) or kinds), f"default, {', '.join(SAID)}")
+    known = tables()["_rope"]
+    if len(kinds) > 1 or kinds - set(known):
+        inner.refuse("rope_type", min(kinds - set(known) or kinds), f"default, {', '.join(known)}")
     original = keys.left.get("original_max_position_embeddings") and keys.whole(
         "original_max_position_embeddings")
     scaling, context = None, numbers["max_context"]
@@ -105,7 +89,5 @@ def _rope(keys: Keys, numbers: dict[str, Any]) -> tuple[float, RopeScaling | Non
         longer = int(scaling.factor * scaling.original_max_position_embeddings)
         numbers["max_context"] = max(context, longer)
     inner.only(partial_rotary_factor=1)
-    for key, value in inner.left.items():
-        if value is not None:
-            inner.refuse(key, value, "no such key with this rope_type")
+    inner.end("no such key with this rope_type")
     return theta, scaling

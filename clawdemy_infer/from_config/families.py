@@ -9,11 +9,6 @@ from clawdemy_infer.arithmetic import MLA, SSM, MoE
 from clawdemy_infer.from_config.keys import Keys, tables
 
 MAX_LAYERS = 1000
-WORDS = {"full_attention": "global", "sliding_attention": "local"}
-"""What every family may say in layer_types."""
-
-LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
-"""The letters of hybrid_override_pattern."""
 
 
 @cache
@@ -82,9 +77,10 @@ def read(name: str, keys: Keys) -> dict:
     for key, usual in says.get("says", {}).items():
         keys.rename(key, usual)
     if letters := keys.take("hybrid_override_pattern", ""):
-        if not isinstance(letters, str) or set(letters) - set(LETTERS):
-            keys.refuse("hybrid_override_pattern", letters, f"letters of {' '.join(LETTERS)}")
-        keys.left["layer_types"] = keys.left.get("layer_types") or [LETTERS[one] for one in letters]
+        known = tables()["_layers"]["letters"]
+        if not isinstance(letters, str) or set(letters) - set(known):
+            keys.refuse("hybrid_override_pattern", letters, f"letters of {' '.join(known)}")
+        keys.left["layer_types"] = keys.left.get("layer_types") or [known[one] for one in letters]
     if isinstance(types := keys.left.get("layer_types"), list | tuple) and types:
         types = [str(kind) if type(kind) is int else kind for kind in types]
         keys.left["layer_types"] = types
@@ -170,7 +166,7 @@ def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) 
     kinds = [usual[i % len(usual)] for i in range(L)]
     if not window:
         kinds = [kind.replace("local", "global") for kind in kinds]
-    words = WORDS | says.get("layers", {})
+    words = tables()["_layers"]["words"] | says.get("layers", {})
     said = [words[kind] for kind in keys.one_each("layer_types", L, tuple(words))] or kinds
     if said != kinds and (usual == ["local"] or not window and "local" in said):
         keys.refuse("layer_types", said, f"what agrees with a window of {window}")

@@ -11,9 +11,6 @@ from clawdemy_infer.from_config.keys import TEXT, Keys, tables
 from clawdemy_infer.refused import Refused
 
 MAX_PATTERNS = 5_000            # names of modules in a file, where experts count as one
-METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt",
-           "mxfp4")
-CACHES: dict[str, Format] = {"FP8": "fp8", "INT8": "int8", "NVFP4": 0.5625, "FP4": 0.5625}
 
 Group = tuple[list[str], float, str]
 """Names of modules, bytes of a weight in them, and what that is called."""
@@ -48,7 +45,7 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
         bits, kind = scheme.whole("num_bits", most=16), scheme.take("type", "int")
         keys.left["kv_cache_quant_algo"] = f"{'FP' if kind == 'float' else 'INT'}{bits}"
     if keys.left.get("kv_cache_quant_algo"):
-        kv = CACHES[keys.one_of("kv_cache_quant_algo", CACHES)]
+        kv = page["caches"][keys.one_of("kv_cache_quant_algo", page["caches"])]
     keys.settle(page["harmless"].split(), "no such key, since it may change what the weights weigh")
 
     # 3. The parts.
@@ -64,7 +61,8 @@ def stated(config: dict[str, Any], shape: ModelShape, source: str) -> tuple[Form
 
 def _groups(keys: Keys) -> tuple[list[Group], bool]:
     """What has which format, and whether the head may."""
-    method, head = keys.one_of("quant_method", METHODS, "modelopt"), keys.flag("lm_head", False)
+    methods = tables()["_quantization"]["methods"].split()
+    method, head = keys.one_of("quant_method", methods, "modelopt"), keys.flag("lm_head", False)
     if method in ("fp8", "fbgemm_fp8"):
         block = keys.left.get("weight_block_size") and keys.listed(
             "weight_block_size", lambda one: type(one) is int and one > 0,

@@ -148,11 +148,11 @@ class Keys:
                          _REQUIRED if default is None else default)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        return float(self.such(key, above_0, "a number above 0", default))
+        return float(self.such(key, *_KINDS["positive"], default))
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false, in JSON's own words: "false" is neither."""
-        return self.such(key, lambda value: type(value) is bool, "true, false", default)
+        return self.such(key, *_KINDS["flag"], default)
 
     def text(self, key: str) -> str | None:
         return self.such(key, lambda value: isinstance(value, str | None), "a text", None)
@@ -203,13 +203,16 @@ class Keys:
                 value = self.take(key, None)
                 if value is not None and not fits(value):
                     self.refuse(key, value, accepted)
+        self.end(why, none=(None, False, 0, "", [], {}, ()))
+
+    def end(self, why: str, none: tuple = (None,)) -> None:
+        """Refuse what is left, but for values that say `none`."""
         for key, value in self.left.items():
-            if value not in (None, False, 0, "", [], {}, ()):
+            if value not in none:
                 self.refuse(key, value, why)
 
     def inner(self, key: str) -> "Keys":
-        return Keys(self.such(key, lambda value: isinstance(value, dict), "an object", {}),
-                    f"{self.source}: {key}")
+        return Keys(self.such(key, *_KINDS["object"], {}), f"{self.source}: {key}")
 
     def drop(self, *keys: str) -> None:
         """Keys that change nothing here, whatever they say."""

@@ -18,19 +18,10 @@ from dataclasses import dataclass
 
 from clawdemy_infer.from_config.keys import Keys, above_0
 
-SAID = {"linear": ("factor",), "dynamic": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                   "original_max_position_embeddings"),
-        "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
-                 "original_max_position_embeddings"),
-        "longrope": ("factor", "short_factor", "long_factor", "attention_factor",
-                     "original_max_position_embeddings")}
-"""What a config.json says of each way."""
-
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """One of these ways, in the words of config.json."""
+    """One of these ways, in the words of config.json; data/families.toml has those of each."""
 
     rope_type: str
     factor: float
