@@ -48,8 +48,8 @@ LONG_S = FLOOR_S / FACTOR
 PLACES = {"core", "further", "notes", "solution"}
 """Where a cell belongs, one of them: in the 45 minutes, below the line, beside a slide, at the end.
 """
-ROLES = {"slide", "fragment", "hide-input", "measured", "guess", "build", "exercise", "widget",
-         "nbval-ignore-output"}
+ROLES = {"slide", "fragment", "by-line", "hide-input", "measured", "guess", "build", "exercise",
+         "widget", "nbval-ignore-output"}
 NAMED = ("exercise:", "solution:")
 LAYOUT = ("cell_marker", "lines_to_end_of_cell_marker", "lines_to_next_cell", "noskipline",
           "skipline")

@@ -7,7 +7,9 @@ network, `build/slides/NN_name.html`.
 A cell tagged `slide` begins a slide. One tagged `fragment` follows on the same slide at the next
 key press, or at once where the slide has no more than a heading so far. `notes` are for the
 speaker, of `hide-input` only the outputs are shown, and cells with none of these are on no slide.
-In an SVG picture, elements with `data-step` 2, 3, ... follow at the next key presses.
+In an SVG picture, elements with `data-step` 2, 3, ... follow at the next key presses, and so does
+each assignment and assertion of code tagged `by-line`. Notes that begin with a quotation, `> claim`,
+put it under the slide's heading.
 
 Keys: S opens the speaker's window, N shows the notes beside the slides, F is full screen, O an
 overview. With `?print-pdf` after the file's name the browser prints one slide a page.
@@ -18,7 +20,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import re
-import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from fontTools import subset
 from markdown_it import MarkdownIt
 from matplotlib import get_data_path
 from nbformat import NotebookNode
+from PIL import Image, ImageEnhance, ImageFilter
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer, TextLexer
@@ -86,6 +88,10 @@ def read(notebook: NotebookNode) -> tuple[str, list[Slide], list[str]]:
         if not slides:
             problems.append(f"{where}: no cell tagged `slide` stands before it")
         elif "notes" in tags:
+            if claim := re.match(r"> (.+)\n+", source):
+                source = source[claim.end():]
+                under = f"</h2>\n<h3>{markdown(claim[1], inline=True)}</h3>"
+                slides[-1].html = slides[-1].html.replace("</h2>", under, 1)
             slides[-1].notes += markdown(source)
             slides[-1].minutes += sum(map(float, re.findall(r"\*\*(\d+\.?\d*) min\.\*\*", source)))
         else:
@@ -121,10 +127,15 @@ def add(slide: Slide, cell: NotebookNode, tags: set[str], source: str) -> None:
         slide.code += map(str.rstrip, re.findall(r"```\w*\n(.*?)```", source, re.S))
         shown = markdown(source)
     else:
-        shown = "" if "widget" in tags else "\n".join(outputs(cell, slide))
+        shown = ""
         if "hide-input" not in tags:
             slide.code.append(source)
-            shown = f"{code(source)}\n{shown}"
+            shown = by_line(source, slide) if "by-line" in tags else code(source)
+        given = "" if "widget" in tags else "\n".join(outputs(cell, slide))
+        if given and "by-line" in tags:                 # behind the last of its lines
+            given = f'<div class="fragment" data-fragment-index="{slide.steps}">{given}</div>'
+            slide.steps += 1
+        shown = f"{shown}\n{given}"
     if shown.strip():
         when = f' fragment" data-fragment-index="{first}' if later else ""
         slide.html += f'<div class="cell{when}">\n{shown.strip()}\n</div>\n'
@@ -142,6 +153,23 @@ def code(source: str, language: str = "python") -> str:
     lexer = PythonLexer() if language == "python" else TextLexer()
     shown = highlight(re.sub(r"\n{3,}", "\n\n", source), lexer, HtmlFormatter(nowrap=True))
     return f'<pre class="code">{shown.rstrip()}</pre>'
+
+
+def by_line(source: str, slide: Slide) -> str:
+    """Code in HTML. Its first assignment is there at once; each other one, and each assertion,
+    comes at the next key press, with the lines up to the one after it."""
+    shown, first, begun = [], slide.steps, False
+    source = re.sub(r"\n{3,}", "\n\n", source)
+    inside = code(source).removeprefix('<pre class="code">').removesuffix("</pre>")
+    for plain, line in zip(source.split("\n"), inside.split("\n"), strict=True):
+        if re.match(r"\s*(\w+ \+?= |assert )", plain):
+            slide.steps += begun
+            begun = True
+        if slide.steps > first:
+            when = f'data-fragment-index="{slide.steps - 1}"'
+            line = f'<span class="fragment" {when}>{line}</span>'
+        shown.append(line)
+    return '<pre class="code">' + "\n".join(shown) + "</pre>"
 
 
 def outputs(cell: NotebookNode, slide: Slide) -> Iterator[str]:
@@ -168,10 +196,19 @@ def outputs(cell: NotebookNode, slide: Slide) -> Iterator[str]:
 
 
 def picture(png: str, alt: str) -> str:
-    """A PNG as large as the slide allows, and at most twice its size: more would be a blur."""
-    width, height = struct.unpack(">II", base64.b64decode(png)[16:24])
+    """A PNG as large as the slide allows, and at most twice its size. It is enlarged here, with
+    its edges sharpened: a browser leaves them soft. Darker, as its colours suit a dark page too."""
+    drawn = Image.open(BytesIO(base64.b64decode(png))).convert("RGBA")
+    width, height = drawn.size
+    paper = Image.new("RGBA", drawn.size, "white")
+    paper.alpha_composite(ImageEnhance.Brightness(drawn).enhance(0.72))
+    large = paper.convert("RGB").resize((2 * width, 2 * height), Image.Resampling.LANCZOS)
+    large = large.filter(ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0))
+    file = BytesIO()
+    large.quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
     return (f'<figure><img alt="{alt}" style="max-width: {2 * width}px; max-height: {2 * height}px"'
-            f' src="data:image/png;base64,{"".join(png.split())}"></figure>')
+            f' srcset="data:image/png;base64,{data} 2x"></figure>')
 
 
 def in_steps(svg: str, slide: Slide) -> str:

@@ -146,6 +146,27 @@ def test_the_ids_of_two_pictures_are_different_ones_and_still_found(deck):
         assert f'href="#{hatch}"' in picture
 
 
+def test_code_by_line_shows_each_count_at_a_key_press_and_then_what_it_gave():
+    source = "bytes = 0\nbytes += 4           # read\nprint(\n    bytes)\nassert bytes"
+    cells = [code(source, "slide", "by-line", shows=["4"])]
+    slide = slides.read(new_notebook(cells=cells))[1][0]
+    first, *lines = slide.html.split("\n")[1:-2]
+    assert "fragment" not in first
+    shown = re.findall(r'class="fragment" data-fragment-index="(\d)"', "".join(lines))
+    assert shown == list("00012")
+    assert slide.steps == 3
+    assert slide.counts()[1] == 5
+
+
+def test_a_claim_in_the_notes_stands_under_the_heading_of_its_slide():
+    cells = [text("## Envelope", "slide"), notes("> Rows *share* weights\n\n**3 min.** Ask."),
+             code("x = 1", "slide"), notes("> What is read?\n>\n**2 min.** Ask.")]
+    first, second = slides.read(new_notebook(cells=cells))[1]
+    assert "<h2>Envelope</h2>\n<h3>Rows <em>share</em> weights</h3>" in first.html
+    assert '<h2 class="again">Envelope</h2>\n<h3>What is read?</h3>' in second.html
+    assert "share" not in first.notes and first.minutes == 3
+
+
 def test_hidden_code_shows_only_what_it_gave(deck):
     assert "draw" not in deck[1][2].html
     assert '<pre class="code">' in deck[1][4].html
@@ -177,6 +198,14 @@ def test_a_table_and_a_computed_sentence_are_html(deck):
 def test_a_figure_keeps_its_alternative_text_and_grows_at_most_twofold(deck):
     assert 'alt="a &lt; b"' in deck[1][6].html
     assert "max-width: 1440px; max-height: 800px" in deck[1][6].html
+
+
+def test_a_figure_is_enlarged_and_keeps_the_size_that_it_was_drawn_in(deck):
+    html = deck[1][6].html
+    data, density = re.search(r'srcset="data:image/png;base64,(\S+) (\S+)"', html).groups()
+    with Image.open(BytesIO(base64.b64decode(data))) as image:
+        assert (image.size, density) == ((1440, 800), "2x")
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)     # what is transparent
 
 
 def test_sliders_leave_their_place_to_the_figure(deck):

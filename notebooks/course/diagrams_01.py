@@ -17,8 +17,9 @@ PARTS = {"qkv": 62, "attention": 100, "out": 138, "gate_up": 206, "up": 206, "do
 """Parts of a layer, each with the height at which it is drawn."""
 
 
-NAMES = {"qkv": "Q, K, V", "out": "output", "gate_up": "gate, up", "up": "up", "down": "down"}
-"""What the products are called there."""
+NAMES = {"qkv": "q, k, v: D×(N+2K)·H", "out": "output: N·H×D", "gate_up": "gate, up: D×2F",
+         "up": "up: D×F", "down": "down: F×D"}
+"""What the products are called there, and the numbers in their matrices."""
 
 
 class Share(NamedTuple):
@@ -129,7 +130,7 @@ def _flow(d: Diagram, parts: dict[str, Share]) -> None:
         d.line((22, end - 4), (22, end + 4), colour=DARK)
     for name, label in NAMES.items():
         if name in parts:
-            d.box(48, PARTS[name], 160, 30, label, WEIGHTS)
+            d.box(48, PARTS[name], 160, 30, label, WEIGHTS, size=13)
     d.box(48, PARTS["attention"], 76, 30, "attention", edge=KV)
     d.arrow((136, PARTS["attention"] + 15), (124, PARTS["attention"] + 15))
     d.box(136, PARTS["attention"], 72, 30, "KV cache", KV, size=13)

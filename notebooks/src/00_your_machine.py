@@ -36,19 +36,19 @@
 # %% [markdown] tags=["core", "slide"]
 # ## Envelope
 #
-# Three numbers: **bandwidth** (bytes/s from memory), **peak** (FLOP/s), **launch overhead** (s per operation, however small).
+# Three numbers: **bandwidth** (bytes/s from memory), **peak** (FLOP/s; a FLOP is one multiplication or addition), **launch overhead** (s per operation, however small).
 #
 # > time = max( FLOPs / peak , bytes / bandwidth ) + launches × launch overhead
 #
-# **Calibration**: products, reads and launches, timed once on this machine.
+# **Calibration**: reads, products and launches, timed once here. **Napkin**: the max alone. **Predicted**: an interval, from the calibrated rate of each *kind* of product, and launches.
 #
-# **Napkin**: the max alone, from peak and bandwidth. **Predicted**: an interval, from all calibrated rates and the launches.
+# A number has 4 bytes in **fp32**, 2 in **bf16**.
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Why the maximum and not the sum? Fetching and computing overlap. Why is the launch outside? A CPU launches, then works, one after the
-# other. The host of a GPU queues the next kernel while one runs, so a step takes the larger of the two. A FLOP is one multiplication or one
-# addition. Ask: "a card is sold with 80 GB; how many GiB?" GB is 10⁹ bytes, GiB is 2³⁰, 7 % more. For an H100 the
-# answer is 80: for DRAM and caches (not for disks, links or rates) vendors write GB and mean GiB.
+# **3 min.** Ask: why the maximum and not the sum? Fetching and computing overlap. The usual wrong answer is that a core waits for all bytes first.
+# Why is the launch outside? A CPU launches, then works, one after the
+# other. The host of a GPU queues the next kernel while one runs, so a step takes the larger of the two. Say now that a predicted interval may lie
+# wholly above its napkin: products of one row reach less than bandwidth or peak, and the calibration has clocked them.
 
 # %% tags=["core", "slide", "hide-input"]
 import math
@@ -63,7 +63,7 @@ from clawdemy_infer.fast import PackedLinear
 from clawdemy_infer.fast.launches import count_ops
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.lesson import Lesson, plots, widgets
-from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.tables import Table, interval, number, si
 from clawdemy_infer.machine.calibrate import fingerprint, this_machine
 from clawdemy_infer.machine.present import bracketed, default_device
 from clawdemy_infer.machine.probes import bandwidth_probes, launch_probe
@@ -82,8 +82,8 @@ lesson = Lesson("00 your_machine", machine=fingerprint(device)["device"])
 h100, l4, a100, laptop = map(
     catalog.machine, ("h100-sxm", "l4", "a100-80gb-sxm", "macbook-air-m2"))
 display(diagrams.machine(), Markdown(
-    "A **GPU's** host launches ahead: the launch hides, so the max of all three. "
-    "A **CPU** launches, then works: add it."))
+    "A **GPU's** host launches ahead: the max of all three. "
+    "A **CPU** adds the launch."))
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Build the picture step by step. Ask at each arrow: "which number stands here, and in which unit?" X is read and Y is written, beside the
@@ -91,7 +91,7 @@ display(diagrams.machine(), Markdown(
 # answer: "more rows, more *weights* read". Rows add only the bytes of X and Y. Some think that the launch is free on a GPU; it is
 # hidden behind longer kernels, and no cheaper.
 
-# %% tags=["core", "slide"]
+# %% tags=["core", "slide", "by-line"]
 fp32 = 4                        # bytes in a number (32 bits); one in bf16 has 2
 n = 2**26                       # count: the sum of n numbers, in one launch of a kernel
 flops, bytes = 0, 0
@@ -112,7 +112,9 @@ assert math.isclose(wide.intensity, 64 / 2, rel_tol=1e-3)     # tends to B / 2
 # In bf16 each intensity doubles: the sum has 0.5, B rows have about B.
 
 # %% [markdown] tags=["notes"]
-# **3 min.** A kernel is the compiled routine that a launch runs. Let the room count the bytes of the product aloud, one line at a time. Usual wrong
+# > Count every byte and every FLOP, then divide
+#
+# **4 min.** A kernel is the compiled routine that a launch runs. Each count comes at a key press: let the room say it first. Usual wrong
 # answers: D FLOPs for a result instead of 2D, and Y forgotten. Then the two limits: square (D/6) and few rows (B/2). The sum
 # stays at 1/4 whatever its length: it uses each number once. Ask before you go on: "from how many rows on is an H100's
 # arithmetic busy, in bf16?"
@@ -157,7 +159,7 @@ Markdown(
 # 3. What does it cost to launch one operation from Python?
 # 4. How many times as long as 1 row do 64 rows take?
 #
-# Write over the dots, as text with a unit: `"20 GB/s"`, `"300 GFLOP/s"`, `"5 µs"`, `"10 times"`.
+# Write over the dots, as text with a unit: `"3 kB/s"`, `"7 FLOP/s"`, `"9 s"`, `"0.1 times"`.
 
 # %% tags=["core", "guess", "fragment"]
 lesson.guess("main memory, reading", ...)
@@ -166,7 +168,8 @@ lesson.guess("kernel-launch overhead", ...)
 lesson.guess("64 rows over 1 row", ...)
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Everybody writes four numbers before you go on; wait for it. Typical guesses: bandwidth off by a factor of three either way, launch overhead
+# **2 min.** Everybody writes four numbers before you go on; wait for it. The examples on the slide show the units alone: they are absurd, so that they
+# suggest nothing. The next cell of the notebook sets each guess beside the box's number, the last table of *Reconcile* beside what was measured. Typical guesses: bandwidth off by a factor of three either way, launch overhead
 # far too small ("nanoseconds"), and 64 for the last. A guess that is off by a factor of three is a question, not a failure.
 
 # %% tags=["core", "nbval-ignore-output"]
@@ -218,13 +221,17 @@ def my_bandwidth(read, nbytes, clock):
     2. A sample lasts many ticks: call until 20 ms have passed, and count the calls.
     3. Of several samples, which one number says what is typical?
     """
-    return ...
+    read()                      # 1.
+    samples = []
+    for _ in range(9):
+        samples.append(...)     # 2. bytes per second
+    return ...                  # 3.
 
 
 bandwidth = lesson.build("bandwidth", my_bandwidth)
 
 # %% [markdown] tags=["notes"]
-# **6 min.** Four minutes in pairs. Then show one student's probe, and the library's (folded, under Further). Both are about ten lines. Ask: "why the
+# **6 min.** Four minutes in pairs; the cold call and the loop are given, about five lines are missing. Then show one student's probe, and the library's (folded, under Further). Ask: "why the
 # median and not the mean, why not the best?" One interruption moves the mean; one cache hit makes the best. From here on the
 # measured runs use the student's code.
 
@@ -302,32 +309,34 @@ display(Markdown(
 # are large, the method differs; if only the kept one is, the machine has changed.
 
 # %% tags=["core", "slide", "nbval-ignore-output"]
+def toy_step():                             # a caricature of a model's step for a token
+    y = toy_row                             # [1, 640]
+    for W in toy_weights:                   # 48 matrices [640, 640]
+        y = W(y)                            # y @ W: 1 launch
+        power = y.square().mean(-1, keepdim=True)
+        y = y * torch.rsqrt(power + 1e-5)   # RMS norm, x / its RMS: 5 launches
+        y = silu(y) * toy_row + y           # gate, silu(y) = y·sigmoid(y): 3 launches
+
+# %% [markdown] tags=["notes"]
+# > A fourth job: small products, and small operations between them
+#
+# **1 min.** Three jobs are those of the vote; this one is new: 48 small products, after each 8 launches, as
+# in a small model (5 in the norm, 3 in the gate). Ask: "what will it mostly pay?" Nobody answers yet; there is a vote on it.
+
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 D = 1024
 x = torch.randn(n, device=device)
 rows = {B: torch.randn(B, D, device=device) for B in (1, 64)}
 weights = [PackedLinear("fp32", torch.randn(D, D, device=device)) for _ in range(64)]
 toy_row = torch.randn(1, 640, device=device)
 toy_weights = [PackedLinear("fp32", torch.randn(640, 640, device=device))
-               for _ in range(48)]          # weight pre-packed for the kernel
+               for _ in range(48)]          # packed as the kernel reads them
 
 
 def products(rows, weights):                # one product for each matrix
     return [W(rows) for W in weights]
 
 
-def toy_step():                             # a caricature of a model's step for a token
-    y = toy_row
-    for W in toy_weights:
-        y = W(y)
-        power = y.square().mean(-1, keepdim=True)
-        y = y * torch.rsqrt(power + 1e-5)   # RMS norm, x / its RMS: 5 launches
-        y = silu(y) * toy_row + y           # gate, silu(y) = y·sigmoid(y): 3 launches
-
-# %% [markdown] tags=["notes"]
-# **1 min.** The jobs. The first three are those of the vote. The last is new: 48 small products, between them 8 launches each, as
-# in a small model (5 in the norm, 3 in the gate). Ask: "what will it mostly pay?" Nobody answers yet; there is a vote on it.
-
-# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 # What the jobs cost and are predicted to take. Timings of products include their
 # launch, so of the toy step only the norm's (5) and the gate's (3) are added.
 SUM, TOY = "sum of 67 M numbers", "toy step"
@@ -365,10 +374,11 @@ lesson.measure(TOY, in_turn[TOY], parts=[
      "predicted_s": parts["launches"] + parts["element-wise"],
      "measured_s": launches[TOY] * launch_now_s, "reached": 1 / launch_now_s,
      "bound": 1 / machine.fixed_s_per_op, "unit": "launches/s"}])
-numbers = ["bytes", "FLOPs", "napkin", "took"]
+numbers = ["bytes", "FLOPs", "napkin", "predicted", "took"]
 display(Table(["job", *numbers], [
     [f"{i}. {name}", si(works[name].bytes, "B"), si(works[name].flops, "FLOP"),
-     si(lesson.rows[name].napkin, "s"), si(took[name], "s")]
+     si(lesson.rows[name].napkin, "s"),
+     interval(said[name].low_s, said[name].high_s, "s"), si(took[name], "s")]
     for i, name in enumerate(took, 1)], numbers))
 slowest = 1 + list(took.values()).index(max(took.values()))
 Markdown(f"Slowest: job {slowest}. **64 : 1 in arithmetic, {ratio:.1f} : 1 in time.** "
@@ -376,9 +386,12 @@ Markdown(f"Slowest: job {slowest}. **64 : 1 in arithmetic, {ratio:.1f} : 1 in ti
          f"fp32; job 3 has {number(works[MANY].intensity)}.")
 
 # %% [markdown] tags=["notes"]
+# > 64 times the arithmetic, and not 64 times the time
+#
 # **3 min.** Run it live and go back to the votes. The wrong part is usually "64 times". Which of jobs 1 and 3 is the slowest depends on peak over
 # bandwidth: above about 28 FLOPs per byte all three read for about as long, below it job 3 computes longer. Ask: "which of the
-# three numbers limits each job?" The sum the bandwidth, one row mostly the bandwidth. On an H100 both products cost mostly their launch: a
+# three numbers limits each job?" The sum the bandwidth, one row mostly the bandwidth. Jobs 1 and 2 read the same
+# bytes, and job 2 takes longer: the prediction knew it, because the calibration has clocked products of one row, and the napkin did not. On an H100 both products cost mostly their launch: a
 # matrix of 4 MB is read in 1.3 µs.
 
 # %% [markdown] tags=["core", "slide"]
@@ -392,6 +405,8 @@ Markdown(f"Slowest: job {slowest}. **64 : 1 in arithmetic, {ratio:.1f} : 1 in ti
 # 3. `"memory was slower than calibrated"`
 # 4. `"memory was faster than calibrated"`
 # 5. `"not explained"`
+#
+# A launch has more than one price: low in a loop (all lies in the caches), higher between products (*calibrated*, on the card), and in the turns of this run.
 
 # %% tags=["core", "guess"]
 lesson.cause("toy step", ...)
@@ -408,24 +423,25 @@ print(how_to_read(lesson, "toy step"))
 # %% [markdown] tags=["notes"]
 # **2 min.** Read the waterfall from left to right: the napkin, then each part by what it took beyond its share, then what was measured. The products
 # were clocked alone, in turn with the step; the launches are a count times a price, sampled in the same turns. What both leave is "not
-# explained". Then show the hands again: who named the largest bar?
+# explained". Usual wrong reading: a bar below zero is an error. Where the parts add up to more than the whole, the slide says by how much. Say openly
+# that the cause is unknown: each part ran by itself, with the caches as it left them. That is a guess; nobody measured it. Then show the hands again: who named the largest bar?
 
 # %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
-display(lesson.table(*works, "64 rows over 1 row"))
-toy = lesson.rows[TOY]
-toy_s = abs(toy.measured - toy.napkin)
-example = ""
-if toy.explained is not None:
-    example = (f", of the toy step 1 − {si((1 - toy.explained) * toy_s, 's')} / "
-               f"{si(toy_s, 's')} = {toy.explained:.0%}")
-Markdown("**Inside?** Is *measured* in the *predicted* interval? **Explained** = 1 − "
-         f"|not explained| / |measured − napkin|{example}.\n\n64 rows over 1 row: "
-         f"calibrated peak {machine.peak('fp32') / computes:.2f} times the box's, "
-         f"bandwidth {machine.bandwidth_at() / reads:.2f} times. The napkin with both: "
-         f"{machine.napkin(works[MANY]) / machine.napkin(works[ONE]):.2f} ×.")
+display(lesson.table())
+of_box = {"peak": machine.peak("fp32") / computes,
+          "bandwidth": machine.bandwidth_at() / reads}
+further = max(of_box, key=lambda name: abs(math.log(of_box[name])))
+Markdown(
+    "**Inside?** Is *measured* in the *predicted* interval? **Explained** = 1 − "
+    "|not explained| / |measured − napkin|. The first four napkins are from the box. "
+    f"Its {further} is further off: calibrated {of_box['peak']:.2f} times the peak, "
+    f"{of_box['bandwidth']:.2f} times the bandwidth. With both calibrated, 64 rows "
+    f"over 1 row would be {machine.napkin(works[MANY]) / machine.napkin(works[ONE]):.2f} ×.")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** The room's guesses stand beside the napkin and the stopwatch. Ask which prediction missed its interval, and in which direction.
+# > The room, the box, the calibration, the stopwatch
+#
+# **3 min.** In a lesson with guesses the table has a column for them; the room's are on the board. Compare the first four rows with them. Then ask which prediction missed its interval, and in which direction.
 # Compare the miss with the machine's speed at that moment. If the speed changed, the miss is news about the machine. If it did not, the
 # prediction was wrong: ask which part of it. Usual wrong answer: one of the two without a look at the speed.
 
@@ -456,7 +472,7 @@ Markdown(
     f"({number(machine.ridge('fp32'))} in fp32).")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Ask: "is a launch cheaper on a GPU?" The usual wrong answer is yes: Python and the driver run on the CPU; what shrinks is the
+# **2 min.** Ask: "is a launch cheaper on a GPU?" The usual wrong answer is yes: Python and the driver run on the CPU; what shrinks is the
 # work behind the launch. Before the table appears, ask for the time at 64 rows, if 1 row takes 25 µs. Usual wrong answer: 64 times as long. Say what was *not*
 # measured here: your own cells on a GPU; anybody with one can run this notebook on it. A data sheet does not state the launch overhead at all, and its peak is often the
 # one with sparsity, twice the dense one that counts here.
@@ -477,9 +493,9 @@ Markdown(
     f"reading **{si(launch_s * machine.bandwidth_at(), 'B')}**. In a loop it costs "
     f"less (Further): reading {binary(sizes[0])} took {si(smallest_s, 's')}.\n"
     f"- **Data in a cache** ({binary(in_cache)}) {cached}.\n"
-    f"- **Uneven work**: A100, {worst} rows: "
-    f"{a100_off[worst]:.1f} times. Each GPU core (multiprocessor) gets a tile "
-    f"of Y: at 128 × 128 (assumed), {tiles} of 108 did: {108 / tiles:.1f} times.")
+    f"- **Uneven work**: A100, {worst} rows, {a100_off[worst]:.1f} times the napkin. "
+    f"Tiles of 128 × 128 results (assumed): {tiles} for 108 multiprocessors, "
+    f"{108 / tiles:.1f} times.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask: "a model's step launches 400 operations; when does that matter?" When the step itself takes about as long: small models, fast
@@ -489,14 +505,11 @@ Markdown(
 # %% [markdown] tags=["core", "slide"]
 # ## Play
 #
-# A service runs 32 products `X[B, D] @ W[D, D]` in bf16 for a token and promised it in **20 ms**. A red bar breaks the promise.
+# A service runs 32 products `X[B, D] @ W[D, D]` in bf16 for a token, promised in **20 ms**. Red breaks the promise.
 #
 # - What is each machine's largest batch?
-# - At B = 16,384, which terms, each by itself, break it on the L4, on the H100, if any?
-# - Raise D until a machine fails at B = 1. Which term is it now, and does any batch help?
-
-# %% [markdown] tags=["notes"]
-# **1 min.** Read the questions aloud; nobody touches a slider yet.
+# - At B = 16,384: which terms, each by itself, break it on the L4, on the H100?
+# - Raise D until a machine fails at B = 1. By which term? Does any batch help?
 
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 machines = {"L4": l4, "H100": h100, "MacBook Air M2": laptop, "this machine": machine}
@@ -542,14 +555,15 @@ widgets.play(promise, name=widgets.choose("machine", list(machines)),
              D=widgets.powers_of_two("D", 1024, 16384, 4096),
              B=widgets.powers_of_two("B", 1, 16384, 1024))
 
-# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
+# %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
 promise("L4", 4096, 1024)
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Switch to the notebook; the slide is the fallback. Let the room write down the largest batch of an L4 and of an H100 before anybody
-# touches a slider; then one student drives. Usual wrong answer: in the ratio of their bandwidths. A large batch is
-# compute-bound, so the ratio of the peaks decides. Surprise: the L4's bars stay nearly flat up to some hundred rows, so users up to there cost little: 256 rows take 12 % longer than one. At B = 16,384 both terms
-# break the L4's promise (145 ms of FLOPs, 32 ms of bytes), and neither the H100's (17.8 ms).
+# **3 min.** Ask the first question alone, the others are homework. Let the room write down the largest batch of an L4 and of an H100 before anybody
+# touches a slider; then one student drives the notebook, or show the figure (next key). L4: 2,048, H100: 16,384. Usual wrong answer: in the ratio of
+# their bandwidths. A large batch is compute-bound, so the ratio of the peaks decides. Surprise: the L4's bars stay nearly flat up to some hundred
+# rows: 256 rows take 12 % longer than one. Homework: at B = 16,384 both terms break the L4's promise (145 ms of FLOPs, 32 ms of bytes), neither the H100's (17.8 ms).
+# At B = 1 bytes break it, from D = 9,683 on an L4 and 32,356 on an H100 (beyond the slider), and no batch helps. Solutions computes all of it.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Check yourself
@@ -560,7 +574,7 @@ promise("L4", 4096, 1024)
 # - FLOPs per byte, against the ridge point, say which one limits a job.
 # - Weights that are read once serve many rows: 64 rows do not take 64 times as long.
 #
-# **Next:** what does a *model's* step read and compute? **Homework:** three exercises: numbers, or text (`"8 µs"`). Solutions, of Play too, are at the end.
+# **Next:** what does a *model's* step read and compute? **Homework:** unknown machine, rows needed, copy and launch: numbers or text (`"8 µs"`). Solutions at the end.
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Let three students say one sentence each before you show yours. Each step of an exercise is checked by itself, and solutions are at the end
@@ -609,12 +623,11 @@ lesson.steps("copy_and_launch", load=load, copy=copy, share=share, too_small=too
 # (continuous batching) · Kwon et al. 2023, *PagedAttention* · Frantar et al. 2022, *GPTQ* · Lin et al. 2023, *AWQ* · Leviathan et al. 2023,
 # *speculative decoding*.
 #
-# ### The library's probe, this machine's card, and all numbers of this lesson
+# ### The library's probe, and this machine's card
 
 # %% tags=["further", "nbval-ignore-output"]
 lesson.show("bandwidth")
-display(lesson.card())
-lesson.table()
+lesson.card()
 
 # %% [markdown] tags=["further"]
 # ### What one thought costs
