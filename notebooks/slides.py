@@ -8,8 +8,8 @@ A cell tagged `slide` begins a slide. One tagged `fragment` follows on the same 
 key press, or at once where the slide has no more than a heading so far. `notes` are for the
 speaker, of `hide-input` only the outputs are shown, and cells with none of these are on no slide.
 In an SVG picture, elements with `data-step` 2, 3, ... follow at the next key presses, and so does
-each assignment and assertion of code tagged `by-line`. Notes that begin with a quotation, `> claim`,
-put it under the slide's heading.
+each assignment and assertion of code tagged `by-line`. Notes that begin with `> claim` put it under
+the heading of their slide.
 
 Keys: S opens the speaker's window, N shows the notes beside the slides, F is full screen, O an
 overview. With `?print-pdf` after the file's name the browser prints one slide a page.

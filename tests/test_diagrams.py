@@ -275,8 +275,8 @@ def test_rows_of_a_generation_are_those_drawn():
 
 def test_a_caches_bytes_are_those_of_the_librarys_cache():
     used, room = (ContiguousCache(30, 1, 3, 64, tokens, torch.bfloat16).allocated_bytes
-                  for tokens in (5, 12))
-    assert f"5 tokens: {si(used, 'B')} of {si(room, 'B')}" in texts(PICTURES["cache"])
+                  for tokens in (6, 12))                # five, and the one that is appended
+    assert f"6 tokens: {si(used, 'B')} of {si(room, 'B')}" in texts(PICTURES["cache"])
     assert len(of_colour(PICTURES["cache"], KV, 30)) == 2 * 3 * 5
 
 

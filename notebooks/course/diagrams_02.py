@@ -92,8 +92,8 @@ def cache(layers: int = 30, kv_heads: int = 3, head_dim: int = 64, length: int =
                 f"of memory, [L = {layers}, K = {kv_heads}, capacity = {capacity}, H = {head_dim}]."
                 f" The first {of(length, 'token')} are used, append writes behind them, and "
                 f"truncate({kept}) only sets the length back. A token takes 2 · L · K · H · "
-                f"{width:g} bytes = {si(one, 'B')}: {si(length * one, 'B')} are used of "
-                f"{si(capacity * one, 'B')}.")
+                f"{width:g} bytes = {si(one, 'B')}: {si(length * one, 'B')} are used, "
+                f"{si((length + 1) * one, 'B')} after the append, of {si(capacity * one, 'B')}.")
     # 1. keys of one layer
     _sheet(d, places[0], "keys", rows, length, capacity)
     d.text(58, 96 + 16 * rows, f"K = {kv_heads}", 13, "end")
@@ -129,13 +129,14 @@ def cache(layers: int = 30, kv_heads: int = 3, head_dim: int = 64, length: int =
         d.line((start, 84), (start, y + 8), colour=LAUNCH, width=2.5, dashed=True)
         d.arrow((end, y), (start, y), colour=LAUNCH, width=3)
         d.text(end + 8 if right else start - 8, y, said, 14, "start" if right else "end", bold=True)
-    # 5. bytes
+    # 5. bytes, after the append
     d.step()
     used, y = 712 * length / capacity, bottom + 102
+    d.box(64, y, 712, 24, edge=KV)
     d.box(64, y, used, 24, fill=KV)
-    d.box(64 + used, y, 712 - used, 24, edge=KV)
+    d.box(64 + used, y, 712 / capacity, 24, fill=ACTIVATIONS)
     d.text(64, y + 44, f"a token: 2 · L · K · H · {width:g} bytes = {si(one, 'B')}")
-    d.text(776, y + 44, f"{of(length, 'token')}: {si(length * one, 'B')} of "
+    d.text(776, y + 44, f"{of(length + 1, 'token')}: {si((length + 1) * one, 'B')} of "
            f"{si(capacity * one, 'B')}", 14, "end", bold=True)
     return d
 

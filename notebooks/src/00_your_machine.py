@@ -436,7 +436,8 @@ Markdown(
     "|not explained| / |measured − napkin|. The first four napkins are from the box. "
     f"Its {further} is further off: calibrated {of_box['peak']:.2f} times the peak, "
     f"{of_box['bandwidth']:.2f} times the bandwidth. With both calibrated, 64 rows "
-    f"over 1 row would be {machine.napkin(works[MANY]) / machine.napkin(works[ONE]):.2f} ×.")
+    "over 1 row would be "
+    f"{machine.napkin(works[MANY]) / machine.napkin(works[ONE]):.2f} ×.")
 
 # %% [markdown] tags=["notes"]
 # > The room, the box, the calibration, the stopwatch
@@ -511,6 +512,10 @@ Markdown(
 # - At B = 16,384: which terms, each by itself, break it on the L4, on the H100?
 # - Raise D until a machine fails at B = 1. By which term? Does any batch help?
 
+# %% [markdown] tags=["notes"]
+# **1 min.** Ask the first question alone, the others are homework. Let the room write down the largest batch of an L4 and of an H100; nobody
+# touches a slider yet.
+
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 machines = {"L4": l4, "H100": h100, "MacBook Air M2": laptop, "this machine": machine}
 DEADLINE_S, BATCHES = 20e-3, [2**p for p in range(15)]
@@ -555,12 +560,11 @@ widgets.play(promise, name=widgets.choose("machine", list(machines)),
              D=widgets.powers_of_two("D", 1024, 16384, 4096),
              B=widgets.powers_of_two("B", 1, 16384, 1024))
 
-# %% tags=["core", "fragment", "hide-input", "nbval-ignore-output"]
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
 promise("L4", 4096, 1024)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** Ask the first question alone, the others are homework. Let the room write down the largest batch of an L4 and of an H100 before anybody
-# touches a slider; then one student drives the notebook, or show the figure (next key). L4: 2,048, H100: 16,384. Usual wrong answer: in the ratio of
+# **2 min.** One student drives the notebook; the slide is the fallback. L4: 2,048, H100: 16,384. Usual wrong answer: in the ratio of
 # their bandwidths. A large batch is compute-bound, so the ratio of the peaks decides. Surprise: the L4's bars stay nearly flat up to some hundred
 # rows: 256 rows take 12 % longer than one. Homework: at B = 16,384 both terms break the L4's promise (145 ms of FLOPs, 32 ms of bytes), neither the H100's (17.8 ms).
 # At B = 1 bytes break it, from D = 9,683 on an L4 and 32,356 on an H100 (beyond the slider), and no batch helps. Solutions computes all of it.

@@ -67,8 +67,6 @@ display(Markdown(
 diagrams.layer(catalog.model("smollm2-135m"))
 
 # %% [markdown] tags=["notes"]
-# > All rows of a step share one reading of the weights
-#
 # **4 min.** One layer of the model that we run later. Point at the residual stream: the sum that
 # each half of a layer reads and adds to. The MLP has three matrices, gate, up and down. The LM
 # head is the last D x V matrix. The bars below the line are the whole step, on another scale. Ask:
@@ -362,10 +360,10 @@ Markdown(
     f"A token of a prompt of {long:,} costs **{si(prompt_token, 's')}**, an output "
     f"token at context {long:,} **{si(output_token, 's')}**: "
     f"**{output_token / prompt_token:.0f} times** as much, for {ratio:.1f} times the "
-    "FLOPs. (Each output token pays for the LM head, and looks back twice as far.)\n\n"
+    "FLOPs. (It pays for the LM head, and looks back twice as far.)\n\n"
     "Batches share the reading of the weights, not of the caches. On an H100's "
-    f"envelope {llama_3.name} comes to **{price_ratio(256, 1024):.0f} times** at batch "
-    f"256 and 1,024 tokens, **{price_ratio(64, 8192):.0f} times** at batch 64 and 8,192.")
+    f"envelope, {llama_3.name}: **{price_ratio(256, 1024):.0f} times** at batch 256 "
+    f"and 1,024 tokens, **{price_ratio(64, 8192):.0f} times** at batch 64 and 8,192.")
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Back to the numbers on the board: what is the factor? Ask: why more FLOPs at all? The
@@ -412,6 +410,7 @@ ax.set(title=f"Real kernels: {min(times):.1f} to {max(times):.1f} times the enve
        xlim=(1, 3.3), ylim=(len(IDS) - 0.4, -0.6),
        xlabel="published ÷ envelope (data sheet)")
 ax.set_yticks(range(len(IDS)), names, fontsize=10)
+ax.grid(visible=False, axis="y")                        # no lines through the numbers
 ax.legend(loc="lower right", fontsize=10)
 plots.show(figure, "Envelope and published time of eight runs, 16-bit weights, one "
                    "sequence on one GPU. Published over envelope: "

@@ -38,7 +38,7 @@ from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
 from clawdemy_infer.lesson.steps import filled_cache
-from clawdemy_infer.lesson.tables import Table, si
+from clawdemy_infer.lesson.tables import Table, interval, si
 from clawdemy_infer.machine.calibrate import this_machine
 from clawdemy_infer.machine.present import bracketed
 from clawdemy_infer.model import generate
@@ -96,7 +96,7 @@ print(f"the first 5 of {len(ids)} tokens: the same keys and values in all {L} la
 # Ask what would break the argument: a bidirectional model such as BERT, where token 5 sees token 9.
 # There is no KV cache for it.
 
-# %% tags=["core", "slide"]
+# %% tags=["core", "slide", "by-line"]
 # Lesson 01: L layers, width D, N heads, K for KV, of width H; MLP F, vocabulary V
 P, n = 26, 24                           # tokens of the prompt, tokens generated
 weights = D * (N + 2 * K) * H + N * H * D + 3 * D * F       # of a layer: QKV, out, MLP
@@ -110,7 +110,7 @@ for S in range(P, P + n):               # S tokens so far:
     pairs += S * (S + 1) // 2           # and looks back at all tokens up to itself
 without = flops(rows, pairs, n)
 
-# %% tags=["core", "fragment"]
+# %% tags=["core", "fragment", "by-line"]
 rows, pairs = P, P * (P + 1) // 2       # with one: the prompt once, and then
 for S in range(P + 1, P + n):
     rows += 1                           # one row a step,
@@ -118,8 +118,10 @@ for S in range(P + 1, P + n):
 with_cache = flops(rows, pairs, n)
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Let the room count rows and pairs line by line, without a cache; then show the
-# fragment, with one. Ask: "what are rows and pairs at the end, in terms of S?" (S and S·(S+1)/2: a
+# > Count rows and pairs, without a cache and with one
+#
+# **4 min.** Each line comes at a key press: let the room count rows and pairs, without a cache, then
+# with one. Ask: "what are rows and pairs at the end, in terms of S?" (S and S·(S+1)/2: a
 # single step without a cache. The next slide says it.) Usual wrong answer for pairs: S² a step. The
 # mask halves it: token t looks back at t tokens.
 
@@ -145,7 +147,7 @@ without one.**
 """)
 
 # %% [markdown] tags=["notes"]
-# **3 min.** The bold sentence is the one to remember; let somebody say it in their own words. Then ask: "FLOPs fell by two hundred at 256 tokens.
+# **2 min.** The bold sentence is the one to remember; let somebody say it in their own words. Then ask: "FLOPs fell by two hundred at 256 tokens.
 # Does the time?" Usual wrong answer: yes. The weights are read all the same; only activations
 # became fewer. Draw the roofline of lesson 00 and move the dot to the left, below the slope.
 
@@ -157,7 +159,8 @@ lines = []
 for each in map(catalog.model, names):
     right = 2 * each.L * each.K * each.H * 2
     assert right == each.kv_bytes_per_token("bf16")
-    lines.append([each.name, f"{each.N} / {each.K}", f"{right / 1024:g}",
+    lines.append([each.name, *map(str, (each.L, each.N, each.K, each.H)),
+                  f"{right / 1024:g}",
                   f"{each.streamed_bytes('bf16') / right:,.0f}"])
 eight, small = catalog.model("llama-3-8b"), catalog.model("qwen3-0.6b")
 display(Markdown(f"""
@@ -172,7 +175,7 @@ D/N instead of H makes it {small.D / small.N / small.H:g} of the truth for {smal
 
 Last column: context from which a step at batch 1 reads more cache than weights.
 """))
-header = ["model", "N / K", "KiB per token, bf16", "more cache from, tokens"]
+header = ["model", "L", "N", "K", "H", "KiB per token, bf16", "more cache from, tokens"]
 Table(header, lines, header[1:])
 
 # %% [markdown] tags=["notes"]
@@ -185,18 +188,15 @@ Table(header, lines, header[1:])
 # %% [markdown] tags=["core", "slide"]
 # ## Guess
 #
-# SmolLM2-135M on this machine, fp32, at 256 tokens:
+# SmolLM2-135M on this machine, fp32, at 256 tokens: how long does the next token take **without** a
+# cache, and **with** one? How many times faster is that?
 #
-# 1. How long does the next token take **without** a cache?
-# 2. And **with** one?
-# 3. How many times faster is that?
-# 4. At 1 token both steps compute the same. From which **length** on does the cache make a token
-#    twice as fast?
+# At 1 token both steps compute the same. From which **length** on does the cache make a token twice
+# as fast?
 #
-# Write text with a unit over the dots: `"500 ms"`, `"3 times"`, `"100 tokens"`. The card has the
-# machine's numbers.
+# Write text with a unit over the dots: `"9 hours"`, `"0.1 times"`, `"0.5 tokens"`.
 
-# %% tags=["core", "guess", "nbval-ignore-output"]
+# %% tags=["core", "fragment", "guess", "nbval-ignore-output"]
 lesson.guess("a token without a cache, at 256", ...)
 lesson.guess("a token with a cache, at 256", ...)
 lesson.guess("speed-up at 256", ...)
@@ -204,8 +204,8 @@ lesson.guess("length where it is twice as fast", ...)
 lesson.card()
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Everybody writes four numbers, in the notebook or on paper, before you go on; the
-# machine's card stands below the guesses in the notebook. A napkin helps: 135 M weights of 4
+# **2 min.** Everybody writes four numbers, in the notebook or on paper, before you go on. The
+# examples show the units alone: they are absurd, so that they suggest nothing. A napkin helps: 135 M weights of 4
 # bytes over the bandwidth; 2 FLOPs a weight and row over the peak. Usual wrong answers: a speed-up
 # of 256 or of 200 (rows, or FLOPs), and a crossover at 2.
 
@@ -274,13 +274,20 @@ lesson.predict(f"all of {n} tokens after {P}, with",
                machine.time(total("with", [shape.prefill(1, P, **FP32), *(
                    shape.decode(1, P + i, **FP32) for i in later)]),
                    prefill.ops + (n - 1) * decode.ops), "s")
-lesson.reveal("a token without a cache, at 256", "a token with a cache, at 256",
-              "speed-up at 256", "length where it is twice as fast")
+display(lesson.reveal("a token without a cache, at 256", "a token with a cache, at 256",
+                      "speed-up at 256", "length where it is twice as fast"))
+in_lesson_01 = machine.napkin(shape.prefill(1, 256, **FP32))
+Markdown("Lesson 01's napkin for 256 rows also counts attention and the LM head: "
+         f"{si(in_lesson_01, 's')} with this lesson's peak. Each lesson takes the "
+         "machine's speed of its moment (the card).")
 
 # %% [markdown] tags=["notes"]
+# > A napkin of three numbers, and the calibrated roofline
+#
 # **2 min.** The *napkin* knows three numbers: peak, bandwidth, model size. *Predicted* is the
 # calibrated roofline: how fast a product of that many rows really runs here, attention's own rate,
-# the price of each launch. Ask where they disagree most, and why the napkin's crossover lies a
+# the price of each launch. Ask where they disagree most (with a cache: one row, many launches; the
+# usual wrong answer is without, where the times are largest), and why the napkin's crossover lies a
 # quarter above twice the ridge in *rows*. (At the ridge in rows computing takes as long as reading,
 # at twice as many rows twice as long. An fp32 weight has 4 bytes for 2 FLOPs a row: twice the FLOPs
 # per byte of lesson 00, in rows. The quarter is the LM head: a fifth of the weights that are read,
@@ -292,13 +299,13 @@ lesson.reveal("a token without a cache, at 256", "a token with a cache, at 256",
 # **A KV cache for one sequence.** In each layer, from 0 on, the decoder calls `append`, then
 # `read`. So in mid-step layer 0 has one token more than layer 29: each layer counts its own.
 #
-# Preallocated or grown by `torch.cat`: both are right. Where a chunk does not fit, `append` raises
+# The stub preallocates; `torch.cat` is right too. Where a chunk does not fit, `append` raises
 # `ValueError` and changes nothing. The caller may write over `k` and `v` later, never into what
 # `read` returns.
 
 # %% [markdown] tags=["notes"]
-# **1 min.** Say the contract, not the solution. Ask: "who calls `truncate`?" Somebody who
-# regenerates the last answer, or speculative decoding, when draft tokens are rejected (lesson 09).
+# **1 min.** Say the contract, not the solution. Ask: "how many tokens has layer 29 while layer 0
+# has ten?" (Nine: it has not been called yet.) Usual wrong answer: ten.
 
 # %% tags=["core", "slide", "hide-input"]
 diagrams.cache(layers=30, kv_heads=3, head_dim=64, length=5, capacity=12, kv="fp32")
@@ -306,34 +313,39 @@ diagrams.cache(layers=30, kv_heads=3, head_dim=64, length=5, capacity=12, kv="fp
 # %% [markdown] tags=["notes"]
 # **2 min.** One sheet for each layer, a row for each KV head, a column for each token. `append`
 # fills the next column in *one* layer; `truncate(2)` moves the end to the left in *all* layers. Ask
-# what must be erased by `truncate`. (Nothing: what lies beyond the end is never read.)
+# what must be erased by `truncate`. (Nothing: what lies beyond the end is never read.) Usual wrong
+# answer: the bytes. And who calls it? Somebody who regenerates the last answer, or speculative
+# decoding, when draft tokens are rejected (lesson 09). The bar counts the appended token too.
 
 # %% tags=["core", "slide", "build"]
 class MyCache:
-    """Keys and values [K, tokens, H] of one sequence in all layers, fp32.
-    cache = MyCache(layers=2, kv_heads=1, head_dim=4, capacity=8)
-    cache.append(0, k, v)           # k, v [1, 3, 4]: three tokens, in layer 0
-    cache.append(0, k2, v2)         # k2, v2 [1, 1, 4]: a fourth
-    keys, values = cache.read(0)    # [1, 4, 4] each
-    cache.truncate(2)   # each layer keeps its first 2; more than it has: no change"""
+    """Keys and values of one sequence, fp32. append(0, k, v) with k, v [K, 3, H] adds
+    three tokens in layer 0; read(0) is then keys and values [K, 3, H]; truncate(2)
+    leaves each layer its first 2, or as many as it has."""
     def __init__(self, layers, kv_heads, head_dim, capacity):
-        self.capacity = ...
+        self.capacity = capacity
+        self.keys, self.values = torch.zeros(2, layers, kv_heads, capacity, head_dim)
+        self.lengths = [0] * layers
 
-    def append(self, layer, k, v):  # ValueError beyond the capacity
-        return ...
+    def append(self, layer, k, v):      # into keys[layer, :, start:end] and values
+        return ...                      # ValueError beyond the capacity
 
     def read(self, layer):
-        return ...
+        end = self.lengths[layer]
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
 
-    def truncate(self, length):
+    def truncate(self, length):         # all layers
         return ...
 
 Cache = lesson.build("KVCache", MyCache)
 
 # %% [markdown] tags=["notes"]
-# **7 min.** Six minutes in pairs, about twenty lines. Usual wrong answers, and the checker names
-# each with its smallest example: only the last chunk is kept; one length for all layers; `[[]] *
-# layers`, which is one list many times; `truncate` in layer 0 only; the caller's tensor kept
+# > Write `append` and `truncate`
+#
+# **8 min.** Six minutes in pairs, about ten lines; `__init__` and `read` are given. An append changes
+# nothing where the chunk does not fit. Usual wrong answers, and the checker names
+# each with its smallest example: only the last chunk is kept; one length for all layers;
+# `truncate` in layer 0 only, or one that makes a layer longer; the caller's tensor kept
 # instead of copied; a full cache that silently drops the token (a preallocated slice of width 0
 # takes it without an error). Show one student's cache; it runs in the next cell.
 
@@ -359,6 +371,8 @@ lesson.measure("a token without a cache, at 256", prefill)
 lesson.measure("a token with a cache, at 256", with_yours)
 
 # %% [markdown] tags=["notes"]
+# > The same tokens, sooner
+#
 # **2 min.** Runs about a minute, with the next cell: meanwhile ask who guessed lowest. If it fails
 # or drags, stay on the slide: its numbers are a whole run's, on the machine that built the deck.
 # Read the story, then the lines with their spreads. Ask: "why do the three stories agree to the
@@ -427,7 +441,7 @@ right.annotate("twice as fast", (1, 2), xytext=(0, 3), textcoords="offset points
                fontsize=9)
 right.set(xscale="log", yscale="log", xlabel="length, tokens",
           ylabel="times faster with a cache",
-          title="… and at a few tokens it saves nothing")
+          title="… and at a few tokens it saves little")
 for axis, ticks in ((right.xaxis, LENGTHS), (right.yaxis, [1, 2, 4, 8, 16, 32])):
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
@@ -438,19 +452,24 @@ plots.show(fig, "Left, time for one token against the length: at 256 tokens "
                 + ", ".join(f"{speedup[S]:.1f} at {S}" for S in LENGTHS)
                 + f". The ridge lies at {ridge_rows:.0f} rows.")
 head = shape.streamed_bytes("fp32") / (L * weights * 4)
+for name in ("speed-up at 256", "length where it is twice as fast"):
+    row = lesson.rows[name]
+    guess = f"guess {si(row.guess, row.unit)}, " if row.guess else ""
+    print(f"{name}: {guess}napkin {si(row.napkin, row.unit)}, predicted",
+          f"{interval(row.low, row.high, row.unit)}, measured",
+          si(row.measured, row.unit))
 print(f"At {ridge_rows:.0f} rows the layers compute as long as they read. Twice as "
-      f"long as a cached token takes twice as many\nrows, times {head:.2f}: the LM "
-      f"head is read too, and computed for one row only. Napkin: "
-      f"{lesson.rows['length where it is twice as fast'].napkin:.0f}.\n"
-      "Here both steps were timed in turn, above one after the other: the speed-up is "
-      "this figure's.")
+      "long as a cached token: at twice as many\nrows, times "
+      f"{head:.2f} (the LM head is read too, and computed for one row only). Here both "
+      "steps were timed in\nturn, in the cell before one after the other: the speed-up "
+      "is this figure's.")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Left: one line rises with the length, the other is flat. Right: the same as a ratio;
+# **3 min.** Left: one line rises with the length, the other is flat. Right: the same as a ratio;
 # the dotted upright line is the ridge in rows, twice the fp32 ridge in FLOPs per byte. Ask: "why do
 # rows to the left of it cost little?" They share one reading of the weights. That is the room that
-# batching (lesson 04) and speculative decoding (lesson 09) use. Go back to the guesses on the
-# board.
+# batching (lesson 04) and speculative decoding (lesson 09) use. Usual wrong answer: they are few.
+# Go back to the guesses on the board; the lines under the figure answer the last two.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Reconcile
@@ -506,19 +525,10 @@ else:
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# The counting is the same. On a data-centre GPU:
-#
-# - The **ridge point** lies far to the right: more rows are free; crossover comes later.
-# - **Bytes** stream dozens of times as fast. A **launch** costs host time; in steps of many short
-#   kernels the host falls behind the GPU (CUDA graphs, lesson 10).
+# The **ridge point** lies far to the right: more rows are free, the crossover comes later. A
+# **launch** costs host time: with many short kernels the host falls behind (CUDA graphs, lesson 10).
 
-# %% [markdown] tags=["notes"]
-# **1 min.** Ask before you go on: "is the cache worth more or less on a GPU?" Usual wrong answer:
-# more, because it is faster. It is worth *less*: where both machines compute without a cache and
-# read with one, by the ratio of their ridge points, whatever the length. At a few tokens it saves
-# nothing on either.
-
-# %% tags=["core", "slide", "hide-input"]
+# %% tags=["core", "fragment", "hide-input"]
 h100, t4 = catalog.machine("h100-sxm"), catalog.machine("t4")
 llama, gpt2 = catalog.model("llama-3-8b"), catalog.model("gpt2-124m")
 
@@ -534,25 +544,25 @@ bound = {"with": t4.napkin(gpt2.prefill(1, 5, logits=5, **FP32)) + sum(
              t4.napkin(gpt2.decode(1, 5 + i, **FP32)) for i in range(1, 1000)),
          "without": sum(t4.napkin(gpt2.prefill(1, 5 + i, logits=5 + i, **FP32))
                         for i in range(1000))}
-display(Markdown(f"""
-**GPT-2, fp32, 1,000 tokens on a T4.** Published by J. Lages 2023, not measured here.
-Without a cache both table lines count the logits of all tokens, as `transformers` then
-computed them. A cached token took {si(published["with"] / 1000, "s")}; its bytes take
-{si(bound["with"] / 1000, "s")}.
-"""), Table(["", "without", "with", "times faster"],
-            [[name, f"{of['without']:.1f} s", f"{of['with']:.1f} s",
-              f"{of['without'] / of['with']:.1f}"]
-             for name, of in (("published", published), ("envelope", bound))],
-            ["without", "with", "times faster"]), Markdown(f"""
-**Llama-3-8B, bf16, H100, envelope:** twice as fast from
-**{next(S for S in range(1, 8192) if on_h100(S) >= 2)} tokens** on (ridge point
-{h100.ridge("bf16"):.0f}), {on_h100(8192):.0f} times at 8,192.
-"""))
+display(Markdown(
+    "**GPT-2, fp32, 1,000 tokens on a T4** (J. Lages 2023). Without a cache both lines "
+    "count the logits of all tokens, as `transformers` did:"),
+    Table(["", "without", "with", "times faster"],
+          [[name, f"{of['without']:.1f} s", f"{of['with']:.1f} s",
+            f"{of['without'] / of['with']:.1f}"]
+           for name, of in (("published", published), ("envelope", bound))],
+          ["without", "with", "times faster"]), Markdown(
+    "**Llama-3-8B, bf16, H100, envelope:** twice as fast from "
+    f"**{next(S for S in range(1, 8192) if on_h100(S) >= 2)} tokens** on, "
+    f"{on_h100(8192):.0f} times at 8,192."))
 
 # %% [markdown] tags=["notes"]
-# **1 min.** Read the table, then compare with this machine's own speed-up. Say what nobody here
-# measured: what the T4 did in the milliseconds beyond its bytes. Lesson 10 has the tools to find
-# out.
+# **2 min.** Ask before the table: "is the cache worth more or less on a GPU?" Usual wrong answer:
+# more, because it is faster. It is worth *less*: where both machines compute without a cache and
+# read with one, by the ratio of their ridge points, whatever the length. At a few tokens it saves
+# little on either. Then compare the table with this machine's own speed-up. Say what nobody here
+# measured: what the T4 did in the 10 ms of each cached token beyond its bytes. Lesson 10 has the
+# tools to find out.
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
@@ -568,19 +578,18 @@ computed them. A cached token took {si(published["with"] / 1000, "s")}; its byte
 # %% [markdown] tags=["notes"]
 # **2 min.** Let the room find the first two. Then ask: "a batch of eight: are the weights read
 # eight times? And the caches?" Weights once for all, each cache for its own sequence. So a batch
-# brings the length at which the cache is the larger read nearer, by its factor.
+# brings the length at which the cache is the larger read nearer, by its factor. Usual wrong answer:
+# both are read once, or both eight times.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Play
 #
-# Does it fit? Weights in bf16; red names the limit that is violated. Start from 64 users with 8,192
-# tokens of Llama-3-8B on one H100, and find
+# Does it fit (no workspace)? Weights in bf16; red names the limit. From 64 users with 8,192 tokens of
+# Llama-3-8B on one H100, find
 #
 # 1. a single change with which 128 users fit;
 # 2. the smallest card for 8 users of Qwen3-4B with 32,768 tokens;
-# 3. a card on which 64 users with 2,048 tokens of Llama-2-70B fit, and of LLaMA-30B do not. Why?
-#
-# Workspace is not counted.
+# 3. a card for 64 users with 2,048 tokens of Llama-2-70B, but not of LLaMA-30B. Why?
 
 # %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
 FORMATS = ["bf16", "int8", "int4"]
@@ -629,16 +638,18 @@ widgets.play(draw_memory,
              context=widgets.powers_of_two("context", 256, 131072, 8192),
              kv=widgets.choose("KV format", FORMATS))
 
-# %% tags=["core", "hide-input"]
+# %% tags=["core", "fragment", "hide-input"]
 draw_memory("llama-3-8b", "h100-sxm", 64, 8192, "bf16")
 
 # %% [markdown] tags=["notes"]
-# **2 min.** Switch to the notebook; the slide is the fallback. Move to 128 users: red, and the
-# limit is named. Ask for the single change before anybody touches a slider. Right are half the
+# **3 min.** Ask question 1 live, the others are homework. Switch to the notebook; the figure on the
+# slide is the fallback. Move to 128 users: red, and the limit is named. Ask for the single change
+# before anybody touches a slider. Right are half the
 # context, a model that keeps less per token, a card with 154 GB (not the H200); an int8 cache fits
 # on paper, with less than 0.1 % of the card to spare, and so in no engine. Usual wrong
 # answer: a model with fewer weights but the same K, H, L. The weights are a fifth of what is used.
-# Question 2 has three equal answers: A40, L40S, RTX A6000.
+# Question 2 has three equal answers: A40, L40S, RTX A6000. Question 3: an MI300X; with GQA the 70B
+# model needs 181 GB, the 30B model with multi-head attention 274 GB. Solutions computes all three.
 
 # %% [markdown] tags=["core"]
 # ## Check yourself
@@ -680,10 +691,11 @@ lesson.steps("summary", rows_without=rows_without, rows_with=rows_with,
 # ### Take with you
 #
 # 1. With a cache, the layers do in a whole generation the work of its last step without one.
-# 2. Computing becomes reading: it saves nothing at a few tokens, much at a few hundred.
-# 3. It costs 2 · L · K · H · bytes a token; many users or long contexts fill the card.
+# 2. Computing becomes reading: it saves little at a few tokens, much at a few hundred.
+# 3. It costs 2 · L · K · H · bytes a token; users and contexts fill the card.
 #
-# **Next:** can one remember with fewer bytes? (Lesson 03.) **Homework:** the exercises.
+# **Next:** can one remember with fewer bytes? **Homework:** a long agent, a summary,
+# yesterday's prompt (Further).
 
 # %% [markdown] tags=["notes"]
 # **1 min.** Let three people say one sentence each, with the slide closed. Then the question.
