@@ -225,7 +225,7 @@ class Lesson:
         from clawdemy_course.figures import waterfall
         from clawdemy_infer.lesson import plots
 
-        figure, ax = plt.subplots(figsize=(7.2, 3.4))       # a slide has lines under it
+        figure, ax = plt.subplots(figsize=(7.2, 3.2))       # a slide has lines under it
         plots.show(figure, waterfall(ax, row, found))
         print(found.sentence)
         if right is not None:

@@ -525,8 +525,8 @@ else:
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
 #
-# The **ridge point** lies far to the right: more rows are free, the crossover comes later. A
-# **launch** costs host time: with many short kernels the host falls behind (CUDA graphs, lesson 10).
+# The **ridge point** lies far to the right: the crossover comes later. A **launch** costs host
+# time: with many short kernels the host falls behind (CUDA graphs, lesson 10).
 
 # %% tags=["core", "fragment", "hide-input"]
 h100, t4 = catalog.machine("h100-sxm"), catalog.machine("t4")
@@ -545,14 +545,14 @@ bound = {"with": t4.napkin(gpt2.prefill(1, 5, logits=5, **FP32)) + sum(
          "without": sum(t4.napkin(gpt2.prefill(1, 5 + i, logits=5 + i, **FP32))
                         for i in range(1000))}
 display(Markdown(
-    "**GPT-2, fp32, 1,000 tokens on a T4** (J. Lages 2023). Without a cache both lines "
-    "count the logits of all tokens, as `transformers` did:"),
+    "**GPT-2, fp32, 1,000 tokens on a T4** (J. Lages 2023). Without a cache, all "
+    "tokens' logits count, as in `transformers` then:"),
     Table(["", "without", "with", "times faster"],
           [[name, f"{of['without']:.1f} s", f"{of['with']:.1f} s",
             f"{of['without'] / of['with']:.1f}"]
            for name, of in (("published", published), ("envelope", bound))],
           ["without", "with", "times faster"]), Markdown(
-    "**Llama-3-8B, bf16, H100, envelope:** twice as fast from "
+    "**Llama-3-8B, H100, envelope:** twice as fast from "
     f"**{next(S for S in range(1, 8192) if on_h100(S) >= 2)} tokens** on, "
     f"{on_h100(8192):.0f} times at 8,192."))
 
