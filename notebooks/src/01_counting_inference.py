@@ -359,9 +359,9 @@ def price_ratio(batch, context):
 Markdown(
     f"A token of a prompt of {long:,} costs **{si(prompt_token, 's')}**, an output "
     f"token at context {long:,} **{si(output_token, 's')}**: "
-    f"**{output_token / prompt_token:.0f} times** as much, for {ratio:.1f} times the "
+    f"**{output_token / prompt_token:.0f} times** that, for {ratio:.1f} times the "
     "FLOPs. (It pays for the LM head, and looks back twice as far.)\n\n"
-    "Batches share the reading of the weights, not of the caches. On an H100's "
+    "Batches share the reading of weights, not of caches. On an H100's "
     f"envelope, {llama_3.name}: **{price_ratio(256, 1024):.0f} times** at batch 256 "
     f"and 1,024 tokens, **{price_ratio(64, 8192):.0f} times** at batch 64 and 8,192.")
 
