@@ -304,7 +304,7 @@ display(Markdown(
 
 # %% [markdown] tags=["notes"]
 # **3 min.** Runs some ten seconds, up to half a minute where nothing was calibrated: meanwhile ask who guessed lowest. If it fails or drags, stay on the slide: its numbers are a whole run's, on the machine
-# that built the deck. Read the curve from the right: main memory, the last cache, the near caches, the fall at the far left. Usual
+# that built the deck. Say what the squares are: filled, what the calibration once measured and kept in a file; open, its probe run again in turn with yours. Read the curve from the right: main memory, the last cache, the near caches, the fall at the far left. Usual
 # wrong answer: "small arrays are slow to read". Part of it is the launch: no more than what 32 KiB take (under the figure). The rest was not measured. A dip in between, if any, is not explained here. If both differences
 # are large, the method differs; if only the kept one is, the machine has changed.
 
