@@ -28,7 +28,7 @@ from clawdemy_infer.machine.probes_attention import attention_probes
 from clawdemy_infer.paths import cache_dir, read_kept, write_atomically
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28]
-PROBES = "2026-11n"             # their version: a calibration with another one is made anew
+PROBES = "2026-12a"             # their version: a calibration with another one is made anew
 FORMATS = ("fp32", "bf16")      # of every calibration; others are measured when first asked for
 BUDGET_S, FORMAT_BUDGET_S = 18.0, 5.0
 """Seconds that a calibration, and a further format, may take at most; with PyTorch's import, 20."""

@@ -32,8 +32,10 @@ def default_device() -> str:
 @cache
 def reference_probes(device: str) -> tuple[Callable[[], float], ...]:
     """A function for each of `REFERENCES` that samples it once, in units/s: FLOPs of a product with
-    one row, of one with many, and operations started."""
-    weights = probes.gemm_weights("fp32", device, probes.RING_BYTES)
+    one row, of one with many, and operations started. The weights come from memory, sample after
+    sample, however large the caches are: in a calibration other probes come between."""
+    ring_bytes = max(probes.RING_BYTES, 2 * probes.largest_cache())
+    weights = probes.gemm_weights("fp32", device, ring_bytes)
     memory, compute = (probes.rate_of(probes.gemm_step(weights, m, torch.float32), sample_s=0.02)
                        for m in REFERENCE_ROWS)
     layer, x = probes.Glue(device, torch.float32), torch.randn(1, 1, 512, device=device)
