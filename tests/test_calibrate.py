@@ -404,6 +404,7 @@ def small(cache, monkeypatch):
     does."""
     monkeypatch.setattr(probes, "SAMPLE_S", 1e-4)
     monkeypatch.setattr(probes, "RING_BYTES", 2**16)
+    monkeypatch.setattr(probes, "largest_cache", lambda: 0)
     monkeypatch.setattr(probes, "GEMM_ROWS", [1, 3])
     monkeypatch.setattr(probes, "SMALL_ROWS", [1, 2])
     monkeypatch.setattr(probes, "HEAD_ROWS", [1, 2])
@@ -426,6 +427,16 @@ def small(cache, monkeypatch):
     present.reference_probes.cache_clear()
     yield cache
     present.reference_probes.cache_clear()
+
+
+def test_the_present_is_read_from_memory_however_large_the_caches_are(small, monkeypatch):
+    """A calibration reads other things in between, and its caches hold nothing of the weights."""
+    rings, made = [], probes.gemm_weights
+    monkeypatch.setattr(probes, "largest_cache", lambda: 2**17)
+    monkeypatch.setattr(probes, "gemm_weights", lambda format, device, ring_bytes: (
+        rings.append(ring_bytes), made(format, device, ring_bytes))[1])
+    present.reference_probes("cpu")
+    assert rings == [2**18]
 
 
 def test_a_calibration_measures_everything_keeps_it_and_predicts(small):

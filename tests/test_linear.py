@@ -163,6 +163,18 @@ def test_without_a_compiler_pytorch_multiplies_and_with_one_odd_sizes_are_in_cpp
         "plain", "fbgemm_half", "plain", "weight_only_int8", "weight_only_int4"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", [1, 40])
+def test_weights_in_bf16_take_activations_in_either_float_whoever_multiplies(M, dtype, monkeypatch):
+    x, weight = normal(M, 64).to(dtype), normal(48, 64)
+    right = x.double() @ weight.bfloat16().double().T
+    for flags in ("amx_bf16", ""):
+        monkeypatch.setattr(cpp, "cpuinfo", lambda key, flags=flags: flags)
+        got = PackedLinear("bf16", weight)(x)
+        assert got.dtype == dtype
+        assert (got.double() - right).abs().max() <= WITHIN["bf16"] * right.abs().max()
+
+
 def test_a_gpu_has_pytorch_s_floats_and_triton_s_integers():
     names = [table(format, "cuda", "triton")[0][1][0].__name__ for format in FORMATS]
     assert names == ["plain", "plain", "plain", "triton_int8", "triton_int4"]

@@ -39,8 +39,8 @@ AMX_ROWS = 32
 
 
 def plain(weight: torch.Tensor) -> Kernel:
-    """`F.linear`: the weight as it is, in the dtype of the activations."""
-    return lambda x: F.linear(x, weight)
+    """`F.linear`, in the dtype of the weight; the result is in that of x."""
+    return lambda x: F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
 def half_to_float(weight: torch.Tensor) -> Kernel:
