@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import pad
+from torch.nn import functional as F
 
 from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.codes import Codes
@@ -31,7 +31,7 @@ class CppProduct:
         codes = source.codes if isinstance(source, Codes) else source
         self.format, self.panels = format, panels(format, source)
         self.O, self.I = codes.shape
-        self.filled = self.O + -self.O % 16, self.I + self.I % 2
+        self.filled = 16 * len(self.panels), self.I + self.I % 2
         self.group = self.I // source.scales.shape[1] if format == "int4" else self.filled[1]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,9 @@ class CppProduct:
             raise ValueError(f"x is {list(x.shape)}: the last dimension must be the I={self.I} "
                              "inputs")
         O, I = self.filled
-        x, y = pad(x, (0, I - self.I)).contiguous(), x.new_empty(*x.shape[:-1], O)
+        if I > self.I:                              # `pad` copies x even where it adds nothing
+            x = F.pad(x, (0, I - self.I))
+        x, y = x.contiguous(), x.new_empty(*x.shape[:-1], O)
         run = code(self.format, x.dtype)
         run(*cpp.pointers(x, self.panels, y), y.numel() // O, I, O, self.group)
         return y[..., :self.O].contiguous()
@@ -61,7 +63,10 @@ def panels(format: str, source: torch.Tensor | Codes) -> torch.Tensor:
     if group % 8:
         raise NotImplementedError(f"weight [{O}, {I}] in groups of {group}: groups by the eight "
                                   "are accepted")
-    rows, codes = (0, -O % 16), pad(codes, (0, I % 2, 0, -O % 16))
+    rows = -O % 16
+    if rows or I % 2:
+        codes = F.pad(codes, (0, I % 2, 0, rows))
+    codes = codes.contiguous()
     O, I = codes.shape
     if format in ("fp32", "fp16"):
         return as_bytes(codes.view(O // 16, 16, I).mT)
@@ -69,14 +74,14 @@ def panels(format: str, source: torch.Tensor | Codes) -> torch.Tensor:
         pairs = as_bytes(codes.view(O // 16, 16, I // 2, 2).transpose(1, 2))
         if format == "bf16":
             return pairs
-        scales = pad(scales.float(), rows).view(-1, 16)
+        scales = F.pad(scales.float(), (0, rows)).view(-1, 16)
         return torch.cat((as_bytes(scales), pairs), 1).contiguous()
     # A word of 16 bits, low byte first, has the codes of inputs 0, 2, 4, 6 of eight, or of 1, 3, 5,
     # 7: [panels, 16 outputs, groups, eights, byte, nibble, word] -> [panels, groups, bytes].
     nibbles = codes.view(O // 16, 16, I // group, group // 8, 2, 2, 2)
     words = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
     words = words.permute(0, 2, 3, 1, 5, 4).flatten(2)
-    scales, zeros = (pad(each.float(), (0, 0, *rows)) for each in (scales, zeros))
+    scales, zeros = (F.pad(each.float(), (0, 0, 0, rows)) for each in (scales, zeros))
     both = torch.stack((scales, -zeros * scales), -1).half()
     both = both.view(O // 16, 16, I // group, 2).permute(0, 2, 3, 1).flatten(2).contiguous()
     return torch.cat((words, both.view(torch.uint8)), -1).flatten(1).contiguous()
