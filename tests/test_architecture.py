@@ -16,17 +16,16 @@ PACKAGE = REPOSITORY / "clawdemy_infer"
 
 CORE = ["arithmetic", "envelope", "attention", "kv_cache", "model", "batching", "quantization",
         "speculative"]
-LIBRARY = [*CORE, "from_config", "timing", "paths", "refused", "fast", "variants", "files"]
+LIBRARY = [*CORE, "from_config", "timing", "paths", "fast", "variants", "files"]
 RIGS = [*LIBRARY, "machine", "lesson"]
 
 # In reading order: a room may import itself and the rooms named beside it, all of them above it.
 MAY_IMPORT = {
-    "refused": [],
+    "paths": [],
     "arithmetic": [],
     "envelope": ["arithmetic"],
-    "from_config": ["refused", "arithmetic", "envelope"],
+    "from_config": ["paths", "arithmetic", "envelope"],
     "timing": [],
-    "paths": [],
     "attention": [],
     "kv_cache": ["arithmetic", "attention"],
     "model": ["arithmetic", "from_config", "timing", "attention", "kv_cache"],
@@ -36,7 +35,7 @@ MAY_IMPORT = {
                     "quantization"],
     "fast": [*CORE, "timing", "paths"],
     "variants": [*CORE, "timing", "paths", "fast"],
-    "files": [*CORE, "refused", "from_config", "timing", "paths", "fast", "variants"],
+    "files": [*CORE, "from_config", "timing", "paths", "fast", "variants"],
     "machine": ["arithmetic", "envelope", "timing", "paths", "attention", "kv_cache", "fast"],
     "lesson": [*CORE, "timing", "paths", "fast", "files", "machine"],
     "rigs": RIGS,
@@ -55,8 +54,7 @@ BUDGETS = {
                     "batching/engine.py", "batching/torch_executor.py"]),
     "variants": (1500, ["variants"]),
     "fast": (1800, ["fast"]),
-    "lesson": (4500, ["from_config", "files", "machine", "lesson", "timing.py", "paths.py",
-                      "refused.py"]),
+    "lesson": (4500, ["from_config", "files", "machine", "lesson", "timing.py", "paths.py"]),
     "rigs": (4500, ["rigs", "peers", "published", "cli", "__main__.py",
                     "__init__.py"]),
 }
@@ -105,8 +103,7 @@ def test_a_room_imports_only_the_rooms_above_it(path):
     assert not wrong, f"{path.relative_to(PACKAGE)} may not import {sorted(wrong)}"
 
 
-@pytest.mark.parametrize("room", ["paths", "refused", "arithmetic", "envelope",
-                                  "from_config"])
+@pytest.mark.parametrize("room", ["paths", "arithmetic", "envelope", "from_config"])
 def test_the_envelope_needs_nothing_but_the_standard_library(room):
     paths = [path for path in MODULES if room_of(path) == room]
     others = {name.split(".")[0] for path in paths for name in imports(path)} - {"clawdemy_infer"}

@@ -22,7 +22,7 @@ from clawdemy_infer.files import chat_template, load_model
 from clawdemy_infer.files.directory import destinations, to_hf, write_model
 from clawdemy_infer.files.tokenizer import Tokenizer, rendered
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 
 V, D = 24, 32
 WORDS = ["<s>", "</s>", "<unk>", "<cls>", "<sep>", *"abcdefghijklmnopqrs"]

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from clawdemy_infer.files import load_model
 from clawdemy_infer.files.gguf import Header
-from clawdemy_infer.paths import cache_dir
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused, cache_dir
 
 
 @pytest.fixture(autouse=True)

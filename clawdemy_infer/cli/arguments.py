@@ -13,7 +13,7 @@ from textwrap import fill
 from typing import NoReturn
 
 from clawdemy_infer.cli.output import say
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 from clawdemy_infer.rigs.stream import printable
 
 Args = argparse.Namespace
@@ -99,9 +99,9 @@ def compile_option(group, where: str = "") -> None:
 
 def idle(args: Args, because: object, why: str, *flags: str) -> None:
     """Refuse those of `flags` that were given, which change nothing `because` something is so."""
-    with checked():
-        if because and (given := [flag for flag in flags if flag in args.given]):
-            raise ValueError(f"{given[0]} changes nothing {why}")
+    for flag in flags:
+        if because and flag in args.given:
+            raise UsageError("", flag, why=f"changes nothing {why}")
 
 
 def read_by(read: Callable[[str], object], accepted: str) -> Callable[[str], object]:
@@ -170,8 +170,8 @@ def load(name: str, option: str = "model", device: str = "cpu"):
     try:
         return files.load_model(there(name, option), device=device)
     except files.UnknownModel as error:
-        with checked():
-            raise ValueError(str(error).replace("model=", f"{option}=", 1)) from error
+        said = str(error).replace("model=", f"{option}=", 1)
+        raise UsageError("", None, why=said) from error
 
 
 def running(args: Args, weights: str | None = None):

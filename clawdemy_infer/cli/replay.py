@@ -14,7 +14,6 @@ from clawdemy_infer.cli.output import answer, say
 from clawdemy_infer.envelope.parallel import Layout
 from clawdemy_infer.lesson import tables
 from clawdemy_infer.lesson.tables import Table, si
-from clawdemy_infer.refused import Refused
 from clawdemy_infer.rigs.stream import FIELDS, printable
 
 POLICIES = {"static": {"batching": "static"}, "continuous": {}, "chunked": {"token_budget": 256}}
@@ -109,11 +108,12 @@ def run(args: Args) -> int:
         slo = SLO(args.slo_ttft, args.slo_tpot)
     server, where = {"engine": engine, "simulator": simulator}.get(args.on, endpoint)(args, policy)
     if args.save:
-        with checked():
-            try:
+        try:
+            with checked():
                 save_trace(requests, args.save)
-            except OSError as error:
-                raise Refused("", "save", args.save, f"another file: {error.strerror}") from error
+        except OSError as error:
+            accepted = f"another file: {error.strerror}"
+            raise arguments.UsageError("", "save", args.save, accepted) from error
     say(f"Serving {len(requests)} requests …")
     start = now()
     try:
@@ -136,7 +136,8 @@ def requests_of(args: Args) -> list:
     if isfile(args.trace):
         return load_trace(args.trace)
     if args.trace not in known_workloads():
-        raise Refused("", "trace", args.trace, f"a file, {', '.join(known_workloads())}")
+        raise arguments.UsageError("", "trace", args.trace,
+                                   f"a file, {', '.join(known_workloads())}")
     return workload(args.trace, requests=args.requests, rate=args.rate, burstiness=args.burstiness,
                     seed=args.seed, most=1024 if args.on == "engine" else None)
 
@@ -160,7 +161,8 @@ def simulator(args: Args, policy):
     formats = dict.fromkeys(("weights", "kv", "activations"), args.weights or default)
     with checked():
         if args.draft and args.alpha is None:
-            raise Refused("", "alpha", None, "the chance that a drafted token is accepted")
+            raise arguments.UsageError("", "alpha", None,
+                                       "the chance that a drafted token is accepted")
         shape, machine = shape_of(args.model), machine_of(args.machine)
         StepCost(shape, machine, **formats, layout=Layout(args.tp))     # or its ValueError
     operations = operations_of(shape, policy) if machine.fixed_s_per_op else None
@@ -169,9 +171,8 @@ def simulator(args: Args, policy):
         bits = {"weights": args.draft} if args.draft in ("int8", "int4") else {}
         known = {"int8": shape.L, "int4": shape.L, "trained": 1}
         layers = known.get(args.draft) or int(args.draft.removeprefix("exit:"))
-        with checked():
-            if layers > shape.L:
-                raise Refused("", "draft", args.draft, f"at most exit:{shape.L}")
+        if layers > shape.L:
+            raise arguments.UsageError("", "draft", args.draft, f"at most exit:{shape.L}")
         drafting = StepCost(replace(shape, L=layers), machine, **formats | bits,
                             operations=operations if layers == shape.L else None)
     server = simulator(shape, machine, policy, tp=args.tp, kv_bytes=args.kv_bytes,

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from clawdemy_infer.files.tokenizer import Tokenizer
 from clawdemy_infer.from_config.keys import read_object, tables
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 
 MAX_PARAMETERS_PER_BYTE = 4     # in any layout that is read: codes have 2 bits or more
 

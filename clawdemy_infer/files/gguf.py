@@ -28,8 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from clawdemy_infer.files import directory as hf
 from clawdemy_infer.from_config.keys import Keys, is_text, tables
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.paths import cache_dir
-from clawdemy_infer.refused import Refused, short
+from clawdemy_infer.paths import Refused, cache_dir, short
 
 CONVERSION_VERSION = 2
 """Raise it when `convert_gguf` writes something else than before: older conversions are then no

@@ -20,9 +20,9 @@ machine that runs torch."""
 import torch
 
 from clawdemy_infer.fast.codes import pack, unpack
+from clawdemy_infer.paths import Refused
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.integers import IntFormat
-from clawdemy_infer.refused import Refused
 
 LAYOUTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
 """What each stores of a matrix; g_idx may be absent."""

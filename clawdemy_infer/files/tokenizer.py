@@ -14,7 +14,7 @@ import tokenizers
 
 from clawdemy_infer.files import chat_template
 from clawdemy_infer.from_config.keys import Keys, read_bytes, read_object
-from clawdemy_infer.refused import Refused, short
+from clawdemy_infer.paths import Refused, short
 
 MAX_TOKENIZER_BYTES = 256 * 2**20       # of a tokenizer.json; published ones have up to 35 MB
 MAX_TEMPLATE_BYTES = 2**20              # of a chat_template.jinja; published ones have up to 30 kB

@@ -14,7 +14,7 @@ from clawdemy_infer.arithmetic import Format, ModelShape
 from clawdemy_infer.from_config import families
 from clawdemy_infer.from_config.formats import stated
 from clawdemy_infer.from_config.keys import TEXT, Keys, check_values, read_object, tables
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 
 MAX_CONFIG_BYTES = 4 * 2**20            # of a config.json; the longest published ones have 0.2 MB
 

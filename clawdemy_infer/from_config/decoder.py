@@ -10,7 +10,7 @@ from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.from_config.families import read
 from clawdemy_infer.from_config.keys import Keys, tables
 from clawdemy_infer.from_config.rope import RopeScaling, scaling_of
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 
 
 def decoder_from_config(config: dict[str, Any], name: str = "",

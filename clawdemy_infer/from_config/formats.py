@@ -8,7 +8,7 @@ from typing import Any
 from clawdemy_infer.arithmetic import BYTES, Format, ModelShape
 from clawdemy_infer.arithmetic.work import Mixed
 from clawdemy_infer.from_config.keys import TEXT, Keys, tables
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 
 MAX_PATTERNS = 5_000            # names of modules in a file, where experts count as one
 

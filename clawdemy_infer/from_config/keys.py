@@ -10,7 +10,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
-from clawdemy_infer.refused import Refused, name, short
+from clawdemy_infer.paths import Refused, key_name, short
 
 MAX_JSON_BYTES = 64 * 2**20         # of a file; an index of 100,000 tensors has 10 MB
 MAX_VALUES = 1_000_000              # in one file, however small each is
@@ -117,7 +117,7 @@ class Keys:
 
     def name(self, key: str) -> str:
         """What the file calls it."""
-        return name(self.said.get(key, key))
+        return key_name(self.said.get(key, key))
 
     def rename(self, key: str, usual: str) -> None:
         """Another name for a usual key; if both are there, they agree."""

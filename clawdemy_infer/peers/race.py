@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from clawdemy_infer.machine import peak_memory
 from clawdemy_infer.peers.contestants import Contestant, PeerWorkload
-from clawdemy_infer.rigs.course import peak_memory
 
 MAX_IDLE_CORES = 0.05
 """Cores that waiting workers may use: threads of OpenMP spin for a moment before they sleep."""

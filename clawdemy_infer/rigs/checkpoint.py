@@ -22,10 +22,10 @@ from clawdemy_infer.files.layouts import LAYOUTS
 from clawdemy_infer.files.tokenizer import Tokenizer
 from clawdemy_infer.from_config.keys import Keys, read_object, tables
 from clawdemy_infer.model import Decoder, ModelConfig
+from clawdemy_infer.paths import Refused
 from clawdemy_infer.quantization.format import Format, Quantized
 from clawdemy_infer.quantization.integers import IntFormat
 from clawdemy_infer.quantization.linears import QuantizedModel, with_matrices
-from clawdemy_infer.refused import Refused
 
 
 def save_quantized(model: QuantizedModel, directory: str | Path, layout: str | None = None) -> Path:

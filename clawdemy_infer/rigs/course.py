@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,6 @@ from textwrap import shorten
 from types import NoneType
 
 import nbformat
-import psutil
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.channels import AsyncZMQSocketChannel
@@ -26,8 +24,8 @@ from nbformat import NotebookNode
 from tqdm import tqdm
 
 from clawdemy_infer.lesson import ledger
-from clawdemy_infer.paths import read_kept, write_atomically
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.machine import peak_memory
+from clawdemy_infer.paths import Refused, read_kept, write_atomically
 
 FLOOR_S, FACTOR = 300, 20
 """A cell may take `FACTOR` times the `seconds` of its metadata, for a machine that is slower or
@@ -126,14 +124,6 @@ def code_cells(notebook: NotebookNode, core: bool) -> Iterator[tuple[int, int, N
 def limit(cell: NotebookNode) -> int:
     """Seconds after which a cell is taken to hang."""
     return max(FLOOR_S, FACTOR * cell.metadata.get("seconds", 0))
-
-
-def peak_memory(pid: int) -> int:
-    """The most bytes that a process held, by Linux's mark; elsewhere what it has, a lower bound."""
-    status = Path(f"/proc/{pid}/status")
-    if status.exists() and (mark := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(mark[1]) * 1024
-    return psutil.Process(pid).memory_info().rss
 
 
 def first_line(source: str) -> str:

@@ -18,7 +18,7 @@ import httpx
 
 from clawdemy_infer.batching.metrics import SLO, Report
 from clawdemy_infer.batching.request import Request, Sequence, State
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 from clawdemy_infer.rigs.stream import FIELDS, MAX_ERROR_BYTES, Answer, BadAnswer, printable, words
 
 WORDS = "time year people way day man thing world life hand part child eye place work week".split()

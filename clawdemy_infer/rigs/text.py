@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 import torch
 
 from clawdemy_infer.files.tokenizer import Tokenizer
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 
 
 def prose(part: str) -> str:

@@ -16,8 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from clawdemy_infer.batching.request import Request
-from clawdemy_infer.paths import write_atomically
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused, write_atomically
 from clawdemy_infer.rigs.stream import MAX_TOKENS
 
 MAX_REQUESTS = 10**6

@@ -13,7 +13,7 @@ from random import Random
 from statistics import NormalDist
 
 from clawdemy_infer.batching.request import Request
-from clawdemy_infer.refused import Refused
+from clawdemy_infer.paths import Refused
 from clawdemy_infer.rigs.trace import MAX_ARRIVAL_S, MAX_REQUESTS
 
 SHARES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1)
