@@ -122,8 +122,6 @@ def read(name: str, keys: Keys) -> dict:
     if not types and says.get("absent", {}).get("layer_types") == "":
         keys.take("layer_types")
     numbers |= _kinds(keys, says, names, L, numbers.pop("shared", ()))
-    pattern = numbers["pattern"] or ("local" if numbers["window"] else "global",)
-    names["kinds"] = [pattern[i % len(pattern)] for i in range(L)]
     numbers["extra"] = names.formula(says["shape"].get("extra", 0))
     for field, kind in (("mla", MLA), ("ssm", SSM)):
         if field in says:
@@ -138,8 +136,8 @@ def read(name: str, keys: Keys) -> dict:
 
 
 def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) -> dict:
-    """`window` and `pattern`. What the file says layer by layer goes before what is usual; a window
-    that no layer looks through is none."""
+    """`window` and `pattern`; formulas find the `kinds` of all layers. What the file says layer by
+    layer goes before what is usual; a window that no layer looks through is none."""
     usual, window = names.formula(says.get("usual", ["global"])), None
     if "local" in str(says.get("usual")):
         for key in ("sliding_window_pattern", "_sliding_window_pattern"):
@@ -173,6 +171,7 @@ def _kinds(keys: Keys, says: dict, names: Names, L: int, shared: Sequence[int]) 
     if "last" in says:
         said[-1] = says["last"]
     said = [f"{kind} shared" if i in shared else kind for i, kind in enumerate(said)]
+    names["kinds"] = said
     return {"window": window if any(kind.startswith("local") for kind in said) else None,
             "pattern": shortest(said)}
 
