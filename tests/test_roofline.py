@@ -19,6 +19,7 @@ from clawdemy_infer.envelope.roofline import (
 from clawdemy_infer.machine.calibrated import (
     ATTENTION_KEYS,
     PROBE_KV_HEADS,
+    PRODUCT_NUMBERS,
     Calibrated,
     decode_attention,
     only_products,
@@ -381,8 +382,8 @@ def test_a_sweep_of_a_model_that_does_not_fit_is_one_line_that_says_so():
 
 
 def test_a_head_is_one_threads_so_three_take_two_threads_as_long_as_four():
-    curves = {decode_attention(heads, keys): {"fp32": ((1, 1e9),)}
-              for heads in PROBE_KV_HEADS.values() for keys in ATTENTION_KEYS}
+    curves = {decode_attention(probe, keys): {"fp32": ((1, 1e9),)}
+              for probe in PROBE_KV_HEADS for keys in ATTENTION_KEYS}
     for threads, alike, twice in ((2, (3, 4), (2, 4)), (4, (5, 8), (4, 8))):
         machine = Calibrated("", ((1, 1e15),), {"fp32": 1e9}, 1e9, rates=curves, threads=threads)
         shapes = {K: ModelShape("", L=1, D=8, N=K, K=K, H=8, F=8, V=8) for K in (*alike, *twice)}
@@ -392,6 +393,30 @@ def test_a_head_is_one_threads_so_three_take_two_threads_as_long_as_four():
         }
         assert seconds[alike[0]] == pytest.approx(seconds[alike[1]])
         assert 2 * seconds[twice[0]] == pytest.approx(seconds[twice[1]])
+
+
+@pytest.mark.parametrize("numbers", [2**18, 333_333, 576**2, 2**20, 1_769_472, 7e6, 25 * 2**20])
+def test_a_product_is_predicted_by_its_size_between_those_that_were_measured(numbers):
+    """Its oracle: a machine where a product costs 80 µs and its bytes' time at 20 GB/s. The law is
+    met at the sizes of the probes, and within a tenth between them, of any name."""
+    def rate(numbers):
+        return 2 * numbers / (80e-6 + 4 * numbers / 20e9)
+    rates = {name: {"fp32": ((1, rate(size)),)} for name, size in PRODUCT_NUMBERS.items()}
+    machine = Calibrated("", ((1, 1e15),), {"fp32": 1e15}, 1e9, rates=rates)
+    for name in ("qkv", "head"):
+        op = Work(1, 1, name, "fp32", kernel="gemm", weights="fp32", rows=1, numbers=numbers)
+        exact = numbers in PRODUCT_NUMBERS.values()
+        assert machine.flops_at(op) == pytest.approx(rate(numbers), rel=1e-9 if exact else 0.1)
+
+
+@pytest.mark.parametrize("heads, rate", [(1, 1e9), (4, 1e9), (16, 2e9), (64, 4e9), (500, 4e9)])
+def test_decode_attention_is_predicted_between_few_heads_and_many(heads, rate):
+    """Measured: 1 GFLOP/s of 4 heads and 4 of 64; 16 lie in the middle of the two by ratio."""
+    curves = {decode_attention(probe, keys): {"fp32": ((1, {"few": 1e9, "many": 4e9}[probe]),)}
+              for probe in PROBE_KV_HEADS for keys in ATTENTION_KEYS}
+    machine = Calibrated("", ((1, 1e15),), {"fp32": 1e15}, 1e9, rates=curves)
+    op = Work(1, 1, "attention", "fp32", kernel="attention", rows=1, keys=100, heads=heads)
+    assert machine.flops_at(op) == pytest.approx(rate)
 
 
 def test_where_only_products_cost_more_than_their_bytes_the_rest_is_as_fast_as_memory():

@@ -28,9 +28,9 @@ from clawdemy_infer.machine.probes_attention import attention_probes
 from clawdemy_infer.paths import cache_dir, read_kept, write_atomically
 
 WORKING_SETS = [2**20, 2**22, 2**24, 2**26, 2**28]
-PROBES = "2026-12a"             # their version: a calibration with another one is made anew
+PROBES = "2026-12b"             # their version: a calibration with another one is made anew
 FORMATS = ("fp32", "bf16")      # of every calibration; others are measured when first asked for
-BUDGET_S, FORMAT_BUDGET_S = 18.0, 5.0
+BUDGET_S, FORMAT_BUDGET_S = 17.0, 4.0
 """Seconds that a calibration, and a further format, may take at most; with PyTorch's import, 20."""
 ONE_SAMPLE_SPREAD = 0.25        # where there was time to sample only once: nobody knows
 
@@ -94,10 +94,10 @@ def calibrate_formats(record: dict, formats: Iterable[str], device: str) -> None
     """The kept `record` with curves for more `formats`, some `FORMAT_BUDGET_S` seconds each, at
     the speed that the machine had when it was calibrated."""
     for format in formats:
-        start = time.perf_counter()
         speeds = present.speeds_now(from_record(record))
         with one_thread():
-            wanted = of_formats([format], device)
+            wanted = of_formats([format], device)       # its C++ is compiled, once for all
+        start = time.perf_counter()
         found = sampled(wanted, start + FORMAT_BUDGET_S, f"calibrating {format}")
         found = {(kind, each, rows): (          # a launch has a price, all else a rate
                      figure * speeds.launches if kind == "launches" else figure / speeds.of(rows),
@@ -136,7 +136,7 @@ def of_formats(formats: Iterable[str], device: str) -> list[Probe]:
 def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     """Sample all probes in turn until the `deadline` of `time.perf_counter`, so that a neighbour's
     burst spoils one sample of each and not all of one. The first point of each curve comes first,
-    then the last, then those between: where there is no time, a curve has fewer points."""
+    then the last, which every curve has, then those between, for as many as there is time."""
     curves: dict[tuple, list[Probe]] = {}
     for probe in wanted:
         curves.setdefault((probe.kind, probe.format), []).append(probe)
@@ -150,11 +150,11 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
               bar_format="{desc}: {bar:30} {n:.0f} of at most {total:.0f} s") as bar:
         while time.perf_counter() < deadline or not samples:
             for rank, probe in ranked:
-                needed = not rank and probe[:3] not in samples
-                if needed:
-                    probe.sample()                      # cold: it does not count
-                elif time.perf_counter() >= deadline:
+                needed = rank < 2 and probe[:3] not in samples
+                if time.perf_counter() >= deadline and not needed:
                     break
+                if needed and not rank:
+                    probe.sample()                      # cold: it does not count
                 samples.setdefault(probe[:3], []).append(probe.sample())
                 bar.update(min(time.perf_counter() - shown, bar.total - bar.n))
                 shown = time.perf_counter()

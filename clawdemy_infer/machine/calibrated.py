@@ -10,11 +10,10 @@ from clawdemy_infer.envelope.roofline import PAGED_ATTENTION, Curve, Machine, in
 
 ATTENTION_KEYS = (64, 384, 2048)                # of each sequence of the decode-attention probes
 PROBE_KV_HEADS = {"few": 4, "many": 64}         # B*K of the two decode-attention probes
-MANY_KV_HEADS = 32      # B*K from which a decode step is predicted by the probe of many
 SMALL_GEMM = "gemm of small matrices"
-"""Products of matrices a quarter as large as in "gemm": to start one costs something too."""
-GEMM_NUMBERS = 2**20    # in a matrix of the "gemm" probe, about
-PRODUCTS = ("gemm", SMALL_GEMM, "head")         # their rates
+PRODUCT_NUMBERS = {SMALL_GEMM: 2**18, "gemm": 2**20, "head": 25 * 2**20}
+"""Numbers in a matrix of each probe of products, about. To start a product costs something: the
+larger the matrix, the higher the rate."""
 SHAPE_SPREAD = 0.08
 """What a probe cannot know of an operation whose sizes are not its own: relative, added to the
 spread of its samples. From settings that no probe used (`clawdemy-infer bench --coverage`)."""
@@ -38,13 +37,10 @@ class Speeds(NamedTuple):
         return self.compute if rows >= COMPUTE_ROWS else self.memory
 
 
-def decode_attention(kv_heads: float, keys: int) -> str:
-    """Name of the rate of decode attention over `keys` keys of each sequence; `kv_heads` is B*K."""
-    return f"attention of {_probe(kv_heads)} heads over {keys} keys"
-
-
-def _probe(kv_heads: float) -> str:
-    return "many" if kv_heads >= MANY_KV_HEADS else "few"
+def decode_attention(probe: str, keys: int) -> str:
+    """Name of the rate of decode attention over `keys` keys of each sequence, with "few" or "many"
+    KV heads in all of them (`PROBE_KV_HEADS`)."""
+    return f"attention of {probe} heads over {keys} keys"
 
 
 @dataclass(frozen=True)
@@ -83,25 +79,30 @@ class Calibrated(Machine):
             op = op._replace(kernel="attention")
         if op.keys and (rate := self._decode_attention(op)):
             return rate
-        rates = self.rates.get(op.name) or self.rates.get(op.kernel, {})
-        curve = rates.get(op.weights) or rates.get(op.dtype)
-        if not curve:
-            return self.peak(op.dtype)
-        rate, small = interpolate(curve, op.rows), self.rates.get(SMALL_GEMM, {}).get(op.weights)
-        if small and op.numbers and op.name not in self.rates:
-            sizes = (GEMM_NUMBERS / 4, interpolate(small, op.rows)), (GEMM_NUMBERS, rate)
-            return interpolate(sizes, op.numbers)
-        return rate
+        if op.numbers:
+            by_size = ((numbers, self._rate(name, op)) for name, numbers in PRODUCT_NUMBERS.items())
+            if points := tuple(point for point in by_size if point[1]):
+                return interpolate(points, op.numbers)
+        return self._rate(op.kernel, op) or self.peak(op.dtype)
+
+    def _rate(self, name: str, op: Work) -> float | None:
+        """FLOP/s measured under `name`, at the format or dtype of `op` and its rows."""
+        curves = self.rates.get(name, {})
+        curve = curves.get(op.weights) or curves.get(op.dtype)
+        return interpolate(curve, op.rows) if curve else None
 
     def _decode_attention(self, op: Work) -> float | None:
-        """FLOP/s of attention in a decode step, between the numbers of keys that were measured."""
-        curves = {keys: self.rates.get(decode_attention(op.heads, keys), {}).get(op.dtype)
-                  for keys in ATTENTION_KEYS}
-        points = tuple((keys, interpolate(curve, op.rows))
-                       for keys, curve in curves.items() if curve)
-        probe_heads = PROBE_KV_HEADS[_probe(op.heads)]
-        busy = self._thread_utilisation(op.heads) / self._thread_utilisation(probe_heads)
-        return interpolate(points, op.keys) * busy if points else None
+        """FLOP/s of attention in a decode step, between the numbers of keys and of KV heads that
+        were measured."""
+        by_heads = []
+        for probe, heads in PROBE_KV_HEADS.items():
+            rates = ((keys, self._rate(decode_attention(probe, keys), op))
+                     for keys in ATTENTION_KEYS)
+            if points := tuple(point for point in rates if point[1]):
+                busy = interpolate(points, op.keys) / self._thread_utilisation(heads)
+                by_heads.append((heads, busy))
+        return (interpolate(by_heads, op.heads) * self._thread_utilisation(op.heads) if by_heads
+                else None)
 
     def _thread_utilisation(self, heads: float) -> float:
         """Share of the threads at work when heads are dealt whole: 3 heads on 2 threads -> 0.75."""
@@ -145,5 +146,5 @@ def only_products(machine: Machine) -> Machine:
     one piece of code does all that is between them."""
     if not isinstance(machine, Calibrated):
         return machine
-    rates = {name: rate for name, rate in machine.rates.items() if name in PRODUCTS}
+    rates = {name: rate for name, rate in machine.rates.items() if name in PRODUCT_NUMBERS}
     return replace(machine, elementwise={}, rates=rates)

@@ -6,6 +6,7 @@ figure in some hundredths of a second; how many samples there are is the calibra
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,7 +30,7 @@ SMALL_SHAPES = [(320, 320), (320, 1280), (640, 320)]
 HEAD_SHAPES = [(640, 40960)]
 GEMM_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 SMALL_ROWS = [1, 4, 16, 64, 256, 1024]
-HEAD_ROWS = [1, 4, 16, 64]
+HEAD_ROWS = [1, 4, 16, 64, 256]
 PEAK_ROWS = {"cpu": 1536, "cuda": 8192}         # and columns of the square product of the peak
 ELEMENTWISE_ROWS = [4, 16, 64, 256, 1024, 4096]
 GLUE_LAYERS = 8         # of the launch probe, each with four matrices of a million numbers
@@ -106,11 +107,13 @@ def gemm_weights(format: str, device: str, ring_bytes: int,
     # Random rows, again and again: it is the reading that counts, and drawing takes longer.
     sources = [packable(format, torch.randn(64, k, device=device, generator=generator)
                         .repeat(-(-n // 64), 1)[:n]) for k, n in shapes]
-    # A product in C++ packs its weight into memory of its own; others use the source as it is.
-    packs = all(makers[0].__name__ == "cpp_product"
-                for _, makers in table(format, device, choose(device)))
-    return [PackedLinear(format, source if packs else copy_of(source))
-            for _ in range(copies) for source in sources]
+    # A product in C++ has its weight in memory of its own, which is quicker to copy than to pack
+    # again; others use the source as it is.
+    if all(makers[0].__name__ == "cpp_product"
+           for _, makers in table(format, device, choose(device))):
+        packed = [PackedLinear(format, source) for source in sources]
+        return packed + [deepcopy(layer) for _ in range(copies - 1) for layer in packed]
+    return [PackedLinear(format, copy_of(source)) for _ in range(copies) for source in sources]
 
 
 def gemm_step(weights: list[PackedLinear], m: int, dtype: torch.dtype,

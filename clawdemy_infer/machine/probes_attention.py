@@ -10,7 +10,7 @@ from clawdemy_infer.envelope.roofline import PAGED_ATTENTION
 from clawdemy_infer.fast import FLOATS
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, PagedCache
 from clawdemy_infer.kv_cache.paged import PagedStep
-from clawdemy_infer.machine.calibrated import ATTENTION_KEYS, decode_attention
+from clawdemy_infer.machine.calibrated import ATTENTION_KEYS, PROBE_KV_HEADS, decode_attention
 from clawdemy_infer.machine.probes import Probe, beyond, rate_of
 
 KV_HEADS, HEAD_DIM = 4, 64
@@ -55,11 +55,11 @@ def attention_probes(dtype: str, device: str) -> Iterator[Probe]:
             return 4 * KV_HEADS * HEAD_DIM * 3 * T * (T + 1) / 2
         return one
 
-    for batch in (1, 16):
+    for probe, heads in PROBE_KV_HEADS.items():
         for keys in ATTENTION_KEYS:
             for m in DECODE_ROWS:
-                yield Probe(decode_attention(batch * KV_HEADS, keys), dtype, m,
-                            rate_of(decode(m, batch, keys)))
+                yield Probe(decode_attention(probe, keys), dtype, m,
+                            rate_of(decode(m, heads // KV_HEADS, keys)))
     for m in PREFILL_ROWS:
         yield Probe("attention", dtype, m, rate_of(prefill(m)))
     if device == "cpu":
