@@ -33,6 +33,8 @@ FORMATS = ("fp32", "bf16")      # of every calibration; others are measured when
 BUDGET_S, FORMAT_BUDGET_S = 17.0, 4.0
 """Seconds that a calibration, and a further format, may take at most; with PyTorch's import, 20."""
 ONE_SAMPLE_SPREAD = 0.25        # where there was time to sample only once: nobody knows
+LONG_S = 0.15
+"""A sample that takes so long has averaged over the noise of the moment: two of them are enough."""
 
 CURVES = {"gemm": "flops_per_s", SMALL_GEMM: "flops_per_s", "head": "flops_per_s",
           "attention": "flops_per_s", "elementwise": "bytes_per_s"}
@@ -136,7 +138,8 @@ def of_formats(formats: Iterable[str], device: str) -> list[Probe]:
 def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     """Sample all probes in turn until the `deadline` of `time.perf_counter`, so that a neighbour's
     burst spoils one sample of each and not all of one. The first point of each curve comes first,
-    then the last, which every curve has, then those between, for as many as there is time."""
+    then the last, which every curve has, then those between, for as many as there is time. What is
+    left of it goes to the short samples, which scatter most."""
     curves: dict[tuple, list[Probe]] = {}
     for probe in wanted:
         curves.setdefault((probe.kind, probe.format), []).append(probe)
@@ -148,14 +151,17 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
     with tqdm(total=max(deadline - start, 0.1), desc=what, leave=False,
               file=sys.stdout if in_notebook() else sys.stderr,     # red in a notebook
               bar_format="{desc}: {bar:30} {n:.0f} of at most {total:.0f} s") as bar:
-        while time.perf_counter() < deadline or not samples:
-            for rank, probe in ranked:
+        while ranked and (time.perf_counter() < deadline or not samples):
+            for rank, probe in [*ranked]:
                 needed = rank < 2 and probe[:3] not in samples
                 if time.perf_counter() >= deadline and not needed:
                     break
                 if needed and not rank:
                     probe.sample()                      # cold: it does not count
+                began = time.perf_counter()
                 samples.setdefault(probe[:3], []).append(probe.sample())
+                if time.perf_counter() - began > LONG_S and len(samples[probe[:3]]) > 1:
+                    ranked.remove((rank, probe))
                 bar.update(min(time.perf_counter() - shown, bar.total - bar.n))
                 shown = time.perf_counter()
     return {where: (statistics.median(values), spread(values)) for where, values in samples.items()}
