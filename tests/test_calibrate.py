@@ -382,9 +382,9 @@ def clock(monkeypatch):
     return time
 
 
-@pytest.mark.parametrize("slower, rounds", [(1, 12), (4, 2), (1000, 1)])
+@pytest.mark.parametrize("slower, rounds", [(1, 11), (4, 2), (1000, 1)])
 def test_on_a_busy_machine_there_are_fewer_samples_and_never_more_time(clock, slower, rounds):
-    """Twenty probes of 0.1 s: in 25 s there are twelve rounds; where each takes 0.4 s, the two that
+    """Twenty probes of 0.1 s: in 25 s there are eleven rounds; where each takes 0.4 s, the two that
     are enough; and where none would fit, the first point of each curve, warm, and the last."""
     done = []
 
@@ -394,30 +394,30 @@ def test_on_a_busy_machine_there_are_fewer_samples_and_never_more_time(clock, sl
               for kind in ("gemm", "head") for at in range(10)]
     found = calibrate.sampled(wanted, deadline=25.0, what="test")
     assert clock[0] <= max(25.0, 6 * 0.1 * slower) + 0.1 * slower
-    assert rounds <= done.count(0) // 2 - 1 <= rounds + 1
+    assert rounds <= done.count(9) // 2 <= rounds + 1       # before that of 0 there is a cold one
     assert {where[2] for where in found} == (set(range(10)) if slower < 1000 else {0, 9})
 
 
 def test_short_samples_get_the_time_that_long_ones_do_not_need(clock):
-    """In 10 s: one of 2 s a sample, twice after its cold one, and one of 0.1 s for all the rest."""
+    """In 10 s: one of 2 s a sample, twice and each after a cold one, and one of 0.1 s for all the rest."""
     done = []
 
     def counted(probe):
         return probe._replace(sample=lambda: done.append(probe.kind) or probe.sample())
     wanted = [counted(probe_at(clock, "peak", 1, 2.0)), counted(probe_at(clock, "gemm", 1, 0.1))]
     calibrate.sampled(wanted, deadline=10.0, what="test")
-    assert done.count("peak") == 3 and done.count("gemm") == pytest.approx(40, abs=2)
+    assert done.count("peak") == 4 and done.count("gemm") == pytest.approx(20, abs=2)
     assert clock[0] == pytest.approx(10.0, abs=0.2)
 
 
 def test_a_figure_sampled_once_has_a_wide_spread_and_the_cold_sample_does_not_count(clock):
     def found(deadline):
-        clock[0], values = 0.0, iter([1.0, 100.0, 110.0, 90.0])
+        clock[0], values = 0.0, iter([1.0, 100.0, 1.0, 110.0, 1.0, 90.0])
         probe = Probe("peak", "fp32", 1,
                       lambda: clock.__setitem__(0, clock[0] + 0.1) or next(values))
         return calibrate.sampled([probe], deadline, what="test")["peak", "fp32", 1]
     assert found(deadline=0.05) == (100.0, calibrate.ONE_SAMPLE_SPREAD)
-    assert found(deadline=0.4) == (100.0, pytest.approx(0.05))
+    assert found(deadline=0.6) == (100.0, pytest.approx(0.05))
 
 
 def test_half_of_the_samples_are_within_their_spread_and_outliers_do_not_count():

@@ -156,8 +156,8 @@ def sampled(wanted: Sequence[Probe], deadline: float, what: str) -> Figures:
                 needed = rank < 2 and probe[:3] not in samples
                 if time.perf_counter() >= deadline and not needed:
                     break
-                if needed and not rank:
-                    probe.sample()                      # cold: it does not count
+                if not rank:
+                    probe.sample()          # after other kinds of work, cold: it does not count
                 began = time.perf_counter()
                 samples.setdefault(probe[:3], []).append(probe.sample())
                 if time.perf_counter() - began > LONG_S and len(samples[probe[:3]]) > 1:
