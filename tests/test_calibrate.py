@@ -399,7 +399,7 @@ def test_on_a_busy_machine_there_are_fewer_samples_and_never_more_time(clock, sl
 
 
 def test_short_samples_get_the_time_that_long_ones_do_not_need(clock):
-    """In 10 s: one of 2 s a sample, twice and each after a cold one, and one of 0.1 s for the rest."""
+    """In 10 s: one of 2 s a sample, twice each after a cold one, and one of 0.1 s for the rest."""
     done = []
 
     def counted(probe):
