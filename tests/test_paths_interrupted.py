@@ -19,7 +19,7 @@ from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.quantization import format_named, round_to_nearest
 from clawdemy_infer.rigs.checkpoint import load_quantized, save_quantized
 
-MOMENTS = 20
+MOMENTS, LAST = 20, 100
 
 
 def lines_of(work, line=None):
@@ -48,14 +48,13 @@ def lines_of(work, line=None):
 
 def interruptions(work, before=lambda: None):
     """Yields after each time that `work()`, behind `before()`, was interrupted: at some lines, the
-    same in every run, and at as many of the last, where files move. Once it has been done before,
-    so that nothing is left to be imported."""
+    same in every run, and at all of the last, where files move. It has been done before, so that
+    nothing is left to be imported."""
     for _ in range(2):
         before()
         lines = lines_of(work)
-    random = Random(0)
-    for line in sorted({*random.sample(range(lines), min(lines, MOMENTS)),
-                        *random.sample(range(max(0, lines - 100), lines), min(lines, MOMENTS))}):
+    some = Random(0).sample(range(lines), min(lines, MOMENTS))
+    for line in sorted({*some, *range(max(0, lines - LAST), lines)}):
         before()
         assert lines_of(work, line) == line + 1
         yield line
