@@ -19,7 +19,7 @@ from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.quantization import format_named, round_to_nearest
 from clawdemy_infer.rigs.checkpoint import load_quantized, save_quantized
 
-MOMENTS, LAST = 20, 100
+MOMENTS, LAST = 20, 60
 
 
 def lines_of(work, line=None):
