@@ -446,7 +446,8 @@ def test_one_loader_reads_the_ends_of_a_text_as_the_other(checkpoint):
 
 WRONG_KEYS = [
     ({"bits": "4"}, "bits='4'"), ({"bits": True}, "bits=True"), ({"bits": 4.0}, "bits=4.0"),
-    ({"bits": 5}, "format='int5-g32'"), ({"bits": 8}, "group_size=|config.json makes it"),
+    ({"bits": 5}, "format='int5-g32'"), ({"bits": 16}, "bits=16 .*2 to 8"),
+    ({"bits": 8}, "group_size=|config.json makes it"),
     ({"bits": 2}, "quantization_config makes it|config.json makes it"),
     ({"group_size": "32"}, "group_size='32'"), ({"group_size": True}, "group_size=True"),
     ({"group_size": 0}, "group_size=0"), ({"group_size": -2}, "group_size=-2"),

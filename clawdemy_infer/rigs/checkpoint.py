@@ -180,7 +180,7 @@ def _format_of(keys: Keys) -> tuple[IntFormat, str, int]:
     keys.only(format=written_as, pack_dtype="int32", is_marlin_format=False, zero_point=True)
     if written_as not in ((*versions, "awq", "gemm") if layout == "awq" else tuple(versions)):
         keys.refuse("checkpoint_format", written_as, ", ".join(versions))
-    bits, group = keys.whole("bits", 4), keys.take("group_size", 128)
+    bits, group = keys.whole("bits", 4, 2, 8), keys.take("group_size", 128)
     if type(group) is not int or (group < 1 and group != -1):
         keys.refuse("group_size", group, "a whole number, 1 or more, or -1 for a row")
     zero = "none" if keys.flag("sym", layout == "gptq") else "integer"
