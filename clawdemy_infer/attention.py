@@ -13,22 +13,22 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
     Returns [B*T, N*H]. Query head n reads KV head n // G, where G = N/K. `mask`, 0 or -inf, is
     added to the scores, [B or 1, 1, T, S] or [T, S]; without one, T is 1 and sees all keys, or T is
-    S and query i sees the keys up to i. What a mask hides does not matter, NaN included."""
+    S and query i sees the keys up to i. What a query does not see does not matter, NaN included."""
     (B, K), (M, N, H) = k.shape[:2], q.shape
     T = M // B
     if T == 1:
         # Decode is bound by reading K and V, so each KV head must be read once and not G times:
         # its G query heads become G rows of one product. They are one token and see the same keys.
-        out = scaled_dot_product_attention(q.reshape(B, K, N // K, H), k, v, attn_mask=mask)
-        out = out.reshape(M, -1)                                        # [B, K, G, H] before
+        out = scaled_dot_product_attention(q.reshape(B, K, N // K, H), k, v, mask).reshape(M, -1)
     else:
         rows = q.view(B, T, N, H).transpose(1, 2)                       # [B, N, T, H]
         out = scaled_dot_product_attention(rows, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=True).transpose(1, 2).reshape(M, -1)
-    if mask is None or torch.equal(out, out):                           # NaN is not equal to itself
+    if T == 1 and mask is None or torch.equal(out, out):                # NaN is not equal to itself
         return out
     # NaN - inf and 0 * NaN are NaN: now each query by itself, over nothing but the keys it sees.
-    seen = ~mask.expand(B, 1, T, -1).flatten(0, 2).isneginf()           # [B*T, S]
+    seen = q.new_ones(T, T).tril() if mask is None else mask.exp()      # e^-inf is 0
+    seen = seen.expand(B, 1, T, -1).flatten(0, 2) > 0                   # [B*T, S]
     return torch.cat([attend(q[i:i + 1], *(x[i // T, :, seen[i]][None] for x in (k, v)))
                       for i in range(M)])
 

@@ -4,6 +4,8 @@ is read that may be damaged, and the error of an input that is not accepted."""
 import glob
 import json
 import os
+import shutil
+import threading
 import warnings
 from pathlib import Path
 from textwrap import shorten
@@ -27,18 +29,23 @@ def cache_dir() -> Path:
                       "names a folder") from error
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write `data` (text as UTF-8) to `path`, whole or not at all; its folder is made if need be.
-
-    Who reads `path` never meets half a file, and a failure leaves the old file and nothing else.
-    What a process that was killed has left behind is removed by the next that writes."""
+def unfinished(path: Path) -> Path:
+    """Where to write what one rename makes `path`; its folder is made if need be. What a process
+    that was killed has left behind is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         try:
             os.getpgid(int(left.suffixes[-2][1:]))                  # does it run?
         except (ValueError, OverflowError, ProcessLookupError):
-            left.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(True)
+    return path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.partial")
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write `data` (text as UTF-8) to `path`, whole or not at all; its folder is made if need be.
+
+    Who reads `path` never meets half a file, and a failure leaves the old file and nothing else."""
+    partial = unfinished(path)
     try:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(partial, path)

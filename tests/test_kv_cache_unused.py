@@ -4,17 +4,21 @@ in any cache and on any way of attending; what lies in its own slots is never pa
 import importlib.util
 from itertools import product
 from math import inf, nan
+from random import Random
 
 import pytest
 import torch
 from tolerances import LOGITS
 
 from clawdemy_infer.arithmetic import MLA, ModelShape
+from clawdemy_infer.batching import Policy, Request
 from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.cpp_attention import attend_pages
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
-from clawdemy_infer.model import Decoder, ModelConfig
+from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate
+from clawdemy_infer.speculative import PromptLookup, Proposal, speculate_batch
+from clawdemy_infer.speculative.engine import engine as speculating
 from clawdemy_infer.variants.cross_layer import CrossLayerConfig, CrossLayerDecoder
 from clawdemy_infer.variants.int4_cache import KiviCache
 from clawdemy_infer.variants.int8_cache import Int8Cache
@@ -146,6 +150,78 @@ def test_nor_to_the_step_in_triton(name, monkeypatch):
     on_gpu = torch.cuda.is_available()
     same(faster(random_model().to("cuda" if on_gpu else "cpu"), backend="triton"), CACHES[name],
          nan)
+
+
+# ---- what was drafted, read and rejected ----
+
+LOST = 60                       # keys and values of this token are NaN, and its logit is 0
+
+
+class Reckless(PromptLookup):
+    """Drafts anything, `LOST` among it at any place."""
+
+    def __init__(self, seed):
+        self.random = Random(seed)
+
+    def propose(self, texts, counts, sampling, generator):
+        return Proposal([self.random.choices([LOST, *range(9)], k=counts[sequence])
+                         for sequence in texts])
+
+
+def lossy(**more):
+    model = random_model(**more)
+    model.embed.weight[LOST] = nan
+    model.head.weight[LOST] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("way", ["pytorch", "cpp"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_rejected_token_whose_keys_are_nan_leaves_no_trace(way, window):
+    """In no cache, neither with texts of one token nor beside longer ones: all tokens are those of
+    a generation without a draft. Every next draft is written over what the last has left."""
+    model = lossy(window=window)
+    prompts = [[5], [7, 8, 9], [*range(1, 31)], [3]]
+    expected = [generate(model, prompt, 16).tokens for prompt in prompts]
+    assert LOST not in sum(expected, [])
+    if way == "cpp":
+        if not cpp.available():
+            pytest.skip("no C++ compiler here")
+        model = faster(model, compile=True)
+    for seed, cache in product(range(2), ["contiguous", "paged"]):
+        done = speculate_batch(model, prompts, Reckless(seed), 16, gamma=4, cache=cache)
+        assert [each.tokens for each in done] == expected
+        assert sum(LOST in round.drafted for each in done for round in each.rounds) > 9
+        warm = Sampling(temperature=0.5, top_k=3, seed=seed)
+        done = speculate_batch(model, prompts, Reckless(seed), 16, warm, gamma=4, cache=cache)
+        assert [len(each.tokens) for each in done] == [16] * 4
+    for seed, prefixes in product(range(2), [False, True]):
+        policy = Policy(gamma=4, max_batch=3, token_budget=24, prefix_caching=prefixes)
+        served = speculating(model, Reckless(seed), policy, kv_bytes=2**17, block_size=4)
+        report = served.run([Request(i, prompt, 16) for i, prompt in enumerate(prompts * 2)])
+        assert [sequence.tokens for sequence in report.sequences] == expected * 2
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("way", ["pytorch", "cpp"])
+def test_a_token_reaches_nobody_before_it(name, way):
+    """In a prompt, a chunk and a batch: so the blocks of a prefix may be shared."""
+    if way == "cpp" and not (cpp.available() and name in ("contiguous", "paged")):
+        pytest.skip("no C++ compiler here, or no way of its own")
+    model, found = lossy(), []
+    if way == "cpp":
+        model = faster(model, compile=True)
+    for last in (LOST, 1):
+        cache = CACHES[name](model)
+        found += [[model.step({each: [5, 6, 7, last, last] for each in some}, cache, 0)
+                   .view(len(some), 5, -1) for some in ([0], [1, 2])]]
+        cache = CACHES[name](model)
+        model.step({0: [8, 9], 1: [8], 2: [8, 8, 8]}, cache)
+        found[-1] += [model.step({each: [5, 6, 7, last, last] for each in range(3)}, cache, 0)
+                      .view(3, 5, -1)]
+    for lost, plain in zip(*found, strict=True):
+        assert lost[:, 3:].isnan().all()
+        torch.testing.assert_close(lost[:, :3], plain[:, :3], rtol=1e-5, atol=1e-5)
 
 
 # ---- its own ----

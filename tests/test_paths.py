@@ -44,6 +44,9 @@ def test_what_a_killed_process_left_is_swept_by_the_next_write_and_nothing_else(
         f"board[1].json.{os.getppid()}", f"another.{child}"))
     for path in (dead, odd, running, other):
         path.write_text("half")
+    folder = tmp_path / f".board[1].json.5.{child}.partial"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
     write_atomically(tmp_path / "board[1].json", "new")
     assert {*tmp_path.iterdir()} == {tmp_path / "board[1].json", running, other}
 

@@ -19,6 +19,7 @@ from clawdemy_infer.files.directory import destinations, to_hf
 from clawdemy_infer.files.layouts import from_gptq, to_awq, to_gptq
 from clawdemy_infer.model import Decoder, ModelConfig, generate
 from clawdemy_infer.model.config import RopeScaling
+from clawdemy_infer.paths import Refused
 from clawdemy_infer.quantization import (
     IntFormat,
     Quantized,
@@ -216,10 +217,10 @@ def test_a_config_survives_the_way_to_hugging_face_and_back(more):
 
 @pytest.mark.parametrize(
     "format, layout, said",
-    [("mxfp4", "gptq", "format=mxfp4: the gptq layout holds integers of 2, 3, 4, 8 bits"),
-     ("int4-g32-float", "gptq", "format=int4-g32-float"),
-     ("int3-g32", "awq", "format=int3-g32: the awq layout holds integers of 4 bits"),
-     ("int5-g32", "gptq", "format=int5-g32"), ("nf4", None, "format=nf4: the gptq layout holds"),
+    [("mxfp4", "gptq", "format='mxfp4' .*integers of 2, 3, 4, 8 bits.* the gptq layout"),
+     ("int4-g32-float", "gptq", "format='int4-g32-float'"),
+     ("int3-g32", "awq", "format='int3-g32' .*integers of 4 bits.* the awq layout"),
+     ("int5-g32", "gptq", "format='int5-g32'"), ("nf4", None, "format='nf4' .*the gptq layout"),
      ("int4-g32", "gguf", "layout='gguf' is not supported; accepted: gptq, awq"), ])
 def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(format, layout, said,
                                                                      tmp_path):
@@ -445,13 +446,14 @@ def test_one_loader_reads_the_ends_of_a_text_as_the_other(checkpoint):
 
 WRONG_KEYS = [
     ({"bits": "4"}, "bits='4'"), ({"bits": True}, "bits=True"), ({"bits": 4.0}, "bits=4.0"),
-    ({"bits": 5}, "5"), ({"bits": 8}, "does not divide|config.json makes it"),
+    ({"bits": 5}, "format='int5-g32'"), ({"bits": 16}, "bits=16 .*2 to 8"),
+    ({"bits": 8}, "group_size=|config.json makes it"),
     ({"bits": 2}, "quantization_config makes it|config.json makes it"),
     ({"group_size": "32"}, "group_size='32'"), ({"group_size": True}, "group_size=True"),
     ({"group_size": 0}, "group_size=0"), ({"group_size": -2}, "group_size=-2"),
-    ({"group_size": 64}, "qzeros=.* quantization_config makes it|does not divide"),
+    ({"group_size": 64}, "qzeros=.* quantization_config makes it|group_size=64"),
     ({"group_size": 16}, "qzeros=.* quantization_config makes it"),
-    ({"group_size": 10**12}, "does not divide"), ({"group_size": -1}, "qzeros="),
+    ({"group_size": 10**12}, "divisor of the 96 inputs"), ({"group_size": -1}, "qzeros="),
     ({"sym": "true"}, "sym='true'"), ({"sym": 1}, "sym=1"),
     ({"dynamic": {"+:.*down": {"bits": 8}}}, "quantization_config: dynamic="),
     ({"checkpoint_format": {}}, "checkpoint_format={}"), ({"quant_method": ["gptq"]}, "quant_meth"),
@@ -462,9 +464,17 @@ WRONG_KEYS = [
 
 @pytest.mark.parametrize(("keys", "message"), WRONG_KEYS, ids=[str(k) for k, _ in WRONG_KEYS])
 def test_keys_that_disagree_or_are_unknown_are_refused_by_name(checkpoint, keys, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(Refused, match=message) as error:
         load_quantized(broken(checkpoint, lambda config: config.update(keys)))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(checkpoint) in str(error.value.source)
+    assert error.value.key and error.value.value is not ... and error.value.accepted
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_awq_has_4_bits_whatever_its_config_says(bits, tmp_path):
+    directory = save_quantized(round_to_nearest(tiny(), IntFormat(4, 32)), tmp_path / "out", "awq")
+    with pytest.raises(Refused, match=f"format='int{bits}-g32-asym' .*integers of 4 bits"):
+        load_quantized(broken(directory, lambda config: config.update(bits=bits, sym=False)))
 
 
 @pytest.mark.parametrize("said", ["x", [1], 5, True])
@@ -523,8 +533,8 @@ def test_any_quantization_config_gives_a_model_or_one_line(tmp_path_factory, key
     original = (directory / "config.json").read_text()
     try:
         load_quantized(broken(directory, lambda config: config.update(keys)))
-    except ValueError as error:
-        assert "\n" not in str(error)
+    except Refused as error:
+        assert "\n" not in str(error) and str(directory) in str(error.source) and error.key
     finally:
         (directory / "config.json").write_text(original)
 

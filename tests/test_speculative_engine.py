@@ -136,6 +136,25 @@ def test_a_seed_draws_the_same_whoever_is_beside(small):  # noqa: F811
     assert sampled() == sampled(*others)
 
 
+def test_a_draft_whose_own_cache_is_full_drafts_for_whom_it_has_room(small):  # noqa: F811
+    """The target's sequences share the blocks of a prefix, and those of the draft do not."""
+    draft, policy, found = draft_of("itself", small), POLICIES["prefixes"], []
+    served, propose = made(small, replace(policy, token_budget=99), draft), draft.propose
+
+    def proposed(texts, counts, *how):
+        found.append(list(zip(counts.values(), (made := propose(texts, counts, *how)).tokens,
+                              strict=True)))
+        return made
+
+    draft.propose, prefix = proposed, [*range(24)]
+    assert served.run([Request("first", prefix, 2)]).summary["finished"] == 1
+    report = served.run([Request(i, [*prefix, i], 8) for i in range(4)])
+    for sequence in report.sequences:
+        assert sequence.tokens == alone(small, sequence.request.prompt, 8)
+    assert any(count > 0 and not tokens for round in found for count, tokens in round)
+    assert any(tokens for round in found for _, tokens in round if len(round) == 4)
+
+
 def test_guesses_need_a_draft(small):  # noqa: F811
     with pytest.raises(ValueError, match="gamma=3: drafted tokens need a draft"):
         plain.engine(small, Policy(gamma=3), kv_bytes=16 * BLOCK, block_size=4)

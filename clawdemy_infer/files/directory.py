@@ -2,7 +2,7 @@
 goes to its place in the decoder's fused matrices; written, all of it is there or nothing."""
 
 import json
-import tempfile
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from clawdemy_infer.files.tokenizer import Tokenizer
 from clawdemy_infer.from_config.keys import read_object, tables
 from clawdemy_infer.model import Decoder, ModelConfig
-from clawdemy_infer.paths import Refused
+from clawdemy_infer.paths import Refused, unfinished
 
 MAX_PARAMETERS_PER_BYTE = 4     # in any layout that is read: codes have 2 bits or more
 
@@ -170,12 +170,13 @@ def fill(places: dict[str, torch.Tensor], tensors: Iterable[tuple[Path, str, tor
 def written_whole(directory: Path) -> Iterator[Path]:
     """A fresh directory to write into, which becomes `directory` in one rename at the end of the
     block: a reader sees all of it or nothing, and a failure leaves nothing."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as scratch:
-        fresh = Path(scratch) / directory.name
+    fresh = unfinished(directory)
+    try:
         fresh.mkdir()
         yield fresh
         fresh.rename(directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_model(directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor],

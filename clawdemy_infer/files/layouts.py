@@ -34,17 +34,19 @@ in pairs."""
 
 
 def accepts(layout: str, format: Format, O: int, I: int) -> None:
-    """ValueError where `layout` cannot hold a matrix [O, I] of `format` without loss."""
+    """Refused where `layout` cannot hold a matrix [O, I] of `format` without loss."""
     bits = LAYOUT_BITS[layout]
     if not isinstance(format, IntFormat) or format.bits not in bits or format.zero == "float":
-        raise ValueError(f"format={format.name}: the {layout} layout holds integers of "
-                         f"{', '.join(map(str, bits))} bits, symmetric or with a whole zero point, "
-                         "with a scale for each row or group")
+        raise Refused("", "format", format.name, (
+            f"integers of {', '.join(map(str, bits))} bits, symmetric or with a whole zero point, "
+            f"with a scale for each row or group, as the {layout} layout holds them"))
+    if format.group and I % format.group:
+        raise Refused("", "group_size", format.group, f"a divisor of the {I} inputs of a row")
     codes = 32 // format.bits if 32 % format.bits == 0 else 32          # end where a word ends
     for size, what in ((O, "outputs"), (I, "inputs")):
         if size % codes:
-            raise ValueError(f"weight {[O, I]}: the {layout} layout packs codes of {format.bits} "
-                             f"bits in words of 32; a multiple of {codes} {what} is accepted")
+            raise Refused("", "weight", [O, I], f"a multiple of {codes} {what}, since the {layout} "
+                          f"layout packs codes of {format.bits} bits in words of 32")
 
 
 def gptq_version(quantized: list[Quantized]) -> int:
@@ -137,8 +139,8 @@ def to_awq(quantized: Quantized) -> dict[str, torch.Tensor]:
     """The three tensors of the AWQ layout. Raises ValueError for what it cannot hold."""
     accepts("awq", quantized.format, *quantized.shape)
     if quantized.group_of is not None:
-        raise ValueError("static_groups=False: the awq layout has no index of groups; GPTQ with "
-                         "static groups is accepted")
+        raise Refused("", "static_groups", False,
+                      "GPTQ with static groups, since the awq layout has no index of groups")
     eights = (x.T.unflatten(-1, (-1, 8))[..., AWQ_ORDER] for x in _unsigned(quantized))
     qweight, qzeros = (pack(x.flatten(-2), 4).view(torch.int32) for x in eights)
     return {"qweight": qweight, "qzeros": qzeros, "scales": quantized.scale.T.half().contiguous()}
@@ -148,6 +150,7 @@ def from_awq(stored: dict[str, torch.Tensor], format: IntFormat) -> Quantized:
     """The matrix in the AWQ layout. Raises ValueError naming a tensor that does not fit."""
     I, words = _matrix(stored)
     O = words * 8
+    accepts("awq", format, O, I)
     G, order = I // format.width(I), torch.tensor(AWQ_ORDER).argsort()
     _expect(stored, qweight=(I, O // 8), qzeros=(G, O // 8), scales=(G, O))
     eights = (unpack(stored[name], 4, O).unflatten(-1, (-1, 8))

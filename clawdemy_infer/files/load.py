@@ -9,6 +9,7 @@ import torch
 from clawdemy_infer.files.directory import PICKLES, read_directory
 from clawdemy_infer.files.gguf import converted
 from clawdemy_infer.model import Decoder
+from clawdemy_infer.paths import Refused
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -37,7 +38,7 @@ def load_model(model: str | Path = DEFAULT_MODEL, dtype: torch.dtype = torch.flo
     files that are damaged or describe another kind of model, and FileNotFoundError where the model
     has to be fetched first and cannot be."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype}: accepted are {', '.join(map(str, DTYPES))}")
+        raise Refused("", "dtype", dtype, ", ".join(map(str, DTYPES)))
     name, (directory, gguf) = str(model), weights_on_disk(model)
     if directory is not None:
         known_as = name if name in PACKAGED else gguf.stem if gguf else directory.name

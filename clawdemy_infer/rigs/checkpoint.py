@@ -107,11 +107,12 @@ def load_quantized(directory: str | Path) -> QuantizedModel:
         try:
             part = (layouts.from_gptq(stored, format, version) if layout == "gptq"
                     else layouts.from_awq(stored, format))
-        except ValueError as error:
-            raise ValueError(f"{directory}: {stem}.{error}") from error
+        except Refused as error:
+            raise Refused(directory, f"{stem}.{error.key}", error.value, error.accepted,
+                          error.why) from error
         if part.shape != place.shape:
-            raise ValueError(f"{directory}: {stem} is {list(part.shape)}, "
-                             f"but config.json makes it {list(place.shape)}")
+            raise Refused(directory, stem, list(part.shape),
+                          f"{list(place.shape)}, as config.json makes it")
         if stem in ("lm_head", "model.embed_tokens"):       # used, as the numbers its codes mean
             wanted[f"{stem}.weight"] = place
             found[f"{stem}.weight"] = directory, part.dequantize()
@@ -142,11 +143,11 @@ def _together(parts: dict[str, Quantized], config: ModelConfig) -> dict[str, Qua
     for index, (kind, names) in product(range(config.shape.L), hf.FUSED.items()):
         stems = [f"model.layers.{index}.{name}" for name in names]
         if unquantized := [stem for stem in stems if stem not in parts]:
-            raise ValueError(f"{unquantized[0]}: it is not quantized, as all matrices must be")
+            raise Refused(config.shape.source, unquantized[0], why="is not quantized, as all are")
         rows = [parts[stem] for stem in stems]
         orders = [None if row.group_of is None else row.group_of.tolist() for row in rows]
         if any(order != orders[0] for order in orders):
-            raise ValueError(f"{', '.join(stems)} read one input, but their g_idx differ")
+            raise Refused(config.shape.source, "g_idx", why=f"differs between {', '.join(stems)}")
         zero = None if rows[0].zero is None else torch.cat([row.zero for row in rows])
         tensors[f"layers.{index}.{kind}"] = replace(
             rows[0], codes=torch.cat([row.codes for row in rows]),
@@ -179,7 +180,7 @@ def _format_of(keys: Keys) -> tuple[IntFormat, str, int]:
     keys.only(format=written_as, pack_dtype="int32", is_marlin_format=False, zero_point=True)
     if written_as not in ((*versions, "awq", "gemm") if layout == "awq" else tuple(versions)):
         keys.refuse("checkpoint_format", written_as, ", ".join(versions))
-    bits, group = keys.whole("bits", 4), keys.take("group_size", 128)
+    bits, group = keys.whole("bits", 4, 2, 8), keys.take("group_size", 128)
     if type(group) is not int or (group < 1 and group != -1):
         keys.refuse("group_size", group, "a whole number, 1 or more, or -1 for a row")
     zero = "none" if keys.flag("sym", layout == "gptq") else "integer"

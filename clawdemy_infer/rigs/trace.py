@@ -57,7 +57,7 @@ def load_trace(path: str | Path) -> list[Request]:
                     continue
                 said = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{source}: {error}") from error
+                raise Refused(source, None, why=str(error)) from error
             request = _request(said, source)
             if request.id in found:
                 raise Refused(source, "id", request.id, "one that was not there before")
