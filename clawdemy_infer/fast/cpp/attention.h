@@ -261,11 +261,20 @@ static void attend(const float* q, int64_t stride, const Pages& in, const Rows& 
                                 block + (g * QUERIES + i) * HP + h);
                 attend_block(block, past + first, mine, begin, in.window, &room[0][at],
                              &room[1][at], sum);
-                for (int g = 0; g < G; g++)
-                    for (int i = 0; i < mine; i++)
-                        for (int h = 0; h < H; h++)
-                            put(sum[(g * QUERIES + i) * HP + h],
-                                out + ((row + first + i) * K * G + k * G + g) * H + h);
+                for (int i = 0; i < mine; i++) {
+                    const int64_t m = row + first + i;
+                    O* to = out + (m * K + k) * G * H;
+                    bool nan = false;
+                    for (int g = 0; g < G; g++)
+                        for (int h = 0; h < H; h++) {
+                            const float x = sum[(g * QUERIES + i) * HP + h];
+                            nan |= x != x;
+                            put(x, to + g * H + h);
+                        }
+                    // A weight of 0 does not hide a NaN among the values: this token for itself.
+                    if (nan)
+                        attend_one(q + m * stride + k * G * H, in, b, k, past + first + i, to);
+                }
             }
             b++;
         }

@@ -104,7 +104,8 @@ static void gate(const float* both, IN* out, int64_t M) {
 extern "C" void step(float* x, float* y, const Layer* layers, const float* gamma, const float* cos,
                      const float* sin, T* keys, T* values, const int32_t* table,
                      const int64_t* past, const int64_t* brought, double* clocks, int64_t L,
-                     int64_t B, int64_t of_layer, int64_t columns, int64_t size, int64_t window) {
+                     int64_t B, int64_t of_layer, int64_t columns, int64_t size, int64_t window,
+                     int64_t threads) {
     const Rows rows(B, past, brought);
     const int64_t M = rows.token.size();
     std::vector<IN> normed(M * NORMED), seen(M * G * KV * H), gated(M * GATED);
@@ -115,7 +116,7 @@ extern "C" void step(float* x, float* y, const Layer* layers, const float* gamma
         const Size size(in.size() / M, out.size() / M, matrix.group);
         multiply(in.data(), matrix.panels, out.data(), M, size);
     };
-    #pragma omp parallel
+    #pragma omp parallel num_threads(threads)
     {
         double last = clocks ? omp_get_wtime() : 0;
         auto done = [&](Part part) {                               // the threads have just met
