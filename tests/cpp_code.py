@@ -37,7 +37,7 @@ def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tabl
     assert keys.is_contiguous() and values.is_contiguous() and table.is_contiguous()
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype)
     past, num_new_tokens = torch.tensor(past), torch.tensor(num_new_tokens)
-    run = code("attention", 7, 6, T=cpp.TYPES[q.dtype], G=N // K, H=H)
-    run(*cpp.pointers(q, keys, values, table, past, num_new_tokens, out), len(past), K,
+    run = code("attention", 7, 5, Kept=cpp.TYPES[q.dtype], G=N // K, H=H, K=K)
+    run(*cpp.pointers(q, keys, values, table, past, num_new_tokens, out), len(past),
         table.shape[1], block_size, window or cpp.EVERYTHING, torch.get_num_threads())
     return out

@@ -33,7 +33,7 @@ int main(int, char** words) {
     char* at[TENSORS];
     for (int i = 0; i < TENSORS; i++) at[i] = arrays[index[i]];
     step((float*)at[0], (float*)at[1], layers.data(), (float*)at[3], (float*)at[4], (float*)at[5],
-         (T*)at[6], (T*)at[7], (int32_t*)at[8], (int64_t*)at[9], (int64_t*)at[10],
+         (Kept*)at[6], (Kept*)at[7], (int32_t*)at[8], (int64_t*)at[9], (int64_t*)at[10],
          (double*)at[CLOCKS], size[0], size[1], size[2], size[3], size[4], size[5], size[6]);
     fseek(file, 8 * (1 + count + TENSORS + SIZES), SEEK_SET);
     for (int64_t i = 0; i < count; i++) {

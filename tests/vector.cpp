@@ -1,4 +1,4 @@
-// Operations of vector.h on n numbers, for tests: 2^x, x in bf16 one by one and WIDTH at a time, and
+// Operations of vector.h on n numbers, for tests: 2^x; x in bf16, one by one and WIDTH at a time;
 // what is in fp16 in fp32. n is a multiple of 16.
 #include "vector.h"
 

@@ -184,7 +184,7 @@ def _digest(file: Path) -> str:
 
 def tried() -> ctypes.CDLL:
     """A library that every CPU with a compiler has, or what `library` raises."""
-    return library("product", FORMAT="FP32", Y="float")
+    return library("product", FORMAT="FP32", Result="float")
 
 
 @functools.cache

@@ -53,7 +53,7 @@ class CppProduct:
 @functools.cache
 def code(format: str, dtype: torch.dtype) -> Callable:
     """The machine code for x and y of that type."""
-    made = cpp.library("product", FORMAT=format.upper(), Y=cpp.TYPES[dtype])
+    made = cpp.library("product", FORMAT=format.upper(), Result=cpp.TYPES[dtype])
     return cpp.function(made, "product", arrays=3, numbers=5)
 
 

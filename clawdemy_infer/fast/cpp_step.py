@@ -57,8 +57,9 @@ class CppLayers:
         self.kept = []                              # what the pointers point at
         self.layers = torch.tensor([self.pointers_of(layer, format, shape) for layer in layers])
         self.gamma = norm.weight.float()
-        made = cpp.library("step", T=cpp.TYPES[dtype], FORMAT=format.upper(), G=shape.N // shape.K,
-                           H=shape.H, KV=shape.K, D=shape.D, F=shape.F, EPS=config.norm_eps)
+        made = cpp.library("step", Kept=cpp.TYPES[dtype], FORMAT=format.upper(), D=shape.D,
+                           F=shape.F, G=shape.N // shape.K, H=shape.H, K=shape.K,
+                           EPS=config.norm_eps)
         self.code = cpp.function(made, "step", arrays=12, numbers=7)
         self.compile_s = now() - start
 

@@ -4,9 +4,15 @@
 //     NEON      4 numbers, 32 registers       SSE    4 numbers, 16 registers
 //
 // It is the compiler's own vector type, so + - * are its instructions, and a product that is added
-// to something becomes one. All else in this folder is written for any WIDTH; it works on PARTS
-// vectors, 16 numbers, wherever the layout of weights or keys has 16 side by side. What a processor
-// has beyond that stands behind an #ifdef, with the portable form beside it.
+// to something becomes one where the processor has that (g++ does so unless it is told not to). All
+// else in this folder is written for any WIDTH; it works on VECS vectors, 16 numbers, wherever the
+// layout of weights or keys has 16 side by side. What a processor has beyond that stands behind an
+// #ifdef, with the portable form beside it.
+//
+//     read<V>(from)    V from memory, wherever it begins
+//     put(x, to)       x to memory, as fp32 or bf16
+//     number(x)        one fp32 or bf16 as fp32
+//     broadcast(x)     x, WIDTH times
 #pragma once
 
 #include <algorithm>
@@ -25,7 +31,7 @@
 #define WIDTH 4
 #endif
 
-const int PARTS = 16 / WIDTH;
+const int VECS = 16 / WIDTH;                                       // that 16 numbers fill
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
@@ -38,7 +44,7 @@ template <class V> static inline V read(const void* from) {
     memcpy(&v, from, sizeof v);
     return v;
 }
-static inline vec all(float x) { return vec{} + x; }
+static inline vec broadcast(float x) { return vec{} + x; }        // vec(x) would not compile
 
 // bf16 <-> fp32: to the nearest, and of two to the even one; NaN to a quiet NaN.
 static inline float number(float x) { return x; }
@@ -61,20 +67,6 @@ static inline void put(vec x, bf16* to) {
     const halves y = __builtin_convertvector(rounded, halves);
     memcpy(to, &y, sizeof y);
 #endif
-}
-
-// The first `count` numbers, or all; the others are zero, or not written.
-static inline vec read_some(const float* from, int64_t count) {
-    if (count >= WIDTH) return read<vec>(from);
-    vec x = {};
-    memcpy(&x, from, count * sizeof(float));
-    return x;
-}
-template <class N> static inline void put_some(vec x, N* to, int64_t count) {
-    if (count >= WIDTH) return put(x, to);
-    N room[WIDTH];
-    put(x, room);
-    memcpy(to, room, count * sizeof(N));
 }
 
 // WIDTH numbers in fp16 -> fp32.
@@ -113,7 +105,7 @@ static inline float sum_of(vec x) {
     return sum;
 #endif
 }
-// Of a number and NaN it is y. What is done with a maximum makes NaN of the rest.
+// Of a number and NaN it is y, so that a maximum may lose a NaN. 2^(NaN - maximum) brings it back.
 static inline vec larger(vec x, vec y) { return x > y ? x : y; }
 static inline float largest_of(vec x) {
     float most = x[0];
@@ -125,8 +117,8 @@ static inline float largest_of(vec x) {
 // for NaN. The whole part of x becomes an exponent. For the rest, |f| <= 1/2, stands the polynomial
 // of degree 6 with p(0) = 1 whose largest relative error to 2^f is least, 2.0e-9 (Cephes, exp2f.c).
 static inline vec power_of_2(vec x) {
-    x = all(-127) > x ? all(-127) : x;         // false for NaN, which so stays x
-    x = all(127) < x ? all(127) : x;
+    x = broadcast(-127) > x ? broadcast(-127) : x;         // false for NaN, which so stays x
+    x = broadcast(127) < x ? broadcast(127) : x;
     const vec half = (vec)(((uvec)x & 0x80000000u) | 0x3f000000u); // 0.5 with the sign of x
     const ivec whole = __builtin_convertvector(x + half, ivec);    // cut towards zero; any, of NaN
     const vec f = x - __builtin_convertvector(whole, vec);
