@@ -1,5 +1,5 @@
-"""The C++ in `cpp/`, compiled for the CPU at hand when it is first asked for, and kept in the
-user's cache.
+"""The C++ in `cpp/` (`step.cpp` is to be read first), compiled for the CPU at hand when it is first
+asked for, and kept in the user's cache.
 
 What is loaded is run: so it lies in a folder that is ours alone, with the hash of its bytes in its
 name."""

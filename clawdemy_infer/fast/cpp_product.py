@@ -20,9 +20,9 @@ class CppProduct:
     its codes.
 
     `panels` [O / 16, bytes of a panel] hold 16 outputs side by side, and for int4 the scales of
-    `group` inputs each; zeros fill them up to 16 outputs and 2 inputs. Raises NotImplementedError
-    for groups that are no multiple of 8, and where there is no compiler; a call, ValueError for an
-    x of another width or type.
+    `group` inputs each; zeros fill them up to multiples of 16 outputs and 2 inputs. Raises
+    NotImplementedError for groups that are no multiple of 8, and where there is no compiler; a
+    call, ValueError for an x of another width or type.
     """
 
     def __init__(self, format: str, source: torch.Tensor | Codes) -> None:

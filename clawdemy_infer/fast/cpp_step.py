@@ -21,7 +21,7 @@ from clawdemy_infer.model.rope import rope_tables
 from clawdemy_infer.timing import now
 
 PARTS = ("element-wise", "qkv", "attention", "out", "gate_up", "down")
-"""What the C++ can read a clock for: `enum Part` of step.cpp."""
+"""What the C++ can read a clock for: `enum Part` of step.cpp, in that order."""
 
 
 class CppLayers:
