@@ -1,11 +1,11 @@
 // One `step` as a program of its own, for a machine, a compiler or a check that PyTorch's process
 // is not there for. Read from the file that is named, in 64 bits: the count of arrays, the bytes
-// of each, 12 indices of arrays (from 1 on; 0 is null), 6 numbers; then the arrays, each of which
+// of each, 12 indices of arrays (from 1 on; 0 is null), 7 numbers; then the arrays, each of which
 // gets memory of its own, so that a sanitizer sees its borders. Written back: the arrays.
 #include "step.cpp"
 #include <cstdio>
 
-const int TENSORS = 12, SIZES = 6, LAYERS = 2, CLOCKS = 11;
+const int TENSORS = 12, SIZES = 7, LAYERS = 2, CLOCKS = 11;
 
 int main(int, char** words) {
     FILE* file = fopen(words[1], "r+b");
@@ -33,8 +33,8 @@ int main(int, char** words) {
     char* at[TENSORS];
     for (int i = 0; i < TENSORS; i++) at[i] = arrays[index[i]];
     step((float*)at[0], (float*)at[1], layers.data(), (float*)at[3], (float*)at[4], (float*)at[5],
-         (T*)at[6], (T*)at[7], (int32_t*)at[8], (int64_t*)at[9], (int64_t*)at[10],
-         (double*)at[CLOCKS], size[0], size[1], size[2], size[3], size[4], size[5]);
+         (Kept*)at[6], (Kept*)at[7], (int32_t*)at[8], (int64_t*)at[9], (int64_t*)at[10],
+         (double*)at[CLOCKS], size[0], size[1], size[2], size[3], size[4], size[5], size[6]);
     fseek(file, 8 * (1 + count + TENSORS + SIZES), SEEK_SET);
     for (int64_t i = 0; i < count; i++) {
         fwrite(arrays[i + 1], 1, bytes[i], file);

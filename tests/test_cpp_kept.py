@@ -66,6 +66,37 @@ def test_code_is_compiled_once_into_a_folder_that_is_ours_alone(home, tmp_path, 
     assert answer() == 42
 
 
+def test_another_compiler_of_the_same_name_compiles_anew(home, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, 'exec g++ "$@"')
+    assert answer() == 42
+    compiler(tmp_path, monkeypatch, 'exec g++ "$@"  # a newer one')
+    assert answer() == 42
+    assert len(kept(home)) == 2
+
+
+def test_only_sources_are_read(home, tmp_path):
+    """Editors and others leave folders, links to nowhere and bytes beside them."""
+    assert answer() == 42
+    sources = tmp_path / "sources"
+    (sources / "__pycache__").mkdir()
+    (sources / ".tiny.cpp.swp").write_bytes(b"\xff\xfe")
+    (sources / ".#tiny.cpp").symlink_to("nowhere")
+    (sources / "tiny.orig").write_bytes(b"\xff")
+    assert answer() == 42 and len(kept(home)) == 1
+
+
+@pytest.mark.parametrize(("isa", "missing"), [
+    ("avx2", "fma"), ("avx2", "bmi2"), ("avx512", "avx512dq"), ("avx512", "avx512vl")])
+def test_an_instruction_set_is_refused_where_a_part_of_it_is_missing(monkeypatch, isa, missing):
+    monkeypatch.setenv("CLAWDEMY_ISA", isa)
+    monkeypatch.setattr(cpp, "ISA", {"": "native", isa: "x86-64"})
+    monkeypatch.setattr(cpp, "cpuinfo", lambda key: " ".join(cpp.NEEDS[isa]))
+    assert cpp.isa() == isa
+    monkeypatch.setattr(cpp, "cpuinfo", lambda key: " ".join(cpp.NEEDS[isa] - {missing}))
+    with pytest.raises(ValueError, match=f"CLAWDEMY_ISA='{isa}' is not supported"):
+        cpp.isa()
+
+
 @pytest.mark.parametrize("damage", [
     lambda file: file.write_bytes(file.read_bytes()[:5000]), lambda file: file.write_bytes(b""),
     lambda file: file.write_bytes(b"\x7fELF" + bytes(9000)),

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from cpp_code import attend_pages
 from tolerances import KERNEL
 
 from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.backends import choose
-from clawdemy_infer.fast.cpp_attention import attend_pages
 
 pytestmark = pytest.mark.skipif(not cpp.available(), reason="no C++ compiler here")
 
@@ -159,8 +159,8 @@ def test_the_smallest_numbers_of_the_process_stay_what_they_are():
     """In a process of its own: what a library changes when it is loaded stays changed."""
     code = """if True:
         import torch
-        from clawdemy_infer.fast.cpp_attention import code
-        code(torch.float32, 1, 16)
+        from clawdemy_infer.fast.cpp_product import code
+        code("fp32", torch.float32)
         print(float("3e-308") / 4 > 0)
     """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,

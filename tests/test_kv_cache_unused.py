@@ -8,12 +8,12 @@ from random import Random
 
 import pytest
 import torch
+from cpp_code import attend_pages
 from tolerances import LOGITS
 
 from clawdemy_infer.arithmetic import MLA, ModelShape
 from clawdemy_infer.batching import Policy, Request
 from clawdemy_infer.fast import cpp
-from clawdemy_infer.fast.cpp_attention import attend_pages
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.kv_cache import ContiguousCache, PagedCache
 from clawdemy_infer.model import Decoder, ModelConfig, Sampling, generate

@@ -1,5 +1,7 @@
 """Products in C++ against float64, for every format, and what they are refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_linear import WITHIN, normal
@@ -24,7 +26,8 @@ def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(format, d
     room = torch.full((M * O + 64,), 7.0).to(dtype)
     y = room[32:-32]
     y.fill_(torch.nan)
-    code(format, dtype)(*cpp.pointers(x, product.panels, y), M, I, O, product.group)
+    code(format, dtype)(*cpp.pointers(x, product.panels, y), M, I, O, product.group,
+                        2)
     right = x.double() @ (source.dequantized() if isinstance(source, Codes) else source).double().T
     within = WITHIN["bf16" if dtype == torch.bfloat16 else format]
     assert (y.view(M, O).double() - right).abs().max() <= within * right.abs().max()
@@ -87,6 +90,40 @@ def test_an_x_of_another_width_is_refused_before_anything_is_read():
     with pytest.raises(ValueError,
                        match=r"x is \[2, 32\]: the last dimension must be the I=64 inputs"):
         CppProduct("bf16", normal(16, 64).bfloat16())(normal(2, 32).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_an_x_of_another_type_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"x is {dtype}: float32 or bfloat16 is accepted"):
+        CppProduct("fp32", normal(16, 64))(normal(2, 64).to(dtype))
+
+
+@pytest.mark.parametrize("M", [1, 7, 40])
+@pytest.mark.parametrize(("format", "dtype"), ALL)
+def test_any_number_of_threads_gives_the_same_bit_for_bit(format, dtype, M):
+    product, x = CppProduct(format, packable(format, normal(208, 128))), normal(M, 128).to(dtype)
+    right, *others = (torch.empty(M, 208, dtype=dtype) for _ in range(4))
+    for y, threads in zip((right, *others), (1, 2, 3, 7), strict=True):
+        code(format, dtype)(*cpp.pointers(x, product.panels, y), M, 128, 208, product.group,
+                            threads)
+    assert all(torch.equal(y, right) for y in others)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no list of threads here")
+def test_threads_are_as_many_as_the_caller_says():
+    product, x, y = CppProduct("fp32", normal(480, 64)), normal(1, 64), torch.empty(1, 480)
+    code("fp32", x.dtype)(*cpp.pointers(x, product.panels, y), 1, 64, 480, 64, 11)
+    assert len(list(Path("/proc/self/task").iterdir())) >= 11
+
+
+def test_a_weight_in_fp16_may_be_infinite(monkeypatch):
+    monkeypatch.setenv("CLAWDEMY_ISA", "scalar")
+    weight = torch.ones(16, 2, dtype=torch.float16)
+    weight[3, 1] = torch.inf
+    code.cache_clear()
+    y = CppProduct("fp16", weight)(torch.ones(1, 2))
+    code.cache_clear()
+    assert y[0, 3] == torch.inf and y.isfinite().sum() == 15
 
 
 @pytest.mark.parametrize("M", [1, 5, 20, 70])

@@ -9,7 +9,7 @@ from tolerances import KERNEL, LOGITS
 
 from clawdemy_infer.arithmetic import ModelShape, MoE
 from clawdemy_infer.fast import FORMATS, Codes, cpp, packable
-from clawdemy_infer.fast.cpp_step import CppStep
+from clawdemy_infer.fast.cpp_step import CppLayers, CppStep
 from clawdemy_infer.fast.faster import faster, shallow_copy
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
 from clawdemy_infer.lesson.steps import step_ops
@@ -280,7 +280,85 @@ def test_a_number_that_is_not_finite_in_another_sequence_touches_nobody(both):
     assert torch.equal(got[0], right[0])
 
 
+@pytest.mark.parametrize("format", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("place", "window"), [(20, None), (39, None), (0, 9), (20, 9)])
+def test_a_token_that_is_not_finite_touches_those_that_see_it_and_no_others(
+        place, value, format, window):
+    """A prompt that is attended in blocks, of which one token has an embedding of NaN, beside the
+    same read token by token, so that nothing is there to be hidden."""
+    eager = random_model(replace(SHAPE, window=window))
+    eager.embed.weight[175] = value
+    prompt = [i % 175 for i in range(40)]
+    prompt[place] = 175
+    by_layers, fast = faster(eager, format), in_cpp(eager, format)
+    cache = ContiguousCache.for_model(by_layers, 1, 40)
+    right = torch.cat([by_layers.step({0: [token]}, cache) for token in prompt])
+    got = fast.step({0: prompt}, ContiguousCache.for_model(fast, 1, 40), logits_to_keep=0)
+    lost = right.isnan().any(1)
+    # each of three layers hands it on
+    assert lost.sum() == min(40 - place, 3 * ((window or 40) - 1) + 1)
+    assert torch.equal(got.isnan().any(1), lost)
+    got, right = got[~lost].float(), right[~lost].float()
+    assert (got - right).abs().mean() < (1e-5 if format == "fp32" else 0.04) * right.std()
+
+
+def with_threads(number, of):
+    """What `of` returns when PyTorch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        return of()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("format", ["fp32", "int4"])
+def test_any_number_of_threads_says_the_same_bit_for_bit(format):
+    model = in_cpp(random_model(replace(ODD, V=176, D=128, F=192)), format)
+
+    def steps():
+        cache = PagedCache.for_model(model, 3, ROOM, 4)
+        return [model.step(new, cache, logits_to_keep=0).clone() for new in STEPS], cache.keys
+    right, keys = with_threads(1, steps)
+    for threads in (2, 3, 7):
+        got, others = with_threads(threads, steps)
+        assert all(map(torch.equal, got, right)) and torch.equal(others, keys)
+
+
+def test_an_x_in_any_order_of_memory_is_read_as_it_is():
+    model = in_cpp(random_model())
+    x, found = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)), []
+    for each in (x.clone(), x.T.contiguous().T):
+        step = ContiguousCache.for_model(model, 1, 8).begin({0: [1, 2, 3, 4, 5]})
+        found.append(model.runner.run(each, step)[0])
+    assert torch.equal(*found)
+
+
 # ---- what is refused ----
+
+
+def test_activations_in_fp16_are_refused_before_anything_is_packed(monkeypatch):
+    model = random_model().half()
+    monkeypatch.setattr("clawdemy_infer.fast.cpp_step.CppProduct",
+                        lambda *_: pytest.fail("packed"))
+    with pytest.raises(ValueError, match="compile: activations are in torch.float16; float32 or "
+                                         "bfloat16 is accepted"):
+        faster(model, compile=True)
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"format": "fp32"}, r"a matrix \[160, 96\] that C\+\+ does not take in fp32"),
+    ({"F": 176}, r"a matrix is \[320, 96\], and the config's is \[352, 96\]"),
+    ({"K": 3}, r"a matrix is \[160, 96\], and the config's is \[192, 96\]")])
+def test_matrices_of_another_format_or_size_than_the_codes_are_refused(changed, words):
+    """C++ would read beyond their end."""
+    model = faster(random_model(), "int8")
+    sizes = {"format": "int8"} | changed
+    format = sizes.pop("format")
+    with pytest.raises(ValueError, match="compile: " + words):
+        CppLayers(model.layers, model.norm, ModelConfig(replace(SHAPE, **sizes)), format,
+                  torch.float32, model.frequencies)
 
 
 def test_what_cannot_be_compiled_is_refused_before_anything_is_done(monkeypatch):

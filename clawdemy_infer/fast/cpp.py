@@ -1,5 +1,5 @@
-"""The C++ in `cpp/`, compiled for the CPU at hand when it is first asked for, and kept in the
-user's cache.
+"""The C++ in `cpp/` (`step.cpp` is to be read first), compiled for the CPU at hand when it is first
+asked for, and kept in the user's cache.
 
 What is loaded is run: so it lies in a folder that is ours alone, with the hash of its bytes in its
 name."""
@@ -30,7 +30,8 @@ from clawdemy_infer.timing import now
 
 FOLDER = Path(__file__).parent / "cpp"
 FLAGS = [
-    "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-strict-aliasing",
+    "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared",
+    "-fno-strict-aliasing",     # a row of bf16 is also read as pairs (`Operand` of product.h)
     # Nobody asks for errno; but sums keep their order, NaN stays NaN, and the smallest numbers of
     # the whole process stay what they are, which -ffast-math would not grant.
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
@@ -40,12 +41,18 @@ FLAGS = [
 ISA = {"": "native", "scalar": "armv8-a"} if platform.machine() in ("aarch64", "arm64") else {
     "": "native", "avx512": "x86-64-v4", "avx2": "x86-64-v3", "scalar": "x86-64"}
 """What CLAWDEMY_ISA may say, and what the compiler calls it: all that this CPU has; AVX-512 without
-what came after it; AVX2 and FMA; what every CPU of its kind has, which is four numbers at once."""
+what came after it; AVX2 and FMA; "scalar", what every CPU of its kind has, which is SSE2 or NEON:
+four numbers at once."""
+NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+         "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"}}
+"""What the CPU must have for it, as Linux calls it; besides, AVX-512 comes with all of AVX2."""
 COMPILER_S = 120
 """Seconds that the compiler may take for one library, some five as a rule; and that another process
 that has it is waited for."""
-TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 """What C++ calls a number of that type."""
+EVERYTHING = 2**40
+"""Tokens: the window of a model that has none."""
 
 
 class CompilerFailed(OSError):
@@ -68,9 +75,8 @@ def cpuinfo(key: str) -> str:
 def isa() -> str:
     """The instruction set that CLAWDEMY_ISA asks for, or "" for all that this CPU has. Raises
     ValueError for one that is unknown, or that it has not."""
-    name, flags = os.environ.get("CLAWDEMY_ISA", ""), cpuinfo("flags").split()
-    if name not in ISA or {"avx2": "avx2", "avx512": "avx512bw"}.get(name, name) not in (
-            *flags, "scalar", ""):
+    name, flags = os.environ.get("CLAWDEMY_ISA", ""), set(cpuinfo("flags").split())
+    if name not in ISA or not NEEDS.get(name, set()) <= flags:
         raise ValueError(f"CLAWDEMY_ISA={name!r} is not supported; accepted: what this CPU has of "
                          f"{', '.join(filter(None, ISA))}; without it, all that it has")
     return name
@@ -87,8 +93,8 @@ def compiler() -> str:
 
 def library(name: str, **defines: object) -> ctypes.CDLL:
     """The machine code of `cpp/{name}.cpp`, in which each of `defines` is fixed, as H=64. A few
-    seconds' work for the compiler, once: what is kept goes by the text of all files in the folder,
-    the defines, the compiler and the CPU.
+    seconds' work for the compiler, once: what is kept goes by the text of all sources in the
+    folder, the defines, the CPU, and the compiler's name, size and time.
 
     Raises ValueError as `compiler` and `isa` do, and CompilerFailed where it refuses, takes more
     than `COMPILER_S`, or what it made cannot be kept: once tried, each time alike.
@@ -103,10 +109,12 @@ def library(name: str, **defines: object) -> ctypes.CDLL:
 def _library(name: str, isa: str, **defines: object) -> ctypes.CDLL | CompilerFailed:
     command = [compiler(), *FLAGS, f"-march={ISA[isa]}",
                *(f"-D{key}={value}" for key, value in defines.items())]
-    sources = [path.read_text("utf-8") for path in sorted(FOLDER.iterdir())]
-    made_of = "\n".join([name, *command, cpu_name(), cpuinfo("flags"), *sources])
-    name_and_key = f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}"
     try:
+        program = os.stat(shutil.which(command[0]))
+        made_of = [name, *command, program.st_size, program.st_mtime_ns, cpu_name(),
+                   cpuinfo("flags"), *(path.read_bytes() for path in sorted(FOLDER.iterdir())
+                                       if path.suffix in (".h", ".cpp") and path.name[0] != ".")]
+        name_and_key = f"{name}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}"
         with _our_folder() as folder:
             for kept in folder.glob(f"{name_and_key}.*.so"):
                 if not kept.is_symlink() and kept.is_file() and kept.suffixes[-2] == _digest(kept):
@@ -114,10 +122,10 @@ def _library(name: str, isa: str, **defines: object) -> ctypes.CDLL | CompilerFa
                 kept.unlink()                           # damaged, or not what we made
             made = _compiled([*command, f"-I{FOLDER}", str(FOLDER / f"{name}.cpp")],
                              folder / "unfinished", name_and_key)
-            library = ctypes.CDLL(str(made))            # or it is not worth keeping
+            loaded = ctypes.CDLL(str(made))             # or it is not worth keeping
             os.replace(made, folder / f"{name_and_key}{_digest(made)}.so")
             shutil.rmtree(made.parent, ignore_errors=True)
-            return library
+            return loaded
     except OSError as error:
         return CompilerFailed(f"compile: {error}; without compile it runs as PyTorch")
 
@@ -176,7 +184,7 @@ def _digest(file: Path) -> str:
 
 def tried() -> ctypes.CDLL:
     """A library that every CPU with a compiler has, or what `library` raises."""
-    return library("product", FORMAT="FP32", Y="float")
+    return library("product", FORMAT="FP32", Result="float")
 
 
 @functools.cache
@@ -193,12 +201,14 @@ def available() -> bool:
 
 
 def pointers(*tensors: torch.Tensor) -> list[int]:
+    """Where their numbers begin. The caller keeps the tensors until the call is over."""
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def function(of: ctypes.CDLL, name: str, pointers: int, numbers: int) -> ctypes._CFuncPtr:
-    """A function of so many pointers, then so many numbers of 64 bits, that returns nothing."""
+def function(of: ctypes.CDLL, name: str, arrays: int, numbers: int) -> ctypes._CFuncPtr:
+    """A function of so many pointers to arrays, then so many numbers of 64 bits, that returns
+    nothing. The GIL is free while it runs."""
     found = getattr(of, name)
-    found.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers
+    found.argtypes = [ctypes.c_void_p] * arrays + [ctypes.c_int64] * numbers
     found.restype = None
     return found

@@ -20,9 +20,9 @@ class CppProduct:
     its codes.
 
     `panels` [O / 16, bytes of a panel] hold 16 outputs side by side, and for int4 the scales of
-    `group` inputs each; zeros fill them up to 16 outputs and 2 inputs. Raises NotImplementedError
-    for groups that are no multiple of 8, and where there is no compiler; a call, ValueError for an
-    x of another width.
+    `group` inputs each; zeros fill them up to multiples of 16 outputs and 2 inputs. Raises
+    NotImplementedError for groups that are no multiple of 8, and where there is no compiler; a
+    call, ValueError for an x of another width or type.
     """
 
     def __init__(self, format: str, source: torch.Tensor | Codes) -> None:
@@ -38,20 +38,23 @@ class CppProduct:
         if x.shape[-1] != self.I:
             raise ValueError(f"x is {list(x.shape)}: the last dimension must be the I={self.I} "
                              "inputs")
+        if x.dtype not in cpp.TYPES:
+            raise ValueError(f"x is {x.dtype}: float32 or bfloat16 is accepted")
         O, I = self.filled
         if I > self.I:                              # `pad` copies x even where it adds nothing
             x = F.pad(x, (0, I - self.I))
         x, y = x.contiguous(), x.new_empty(*x.shape[:-1], O)
         run = code(self.format, x.dtype)
-        run(*cpp.pointers(x, self.panels, y), y.numel() // O, I, O, self.group)
+        run(*cpp.pointers(x, self.panels, y), y.numel() // O, I, O, self.group,
+            torch.get_num_threads())
         return y[..., :self.O].contiguous()
 
 
 @functools.cache
 def code(format: str, dtype: torch.dtype) -> Callable:
     """The machine code for x and y of that type."""
-    made = cpp.library("product", FORMAT=format.upper(), Y=cpp.TYPES[dtype])
-    return cpp.function(made, "product", pointers=3, numbers=4)
+    made = cpp.library("product", FORMAT=format.upper(), Result=cpp.TYPES[dtype])
+    return cpp.function(made, "product", arrays=3, numbers=5)
 
 
 def panels(format: str, source: torch.Tensor | Codes) -> torch.Tensor:
@@ -59,8 +62,8 @@ def panels(format: str, source: torch.Tensor | Codes) -> torch.Tensor:
     16, bytes of a panel]. Raises NotImplementedError as `CppProduct` does."""
     codes, scales, zeros = source if isinstance(source, Codes) else (source.detach(), None, None)
     O, I = codes.shape
-    group = I // scales.shape[1] if format == "int4" else 8
-    if group % 8:
+    group = I // scales.shape[1] if format == "int4" else I
+    if format == "int4" and group % 8:
         raise NotImplementedError(f"weight [{O}, {I}] in groups of {group}: groups by the eight "
                                   "are accepted")
     rows = -O % 16
@@ -72,8 +75,9 @@ def panels(format: str, source: torch.Tensor | Codes) -> torch.Tensor:
         return as_bytes(codes.view(O // 16, 16, I).mT)
     if format in ("bf16", "int8"):
         pairs = as_bytes(codes.view(O // 16, 16, I // 2, 2).transpose(1, 2))
-        if format == "bf16":
-            return pairs
+    if format == "bf16":
+        return pairs
+    if format == "int8":
         scales = F.pad(scales.float(), (0, rows)).view(-1, 16)
         return torch.cat((as_bytes(scales), pairs), 1).contiguous()
     # A word of 16 bits, low byte first, has the codes of inputs 0, 2, 4, 6 of eight, or of 1, 3, 5,

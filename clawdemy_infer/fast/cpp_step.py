@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from clawdemy_infer.arithmetic import ModelShape
 from clawdemy_infer.fast import cpp
 from clawdemy_infer.fast.cpp_product import CppProduct
 from clawdemy_infer.fast.formats import packable
@@ -20,16 +21,21 @@ from clawdemy_infer.model.rope import rope_tables
 from clawdemy_infer.timing import now
 
 PARTS = ("element-wise", "qkv", "attention", "out", "gate_up", "down")
-"""What the C++ can read a clock for: `enum Part` of step.cpp."""
+"""What the C++ can read a clock for: `enum Part` of step.cpp, in that order."""
 
 
 class CppLayers:
     """Some layers of a decoder and the norm behind them. Matrices in float are packed in `format`;
-    those of a `PackedLinear` are shared with it. `compile_s` says how long both took. Steps add the
-    seconds of each of `PARTS` to `clocks`, [6] of float64, where there are any.
+    those of a `PackedLinear` are shared with it. Weights are taken as they are now: what is done to
+    the model later is not seen, or half of it. `compile_s` says how long packing and compiling
+    took. Steps add the seconds of each of `PARTS` to `clocks`, [6] of float64, where there are any.
 
-    Raises ValueError for other layers than a `Layer`, for matrices that `CppProduct` refuses, and
-    where there is no compiler.
+    Products of many rows are C++ too, also where a CPU's matrix registers (AMX) are faster, which
+    `kernels` takes for them: it is decodes that a compiled step pays for.
+
+    Raises ValueError for activations in another dtype than fp32 and bf16, for other layers than a
+    `Layer`, for matrices of another size or format, or that `CppProduct` refuses, and where there
+    is no compiler; CompilerFailed where it fails.
     """
 
     backend = "cpp"
@@ -39,28 +45,35 @@ class CppLayers:
     def __init__(self, layers: Sequence[nn.Module], norm: RMSNorm, config: ModelConfig, format: str,
                  dtype: torch.dtype, frequencies: torch.Tensor) -> None:
         start, shape = now(), config.shape
-        cpp.tried()
+        if dtype not in cpp.TYPES:
+            raise ValueError(f"compile: activations are in {dtype}; float32 or bfloat16 is "
+                             "accepted; without compile it runs as PyTorch")
+        cpp.tried()                                 # or it says so before anything is packed
         if any(type(layer) is not Layer for layer in layers):
             raise ValueError("compile: a model of plain layers is accepted, and this one has "
                              "experts, latents or others; without compile it runs as PyTorch")
         self.dtype, self.frequencies, self.gain = dtype, frequencies, config.rope_gain
         self.window, self.L = shape.window, len(layers)
         self.kept = []                              # what the pointers point at
-        self.layers = torch.tensor([self.pointers_of(layer, format) for layer in layers])
+        self.layers = torch.tensor([self.pointers_of(layer, format, shape) for layer in layers])
         self.gamma = norm.weight.float()
-        made = cpp.library("step", T=cpp.TYPES[dtype], FORMAT=format.upper(), G=shape.N // shape.K,
-                           H=shape.H, KV=shape.K, D=shape.D, F=shape.F, EPS=config.norm_eps)
-        self.code = cpp.function(made, "step", pointers=12, numbers=6)
+        made = cpp.library("step", Kept=cpp.TYPES[dtype], FORMAT=format.upper(), D=shape.D,
+                           F=shape.F, G=shape.N // shape.K, H=shape.H, K=shape.K,
+                           EPS=config.norm_eps)
+        self.code = cpp.function(made, "step", arrays=12, numbers=7)
         self.compile_s = now() - start
 
-    def pointers_of(self, layer: Layer, format: str) -> list[int]:
-        """`struct Layer` of step.cpp."""
-        matrices = [packed(format, part)
-                    for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        norms = layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm
-        gamma, mlp_gamma, q_gamma, k_gamma = (norm and norm.weight.float() for norm in norms)
-        vectors = [gamma, mlp_gamma, layer.qkv.bias, q_gamma, k_gamma]
-        vectors = [None if vector is None else vector.float().contiguous() for vector in vectors]
+    def pointers_of(self, layer: Layer, format: str, shape: ModelShape) -> list[int]:
+        """The 13 words of `struct Layer` of step.cpp, in its order."""
+        D, N, K, H, F = shape.D, shape.N, shape.K, shape.H, shape.F
+        matrices = [packed(format, layer.qkv, (N + 2 * K) * H, D),
+                    packed(format, layer.out, D, N * H),
+                    packed(format, layer.gate_up, 2 * F, D), packed(format, layer.down, D, F)]
+        gamma, mlp_gamma, q_gamma, k_gamma = (
+            None if norm is None else norm.weight
+            for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm))
+        vectors = [None if vector is None else vector.float().contiguous()
+                   for vector in (gamma, mlp_gamma, layer.qkv.bias, q_gamma, k_gamma)]
         self.kept += matrices + vectors
         return [*(x for each in matrices for x in (each.panels.data_ptr(), each.group)),
                 *(0 if vector is None else vector.data_ptr() for vector in vectors)]
@@ -71,17 +84,18 @@ class CppLayers:
 
     def run(self, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """For x [M, D], what goes into the first layer: what the last one leaves, and its norm,
-        both [M, D] in fp32."""
+        both [M, D] in fp32. An x in fp32 is written over."""
         pages = pages_of(step)
         cos, sin = rope_tables(self.frequencies, step.positions, torch.float32, self.gain)
-        x = x.float()                               # written over, and nobody else's
+        x = x.float().contiguous()
         past, num_new_tokens = torch.tensor(step.past), torch.tensor(step.num_new_tokens)
         y = torch.empty_like(x)
         tensors = cpp.pointers(x, y, self.layers, self.gamma, cos, sin, pages.keys, pages.values,
                                pages.table, past, num_new_tokens)
         clocks = 0 if self.clocks is None else self.clocks.data_ptr()
         self.code(*tensors, clocks, self.L, len(step.sequences), pages.keys.stride(0),
-                  pages.table.shape[1], pages.block_size, self.window or 2**40)
+                  pages.table.shape[1], pages.block_size, self.window or cpp.EVERYTHING,
+                  torch.get_num_threads())
         return x, y
 
 
@@ -105,13 +119,18 @@ class CppStep(CppLayers):
         return x, self.head(wanted_rows(y, step, logits_to_keep).to(self.dtype))
 
 
-def packed(format: str, matrix: nn.Linear | PackedLinear) -> CppProduct:
-    """The matrix of a linear layer. ValueError where it cannot be packed."""
+def packed(format: str, matrix: nn.Linear | PackedLinear, O: int, I: int) -> CppProduct:
+    """The matrix of a linear layer, which must be [O, I]. ValueError where it is not, or cannot be
+    packed: C++ reads what it was told that there is."""
+    size = [matrix.out_features, matrix.in_features]
+    if size != [O, I]:
+        raise ValueError(f"compile: a matrix is {size}, and the config's is [{O}, {I}]")
     if isinstance(matrix, PackedLinear):
-        found = [kernel for _, kernel in matrix.kernels if isinstance(kernel, CppProduct)]
+        found = [kernel for _, kernel in matrix.kernels
+                 if isinstance(kernel, CppProduct) and kernel.format == format]
         if not found:
-            raise ValueError(f"compile: a matrix [{matrix.out_features}, {matrix.in_features}] "
-                             "that C++ does not take; without compile it runs as PyTorch")
+            raise ValueError(f"compile: a matrix {size} that C++ does not take in {format}; "
+                             "without compile it runs as PyTorch")
         return found[0]
     try:
         return CppProduct(format, packable(format, matrix.weight.detach()))

@@ -35,7 +35,8 @@ def faster(model: Decoder, weights: str | None = None, backend: str | None = Non
     not lie plain is run by PyTorch. `.runner.compile_s` says how long it all took.
 
     Raises ValueError for an unknown format or backend, for a model whose weights are packed
-    already, for layers that the engine does not know, and where there is no compiler.
+    already, for layers that the engine does not know, for activations in fp16 in C++, and where
+    there is no compiler; on a CPU, `cpp.CompilerFailed` where it fails.
     """
     device = model.device.type
     chosen = choose(device, backend)

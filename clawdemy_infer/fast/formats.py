@@ -9,7 +9,8 @@ from clawdemy_infer.fast.codes import Codes, int4_codes, int8_codes
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ON_A_CPU = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "fp32", "int4": "bf16"}
-"""What activations and cache are in, by format of the weights."""
+"""What activations and cache are in, by format of the weights. Within a product of int8, a CPU with
+AVX512_BF16 rounds activations to bf16 (`cpp/product.h`)."""
 ON_A_GPU = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "bf16", "int4": "bf16"}
 
 

@@ -4,9 +4,15 @@
 //     NEON      4 numbers, 32 registers       SSE    4 numbers, 16 registers
 //
 // It is the compiler's own vector type, so + - * are its instructions, and a product that is added
-// to something becomes one. All else in this folder is written for any WIDTH; it works on PARTS
-// vectors, 16 numbers, wherever the layout of weights or keys has 16 side by side. What a processor
-// has beyond that stands behind an #ifdef, with the portable form beside it.
+// to something becomes one where the processor has that (g++ does so unless it is told not to). All
+// else in this folder is written for any WIDTH; it works on VECS vectors, 16 numbers, wherever the
+// layout of weights or keys has 16 side by side. What a processor has beyond that stands behind an
+// #ifdef, with the portable form beside it.
+//
+//     read<V>(from)    V from memory, wherever it begins
+//     put(x, to)       x to memory, as fp32 or bf16
+//     number(x)        one fp32 or bf16 as fp32
+//     broadcast(x)     x, WIDTH times
 #pragma once
 
 #include <algorithm>
@@ -25,7 +31,7 @@
 #define WIDTH 4
 #endif
 
-const int PARTS = 16 / WIDTH;
+const int VECS = 16 / WIDTH;                                       // that 16 numbers fill
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
@@ -38,9 +44,9 @@ template <class V> static inline V read(const void* from) {
     memcpy(&v, from, sizeof v);
     return v;
 }
-static inline vec all(float x) { return vec{} + x; }
+static inline vec broadcast(float x) { return vec{} + x; }        // vec(x) would not compile
 
-// bf16 <-> fp32: to the nearest, and of two to the even one.
+// bf16 <-> fp32: to the nearest, and of two to the even one; NaN to a quiet NaN.
 static inline float number(float x) { return x; }
 static inline float number(bf16 x) {
     const uint32_t bits = uint32_t(x) << 16;
@@ -49,7 +55,7 @@ static inline float number(bf16 x) {
 static inline void put(float x, float* to) { *to = x; }
 static inline void put(float x, bf16* to) {
     const uint32_t bits = read<uint32_t>(&x);
-    *to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    *to = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 0x40;
 }
 static inline void put(vec x, float* to) { memcpy(to, &x, sizeof x); }
 static inline void put(vec x, bf16* to) {
@@ -57,23 +63,10 @@ static inline void put(vec x, bf16* to) {
     _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
     const uvec bits = (uvec)x;
-    const halves y = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+    const uvec rounded = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 0x40;
+    const halves y = __builtin_convertvector(rounded, halves);
     memcpy(to, &y, sizeof y);
 #endif
-}
-
-// The first `count` numbers, or all; the others are zero, or not written.
-static inline vec read_some(const float* from, int64_t count) {
-    if (count >= WIDTH) return read<vec>(from);
-    vec x = {};
-    memcpy(&x, from, count * sizeof(float));
-    return x;
-}
-template <class N> static inline void put_some(vec x, N* to, int64_t count) {
-    if (count >= WIDTH) return put(x, to);
-    N room[WIDTH];
-    put(x, room);
-    memcpy(to, room, count * sizeof(N));
 }
 
 // WIDTH numbers in fp16 -> fp32.
@@ -84,8 +77,11 @@ static inline vec from_fp16(const char* from) {
     return (vec)_mm256_cvtph_ps(read<__m128i>(from));
 #else
     const uvec bits = __builtin_convertvector(read<halves>(from), uvec);
-    const vec size = (vec)((bits & 0x7fff) << 13) * 0x1p112f;      // the exponents differ by 112
-    return (vec)((uvec)size | (bits & 0x8000) << 16);
+    // Exponent and fraction to where fp32 has them; the exponents differ by 112, which a product
+    // mends for subnormal numbers too; infinity and NaN keep the largest exponent.
+    const vec size = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
+    const uvec special = (uvec)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    return (vec)((uvec)size | special | (bits & 0x8000) << 16);
 #endif
 }
 
@@ -109,7 +105,7 @@ static inline float sum_of(vec x) {
     return sum;
 #endif
 }
-// Of a number and NaN it is y. What is done with a maximum makes NaN of the rest.
+// Of a number and NaN it is y, so that a maximum may lose a NaN. 2^(NaN - maximum) brings it back.
 static inline vec larger(vec x, vec y) { return x > y ? x : y; }
 static inline float largest_of(vec x) {
     float most = x[0];
@@ -117,18 +113,20 @@ static inline float largest_of(vec x) {
     return most;
 }
 
-// 2^x: a whole part, which becomes an exponent, and the series of 2^f for |f| up to a half, six
-// terms of which leave less than fp32 can tell. Below 2^-126 it is 0, above 2^127 that, of NaN NaN:
-// so stand the limits in front, as a processor's maximum of two is the second if one is NaN.
+// 2^x, within 1.2 units in the last place of fp32; 0 for x up to -126.5; 2^127 for x above 127; NaN
+// for NaN. The whole part of x becomes an exponent. For the rest, |f| <= 1/2, stands the polynomial
+// of degree 6 with p(0) = 1 whose largest relative error to 2^f is least, 2.0e-9 (Cephes, exp2f.c).
 static inline vec power_of_2(vec x) {
-    x = all(-127) > x ? all(-127) : x;
-    x = all(127) < x ? all(127) : x;
+    x = broadcast(-127) > x ? broadcast(-127) : x;         // false for NaN, which so stays x
+    x = broadcast(127) < x ? broadcast(127) : x;
     const vec half = (vec)(((uvec)x & 0x80000000u) | 0x3f000000u); // 0.5 with the sign of x
-    const ivec whole = __builtin_convertvector(x + half, ivec);    // which cuts towards zero
+    const ivec whole = __builtin_convertvector(x + half, ivec);    // cut towards zero; any, of NaN
     const vec f = x - __builtin_convertvector(whole, vec);
-    vec sum = all(1.5403530e-4f);
-    for (float term : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f,
-                       1.f})
-        sum = sum * f + term;
+    vec sum = f * 1.535336188e-4f + 1.339887440e-3f;
+    sum = sum * f + 9.618437357e-3f;
+    sum = sum * f + 5.550332471e-2f;
+    sum = sum * f + 2.402264791e-1f;
+    sum = sum * f + 6.931472028e-1f;
+    sum = sum * f + 1.f;
     return sum * (vec)((whole + 127) << 23);
 }
