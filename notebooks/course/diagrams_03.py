@@ -25,7 +25,8 @@ def heads(query_heads: int = 8, kv_heads: int = 2, head_dim: int = 128, latent: 
                 "for all, MLA a latent from which each head's key and value are made. Numbers kept "
                 "for a token: " + ", ".join(f"{name} {count:,}" for name, count in kept.items())
                 + ".")
-    said = {"MHA": "a KV head for\neach query head", "GQA": "a KV head\nfor each group",
+    said = {"MHA": "a KV head for\neach query head",
+            "GQA": f"a KV head for each\ngroup of {query_heads // kv_heads}",
             "MQA": "one KV head\nfor all", "MLA": "one latent\nfor all"}
     for place, (name, numbers) in enumerate(kept.items()):
         if place:
@@ -90,7 +91,7 @@ def grouped(query_heads: int = 9, kv_heads: int = 3) -> Diagram:
                 f"Head by head, each KV head is read {G} times. Copied first, it is read once, "
                 f"written {G} times and read {G} times. Grouped, the {G} query heads of a group "
                 "are rows of one product, and each KV head is read once.")
-    each = 200 / query_heads
+    each = 184 / query_heads
     ways = {"head by head": (f"each KV head is read {G} times", f"{query_heads} heads read"),
             "copied first": (f"read once, written {G} times,\nread {G} times",
                              f"{kv_heads} + {query_heads} heads read, {query_heads} written"),
@@ -102,12 +103,12 @@ def grouped(query_heads: int = 9, kv_heads: int = 3) -> Diagram:
         d.text(left, 20, name, 16, bold=True)
         d.text(left, 44, what, 13)
         for head in range(kv_heads):
-            top = 86 + head * G * each
-            middle = top + G * each / 2 - 2
+            top = 84 + head * (G * each + 10)
+            middle = top + G * each / 2 - 1.5
             for row in range(G):
-                _query(d, left, top + row * each, middle, each - 4, name)
+                _query(d, left, top + row * each, middle, each - 3, name)
             if name == "grouped":
-                d.box(left - 5, top - 4, 40, G * each, edge=COMPUTE)
+                d.box(left - 5, top - 4, 40, G * each + 5, edge=COMPUTE)
                 d.arrow((left + 136, middle), (left + 38, middle), colour=KV, width=3)
             d.box(left + 136, middle - 16, 90, 32, f"KV head {head}", KV, size=13)
         d.text(left, 312, total, 14, bold=True)
@@ -140,13 +141,14 @@ def windows(layers: int = 6, tokens: int = 12, window: int = 4, sinks: int = 1) 
              "window and sinks": [first | newest] * layers,
              "local and global": [newest] * (layers - 1) + [every]}
     counts = {name: sum(map(len, kept)) for name, kept in kinds.items()}
+    begin = "the first token" if sinks == 1 else f"the first {sinks} tokens"
     d = Diagram(800, 300, f"Which of {tokens} tokens each of {layers} layers keeps. Full attention "
-                f"keeps all, a sliding window the last {window}, sinks also the first {sinks}; with"
-                f" local and global layers {layers - 1} have a window and one keeps all. Keys kept: "
-                + ", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
+                f"keeps all, a sliding window the last {window}, an attention sink also {begin}; "
+                f"with local and global layers {layers - 1} have a window, and one keeps all. Keys "
+                "kept: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
     said = {"full attention": "each layer keeps\nall tokens",
             "sliding window": f"the last {window} tokens;\nthe rest is gone",
-            "window and sinks": f"and the first {sinks}, as\nan attention sink",
+            "window and sinks": f"and {begin},\nan attention sink",
             "local and global": "one layer keeps all,\nthe others a window"}
     each = 168 / tokens
     for place, (name, kept) in enumerate(kinds.items()):
@@ -156,12 +158,12 @@ def windows(layers: int = 6, tokens: int = 12, window: int = 4, sinks: int = 1) 
         d.text(left, 18, name, 15, bold=True)
         d.text(left, 42, said[name], 13)
         for layer, seen in enumerate(reversed(kept)):       # the last layer on top
-            for token in range(tokens):
-                d.box(left + each * token + 1, 78 + 26 * layer, each - 2, 22, edge=KV,
-                      fill=KV if token in seen else None)
+            d.box(left, 77 + 26 * layer, 168, 24, edge=KV)
+            for token in sorted(seen):
+                d.box(left + each * token + 1, 78 + 26 * layer, each - 2, 22, fill=KV)
         d.text(left, 78 + 26 * layers + 18, f"{counts[name]} of {counts['full attention']} keys",
                14, bold=True)
     d.step()
-    d.text(14, 78 + 26 * layers + 50, f"rows: {layers} layers, columns: {tokens} tokens, the newest "
-           "right; filled: its key and value are kept", 13)
+    d.text(14, 78 + 26 * layers + 50, f"rows: {layers} layers, columns: {tokens} tokens, the "
+           "newest right; filled: its key and value are kept", 13)
     return d

@@ -57,8 +57,9 @@ FEWER_HEADS = Exercise("fewer_heads", {
         MORE / USERS: "That is the ratio of the users; a full card's step takes a little longer.",
         rate(USERS, GQA) / rate(USERS, MHA): "The room that is freed takes more users.",
     }, rtol=0.005),
-}, means=f"Both steps read a nearly full card and take about as long; one serves {MORE:.0f} users, the other "
-         f"{USERS:.0f}. With a full card fewer KV bytes are more users, not faster tokens.")
+}, means="Both steps read a nearly full card and take about as long; one serves "
+         f"{MORE:.0f} users, the other {USERS:.0f}. With a full card fewer KV bytes are more "
+         "users, not faster tokens.")
 
 # ---- 2. A latent at 16 heads and at 128 ----
 

@@ -31,7 +31,7 @@ TECHNIQUES = {
     "5 local : 1 global": Technique(replace(LLAMA, window=1024,
                                             pattern=("local",) * 5 + ("global",))),
     "int8": Technique(LLAMA, 1 + 2 / LLAMA.H, retrained=False),     # a 16-bit scale a key or value
-    "int4": Technique(LLAMA, 4 / 8 + 2 * 2 / 32, retrained=False),  # scale and lowest, of 32 numbers
+    "int4": Technique(LLAMA, 4 / 8 + 2 * 2 / 32, retrained=False),  # scale and lowest, of 32
 }
 
 
