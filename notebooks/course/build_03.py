@@ -7,10 +7,10 @@ from math import exp, sqrt
 
 import torch
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clawdemy_course.properties import for_all
 from clawdemy_infer.attention import attend
+from clawdemy_infer.fast.launches import OpCounter
 from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson.build import Task, Wrong
 
@@ -103,7 +103,7 @@ def near(got: torch.Tensor, right: list[float]) -> bool:
     return bool(((got - right).abs() <= TOLERANCE * (1 + right.abs())).all())
 
 
-class Reads(TorchDispatchMode):
+class Reads(OpCounter):
     """Counts blocks [S, H], keys or values of one head, that PyTorch's operations are given, or a
     copy of them; `block` is S * H, of primes. Views read nothing. What a kernel does with what it
     is given, nothing here can see (lesson 10)."""

@@ -539,7 +539,7 @@ Markdown(f"""
 # - **Kernels that do not know the trick.** They re-read, copy, or write numbers back.
 # - **Compute.** At 128 heads a latent nears the ridge; speculative decoding (lesson 09) multiplies
 #   its FLOPs.
-# - **Many GPUs.** With fewer KV heads than GPUs each keeps a copy.
+# - **Many GPUs.** With fewer KV heads than GPUs, tensor parallelism keeps copies of heads.
 # - **Quality.** Fewer heads, from scratch; a window that must recall.
 
 # %% [markdown] tags=["notes"]
