@@ -46,6 +46,12 @@ PICTURES = {
     "an almost full cache": diagrams.cache(126, 8, 128, 4095, 4096, "fp8"),
     "an almost empty cache": diagrams.cache(80, 128, 128, 1, 131_072),
     "the smallest cache": diagrams.cache(1, 1, 64, 1, 3),
+    "heads": diagrams.heads(),
+    "few heads": diagrams.heads(4, 2, 64, 256, 32),
+    "grouped": diagrams.grouped(),
+    "small groups": diagrams.grouped(4, 2),
+    "windows": diagrams.windows(),
+    "small windows": diagrams.windows(2, 5, 2, 2),
 }
 
 
@@ -171,7 +177,10 @@ def test_a_picture_says_in_words_what_is_seen(picture):
     ("layer", ["norm", "Q, K, V", "attention", "KV cache", "gate and up", "down", "residual",
                "head", "decode", "prefill", "282 MB"]),
     ("generation", ["Without a cache", "With a KV cache", "15 rows", "5 rows"]),
-    ("cache", ["L = 30", "K = 3", "capacity = 12", "H = 64", "append", "truncate(2)", "115 kB"])])
+    ("cache", ["L = 30", "K = 3", "capacity = 12", "H = 64", "append", "truncate(2)", "115 kB"]),
+    ("heads", ["MHA", "GQA", "MQA", "MLA", "2,048", "latent"]),
+    ("grouped", ["KV heads", "3 times", "read once"]),
+    ("windows", ["sliding window", "sinks", "global", "72"])])
 def test_the_words_name_the_parts(name, words):
     assert [word for word in words if word not in PICTURES[name].alt] == []
 
@@ -280,7 +289,26 @@ def test_a_caches_bytes_are_those_of_the_librarys_cache():
     assert len(of_colour(PICTURES["cache"], KV, 30)) == 2 * 3 * 5
 
 
+def test_numbers_kept_by_each_kind_of_heads_are_counted_by_hand():
+    """8 query heads of 128: 2·8·128 = 2,048; 2 KV heads: 512; 1: 256; DeepSeek-V2: 512 + 64."""
+    said = texts(PICTURES["heads"])
+    assert [each for each in said if each.endswith("numbers")] == [
+        "2,048 numbers", "512 numbers", "256 numbers", "576 numbers"]
+    bars = [box.right - box.left for box in of_colour(PICTURES["heads"], KV, 12)]
+    assert [width / bars[0] for width in bars] == pytest.approx([1, 1 / 4, 1 / 8, 576 / 2048])
+
+
+def test_keys_kept_through_windows_are_those_drawn():
+    """6 layers of 12 tokens; a window of 4; a sink more; one layer of 12 and five of 4."""
+    said = [each for each in texts(PICTURES["windows"]) if each.endswith("keys")]
+    assert said == ["72 of 72 keys", "24 of 72 keys", "30 of 72 keys", "32 of 72 keys"]
+    assert len(of_colour(PICTURES["windows"], KV, 22)) == 72 + 24 + 30 + 32
+
+
 @pytest.mark.parametrize(("draw", "sizes", "message"), [
+    (diagrams.heads, {"kv_heads": 3}, "query_heads=8, kv_heads=3"),
+    (diagrams.grouped, {"kv_heads": 9}, "query_heads=9, kv_heads=9"),
+    (diagrams.windows, {"window": 12}, "window=12"),
     (diagrams.generation, {"prompt": 0}, "prompt=0: at least 1"),
     (diagrams.generation, {"prompt": 9, "steps": 7}, "prompt=9, steps=7"),
     (diagrams.cache, {"length": 12}, "length=12, capacity=12"),

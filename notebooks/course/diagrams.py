@@ -4,10 +4,14 @@
     layer        01   a transformer layer with its bytes and FLOPs, for a decode step and a prompt
     generation   02   naive generation beside cached generation: which rows are computed
     cache        02   the KV cache as memory
+    heads        03   MHA, GQA, MQA and MLA: what query heads read
+    grouped      03   three ways to read shared KV heads
+    windows      03   which tokens each layer remembers
 """
 
 from clawdemy_course.diagrams_00 import machine
 from clawdemy_course.diagrams_01 import layer
 from clawdemy_course.diagrams_02 import cache, generation
+from clawdemy_course.diagrams_03 import grouped, heads, windows
 
-__all__ = ["cache", "generation", "layer", "machine"]
+__all__ = ["cache", "generation", "grouped", "heads", "layer", "machine", "windows"]
