@@ -46,6 +46,9 @@ PICTURES = {
     "an almost full cache": diagrams.cache(126, 8, 128, 4095, 4096, "fp8"),
     "an almost empty cache": diagrams.cache(80, 128, 128, 1, 131_072),
     "the smallest cache": diagrams.cache(1, 1, 64, 1, 3),
+    "batch": diagrams.batch(),
+    "a batch of a large model": diagrams.batch(LLAMA, (32_767, 8191), (1, 4), "bf16", "bf16",
+                                               (256, 8192)),
 }
 
 
@@ -171,6 +174,7 @@ def test_a_picture_says_in_words_what_is_seen(picture):
     ("layer", ["norm", "Q, K, V", "attention", "KV cache", "gate and up", "down", "residual",
                "head", "decode", "prefill", "282 MB"]),
     ("generation", ["Without a cache", "With a KV cache", "15 rows", "5 rows"]),
+    ("batch", ["SmolLM2", "1 + 1 + 3 = 5 rows", "read once", "512, 256, 3 tokens", "next token"]),
     ("cache", ["L = 30", "K = 3", "capacity = 12", "H = 64", "append", "truncate(2)", "115 kB"])])
 def test_the_words_name_the_parts(name, words):
     assert [word for word in words if word not in PICTURES[name].alt] == []
@@ -280,11 +284,20 @@ def test_a_caches_bytes_are_those_of_the_librarys_cache():
     assert len(of_colour(PICTURES["cache"], KV, 30)) == 2 * 3 * 5
 
 
+def test_a_batch_reads_weights_once_and_the_caches_of_a_librarys_batch():
+    """134.5 M numbers in SmolLM2-135M; the caches hold 512, 256 and 3 tokens."""
+    one, many = (ContiguousCache(30, B, 3, 64, S).allocated_bytes for B, S in ((1, 771), (64, 512)))
+    said = texts(PICTURES["batch"])
+    assert f"538 MB + {si(one, 'B')}" in said and f"538 MB + {si(many, 'B')}" in said
+    assert len(of_colour(PICTURES["batch"], ACTIVATIONS, 28)) == 5 + 3
+
+
 @pytest.mark.parametrize(("draw", "sizes", "message"), [
     (diagrams.generation, {"prompt": 0}, "prompt=0: at least 1"),
     (diagrams.generation, {"prompt": 9, "steps": 7}, "prompt=9, steps=7"),
     (diagrams.cache, {"length": 12}, "length=12, capacity=12"),
     (diagrams.cache, {"kv": "int5"}, "kv='int5'"),
+    (diagrams.batch, {"new": (1, 1, 4)}, r"new=\(1, 1, 4\): 2 or 3 sequences"),
     (diagrams.layer, {"batch": 0}, "batch=0")])
 def test_what_cannot_be_drawn_is_refused_by_name(draw, sizes, message):
     with pytest.raises(ValueError, match=message):

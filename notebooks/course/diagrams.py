@@ -4,10 +4,12 @@
     layer        01   a transformer layer with its bytes and FLOPs, for a decode step and a prompt
     generation   02   naive generation beside cached generation: which rows are computed
     cache        02   the KV cache as memory
+    batch        04   rows of several sequences that share one reading of the weights
 """
 
 from clawdemy_course.diagrams_00 import machine
 from clawdemy_course.diagrams_01 import layer
 from clawdemy_course.diagrams_02 import cache, generation
+from clawdemy_course.diagrams_04 import batch
 
-__all__ = ["cache", "generation", "layer", "machine"]
+__all__ = ["batch", "cache", "generation", "layer", "machine"]
