@@ -14,7 +14,7 @@ from clawdemy_course.properties import for_all
 from clawdemy_infer.fast.faster import shallow_copy
 from clawdemy_infer.from_config import catalog
 from clawdemy_infer.kv_cache import ContiguousCache, Step
-from clawdemy_infer.kv_cache.contiguous import RectangularStep
+from clawdemy_infer.kv_cache.paged import PagedStep
 from clawdemy_infer.lesson.build import Task, Wrong
 from clawdemy_infer.model import Decoder, ModelConfig
 from clawdemy_infer.model.decoder import Layer, LogitsToKeep, wanted_rows
@@ -316,5 +316,5 @@ TASK = Task(
     ),
     smoke=smoke, library=as_it_is, where="clawdemy_infer/model/decoder.py", adapt=with_step,
     same_interface=False,
-    shown=("class Layer:", Layer.forward, Layer.attention, "class RectangularStep:",
-           RectangularStep.attend, wanted_rows))
+    shown=("class Layer:", Layer.forward, Layer.attention, "class PagedStep:", PagedStep.attend,
+           wanted_rows))
