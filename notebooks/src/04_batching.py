@@ -47,8 +47,10 @@ from clawdemy_infer.published.rows import read as published_runs
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from IPython.display import Markdown, display
 from matplotlib.colors import ListedColormap
+from matplotlib.ticker import LogLocator
 
 plots.use_style()
 diagrams.batch()
@@ -364,8 +366,8 @@ def my_step(model, new, caches):
     positions = ...                                     # M of them
     for layer in range(model.L):
         q, k, v = model.qkv(layer, x, positions)        # [M, N, H], [M, K, H] twice
-        attended = ...                                  # each one's rows to its cache;
-        x = model.mlp(layer, x, attended)               # together again, [M, N·H]
+        parts = ...                                     # each one's rows to its cache
+        x = model.mlp(layer, x, torch.cat(parts))       # together again, [M, N·H]
     return model.head(...)                              # of B rows of x
 
 Batched = lesson.build("selective_batching", my_step)
@@ -377,7 +379,7 @@ Batched = lesson.build("selective_batching", my_step)
 # norm and RoPE in it, `mlp` the output matrix and both residuals. Usual wrong answers, each named by the checker
 # with a small example: positions 0 to M-1 as if it were one text; positions that forget the past;
 # equal shares, M // B rows each; a slice that stands still; `x[-1:]`, the last row of the batch; a loop
-# over sequences around everything, which reads the weights B times. `torch.split` and `torch.cat` make it short.
+# over sequences around everything, which reads the weights B times. `split` makes it short.
 
 # %% [markdown] tags=["core"]
 # ## Measure
@@ -494,11 +496,10 @@ print("A step of 2, 4, 8 against one of 1, at 64 tokens:",
       ", ".join(f"{took[SHORT][B] / took[SHORT][1]:.2f}" for B in (2, 4, 8)), "times.")
 
 # %% [markdown] tags=["notes"]
-# **4 min.** Half a minute to run; if it drags, stay on the slide. Left, short contexts: the line is
-# flat as long as the weights are the larger part, then it rises. Right: it rises at once and faster.
-# Go back to the guesses. Ask what the same curve looks like as tokens/s (Further has it). Usual
+# **4 min.** Half a minute to run; if it drags, stay on the slide. Ask which panel leaves
+# the line "twice one" first, and by which of the two knees. Go back to the guesses. Ask what the same curve looks like as tokens/s (Further has it). Usual
 # wrong answer: a knee is where the curve jumps. It never jumps, it bends; "twice" is a definition.
-# The last line is not about hardware: how a library multiplies two rows is a choice of its authors.
+# Last line: does a step get longer with each row? No count of bytes says in which order these come.
 
 # %% [markdown] tags=["core", "slide"]
 # ## Reconcile
@@ -517,9 +518,9 @@ print("A step of 2, 4, 8 against one of 1, at 64 tokens:",
 lesson.cause("step, batch 64, context 512", ...)
 
 # %% [markdown] tags=["notes"]
-# **1 min.** Count hands for each. Help: the napkin lets reading and computing overlap perfectly, and
-# a step is layer after layer: products of 64 rows compute, attention reads. Usual wrong answer:
-# launches, because they were it for one sequence. There are as many of them for 64.
+# **1 min.** Count hands for each, and ask one of each group for a reason. Help: the napkin takes all
+# bytes or all FLOPs, whichever is longer, so it lets the one hide behind the other perfectly. Usual
+# wrong answer: whatever it was in lesson 02, for one sequence.
 
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 LARGE = "step, batch 64, context 512"
@@ -535,11 +536,10 @@ if "library" in times:
           f"{si(times['library'].median, 's')}.")
 
 # %% [markdown] tags=["notes"]
-# **3 min.** From left to right: the napkin, what each part took beyond its share, measured. The napkin
-# takes the larger of all bytes and all FLOPs; a real step waits for one in some parts and for the
-# other in others, and the parts add up. Who named the largest bar? A learner's step attends to
-# 64 sequences in 64 calls a layer; the last line says what that costs. Kernels for ragged attention
-# do it in one (lesson 10). All predictions beside the stopwatch: Further.
+# **3 min.** From left to right: the napkin, what each part took beyond its share, measured. Each
+# part's share of the napkin is in bytes or in FLOPs, as the whole is. Who named the largest bar? A
+# learner's step attends to 64 sequences in 64 calls a layer; where it ran, the last line has its time
+# beside the library's. All predictions beside the stopwatch: Further.
 
 # %% [markdown] tags=["core", "slide"]
 # ## On a GPU
@@ -574,6 +574,9 @@ columns = ["batch", "model", "card", "weights", "read by each", "tokens/s, publi
 [few] = [run for run in runs if (run.batch, run.model, run.hardware)
          == (32, "LLaMA-7B", "A100-80GB SXM")]
 [most] = [run for run in runs if (run.batch, run.model) == (60, "LLaMA-7B")]
+context = few.prompt_len + few.gen_len / 2
+seven = catalog.model("llama-2-7b")
+assert round(2 * numbers_in(seven) / seven.kv_bytes(1, round(context))) == 22
 more, said = most.value / few.value, enveloped(most, 60) / enveloped(few, 32)
 display(Table(columns, [[
     f"{run.batch:.0f}", run.model, run.hardware.split("-")[0], run.weight_dtype,
@@ -585,9 +588,10 @@ display(Table(columns, [[
 
 # %% [markdown] tags=["notes"]
 # **2 min.** Ask before the table: "60 sequences instead of 32: how many times the throughput?" Usual
-# wrong answer: 60/32, nearly two. These models have 32 or 16 KV heads that nobody shares, so the
-# caches caught up long before. A ratio that is the same from batch 16 to 120 says that the count is
-# right and a rate is not: nobody reads at a data sheet's bandwidth.
+# wrong answer: 60/32, nearly two. By the envelope the caches have caught up
+# with the weights at 22 sequences of this model and context. Ask what a ratio that hardly moves from
+# batch 16 to 120 says (the bytes that grow with the batch are counted right), and what it does not
+# say (which rate stays below the data sheet's).
 
 # %% [markdown] tags=["core", "slide"]
 # ## When does it lose?
@@ -817,9 +821,11 @@ for ax, S in zip(axes, (SHORT, LONG), strict=True):
                 for B, t in took[S].items()], label="measured", colour=plots.MEASURED)
     ax.axvline(PROMISE, color=plots.TEXT, linestyle=":", label="promised")
     at = kept(took[S])
-    how_many = f"{at:.0f}" if at else ("all" if took[S][64] <= PROMISE else "none")
+    all_or_none = "all" if took[S][64] <= PROMISE else "none"
+    how_many = f"{math.floor(at)}" if at else all_or_none
     ax.set(title=f"{S} tokens: the promise holds for {how_many}")
     ax.locator_params(axis="x", nbins=4)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.minorticks_off()
 axes[1].set_ylabel("")
 axes[1].legend(loc="lower right", fontsize=8)
@@ -925,9 +931,9 @@ lesson.table()
 #     positions = [cache.length + t for cache, T in zip(caches, counts) for t in range(T)]
 #     for layer in range(model.L):
 #         q, k, v = model.qkv(layer, x, positions)            # all rows together
-#         parts = zip(caches, q.split(counts), k.split(counts), v.split(counts))
-#         attended = torch.cat([cache.attend(layer, *part) for cache, *part in parts])
-#         x = model.mlp(layer, x, attended)
+#         own = zip(caches, q.split(counts), k.split(counts), v.split(counts))
+#         parts = [cache.attend(layer, *rows) for cache, *rows in own]
+#         x = model.mlp(layer, x, torch.cat(parts))
 #     last = torch.tensor(counts).cumsum(0) - 1               # the last row of each
 #     return model.head(x[last])
 # ```
