@@ -49,7 +49,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Markdown, display
-from matplotlib.colors import ListedColormap
 from matplotlib.ticker import LogLocator
 
 plots.use_style()
@@ -188,18 +187,27 @@ def full_card(S: int) -> tuple[int, float]:
 law = h100.memory / h100.bandwidth_at()
 holds = next(S for S in range(1, 8192) if full_card(S)[1] < law)
 contexts = np.geomspace(32, 65_536, 240)
-grid_S, grid_B = np.meshgrid(contexts, np.geomspace(1, 16_384, 240))
-of_weights, of_caches, of_arithmetic = in_bytes(grid_B, grid_S)
-binds = np.where(of_arithmetic > of_weights + of_caches, 2, of_caches > of_weights)
-binds = np.where(grid_B > room(grid_S), 3, binds)
+# Arithmetic takes as long as all reading; caches are as large as the weights.
+short = np.minimum(contexts, 0.999 * even)
+computes_from = 2 * w_8b / (2 * w_8b / R - short * k_8b)
+caches_from = 2 * w_8b / (contexts * k_8b)
+for B, S in zip(computes_from, short, strict=True):
+    assert math.isclose(in_bytes(B, S)[2], sum(in_bytes(B, S)[:2]))
+computed = (contexts < even) & (computes_from < room(contexts))
+cached = contexts >= even / 2                   # there both curves meet
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.5))
-areas = ListedColormap(["#cfe0f2", "#f8d5c5", "#ecd3ea", "#e4e4e4"])
-left.pcolormesh(grid_S, grid_B, binds, shading="auto", vmin=0, vmax=3, cmap=areas)
+left.plot(contexts[computed], computes_from[computed], color=plots.COLOURS[3])
+left.plot(contexts[cached], caches_from[cached], color=plots.COLOURS[1])
+left.plot(contexts, room(contexts), color=plots.TEXT)
+left.fill_between(contexts, room(contexts), 16_384, facecolor="none", hatch="//",
+                  edgecolor=plots.TEXT, linewidth=0, alpha=0.35)
 for x, y, said, turned in (
-        (45, 9, "weights:\na batch is free", 0), (38, 1100, "arithmetic", 0),
-        (2400, 72, "caches", -36), (4200, 1500, "does not fit", 0)):
-    left.text(x, y, said, va="center", color="black", rotation=turned)
-left.set(yscale="log", ylabel="batch", title="What a step waits for")
+        (45, 9, "weights:\na batch is free", 0), (36, 1100, "arithmetic", 0),
+        (2300, 74, "caches", -35)):
+    left.text(x, y, said, va="center", rotation=turned)
+left.annotate("does not fit", (0.97, 0.9), xycoords="axes fraction", ha="right",
+              weight="bold")
+left.set(yscale="log", ylabel="batch", ylim=(1, 16_384), title="What a step waits for")
 left.set_yticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4,096"])
 left.grid(False)
 computing = np.array([full_card(round(S))[1] for S in contexts])
@@ -239,6 +247,10 @@ display(Markdown(f"{llama.name}, H100, bf16. **A full card takes memory over ban
 # time, with no model in it. Ask: "whatever the context?" Usual wrong answer: yes. The shorter the
 # contexts, the more sequences fit, and each brings FLOPs.
 
+# %% tags=["core", "hide-input", "nbval-ignore-output"]
+machine = this_machine()
+lesson = Lesson("04 batching", machine=machine)
+
 # %% [markdown] tags=["core", "slide"]
 # ## Guess
 #
@@ -251,8 +263,6 @@ display(Markdown(f"{llama.name}, H100, bf16. **A full card takes memory over ban
 # Write text with a unit: `"0.1 sequences"`, `"0.1 times"`, `"9 hours"`.
 
 # %% tags=["core", "fragment", "guess", "nbval-ignore-output"]
-machine = this_machine()
-lesson = Lesson("04 batching", machine=machine)
 lesson.guess("knee, context 64", ...)
 lesson.guess("knee, context 512", ...)
 lesson.guess("throughput of 64 over 1, context 64", ...)
@@ -419,7 +429,7 @@ for text, tokens in zip(texts, told, strict=True):
 # 1. One cache of 64 sequences; a batch uses the first of them, and nothing is copied.
 capacity = s.fits(4 * 2**30, 64, LONG, "fp32", "fp32")
 assert capacity                                 # 4 GiB: what a lesson allows itself
-EXPLAINED = [(64, SHORT), (64, LONG)]
+EXPLAINED = {(64, SHORT): 1, (64, LONG): 2}      # turns of their parts
 
 
 def time_batches(rounds: int) -> tuple[dict, dict]:
@@ -441,7 +451,8 @@ def time_batches(rounds: int) -> tuple[dict, dict]:
     if Batched is not as_it_is:
         steps["library"] = StepOf(decoder, "decode", 64, LONG, first(64, LONG))
     times = bracketed(machine)({case: step.run for case, step in steps.items()}, rounds)
-    return times, {case: steps[case].parts(machine, 2) for case in EXPLAINED}
+    return times, {
+        case: steps[case].parts(machine, turns) for case, turns in EXPLAINED.items()}
 
 
 times, parts = time_batches(rounds=3)
@@ -647,8 +658,8 @@ def draw_service(model: str, on: str, users: int, context: int, weights: str,
     for y, (value, colour) in enumerate(((found.weight_bytes, blue),
                                          (found.kv_bytes, orange))):
         left.barh(y, value, color=colour, height=0.6)
-        left.barh(2, value, left=at, color=colour, height=0.6, linewidth=0,
-                  hatch=None if found else "//", edgecolor="white")
+        left.barh(2, value, left=at, color=colour if found else red, height=0.6,
+                  hatch=None if found else "//", edgecolor="white", linewidth=0)
         at += value
     for y, value in enumerate((found.weight_bytes, found.kv_bytes, at)):
         left.text(1.4 * max(at, card.memory), y, si(value, "B"), va="center",
@@ -673,6 +684,7 @@ def draw_service(model: str, on: str, users: int, context: int, weights: str,
               xlabel="dashed: promised TPOT")
     plots.units(right.xaxis, "s")
     for ax in (left, right):
+        ax.locator_params(axis="x", nbins=4)
         ax.set_ylim(2.5, -0.5)
         ax.grid(visible=False, axis="y")
     waits = "arithmetic" if computes > reads else (
