@@ -52,6 +52,9 @@ PICTURES = {
     "small groups": diagrams.grouped(4, 2),
     "windows": diagrams.windows(),
     "small windows": diagrams.windows(2, 5, 2, 2),
+    "batch": diagrams.batch(),
+    "a batch of a large model": diagrams.batch(LLAMA, (32_767, 8191), (1, 4), "bf16", "bf16",
+                                               (256, 8192)),
 }
 
 
@@ -177,10 +180,11 @@ def test_a_picture_says_in_words_what_is_seen(picture):
     ("layer", ["norm", "Q, K, V", "attention", "KV cache", "gate and up", "down", "residual",
                "head", "decode", "prefill", "282 MB"]),
     ("generation", ["Without a cache", "With a KV cache", "15 rows", "5 rows"]),
-    ("cache", ["L = 30", "K = 3", "capacity = 12", "H = 64", "append", "truncate(2)", "115 kB"]),
     ("heads", ["MHA", "GQA", "MQA", "MLA", "2,048", "latent"]),
     ("grouped", ["KV heads", "3 times", "read once"]),
-    ("windows", ["sliding window", "sinks", "global", "72"])])
+    ("windows", ["sliding window", "sinks", "global", "72"]),
+    ("batch", ["SmolLM2", "1 + 1 + 3 = 5 rows", "read once", "512, 256, 3 tokens", "next token"]),
+    ("cache", ["L = 30", "K = 3", "capacity = 12", "H = 64", "append", "truncate(2)", "115 kB"])])
 def test_the_words_name_the_parts(name, words):
     assert [word for word in words if word not in PICTURES[name].alt] == []
 
@@ -305,6 +309,14 @@ def test_keys_kept_through_windows_are_those_drawn():
     assert len(of_colour(PICTURES["windows"], KV, 22)) == 72 + 24 + 30 + 32
 
 
+def test_a_batch_reads_weights_once_and_the_caches_of_a_librarys_batch():
+    """134.5 M numbers in SmolLM2-135M; the caches hold 512, 256 and 3 tokens."""
+    one, many = (ContiguousCache(30, B, 3, 64, S).allocated_bytes for B, S in ((1, 771), (64, 512)))
+    said = texts(PICTURES["batch"])
+    assert f"538 MB + {si(one, 'B')}" in said and f"538 MB + {si(many, 'B')}" in said
+    assert len(of_colour(PICTURES["batch"], ACTIVATIONS, 28)) == 5 + 3
+
+
 @pytest.mark.parametrize(("draw", "sizes", "message"), [
     (diagrams.heads, {"kv_heads": 3}, "query_heads=8, kv_heads=3"),
     (diagrams.grouped, {"kv_heads": 9}, "query_heads=9, kv_heads=9"),
@@ -313,6 +325,7 @@ def test_keys_kept_through_windows_are_those_drawn():
     (diagrams.generation, {"prompt": 9, "steps": 7}, "prompt=9, steps=7"),
     (diagrams.cache, {"length": 12}, "length=12, capacity=12"),
     (diagrams.cache, {"kv": "int5"}, "kv='int5'"),
+    (diagrams.batch, {"new": (1, 1, 4)}, r"new=\(1, 1, 4\): 2 or 3 sequences"),
     (diagrams.layer, {"batch": 0}, "batch=0")])
 def test_what_cannot_be_drawn_is_refused_by_name(draw, sizes, message):
     with pytest.raises(ValueError, match=message):

@@ -3,12 +3,14 @@ values, against transformers."""
 
 import random
 
+import answers_04
 import pytest
 import torch
 from test_model_families import FAMILIES
 from tolerances import LOGITS
 from transformers import AutoModelForCausalLM
 
+from clawdemy_course.build_04 import with_step
 from clawdemy_infer.batching.swapping import SwappingCache, SwappingTables
 from clawdemy_infer.files import load_model
 from clawdemy_infer.kv_cache import BlockPool, BlockTables, ContiguousCache, PagedCache
@@ -97,6 +99,22 @@ def test_a_step_gives_the_last_row_of_each_sequence_in_the_order_asked_for(both,
     rows = model.step({3: texts[3][4:5], 5: texts[5][30:31]}, cache)
     torch.testing.assert_close(rows, torch.stack([expected[3][4], expected[5][30]]),
                                **LOGITS[torch.float32])
+
+
+@pytest.mark.parametrize("which", ["right", "right, with split and cumsum"])
+@pytest.mark.parametrize("kind", ["contiguous", "paged, blocks of 3"])
+def test_a_learners_step_gives_the_last_logits_of_a_ragged_batch(both, kind, which):
+    """A right answer to lesson 04's build task, as the lesson runs it."""
+    model, texts, expected = both
+    names = {"torch": torch}
+    exec(answers_04.ANSWERS[which], names)
+    cache, mine = CACHES[kind](model), with_step(names["my_step"])(model)
+    for step in schedule(3):
+        new = {i: texts[i][cache.lengths[i]:cache.lengths[i] + count] for i, count in step.items()}
+        rows = mine.step(new, cache)
+        last = torch.stack([expected[i][cache.lengths[i] - 1] for i in new])
+        torch.testing.assert_close(rows, last, **LOGITS[torch.float32])
+    assert list(cache.lengths.values()) == LENGTHS
 
 
 def test_pages_are_read_only_where_their_sequence_has_written(both):

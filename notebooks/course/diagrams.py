@@ -7,11 +7,13 @@
     heads        03   MHA, GQA, MQA and MLA: what query heads read
     grouped      03   three ways to read shared KV heads
     windows      03   which tokens each layer remembers
+    batch        04   rows of several sequences that share one reading of the weights
 """
 
 from clawdemy_course.diagrams_00 import machine
 from clawdemy_course.diagrams_01 import layer
 from clawdemy_course.diagrams_02 import cache, generation
 from clawdemy_course.diagrams_03 import grouped, heads, windows
+from clawdemy_course.diagrams_04 import batch
 
-__all__ = ["cache", "generation", "grouped", "heads", "layer", "machine", "windows"]
+__all__ = ["batch", "cache", "generation", "grouped", "heads", "layer", "machine", "windows"]

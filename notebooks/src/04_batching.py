@@ -6,25 +6,32 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] tags=["core", "slide"]
 # # 04 · Where does a batch stop being free?
+#
 # ## Question
-# To write one token, a decode step reads all of the weights, and does two FLOPs with each. Most of the arithmetic stands idle (lesson 01). Now a
-# second user comes. Their token goes through the *same* weights, so both tokens can be computed while the weights stream past once: a **batch** of
-# two, at the price of one. And a third, and a fourth.
 #
-# That cannot go on for ever. Something ends it: the arithmetic is busy at last, or the caches of all those users have become the larger read, or
-# there is no room for another, or the users have waited long enough.
+# A step reads all weights to write one token; arithmetic stands idle. A second user's token can
+# share that reading: two tokens for the price of one. How many users share before somebody pays, in
+# time or in memory?
 #
-# Which of them comes first, and at which batch? Three guesses before you go on. On this machine, at which batch does a step take twice as long as for one user,
-# if everybody is at 64 tokens? At which, if everybody is at 512? And how many times the tokens per second of one user do 64 users get together?
+# **45 minutes**, exercises extra. Before: lessons 01, 02. Afterwards: you have built selective
+# batching and know a batch's knees. Skip folded code.
 
-# %% tags=["nbval-ignore-output"]
+# %% [markdown] tags=["notes"]
+# **2 min.** Ask: "one H100 serves one user of an 8B model. How many can it serve at the same speed,
+# if each is at 4,096 tokens?" Collect numbers on the board; the third slide of the envelope answers.
+# Usual wrong answer: about 300, the ridge point. Ask also what a batch does *not* share. (The
+# caches: everybody has their own past.)
+
+# %% tags=["core", "slide", "hide-input"]
+import math
 from itertools import pairwise
-from math import log, sqrt
 
+from clawdemy_course import diagrams
+from clawdemy_course.build_04 import as_it_is
 from clawdemy_course.figures import beside, pareto
-from clawdemy_infer.envelope.napkin import sweep
+from clawdemy_course.reading import how_to_read
 from clawdemy_infer.fast.faster import faster
 from clawdemy_infer.files import load_model
 from clawdemy_infer.from_config import catalog
@@ -32,272 +39,262 @@ from clawdemy_infer.kv_cache import ContiguousCache
 from clawdemy_infer.lesson import Lesson, plots, widgets
 from clawdemy_infer.lesson.parts import StepOf
 from clawdemy_infer.lesson.steps import filled_cache
-from clawdemy_infer.lesson.tables import Table, number, si
+from clawdemy_infer.lesson.tables import Table, interval, number, si
 from clawdemy_infer.machine.calibrate import this_machine
-from clawdemy_infer.machine.present import bracketed, default_device
+from clawdemy_infer.machine.present import bracketed
 from clawdemy_infer.model import generate
 from clawdemy_infer.published.rows import read as published_runs
 
 import matplotlib.pyplot as plt
 import numpy as np
-import sympy
 import torch
 from IPython.display import Markdown, display
-from matplotlib.colors import ListedColormap
 from matplotlib.ticker import LogLocator
 
 plots.use_style()
-plt.rcParams["figure.dpi"] = plt.rcParams["savefig.dpi"] = 80      # many figures, and the file stays small
-machine = this_machine(formats=("int4",))
-lesson = Lesson("04 batching", machine=machine)
-plain = load_model("smollm2-135m", device=default_device())
-decoder = faster(plain, "fp32")                         # its matrices as the kernels of this machine like them
-lesson.card()
+diagrams.batch()
 
-# %% [markdown]
-# ## Envelope: one read for all, and one read for each
-# We count one decode step of SmolLM2-135M in fp32, for B sequences of S tokens, in the letters of lesson 01. Beside each line stands whether the batch is in it.
+# %% [markdown] tags=["notes"]
+# **2 min.** Three sequences, five new rows: two decode, one brings a prompt of three. Follow one row
+# with a finger. Ask at each column: "does this part know whose row it is?" Only attention does; the
+# products multiply rows. Usual wrong answer: sequences must be equally long to share a step. Bars
+# below: the blue one stays as it is, whatever the batch; the orange one grows with users *and*
+# contexts.
 
-# %%
-shape = catalog.model("smollm2-135m")
-L, D, N, K, H, F, V = (getattr(shape, letter) for letter in "LDNKHFV")
+# %% [markdown] tags=["core", "slide"]
+# ## Envelope
+#
+# One decode step of SmolLM2-135M in fp32, for B sequences of S tokens. Which lines have a B in
+# them?
+
+# %% tags=["core", "fragment", "by-line"]
+s = catalog.model("smollm2-135m")
+L, D, N, K, H, F, V = (getattr(s, letter) for letter in "LDNKHFV")
 B, S, e = 16, 512, 4                                # e: bytes of a number
+w = L * (D * (N + 2 * K) * H + N * H * D + 3 * D * F) + D * V   # layers, LM head
+k = 2 * L * K * H * e                               # bytes that one token keeps
 
-w = L * (D * (N + 2 * K) * H + N * H * D + 3 * D * F) + D * V       # numbers in the matrices of all layers, and in the head
+bytes = e * w                                       # weights: once, whatever B
+flops = 2 * w * B                                   # multiply, add: each sequence
+bytes += B * S * k                                  # caches: each has its own
+flops += B * S * 4 * L * N * H                      # attention: each over its own
 
-bytes = flops = 0
-bytes += e * w                                      # the weights: once, whatever B
-flops += 2 * w * B                                  # a multiply and an add for each weight and sequence
-bytes += B * S * 2 * L * K * H * e                  # keys and values: each sequence has its own
-flops += B * S * 4 * L * N * H                      # scores and sums: each sequence with its own
+assert flops == s.decode(B, S, weights="fp32", kv="fp32", activations="fp32").flops
 
+# %% [markdown] tags=["core"]
+# Only the weights' bytes are without a B: they are what a batch shares. So the matrices' intensity,
+# 2·B/e FLOPs per byte, grows with the batch. Attention's has a B above and a B below: 2·N/(K·e), for
+# one user as for a thousand. **Attention does not get cheaper in a batch.** Nobody else can use my
+# keys. Lesson 03 makes them fewer; a batch cannot.
+
+# %% [markdown] tags=["notes"]
+# > Count bytes and FLOPs, and look for the B
+#
+# **3 min.** A line at each key press; the room says "with B" or "without" before it appears. One of
+# the four is without: the weights' bytes. Then ask for the intensity of the matrices (2·B/e, it
+# grows with the batch) and of attention (4·N·H over 2·K·H·e, it does not: nobody else can use my
+# keys). Usual wrong answer: attention gets cheaper in a batch too.
+
+# %% tags=["core", "slide", "hide-input"]
 FP32 = {"weights": "fp32", "kv": "fp32", "activations": "fp32"}
-step = shape.decode(B, S, **FP32)
-k = shape.kv_bytes_per_token("fp32")
-assert flops == step.flops
-assert bytes == e * w + B * S * k
-between = step.bytes - bytes                        # what passes between the operations, and the weights of the norms
-Markdown(f"{B} sequences of {S} tokens: {si(flops, 'FLOP')}; {si(e * w, 'B')} of weights and {si(B * S * k, 'B')} of caches. "
-         f"(What passes between the operations is {between / step.bytes:.0%} more, and the napkin leaves it out.)")
-
-# %% [markdown]
-# Four lines, and only the first is without a B. It is what a batch shares.
-#
-# The matrices do 2·w·B FLOPs for e·w bytes: their intensity is **2·B/e**, so it grows with the batch. Attention has a B above and a B below.
-
-# %%
-llama = catalog.model("llama-3-8b")
-rows = []
-for batch in (1, 8, 64):
-    weights = sum(layer_count * sum(a * b for a, b in layer.matrices().values()) for layer, layer_count in llama.groups) + llama.D * llama.V
-    matrices = (2 * weights * batch) / (2 * weights)                    # in bf16
-    caches = (4 * llama.L * llama.N * llama.H * batch * 4096) / (2 * llama.L * llama.K * llama.H * 2 * batch * 4096)
-    assert matrices == batch and caches == llama.N / llama.K
-    rows.append([str(batch), f"{matrices:g}", f"{caches:g}"])
-columns = ["batch", "FLOPs per byte, matrices", "FLOPs per byte, attention"]
-Table(columns, rows, numeric=columns, title=f"{llama.name}, bf16, 4,096 tokens of context")
-
-# %% [markdown]
-# **Attention does not get cheaper.** Nobody else can use my keys. Its intensity is the number of query heads to a KV head, N/K, for one user or for
-# a thousand. Lesson 03 could change it; a batch cannot.
-#
-# ### Two reasons to stop
-# A machine does R FLOPs in the time it reads a byte: its ridge point. So the step takes as long as reading this many bytes:
-#
-# $$\max\Big(\underbrace{e\,w}_{\text{weights}} + \underbrace{B\,S\,k}_{\text{caches}},\ \underbrace{2\,w\,B/R}_{\text{arithmetic}}\Big)$$
-#
-# where k is the bytes of one token's keys and values. (Attention's own FLOPs are few; they are left out.) The weights are what we share. A batch is
-# nearly free as long as neither of the other two has caught up with them.
-
-# %%
-B_, S_, w_, e_, k_, R_ = sympy.symbols("B S w e k R", positive=True)
-weights, caches, arithmetic = e_ * w_, B_ * S_ * k_, 2 * w_ * B_ / R_
-
-[B_arithmetic] = sympy.solve(sympy.Eq(arithmetic, weights), B_)         # the arithmetic has caught up
-[B_caches] = sympy.solve(sympy.Eq(caches, weights), B_)                 # the caches have
-assert B_arithmetic == R_ * e_ / 2
-assert B_caches == e_ * w_ / (S_ * k_)
-
-[S_even] = sympy.solve(sympy.Eq(B_arithmetic, B_caches), S_)            # and where both do at once
-intensity = sympy.limit(2 * w_ * B_ / (weights + caches), B_, sympy.oo) # with users without end
-assert S_even == 2 * w_ / (R_ * k_)
-assert sympy.simplify(intensity.subs(S_, S_even) - R_) == 0
-Markdown(f"The arithmetic catches up at $B = {sympy.latex(B_arithmetic)}$, the caches at $B = {sympy.latex(B_caches)}$; "
-         f"both at once at a context of $S = {sympy.latex(S_even)}$.")
-
-# %% [markdown]
-# The first has neither the model nor the context in it: **R·e/2** belongs to the machine and the format. The second is **weights over the cache of one sequence**,
-# and has no machine in it.
-#
-# The last assertion says more than it seems to. With users without end, the intensity of a step tends to 2w/(S·k), and that reaches the ridge only up to the
-# very context at which both knees coincide. Beyond it *no* batch is compute-bound. The caches always come first.
-
-# %%
-h100 = catalog.machine("h100-sxm")
-ridge = h100.ridge("bf16")
-assert round(ridge) == 295
+step = s.decode(B, S, **FP32)
+assert bytes == e * w + s.kv_bytes(B, S, "fp32")
+assert bytes < step.bytes < 1.05 * bytes            # activations, norms: left out
+matrices, attention = 2 * w * B / (e * w), 4 * L * N * H / k    # FLOPs per byte
+assert (matrices, attention) == (2 * B / e, 2 * N / K / e)
 
 
-def numbers_at_work(s) -> float:
-    """w: what each token is multiplied by, the head with it."""
+def numbers_in(s) -> float:
+    """What each token is multiplied by, the LM head with it."""
     return s.matrix_parameters() + s.D * s.V
 
 
-assert numbers_at_work(shape) == w
-rows = []
-for name in ("smollm2-135m", "llama-3-8b", "llama-2-7b", "llama-2-70b", "qwen3-0.6b"):
-    s = catalog.model(name)
-    weights, per_token = 2 * numbers_at_work(s), s.kv_bytes_per_token("bf16")
-    rows.append([s.name, si(weights, "B"), si(per_token, "B"), f"{ridge:,.0f}", *(f"{weights / (S * per_token):,.0f}" for S in (512, 4096, 32768)),
-                 f"{2 * numbers_at_work(s) / (ridge * per_token):,.0f}"])
-columns = ["model", "weights", "KV of a token", "arithmetic", "caches at 512", "at 4,096", "at 32,768", "never arithmetic beyond"]
-Table(columns, rows, numeric=columns[1:], title="Batch at which … catches up with the weights: bf16 on an H100")
-
-# %% [markdown]
-# The books end a batch at "about 300 on an H100". Read the columns of the caches: at today's contexts it ends far sooner, and for another reason. Watch the two at
-# work.
-
-# %%
-weights, per_token, batches = 2 * numbers_at_work(llama), llama.kv_bytes_per_token("bf16"), np.geomspace(1, 4096, 200)
+assert numbers_in(s) == w
+h100, llama = catalog.machine("h100-sxm"), catalog.model("llama-3-8b")
+R, w_8b, k_8b = h100.ridge("bf16"), numbers_in(llama), llama.kv_bytes_per_token("bf16")
 
 
-def room(s, memory: float, S: float, kv: str = "bf16") -> float:
-    """Sequences of S tokens that fit beside the weights."""
-    return (memory - s.stored_bytes("bf16")) / (S * s.kv_bytes_per_token(kv))
+def in_bytes(B: float, S: float) -> tuple[float, float, float]:
+    """Weights, caches, and arithmetic as the bytes that are read meanwhile."""
+    return 2 * w_8b, B * S * k_8b, 2 * w_8b * B / R
 
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.7))
-S = 1024
-fits = batches <= room(llama, h100.memory, S)
-parts = {"weights": weights + 0 * batches, "caches": batches * S * per_token, "arithmetic": 2 * numbers_at_work(llama) * batches / ridge}
-for (name, part), colour in zip(parts.items(), plots.COLOURS, strict=False):
-    left.loglog(batches[fits], part[fits] / h100.bandwidth_at(), "--", color=colour, linewidth=1.5, label=name)
-total = np.maximum(parts["weights"] + parts["caches"], parts["arithmetic"])
-left.loglog(batches[fits], total[fits] / h100.bandwidth_at(), color="black", label="the step")
-left.set(xlabel="batch", ylabel="time", ylim=(2e-5, 0.1), title="A step at 1,024 tokens: caches overtake first")
-plots.units(left.yaxis, "s")
-left.legend(loc="lower right")
+def intensity(B: float, S: float) -> float:
+    return 2 * w_8b * B / sum(in_bytes(B, S)[:2])
 
-for S, colour in zip((128, 1024, 8192), plots.COLOURS, strict=False):
-    fits = batches <= room(llama, h100.memory, S)
-    seconds = np.maximum(weights + batches * S * per_token, parts["arithmetic"]) / h100.bandwidth_at()
-    right.loglog(batches[fits], (batches / seconds)[fits], color=colour, label=f"{S:,} tokens")
-    right.axhline(h100.bandwidth_at() / (S * per_token), color=colour, linestyle=":", linewidth=1.2)
-    right.plot(batches[fits][-1], (batches / seconds)[fits][-1], "o", color=colour)
-right.axhline(h100.peak("bf16") / (2 * numbers_at_work(llama)), color="black", linestyle=":", linewidth=1.2)
-right.text(1.2, 1.12 * h100.peak("bf16") / (2 * numbers_at_work(llama)), "all of the arithmetic", va="bottom")
-right.set(xlabel="batch", ylabel="tokens/s, of all users", ylim=(100, 3e5), title="Each context has its ceiling (dotted)")
-right.legend(loc="lower right")
-for ax in (left, right):
-    ax.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4,096"])
-    ax.minorticks_off()
-right.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-fig.suptitle(f"{llama.name} on an {h100.name}, bf16, by napkin", x=0.01, ha="left", fontsize=10)
-plt.show()
 
-# %% [markdown]
-# Lines end where memory ends. The ceiling of a context is **bandwidth over the cache of one sequence**: with users without end the weights cost nothing, and
-# every token still has to read its own past. At 8,192 tokens the ceiling is low, and not even approached: there is no room.
-#
-# ### Room, and what a full machine does
-# How near does one come to the ceiling? With W bytes of weights and c bytes for each sequence, B sequences give B/(W + B·c) tokens for each byte read, and the ceiling is 1/c. If
-# the memory M is full, B = (M − W)/c:
+even = 2 * w_8b / (R * k_8b)
+weights_, caches_, arithmetic_ = in_bytes(R * 2 / 2, even)
+assert math.isclose(weights_, arithmetic_) and math.isclose(weights_, caches_)
+assert math.isclose(intensity(1e12, even), R, rel_tol=1e-6)     # never more, beyond
+assert all(intensity(B, 1.01 * even) < R for B in np.geomspace(1, 1e12))
+Markdown("""
+A machine of ridge point R does R FLOPs while it reads a byte. In bytes, a step takes
 
-# %%
-W, c, M = sympy.symbols("W c M", positive=True)
-share_of_ceiling = B_ / (W + B_ * c) * c
-full = sympy.simplify(share_of_ceiling.subs(B_, (M - W) / c))
-assert sympy.simplify(full - (M - W) / M) == 0
-assert sympy.simplify(share_of_ceiling.subs(B_, W / c)) == sympy.Rational(1, 2)        # at the knee of the caches: half
+**max( e·w + B·S·k, 2·w·B / R )**
 
-rows = []
-for key in ("h100-sxm", "h200-sxm", "a100-80gb-sxm", "mi300x", "l4", "rtx-4090", "rtx-5090"):
-    on = catalog.machine(key)
-    filled = llama.fits(on.memory, 1, 4096).max_batch
-    assert llama.decode(filled, 4096).flops / on.peak("bf16") < on.memory / on.bandwidth_at()       # bytes bind
-    stored = llama.stored_bytes("bf16")
-    rows.append([on.name, si(on.memory, "B"), f"{filled:,}", si(on.memory / on.bandwidth_at(), "s"), f"{1 - stored / on.memory:.0%}",
-                 f"{filled * on.bandwidth_at() / on.memory:,.0f}"])
-columns = ["machine", "memory", "sequences when full", "a step when full", "of the ceiling", "tokens/s"]
-Table(columns, rows, numeric=columns[1:], title=f"{llama.name}, 4,096 tokens, bf16: filled to the brim")
+All share `e·w`, the weights. What catches up with them?
 
-# %%
-brief = 64
-crowd = llama.fits(h100.memory, 1, brief).max_batch
-computing = llama.decode(crowd, brief).flops / h100.peak("bf16")
-assert computing > 4 * h100.memory / h100.bandwidth_at()
-Markdown(f"""
-Two napkin rules for free.
+* **Arithmetic**, at `B = R·e/2`. No model in it, no context.
+* **Caches**, at `B = e·w/(S·k)`. No machine in it.
 
-- **Where bytes bind, a full machine takes memory over bandwidth for a step**: it reads all that it holds. At short contexts bytes do not bind. At {brief} tokens, {crowd:,} sequences
-  of {llama.name} fit on an H100, and their arithmetic takes {si(computing, "s")}, {computing / (h100.memory / h100.bandwidth_at()):.1f} times as long as reading everything.
-- **It reaches 1 − W/M of the ceiling**: the share of memory that is not weights. Where the weights fill half of a card, half of the throughput is out of reach, at any context at which
-  bytes bind.
-
-At the knee of the caches one has half of the ceiling; nine times that batch would be 90 %. There is seldom room for so many.
+Both at `S = 2·w/(R·k)`. Beyond it **no batch is compute-bound**.
 """)
 
-# %%
-contexts = np.geomspace(64, 131072, 240)
-grid_S, grid_B = np.meshgrid(contexts, np.geomspace(1, 16384, 240))
-reads_w, reads_kv = weights, grid_B * grid_S * per_token
-computes = 2 * numbers_at_work(llama) * grid_B / ridge
-binds = np.where(computes > reads_w + reads_kv, 2, np.where(reads_kv > reads_w, 1, 0))
-binds = np.where(grid_B > room(llama, h100.memory, grid_S), 3, binds)
-
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.9), sharex=True, sharey=True)
-left.pcolormesh(grid_S, grid_B, binds, cmap=ListedColormap(["#cfe0f2", "#f8d5c5", "#d3ead8", "#eeeeee"]), vmin=0, vmax=3, shading="auto")
-for x, y, name in ((110, 12, "weights:\na batch is free"), (9000, 21, "caches"), (75, 2600, "arithmetic"), (10000, 1500, "does not fit")):
-    left.text(x, y, name, va="center")
-left.set(title=f"What a step waits for ({llama.name}, H100)")
-for name, key, line in (("H100", "h100-sxm", "-"), ("RTX 4090", "rtx-4090", "--")):
-    for s, colour in zip((llama, catalog.model("llama-2-7b")), plots.COLOURS, strict=False):
-        right.plot(contexts, room(s, catalog.machine(key).memory, contexts), line, color=colour, label=f"{s.name}, K = {s.K}, {name}")
-right.set(title="Room: 8 KV heads against 32, on two cards")
-right.legend(loc="upper right")
-for ax in (left, right):
-    ax.set(xscale="log", yscale="log", xlabel="context, tokens", xlim=(64, 131072), ylim=(1, 16384))
-    ax.set_xticks([64, 512, 4096, 32768], ["64", "512", "4,096", "32,768"])
-    ax.set_yticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4,096"])
-    ax.minorticks_off()
-left.set_ylabel("batch")
-left.grid(False)
-plt.show()
-
-# %% [markdown]
-# The lines of the caches and of the room are parallel: both fall as 1/S. So however long the context, there is the same factor between "caches weigh as much as weights" and "no more room":
-# (M − W)/W. It is large where the memory is large beside the model, and below one where it is not. On the 4090 the room ends first: a batch there is free *until it is impossible*.
+# %% [markdown] tags=["notes"]
+# > Two reasons to stop: two knees
 #
-# And see what four times fewer KV heads are worth. Llama-2-7B has fewer weights than Llama-3-8B, and room for a quarter of its users.
-#
-# ### Machines and formats
-# R·e/2 for machines of every kind: data sheets, so predictions only. If the weights are stored in fewer bits and computed with in bf16, e is smaller and R stays. The knee comes *earlier*.
+# **3 min.** Let the room derive both: set each term equal to the weights. Attention's own FLOPs are
+# few and left out. The last sentence is the limit: with users without end the intensity tends to
+# 2·w/(S·k), and that falls below R. Usual wrong answer: "a batch that is large enough always
+# computes". Asserted behind this slide, for batches up to 10¹².
 
-# %%
+# %% tags=["core", "slide", "hide-input"]
 rows = []
-for key in ("b200", "h100-sxm", "a100-80gb-sxm", "mi300x", "tpu-v5e", "l4", "rtx-4090", "apple-m4-max-40c", "epyc-9654"):
-    on = catalog.machine(key)
-    dtype = "bf16" if "bf16" in on.peak_flops else "fp16"
-    R = on.ridge(dtype)
-    rows.append([on.name, f"{R:,.0f}", *(f"{R * bytes_ / 2:,.0f}" for bytes_ in (2, 1, 0.5))])
-columns = ["machine", "ridge, FLOPs per byte", "16-bit weights", "8-bit", "4-bit"]
-Table(columns, rows, numeric=columns[1:], title="Batch at which the arithmetic catches up (predicted from data sheets)")
+for name in ("smollm2-135m", "qwen3-0.6b", "llama-2-7b", "llama-3-8b", "llama-2-70b"):
+    each = catalog.model(name)
+    read, kept = 2 * numbers_in(each), each.kv_bytes_per_token("bf16")
+    rows.append([each.name.removesuffix("-Instruct"), si(read, "B"), si(kept, "B"),
+                 f"{R:.0f}",
+                 *(f"{read / (S * kept):,.0f}" for S in (512, 4096, 32_768)),
+                 f"{read / (R * kept):,.0f}"])
+columns = ["model", "weights", "KV per token", "arithmetic", "caches, 512", "at 4,096",
+           "at 32,768", "both at, tokens"]
+display(Markdown("### At which batch? bf16 on an H100"),
+        Table(columns, rows, columns[1:]),
+        Markdown(f"The rule of thumb, about {R:.0f}, holds at short contexts. At 4,096 "
+                 f"tokens caches of {llama.name} catch up at "
+                 f"**{2 * w_8b / (4096 * k_8b):.0f} sequences**."))
 
-# %% [markdown]
-# Weights in 4 bits make a batch of one four times as fast, and a large one not at all: the read they save had been shared away already. That is the fine print of
-# weight-only quantization (lesson 07). Whether it is so here we shall measure.
+# %% [markdown] tags=["notes"]
+# **2 min.** Ask the room to read one row aloud. Compare with the numbers on the board. Then ask why
+# Llama-2-7B, with *fewer* weights than Llama-3-8B, comes to its knee at a fifth of the users: 32 KV
+# heads against 8. Usual wrong answer: a smaller model takes a larger batch. Where there stands a 0,
+# one sequence alone reads more cache than weights.
+
+# %% tags=["core", "slide", "hide-input"]
+def room(S: float) -> float:
+    """Sequences of S tokens that fit on the H100 beside the weights."""
+    return (h100.memory - llama.stored_bytes("bf16")) / (S * k_8b)
+
+
+def full_card(S: int) -> tuple[int, float]:
+    """The batch that fills the card, and the seconds of its arithmetic."""
+    B = llama.fits(h100.memory, 1, S).max_batch
+    return B, llama.decode(B, S).flops / h100.peak("bf16")
+
+
+law = h100.memory / h100.bandwidth_at()
+holds = next(S for S in range(1, 8192) if full_card(S)[1] < law)
+contexts = np.geomspace(32, 65_536, 240)
+# Arithmetic takes as long as all reading; caches are as large as the weights.
+short = np.minimum(contexts, 0.999 * even)
+computes_from = 2 * w_8b / (2 * w_8b / R - short * k_8b)
+caches_from = 2 * w_8b / (contexts * k_8b)
+for B, S in zip(computes_from, short, strict=True):
+    assert math.isclose(in_bytes(B, S)[2], sum(in_bytes(B, S)[:2]))
+computed = (contexts < even) & (computes_from < room(contexts))
+cached = contexts >= even / 2                   # there both curves meet
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.5))
+left.plot(contexts[computed], computes_from[computed], color=plots.COLOURS[3])
+left.plot(contexts[cached], caches_from[cached], color=plots.COLOURS[1])
+left.plot(contexts, room(contexts), color=plots.TEXT)
+left.fill_between(contexts, room(contexts), 16_384, facecolor="none", hatch="//",
+                  edgecolor=plots.TEXT, linewidth=0, alpha=0.35)
+for x, y, said, turned in (
+        (45, 9, "weights:\na batch is free", 0), (36, 1100, "arithmetic", 0),
+        (2300, 74, "caches", -35)):
+    left.text(x, y, said, va="center", rotation=turned)
+left.annotate("does not fit", (0.97, 0.9), xycoords="axes fraction", ha="right",
+              weight="bold")
+left.set(yscale="log", ylabel="batch", ylim=(1, 16_384), title="What a step waits for")
+left.set_yticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4,096"])
+left.grid(False)
+computing = np.array([full_card(round(S))[1] for S in contexts])
+right.plot(contexts, np.maximum(computing, law), color=plots.COLOURS[5], linewidth=6,
+           alpha=0.4, label="a full card's step")
+right.axhline(law, color=plots.COLOURS[1], label="memory over bandwidth")
+right.plot(contexts, computing, "--", color=plots.COLOURS[3], label="arithmetic")
+for S, shift in ((64, (8, -3)), (4096, (-30, 8))):
+    at = max(law, full_card(S)[1])
+    right.plot([S], [at], "o", color=plots.TEXT)
+    right.annotate(f"{full_card(S)[0]:,} × {S:,} tokens", (S, at), xytext=shift,
+                   textcoords="offset points", fontsize=9)
+right.set(ylabel="time of a step", ylim=(0, 0.16), title="The card is full: how long?")
+plots.units(right.yaxis, "s")
+right.legend(loc="center right", bbox_to_anchor=(1, 0.55), fontsize=8)
+for ax in (left, right):
+    ax.set(xscale="log", xlabel="context, tokens", xlim=(32, 65_536))
+    ax.set_xticks([64, 512, 4096, 32_768], ["64", "512", "4,096", "32,768"])
+    ax.minorticks_off()
+brief, computes = full_card(64)
+plots.show(fig, f"{llama.name} on an H100, bf16, by envelope. Left, a map of context "
+                "and batch: small batches wait for weights, long contexts for caches, "
+                "large batches of short contexts for arithmetic; beyond a line there "
+                f"is no room. Right, the step of a full card: {si(law, 's')} from "
+                f"{holds} tokens on, {si(computes, 's')} at 64.")
+display(Markdown(f"{llama.name}, H100, bf16. **A full card takes memory over bandwidth "
+                 f"per step, {si(law, 's')}**, from **{holds} tokens** on. At 64 "
+                 f"tokens {brief:,} sequences fit: their arithmetic takes "
+                 f"{si(computes, 's')}, {computes / law:.1f} times as long."))
+
+# %% [markdown] tags=["notes"]
+# > All that a card can do, on one map
 #
-# ### What is "the" knee?
-# A step never jumps, it bends. To predict a knee and measure it we need a definition that a stopwatch can decide: **the knee is the batch from which on
-# a step takes more than twice as long as for one sequence.** There each user has half the pace, and all together B/2 times one user's throughput. By napkin it follows from
-# the two numbers above.
+# **4 min.** Left: begin at the lower left and walk up at 64 tokens: weights, arithmetic, no room.
+# Walk up at 4,096: weights, caches, no room. The lines of caches and of room are parallel. Right: a
+# card that is full of caches reads everything it has once a step, so memory over bandwidth is its
+# time, with no model in it. Ask: "whatever the context?" Usual wrong answer: yes. The shorter the
+# contexts, the more sequences fit, and each brings FLOPs.
 
-# %%
+# %% tags=["core", "hide-input", "nbval-ignore-output"]
+machine = this_machine()
+lesson = Lesson("04 batching", machine=machine)
+
+# %% [markdown] tags=["core", "slide"]
+# ## Guess
+#
+# SmolLM2-135M here, fp32, all sequences at 64 tokens, or all at 512. Call **knee** the batch from
+# which a step takes more than *twice* as long as for one sequence.
+#
+# Where are both knees? How many times the tokens/s of one user do 64 users get together? How long is
+# a step of 64 at 512 tokens?
+#
+# Write text with a unit: `"0.1 sequences"`, `"0.1 times"`, `"9 hours"`.
+
+# %% tags=["core", "fragment", "guess", "nbval-ignore-output"]
+lesson.guess("knee, context 64", ...)
+lesson.guess("knee, context 512", ...)
+lesson.guess("throughput of 64 over 1, context 64", ...)
+lesson.guess("step, batch 64, context 512", ...)
+lesson.card()
+
+# %% [markdown] tags=["notes"]
+# **2 min.** Everybody writes four numbers before you go on. The examples are absurd, so that they
+# suggest nothing. Help: the machine's ridge in fp32 is peak over bandwidth, both on the card, and
+# e is 4 here. Usual wrong answers: 64 times the throughput; a knee at R·e/2 and not near twice of it
+# (the napkin lets a machine compute *while* it reads, so at R·e/2 nothing has become slower yet).
+
+# %% tags=["core", "slide", "hide-input", "nbval-ignore-output"]
+# The matrices as this machine's kernels like them best.
+decoder = faster(load_model("smollm2-135m", device=machine.device), "fp32")
+BATCHES, SHORT, LONG = [1, 2, 4, 8, 16, 32, 64], 64, 512
+WIDE = [2**i for i in range(15)]            # predictions look further than we measure
+PROMISE = 0.1                               # seconds a token
+ops = StepOf(decoder, "decode").ops
+works = {S: {B: s.decode(B, S, **FP32) for B in WIDE} for S in (SHORT, LONG)}
+napkins = {S: {B: machine.napkin(work) for B, work in works[S].items()} for S in works}
+predicted = {S: {B: machine.time(work, ops) for B, work in works[S].items()}
+             for S in works}
+
+
 def reached(seconds: dict[int, float], limit: float) -> float | None:
-    """The batch from which on a step takes longer than `limit`; between two batches, a straight line on log-log axes."""
-    for low, high in reversed(list(pairwise(sorted(seconds)))):         # from above: a bump before the last crossing is no knee
+    """The batch from which on a step takes longer than `limit`; between two batches, a
+    straight line on log-log axes. From above: a bump before it is no knee."""
+    for low, high in reversed(list(pairwise(sorted(seconds)))):
         if seconds[low] <= limit < seconds[high]:
-            return low * (high / low) ** (log(limit / seconds[low]) / log(seconds[high] / seconds[low]))
+            slope = math.log(seconds[high] / seconds[low]) / math.log(high / low)
+            return low * math.exp(math.log(limit / seconds[low]) / slope)
     return None
 
 
@@ -305,684 +302,732 @@ def knee(seconds: dict[int, float]) -> float | None:
     return reached(seconds, 2 * seconds[1])
 
 
-def by_hand(s, S: int, R: float, e: float) -> dict[int, float]:
-    """The time of a step, in bytes, for every batch up to 2,048."""
-    w, k = numbers_at_work(s), s.kv_bytes_per_token(e)
-    return {B: max(e * w + B * S * k, 2 * w * B / R) for B in range(1, 2049)}
-
-
-for s, S, R, e in ((llama, 4096, ridge, 2), (llama, 64, ridge, 2), (shape, 64, 6, 4), (shape, 512, 6, 4)):
-    weights_over_cache = e * numbers_at_work(s) / (S * s.kv_bytes_per_token(e))
-    two_caches = weights_over_cache + 2                                 # W + B c = 2 (W + c)
-    two_computing = R * e * (1 + 1 / weights_over_cache)                # 2 w B / R = 2 (W + c)
-    assert abs(knee(by_hand(s, S, R, e)) / min(two_caches, two_computing) - 1) < 1e-3
-
-# %% [markdown]
-# So by napkin the knee is the smaller of **W/c + 2** and **R·e** (a little more, as one sequence has a cache, too): twice the batch at which the arithmetic catches up, because the napkin lets a machine compute *while*
-# it reads, perfectly. One that could do only one thing at a time would need twice the time at R·e/2 already. Real ones are in between.
-#
-# ## Prediction
-# Now SmolLM2-135M, in fp32, on this machine: batches of 1 to 64, everybody at 64 tokens or everybody at 512. First your own guesses, written over the dots: a number, or text with its
-# unit, as in `"300 ms"`.
-
-# %% tags=["guess"]
-lesson.guess("knee, context 64", ...)
-lesson.guess("knee, context 512", ...)
-lesson.guess("throughput of 64 over 1, context 64", ...)
-lesson.guess("step, batch 64, context 512", ...)
-
-# %% tags=["nbval-ignore-output"]
-BATCHES, SHORT, LONG = [1, 2, 4, 8, 16, 32, 64], 64, 512
-R = machine.ridge("fp32")
-Markdown(f"By hand: the ridge is at {R:.1f} FLOPs per byte, so the arithmetic catches up at R·e/2 = **{2 * R:.0f} sequences**. "
-         f"The caches catch up at {4 * w / (SHORT * k):.0f} sequences of {SHORT} tokens, and at **{4 * w / (LONG * k):.0f} sequences of {LONG}**.")
-
-# %% [markdown]
-# The calibrated roofline knows one thing more: how fast a product of M rows really runs here (lesson 00). M *is* the batch. So before anything of the model has run, we can read off
-# what the weights of a step should cost at each batch.
-
-# %% tags=["nbval-ignore-output"]
-products = {B: sum(op.flops / machine.flops_at(op) for op in shape.decode(B, SHORT, **FP32).operations() if op.kernel == "gemm") for B in BATCHES}
-Table(["rows", "rate of a product", "all weights once, at that rate", "against one row"],
-      [[str(B), si(2 * w * B / products[B], "FLOP/s"), si(products[B], "s"), f"{products[B] / products[1]:.2f} ×"] for B in BATCHES],
-      numeric=["rows", "rate of a product", "all weights once, at that rate", "against one row"])
-
-# %% [markdown]
-# Does the last column rise smoothly? With a library alone it often does not: it has one program for a single row and another for blocks of many, and a product of two rows may cost more than one of
-# eight. Our own program, in C++ (`fast/cpp/product.h`), takes a few rows at a time, as many as there are registers for. No napkin knows of such things, and they are not about the hardware.
-#
-# A predicted time is an interval: how far the probes of this machine agreed with one another. So is what follows from two times, such as a knee or a gain: both may be off, and their errors seldom point the same way.
-
-# %% tags=["nbval-ignore-output"]
-SLO = 0.1                                           # seconds a token: ten tokens a second, faster than one reads
-WIDE = [2**i for i in range(21)]                    # the predictions may look further than we can measure
-ops = StepOf(decoder, "decode").ops
-works = {S: {B: shape.decode(B, S, **FP32) for B in WIDE} for S in (SHORT, LONG)}
-napkins = {S: {B: machine.napkin(work) for B, work in works[S].items()} for S in works}
-predicted = {S: {B: machine.time(work, ops) for B, work in works[S].items()} for S in works}
-
-
 def gain(seconds: dict[int, float]) -> float:
     """Tokens/s of 64 sequences over those of one."""
     return 64 * seconds[1] / seconds[64]
 
 
-def promised(seconds: dict[int, float]) -> float | None:
-    return reached(seconds, SLO)
+def kept(seconds: dict[int, float]) -> float | None:
+    return reached(seconds, PROMISE)
 
 
-def ends(of, steps: dict, alone=1) -> tuple[float, float] | None:
-    """What follows from the steps where that of `alone` is off one way and all others the other way. Two errors of one size, of different probes, are
-    together √2 as large: each counts 1/√2."""
-    found = [of({which: step.seconds * (1 + step.spread) ** ((way if which == alone else -way) / sqrt(2)) for which, step in steps.items()})
-             for way in (1, -1)]
-    return None if None in found else (min(found), max(found))
-
-
-def predict(quantity: str, of, napkins: dict, steps: dict, unit: str, alone=1) -> None:
-    """What follows from several steps, with its interval."""
-    said = of(napkins), of({which: step.seconds for which, step in steps.items()})
-    if None not in said:
-        lesson.predict(quantity, *said, unit, ends(of, steps, alone))
+def predict(quantity: str, of, napkins: dict, steps: dict, unit: str) -> None:
+    """What follows from several steps. Its interval: one sequence's step off one way,
+    all others the other way, each by 1/√2 of its spread: two errors, not the same."""
+    said = of(napkins), of({B: each.seconds for B, each in steps.items()})
+    ends = [of({B: each.seconds * (1 + each.spread) ** (
+        (sign if B == 1 else -sign) / math.sqrt(2)) for B, each in steps.items()})
+        for sign in (1, -1)]
+    if None not in (*said, *ends):
+        lesson.predict(quantity, *said, unit, (min(ends), max(ends)))
 
 
 for S in (SHORT, LONG):
     for B in (1, 4, 16, 64):
-        lesson.predict(f"step, batch {B}, context {S}", napkins[S][B], predicted[S][B], unit="s")
+        lesson.predict(f"step, batch {B}, context {S}", napkins[S][B],
+                       predicted[S][B], "s")
     predict(f"knee, context {S}", knee, napkins[S], predicted[S], "sequences")
-    predict(f"throughput of 64 over 1, context {S}", gain, napkins[S], predicted[S], "×")
-    predict(f"batch at {si(SLO, 's')} a token, context {S}", promised, napkins[S], predicted[S], "sequences")
+    predict(f"throughput of 64 over 1, context {S}", gain, napkins[S], predicted[S],
+            "×")
+    predict(f"batch at {si(PROMISE, 's')} a token, context {S}", kept, napkins[S],
+            predicted[S], "sequences")
+asked = ["knee, context 64", "knee, context 512", "throughput of 64 over 1, context 64",
+         "step, batch 64, context 512"]
+display(lesson.reveal(*(each for each in asked if each in lesson.rows)))
+ridge = machine.ridge("fp32")
+Markdown(f"By hand: a ridge of {ridge:.1f} FLOPs per byte. Arithmetic catches up at "
+         f"R·e/2 = {2 * ridge:.0f} sequences. Caches: at {4 * w / (SHORT * k):.0f} of "
+         f"{SHORT} tokens, at {4 * w / (LONG * k):.0f} of {LONG}. By napkin a step is "
+         "twice as long at R·e or at W/c + 2 sequences, W the weights, c one cache, "
+         "whichever comes first.")
 
-
-def four_over_one(seconds: dict[int, float]) -> float:
-    """Four prompts of 128 tokens in one prefill, against one prompt."""
-    return seconds[4] / seconds[1]
-
-
-prefills = {B: StepOf(decoder, "prefill", B, 128) for B in (1, 4)}
-predict("four prompts of 128, over one", four_over_one, {B: step.napkin(machine) for B, step in prefills.items()},
-        {B: step.predict(machine) for B, step in prefills.items()}, "×")
-
-
-def times_faster(seconds: dict[str, float]) -> float:
-    return seconds["bf16"] / seconds["int4"]
-
-
-packed = {weights: faster(plain, weights) for weights in ("bf16", "int4") if decoder.device.type == "cpu"}     # the packed formats are for CPUs
-for B in (1, 64) if packed else ():
-    of_format = {weights: StepOf(model, "decode", B, SHORT) for weights, model in packed.items()}
-    predict(f"int4 over bf16, batch {B}", times_faster, {weights: machine.napkin(step.work) for weights, step in of_format.items()},
-            {weights: step.predict(machine) for weights, step in of_format.items()}, "×", alone="int4")
-lesson.reveal()
-
-# %% [markdown]
-# The last rows are checks of another kind. A *prompt* brings many rows of its own, so there is little left for a batch to share. And weights in 4 bits, computed with in bf16, should be worth
-# much at a batch of one, and little at 64.
+# %% [markdown] tags=["notes"]
+# > Two knees by hand, and the calibrated roofline
 #
-# ## Measurement
-# First, that neighbours do not matter. Four sentences in one batch must go on as each does alone: the same tokens, greedily.
+# **2 min.** Which of the two knees comes first at 64 tokens, which at 512? Read it off the
+# line below the table. The calibrated roofline knows in addition how fast a product of B rows runs
+# here (lesson 00): a batch *is* the number of rows. Ask where napkin and roofline disagree most.
+# Usual wrong answer: at one sequence, because it is the smallest.
 
-# %%
-sentences = ["The capital of France is", "The best way to bake", "Once upon a time there", "It takes two hours to"]
-ids = [decoder.tokenizer.encode(text) for text in sentences]
-assert len({len(each) for each in ids}) == 1                            # of equal length; lesson 05 does without this
-cache = ContiguousCache.for_model(decoder, batch=4, capacity=32)
-tokens = torch.tensor(ids, device=decoder.device)                       # [B, T], the prompts
-together = []
-for _ in range(10):
-    tokens = decoder(tokens, cache, last_only=True).argmax(-1)          # [B, 1]
-    together.append(tokens)
-together = torch.cat(together, dim=1).tolist()
+# %% [markdown] tags=["core", "slide"]
+# ## Build
+#
+# **Selective batching** (Yu et al. 2022, Orca, section 3.2): sequences of any lengths in *one*
+# forward pass. One brings a prompt, another its newest token.
+#
+# - **Together:** embedding, QKV, output, MLP. Rows behind rows, no padding.
+# - **Each alone:** attention, over its own cache.
+# - **Positions** count on in each sequence: RoPE turns by them.
+# - **Logits:** of the last row of each sequence.
 
-alone = [generate(decoder, each, max_tokens=10).tokens for each in ids]
-assert together == alone
-for text, each in zip(sentences, together, strict=True):
-    print(text + decoder.tokenizer.decode(each))
+# %% [markdown] tags=["notes"]
+# **2 min.** Go back to the diagram: the four points are its four columns. Ask: "a batch of one
+# prompt of 3,000 tokens and 20 decoding users: how many rows?" (3,020.) Usual wrong answer: 21 times
+# 3,000, all padded to the longest. That difference is why engines do this.
 
-# %% [markdown]
-# Now the clock. There is one large cache of 64 sequences; a batch of B uses the first B of them, and a short context the first tokens: nothing is copied. Capacity comes first.
+# %% tags=["core", "slide", "build"]
+def my_step(model, new, caches):
+    """Logits [B, V] of each sequence's next token. new = [[5, 9, 2], [7]]: sequence 0
+    brings three tokens, sequence 1 one. caches[i].length tokens of it came before;
+    caches[i].attend(layer, q, k, v) keeps its k, v and returns what its q finds.
+    Example: with lengths 0 and 4, M = 4 rows have the positions [0, 1, 2, 4]."""
+    counts = [len(tokens) for tokens in new]
+    x = model.embed([token for tokens in new for token in tokens])      # [M, D]
+    positions = ...                                     # M of them
+    for layer in range(model.L):
+        q, k, v = model.qkv(layer, x, positions)        # [M, N, H], [M, K, H] twice
+        parts = ...                                     # each one's rows to its cache
+        x = model.mlp(layer, x, torch.cat(parts))       # together again, [M, N·H]
+    return model.head(...)                              # of B rows of x
 
-# %%
-capacity = shape.fits(4 * 2**30, 64, LONG, "fp32", "fp32")              # 4 GiB: what a lesson allows itself
-assert capacity
-Markdown(f"{shape.name}, 64 sequences of {LONG} tokens in fp32: {si(capacity.weight_bytes, 'B')} of weights, **{si(capacity.kv_bytes, 'B')} of caches**.")
+Batched = lesson.build("selective_batching", my_step)
 
-# %% [markdown]
-# All batches in turn, round after round, so that a slow moment of the machine falls on all of them alike. Right before and right after, the machine is probed: was it as fast as when it was predicted? If not,
-# intervals become wider; what was predicted stays. Of three steps the clock is read inside, too, part by part.
+# %% [markdown] tags=["notes"]
+# > Fill in positions, attention, and the last rows
+#
+# **8 min.** Six minutes in pairs, about ten lines. `model` is the decoder's own parts; `qkv` has
+# norm and RoPE in it, `mlp` the output matrix and both residuals. Usual wrong answers, each named by the checker
+# with a small example: positions 0 to M-1 as if it were one text; positions that forget the past;
+# equal shares, M // B rows each; a slice that stands still; `x[-1:]`, the last row of the batch; a loop
+# over sequences around everything, which reads the weights B times. `split` makes it short.
 
-# %% tags=["nbval-ignore-output"]
-EXPLAINED = [(1, SHORT), (64, SHORT), (64, LONG)]
+# %% [markdown] tags=["core"]
+# ## Measure
+#
+# Four sentences of different lengths; the last one joins when the others decode already. Each must
+# go on as it does alone: the same tokens.
+
+# %% tags=["core", "slide", "measured", "nbval-ignore-output"]
+batched = Batched(decoder)                  # its steps are yours
+texts = ["The capital of France is", "It takes two hours to get",
+         "The best way to bake a",
+         "Once upon a time there was a small town by the sea, and in it"]
+prompts = [decoder.tokenizer.encode(text) for text in texts]
+cache = ContiguousCache.for_model(batched, batch=4, capacity=40)
+new, told = dict(enumerate(prompts[:3])), [[], [], [], []]
+for step in range(12):
+    if step == 2:
+        new[3] = prompts[3]                 # joins with its whole prompt
+    tokens = batched.step(new, cache).argmax(-1).tolist()
+    for i, token in zip(new, tokens, strict=True):
+        told[i].append(token)
+    new = {i: [token] for i, token in zip(new, tokens, strict=True)}
+alone = [generate(decoder, prompt, max_tokens=12).tokens for prompt in prompts]
+assert told[:3] == alone[:3] and told[3] == alone[3][:10]
+for text, tokens in zip(texts, told, strict=True):
+    print(text + decoder.tokenizer.decode(tokens).replace("\n", " "))
+
+# %% [markdown] tags=["notes"]
+# > Four sentences in one batch, one of them late
+#
+# **2 min.** Read two of them aloud. Ask: "in the third step, how many rows pass the products?" (Three
+# decode, the fourth brings its whole prompt: 3 + its tokens.) Usual wrong answer: four. Which product
+# is chosen depends on the number of rows, so logits differ by rounding; only two logits that nearly
+# tie could part the texts. A request that joins at any step: lesson 05 makes a scheduler of it.
+
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
+# 1. One cache of 64 sequences; a batch uses the first of them, and nothing is copied.
+capacity = s.fits(4 * 2**30, 64, LONG, "fp32", "fp32")
+assert capacity                                 # 4 GiB: what a lesson allows itself
+EXPLAINED = {(64, SHORT): 1, (64, LONG): 2}      # turns of their parts
 
 
 def time_batches(rounds: int) -> tuple[dict, dict]:
-    """Timings of a step by (batch, context), and the parts of some. The caches are gone when it returns."""
+    """Timings of a step by (batch, context), by turns; and the parts of some."""
     everybody = ContiguousCache.for_model(decoder, batch=64, capacity=LONG)
-    assert everybody.allocated_bytes == capacity.kv_bytes               # predicted and allocated, to the byte
+    assert everybody.allocated_bytes == capacity.kv_bytes       # to the byte
     one = filled_cache(decoder, batch=1, tokens=LONG - 1)
     for all_of_it, real in zip(everybody.tensors, one.tensors, strict=True):
-        all_of_it[:] = real                         # everybody has the same past: a step costs the same, whatever its keys say
+        all_of_it[:] = real             # a step costs the same, whatever its keys say
 
     def first(B: int, S: int) -> ContiguousCache:
         cache = ContiguousCache.for_model(decoder, B, 1)
-        cache.keys, cache.values, cache.capacity = everybody.keys[:, :B], everybody.values[:, :B], LONG
-        cache.length = S
+        cache.keys, cache.values = everybody.keys[:, :B], everybody.values[:, :B]
+        cache.capacity, cache.length = LONG, S
         return cache
 
-    steps = {(B, S): StepOf(decoder, "decode", B, S, first(B, S)) for S in (SHORT, LONG) for B in BATCHES}
+    steps = {(B, S): StepOf(batched, "decode", B, S, first(B, S))
+             for S in (SHORT, LONG) for B in BATCHES}
+    if Batched is not as_it_is:
+        steps["library"] = StepOf(decoder, "decode", 64, LONG, first(64, LONG))
     times = bracketed(machine)({case: step.run for case, step in steps.items()}, rounds)
-    return times, {case: steps[case].parts(machine) for case in EXPLAINED}
+    return times, {
+        case: steps[case].parts(machine, turns) for case, turns in EXPLAINED.items()}
 
 
-times, parts = time_batches(rounds=6)
-measured = {S: {B: times[B, S].median for B in BATCHES} for S in (SHORT, LONG)}
-prompts = {B: timing.median for B, timing in bracketed(machine)({B: step.run for B, step in prefills.items()}, 3).items()}
-
-# %% tags=["nbval-ignore-output"]
+times, parts = time_batches(rounds=3)
+took = {S: {B: times[B, S].median for B in BATCHES} for S in (SHORT, LONG)}
 for S in (SHORT, LONG):
     for B in (1, 4, 16, 64):
-        lesson.measure(f"step, batch {B}, context {S}", times[B, S], parts=parts.get((B, S), ()))
-    lesson.measure(f"throughput of 64 over 1, context {S}", gain(measured[S]))
-    for quantity, found in ((f"knee, context {S}", knee(measured[S])), (f"batch at {si(SLO, 's')} a token, context {S}", promised(measured[S]))):
+        lesson.measure(f"step, batch {B}, context {S}", times[B, S],
+                       parts=parts.get((B, S), ()))
+    lesson.measure(f"throughput of 64 over 1, context {S}", gain(took[S]))
+    for quantity, found in ((f"knee, context {S}", knee(took[S])),
+                            (f"batch at {si(PROMISE, 's')} a token, context {S}",
+                             kept(took[S]))):
         if found and quantity in lesson.rows:
             lesson.measure(quantity, found)
-        else:
-            print(f"{quantity}: not between the batches of 1 and {BATCHES[-1]} on this machine")
-lesson.measure("four prompts of 128, over one", four_over_one(prompts))
-Table(["batch", *(f"{what}, {S}" for S in (SHORT, LONG) for what in ("a step", "tokens/s", "against one"))],
-      [[str(B), *(cell for S in (SHORT, LONG) for cell in (si(measured[S][B], "s"), number(B / measured[S][B]), f"{measured[S][B] / measured[S][1]:.2f} ×"))]
-       for B in BATCHES],
-      numeric=["batch", *(f"{what}, {S}" for S in (SHORT, LONG) for what in ("a step", "tokens/s", "against one"))])
 
-# %% tags=["nbval-ignore-output"]
-fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.7), sharey=True)
+# 2. Draw, and say what was asked.
+fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
 for ax, S in zip(axes, (SHORT, LONG), strict=True):
-    said = [predicted[S][B] for B in BATCHES]
-    ax.fill_between(BATCHES, [each.low_s for each in said], [each.high_s for each in said], color=plots.ROOFLINE, alpha=0.15, linewidth=0)
-    beside(ax, BATCHES, [napkins[S][B] for B in BATCHES], [each.seconds for each in said], list(measured[S].values()))
-    at = knee(measured[S])
+    said, at = [predicted[S][B] for B in BATCHES], knee(took[S])
+    ax.fill_between(BATCHES, [each.low_s for each in said],
+                    [each.high_s for each in said],
+                    color=plots.ROOFLINE, alpha=0.12, linewidth=0)
+    beside(ax, BATCHES, [napkins[S][B] for B in BATCHES],
+           [each.seconds for each in said], list(took[S].values()))
+    ax.axhline(2 * took[S][1], color=plots.TEXT, linewidth=0.8, linestyle=":")
+    ax.annotate("twice one", (1, 2 * took[S][1]), xytext=(0, 3), fontsize=9,
+                textcoords="offset points")
     if at:
-        ax.plot([at, at], [0, 2 * measured[S][1]], ":", color="black", linewidth=1.2)
-        ax.annotate(f"knee: {at:.0f}", (at, 0), xytext=(4, 4), textcoords="offset points")
-    ax.axhline(2 * measured[S][1], color="black", linewidth=0.8, linestyle=":")
-    ax.set(xscale="log", xlabel="batch", title=f"A step at {S} tokens of context")
+        ax.plot([at, at], [0, 2 * took[S][1]], ":", color=plots.TEXT, linewidth=1.2)
+    ax.set(xscale="log", xlabel="batch", title=f"{S} tokens: " + (
+        f"the knee is at {at:.0f}" if at else f"no knee up to {BATCHES[-1]}"))
     ax.set_xticks(BATCHES, [str(B) for B in BATCHES])
     ax.minorticks_off()
-axes[0].set_ylim(0, 1.05 * max(measured[LONG][64], predicted[LONG][64].high_s))
-axes[1].text(1.01, 2 * measured[LONG][1], "twice\none", transform=axes[1].get_yaxis_transform(), va="center")
+axes[0].set_ylabel("time of a step")
+axes[0].set_ylim(0, 1.05 * max(took[LONG][64], predicted[LONG][64].high_s))
 axes[1].get_legend().remove()
-plots.show(fig, "Time of a step against the batch, napkin, prediction with its interval, and measured. " + " ".join(
-    f"At {S} tokens {si(measured[S][1], 's')} for one sequence and {si(measured[S][64], 's')} for 64; "
-    + (f"the knee is at {at:.0f}." if (at := knee(measured[S])) else "no knee up to 64.") for S in (SHORT, LONG)))
-
-# %% [markdown]
-# ### Fewer bytes, the same FLOPs
-# The same model in bf16 and in 4 bits, in turn, at 64 tokens of context. Both compute in bf16.
-
-# %% tags=["nbval-ignore-output"]
-def time_formats(batches: list[int], rounds: int) -> dict:
-    """Seconds of a step by (format, batch)."""
-    steps = {(weights, B): StepOf(model, "decode", B, SHORT) for weights, model in packed.items() for B in batches}
-    times = bracketed(machine)({case: step.run for case, step in steps.items()}, rounds)
-    return {case: timing.median for case, timing in times.items()}
-
-
-if packed:
-    formats = time_formats([1, 4, 16, 64], rounds=7)
-    for B in (1, 64):
-        lesson.measure(f"int4 over bf16, batch {B}", formats["bf16", B] / formats["int4", B])
-    display(Table(["batch", "bf16", "int4", "times faster"],
-                  [[str(B), si(formats["bf16", B], "s"), si(formats["int4", B], "s"), f"{formats['bf16', B] / formats['int4', B]:.2f}"] for B in (1, 4, 16, 64)],
-                  numeric=["batch", "bf16", "int4", "times faster"]))
-else:
-    print("The packed formats are for CPUs: with weights in 4 bits, a GPU needs kernels of its own (lesson 10).")
-
-# %% [markdown]
-# ### Latency against throughput
-# The same points as those who pay for machines see them: what one user waits for a token, against what all users get. Every batch is a different bargain. Suppose we promise every user ten tokens a second, faster
-# than one reads: a service-level objective, SLO, on the time per token. Which batch is best? The largest that keeps the promise.
-
-# %% tags=["nbval-ignore-output"]
-fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.9), sharey=True)
-for ax, S in zip(axes, (SHORT, LONG), strict=True):
-    for said, colour, style, label in ((napkins[S], plots.NAPKIN, "--", "napkin"),
-                                       ({B: step.seconds for B, step in predicted[S].items()}, plots.ROOFLINE, "-", "calibrated roofline")):
-        ax.plot([said[B] for B in BATCHES], [B / said[B] for B in BATCHES], style, color=colour, label=label)
-    rows = [{"batch": B, "fits": True, "seconds": t, "tokens_per_s": B / t} for B, t in measured[S].items()]
-    pareto(ax, rows, label="measured", colour=plots.MEASURED)
-    if SLO < ax.get_xlim()[1]:
-        ax.axvline(SLO, color="black", linestyle=":", linewidth=1.2, label=f"the promise, {si(SLO, 's')}")
-    at = promised(measured[S])
-    ax.set(title=f"{S} tokens: the promise holds for {f'{at:.0f}' if at else 'all' if measured[S][64] <= SLO else 'none'}")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.minorticks_off()
-    ax.locator_params(axis="x", nbins=5)
-axes[1].set_ylabel("")
-axes[1].legend(loc="lower right")
-plots.show(fig, "Time per token of each user against tokens per second of all, a dot for each batch. " + " ".join(
-    f"At {S} tokens from {number(1 / measured[S][1])} tokens/s at {si(measured[S][1], 's')} to {number(64 / measured[S][64])} at {si(measured[S][64], 's')}."
+plots.show(fig, "Time of a step against the batch: napkin, prediction with its "
+                "interval, measured. " + " ".join(
+    f"At {S} tokens {si(took[S][1], 's')} for one sequence, {si(took[S][64], 's')} for "
+    "64; " + (f"the knee is at {at:.0f}." if (at := knee(took[S])) else "no knee.")
     for S in (SHORT, LONG)))
+for name in asked:
+    row = lesson.rows.get(name)
+    if row and row.measured:
+        guess = f"guess {si(row.guess, row.unit)}, " if row.guess else ""
+        print(f"{name}: {guess}napkin {si(row.napkin, row.unit)}, predicted",
+              f"{interval(row.low, row.high, row.unit)}, measured",
+              si(row.measured, row.unit))
+    else:
+        print(f"{name}: not between the batches of 1 and {BATCHES[-1]} on this machine")
+print("A step of 2, 4, 8 against one of 1, at 64 tokens:",
+      ", ".join(f"{took[SHORT][B] / took[SHORT][1]:.2f}" for B in (2, 4, 8)), "times.")
 
-# %% [markdown]
-# Up and to the left is better. A point with another above *and* to the left of it is never worth choosing: if a batch of two takes longer than one of four, run four, with two empty slots if need be.
+# %% [markdown] tags=["notes"]
+# **4 min.** Half a minute to run; if it drags, stay on the slide. Ask which panel leaves
+# the line "twice one" first, and by which of the two knees. Go back to the guesses. Ask what the same curve looks like as tokens/s (Further has it). Usual
+# wrong answer: a knee is where the curve jumps. It never jumps, it bends; "twice" is a definition.
+# Last line: does a step get longer with each row? No count of bytes says in which order these come.
+
+# %% [markdown] tags=["core", "slide"]
+# ## Reconcile
 #
-# ## Reconciliation: what ended it?
-# The calibrated roofline, taken apart by cause, beside the clock.
+# A step of 64 sequences at 512 tokens: napkin and stopwatch differ. **What is the largest part of
+# the difference?** Commit yourself first:
+#
+# 1. `"products"`
+# 2. `"attention"`
+# 3. `"element-wise"`
+# 4. `"launches"`
+# 5. memory or compute, `"… was slower than calibrated"` or `"… was faster than calibrated"`
+# 6. `"not explained"`
 
-# %% tags=["nbval-ignore-output"]
-BETWEEN = {"attention": "caches: attention", "element-wise": "element by element", "launches": "launches"}       # all others are products
-
-
-def by_cause(seconds: dict[str, float]) -> dict[str, float]:
-    """Seconds by part, the products together."""
-    products = sum(each for name, each in seconds.items() if name not in BETWEEN)
-    return {"weights: products of B rows": products} | {cause: seconds.get(name, 0.0) for name, cause in BETWEEN.items()}
-
-
-fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.9), sharey=True)
-for ax, S in zip(axes, (SHORT, LONG), strict=True):
-    bottom = np.zeros(len(BATCHES))
-    expected = [by_cause({name: part.seconds for name, part in predicted[S][B].parts.items()}) for B in BATCHES]
-    for cause, colour in zip(expected[0], plots.COLOURS, strict=False):
-        heights = [each[cause] for each in expected]
-        ax.bar(range(len(BATCHES)), heights, bottom=bottom, color=colour, alpha=0.85, width=0.65, label=cause if S == SHORT else None)
-        bottom += heights
-    ax.plot(range(len(BATCHES)), list(measured[S].values()), "D", color="black", label="measured" if S == SHORT else None)
-    ax.set(xlabel="batch", title=f"{S} tokens: what the roofline expects")
-    ax.set_xticks(range(len(BATCHES)), [str(B) for B in BATCHES])
-    ax.grid(axis="x", visible=False)
-plots.units(axes[0].yaxis, "s")
-fig.legend(loc="outside lower center", ncols=5)
-plots.show(fig, "The predicted step, batch by batch, as a stack of products, attention, element-wise work and launches, with the measured time as a diamond. " + " ".join(
-    f"At {S} tokens and a batch of 64: " + ", ".join(f"{cause} {si(each, 's')}" for cause, each in by_cause(
-        {name: part.seconds for name, part in predicted[S][64].parts.items()}).items()) + f"; measured {si(measured[S][64], 's')}." for S in (SHORT, LONG)))
-
-# %% [markdown]
-# And against both roofs: the share of the bandwidth that a step reaches (MBU), and the share of the peak (MFU). A batch trades the one for the other.
-
-# %% tags=["nbval-ignore-output"]
-rows, roofs = [], {}
-for B in BATCHES:
-    for S in (SHORT, LONG):
-        work = shape.decode(B, S, **FP32)
-        roofs[B, S] = machine.mbu(work, measured[S][B]), machine.mfu(work, measured[S][B])
-    rows.append([str(B), *(f"{share_:.0%}" for S in (SHORT, LONG) for share_ in roofs[B, S])])
-columns = ["batch", *(f"{what}, {S}" for S in (SHORT, LONG) for what in ("of the bandwidth", "of the peak"))]
-Table(columns, rows, numeric=columns)
-
-# %% [markdown]
-# Now commit yourself. What is the largest difference between napkin and clock for 64 sequences of 512 tokens?
-
-# %% tags=["guess"]
-# "products", "attention", "element-wise", "launches", "memory was slower than calibrated", "memory was faster than calibrated" or "not explained";
-# where the napkin waits for arithmetic, "compute was slower than calibrated" and so on
+# %% tags=["core", "fragment", "guess"]
 lesson.cause("step, batch 64, context 512", ...)
 
-# %% tags=["nbval-ignore-output"]
-for B, S in reversed(EXPLAINED):
-    lesson.explain(f"step, batch {B}, context {S}")
+# %% [markdown] tags=["notes"]
+# **1 min.** Count hands for each, and ask one of each group for a reason. Help: the napkin takes all
+# bytes or all FLOPs, whichever is longer, so it lets the one hide behind the other perfectly. Usual
+# wrong answer: whatever it was in lesson 02, for one sequence.
 
-# %% tags=["nbval-ignore-output"]
-inside = {(B, S): by_cause({part["name"]: part["measured_s"] for part in lesson.rows[f"step, batch {B}, context {S}"].parts}) for B, S in EXPLAINED}
-products, attention, _, launches = inside[1, SHORT]
-one, many = inside[1, SHORT], inside[64, SHORT]
-attention_reads = 64 * LONG * k / inside[64, LONG][attention] / machine.bandwidth_at()
-four_bits = "were not tried: the packed formats are for CPUs"
-if packed:
-    worth = {B: formats["bf16", B] / formats["int4", B] for B in (1, 16, 64)}
-    four_bits = f"were worth {worth[1]:.1f} times the speed at a batch of one, {worth[16]:.2f} times at 16 and {worth[64]:.2f} at 64"
-Markdown(f"""
-What was measured inside the steps:
+# %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
+LARGE = "step, batch 64, context 512"
+lesson.explain(LARGE)
+print(how_to_read(lesson, LARGE))
+shares = {case: found.measured["attention"] / found.whole_s
+          for case, found in parts.items()}
+print(f"Attention: {shares[64, LONG]:.0%} of a step of 64 at {LONG} tokens, "
+      f"{shares[64, SHORT]:.0%} at {SHORT}.")
+if "library" in times:
+    print(f"Your step: {si(took[LONG][64], 's')}; the library's, which attends to "
+          "equally long sequences in one call: "
+          f"{si(times['library'].median, 's')}.")
 
-- **One sequence** reaches {roofs[1, SHORT][0]:.0%} of the bandwidth. Its products read the weights at {4 * w / one[products] / machine.bandwidth_at():.0%} of it, and launches take
-  {one[launches] / measured[SHORT][1]:.0%} of the step. All of it goes into every *ratio* to one sequence: a faster program for one row would be good news for one user, and would bring the knee forward.
-- **Sixty-four** reach {roofs[64, SHORT][1]:.0%} of the peak, their products {2 * w * 64 / many[products] / machine.peak("fp32"):.0%}. A corner as sharp as the napkin's exists on paper only: near it,
-  neither reading nor computing hides the other.
-- **The knee moves both ways.** A slower step of one moves it to larger batches, slower steps of many to smaller ones. Here the step of one took {measured[SHORT][1] / napkins[SHORT][1]:.1f} times its napkin, that
-  of 64 {measured[SHORT][64] / napkins[SHORT][64]:.1f} times.
-- **A few are a matter of programs.** A step of two took {measured[SHORT][2] / measured[SHORT][1]:.2f} times a step of one, a step of four
-  {measured[SHORT][4] / measured[SHORT][1]:.2f}, of eight {measured[SHORT][8] / measured[SHORT][1]:.2f}. No count of bytes says in which order these come.
-- **Caches** of 64 sequences of {LONG} tokens are read at {attention_reads:.0%} of the bandwidth, and attention is {inside[64, LONG][attention] / measured[LONG][64]:.0%} of that step.
-- **Four bits** {four_bits}.
-- **Prompts have little to share**: four of them took {four_over_one(prompts):.1f} times one, where four decode steps in a batch took
-  {measured[SHORT][4] / measured[SHORT][1]:.1f} times one. They are their own batch.
-""")
+# %% [markdown] tags=["notes"]
+# **3 min.** From left to right: the napkin, what each part took beyond its share, measured. Each
+# part's share of the napkin is in bytes or in FLOPs, as the whole is. Who named the largest bar? A
+# learner's step attends to 64 sequences in 64 calls a layer; where it ran, the last line has its time
+# beside the library's. All predictions beside the stopwatch: Further.
 
-# %% tags=["nbval-ignore-output"]
+# %% [markdown] tags=["core", "slide"]
+# ## On a GPU
+#
+# The ridge lies at 150 to 420 rows: hundreds of users before arithmetic counts. TensorRT-LLM, 2,048
+# tokens written by each:
+
+# %% tags=["core", "fragment", "hide-input"]
+CARDS = {"A100-80GB SXM": "a100-80gb-sxm", "H100-80GB SXM": "h100-sxm",
+         "L40S-48GB": "l40s"}
+MODELS = {"LLaMA-7B": "llama-2-7b", "GPT-J-6B": "gpt-j-6b"}     # Llama 2: same shape
+
+
+def enveloped(run, batch: int) -> float:
+    """Tokens/s: a prefill at peak, then a step at the mean context for each token."""
+    shape, card = catalog.model(MODELS[run.model]), catalog.machine(CARDS[run.hardware])
+    prompt, written = run.whole("prompt_len"), run.whole("gen_len")
+    formats = {"weights": run.weight_dtype, "kv": run.kv_dtype}
+    each_s = card.napkin(shape.decode(batch, prompt + written // 2, **formats))
+    prefill_s = card.napkin(shape.prefill(batch, prompt, **formats))
+    return batch * written / (prefill_s + (written - 1) * each_s)
+
+
+runs = [run for run in published_runs() if run.category == "serving_throughput"
+        and run.model in MODELS and run.hardware in CARDS and run.tp == 1
+        and run.gen_len == 2048]
+runs.sort(key=lambda run: (run.batch, run.value))
+assert all(150 < catalog.machine(card).ridge("bf16") < 420 for card in CARDS.values())
+reach = {run.id: run.value / enveloped(run, run.whole("batch")) for run in runs}
+columns = ["batch", "model", "card", "weights", "read by each", "tokens/s, published",
+           "envelope", "ratio"]
+[few] = [run for run in runs if (run.batch, run.model, run.hardware)
+         == (32, "LLaMA-7B", "A100-80GB SXM")]
+[most] = [run for run in runs if (run.batch, run.model) == (60, "LLaMA-7B")]
+context = few.prompt_len + few.gen_len / 2
+seven = catalog.model("llama-2-7b")
+assert round(2 * numbers_in(seven) / seven.kv_bytes(1, round(context))) == 22
+more, said = most.value / few.value, enveloped(most, 60) / enveloped(few, 32)
+display(Table(columns, [[
+    f"{run.batch:.0f}", run.model, run.hardware.split("-")[0], run.weight_dtype,
+    f"{run.prompt_len:,.0f}", f"{run.value:,.0f}", f"{run.value / reach[run.id]:,.0f}",
+    f"{reach[run.id]:.2f}"] for run in runs], [columns[0], *columns[4:]]), Markdown(
+    f"**Levels** are {min(reach.values()):.2f} to {max(reach.values()):.2f} of the "
+    f"envelope. **What a batch brings** it judges well: on the A100 60 instead of 32 "
+    f"sequences gave {more:.2f} times the throughput; the envelope says {said:.2f}."))
+
+# %% [markdown] tags=["notes"]
+# **2 min.** Ask before the table: "60 sequences instead of 32: how many times the throughput?" Usual
+# wrong answer: 60/32, nearly two. By the envelope the caches have caught up
+# with the weights at 22 sequences of this model and context. Ask what a ratio that hardly moves from
+# batch 16 to 120 says (the bytes that grow with the batch are counted right), and what it does not
+# say (which rate stays below the data sheet's).
+
+# %% [markdown] tags=["core", "slide"]
+# ## When does it lose?
+#
+# - **Long contexts.** Past W/c sequences twice the batch brings at most a third more tokens/s.
+# - **Prompts.** One of several hundred tokens fills the arithmetic alone; four take four times as
+#   long.
+# - **A promise.** Behind the knee everybody's latency pays for throughput.
+# - **Experts.** Each sequence picks its own: at first a batch reads *more* weights (Further).
+# - **Nobody there.** Users come one by one: lesson 05.
+
+# %% [markdown] tags=["notes"]
+# **2 min.** Let the room find the first two. The first by formula: B sequences get B/(W + B·c) tokens
+# for each byte read; from B = W/c to twice that it goes from 1/2 to 2/3 of the limit 1/c. Usual
+# wrong answer for prompts: they gain as decode does. They bring their own rows.
+
+# %% [markdown] tags=["core", "slide"]
+# ## Play
+#
+# All users at one context, bf16 caches; red names the limit. 128 users of Llama-3-8B on an H100
+# break a promised TPOT of 20 ms. Find
+#
+# 1. each *single* change that keeps it (not of users or promise). Weights in fewer bits?
+# 2. at 64 tokens, the most users within 20 ms. Do 4-bit weights help?
+# 3. NVIDIA cards of 48 GB or more on which even *one* user waits longer.
+
+# %% tags=["core", "widget", "hide-input", "nbval-ignore-output"]
+def serve(model: str, on: str, users: int, context: int, weights: str, promise: float):
+    """What a step holds, how long it takes by envelope, which limits it breaks."""
+    shape, card = catalog.model(model), catalog.machine(on)
+    found = shape.fits(card.memory, users, context, weights)
+    work = shape.decode(users, context, weights=weights)
+    reads, computes = work.bytes / card.bandwidth_at(), work.flops / card.peak("bf16")
+    both, step_s = found.weight_bytes + found.kv_bytes, max(reads, computes)
+    broken = [] if found else [f"memory: {si(both, 'B')} of {si(card.memory, 'B')}, "
+                               f"room for {max(found.max_batch, 0):,} users"]
+    if found and step_s > promise:
+        broken.append(f"promise: {si(step_s, 's')} of {si(promise, 's')}")
+    if shape.max_context and context > shape.max_context:
+        broken.append(f"context: {context:,} of {shape.max_context:,}")
+    return found, reads, computes, broken
+
+
+def draw_service(model: str, on: str, users: int, context: int, weights: str,
+                 promise: float) -> None:
+    found, reads, computes, broken = serve(model, on, users, context, weights, promise)
+    shape, card = catalog.model(model), catalog.machine(on)
+    step_s = max(reads, computes)
+    red, blue, orange, _, _, grey = (plots.COLOURS[i] for i in (4, 0, 1, 2, 3, 5))
+    fig = plt.figure(figsize=(7.6, 2.6), layout="none")
+    left, right = (fig.add_axes((x, 0.22, 0.35, 0.46)) for x in (0.1, 0.61))
+    at = 0
+    for y, (value, colour) in enumerate(((found.weight_bytes, blue),
+                                         (found.kv_bytes, orange))):
+        left.barh(y, value, color=colour, height=0.6)
+        left.barh(2, value, left=at, color=colour if found else red, height=0.6,
+                  hatch=None if found else "//", edgecolor="white", linewidth=0)
+        at += value
+    for y, value in enumerate((found.weight_bytes, found.kv_bytes, at)):
+        left.text(1.4 * max(at, card.memory), y, si(value, "B"), va="center",
+                  ha="right", fontsize=9)
+    left.axvline(card.memory, color=plots.TEXT if found else red, linestyle="--")
+    left.set(xlim=(0, 1.4 * max(at, card.memory)), xlabel="dashed: memory")
+    left.set_yticks([0, 1, 2], ["weights", "caches", "together"])
+    plots.units(left.xaxis, "B")
+    right.set_yticks([0, 1, 2], ["reading", "arithmetic", "step"])
+    if found:                                   # what does not fit has no time
+        late = step_s > promise
+        for y, value in enumerate((reads, computes, step_s)):
+            right.barh(y, value, color=red if late and y == 2 else grey, height=0.6,
+                       hatch="//" if late and y == 2 else None, edgecolor="white",
+                       linewidth=0)
+            right.text(1.4 * max(step_s, promise), y, si(value, "s"), va="center",
+                       ha="right", fontsize=9)
+        right.axvline(promise, color=red if late else plots.TEXT, linestyle="--")
+    else:
+        right.text(0.5, 0.5, "not timed", ha="center", transform=right.transAxes)
+    right.set(xlim=(0, 1.4 * max(step_s if found else 0, promise)),
+              xlabel="dashed: promised TPOT")
+    plots.units(right.xaxis, "s")
+    for ax in (left, right):
+        ax.locator_params(axis="x", nbins=4)
+        ax.set_ylim(2.5, -0.5)
+        ax.grid(visible=False, axis="y")
+    waits = "arithmetic" if computes > reads else (
+        "caches" if found.kv_bytes > found.weight_bytes else "weights")
+    verdict = ("BROKEN: " + "; ".join(broken) if broken else
+               f"holds: {si(step_s, 's')} a token, {users / step_s:,.0f} tokens/s; "
+               f"waits for {waits}")
+    fig.text(0.01, 0.97, f"{shape.name} on {card.name}: {users:,} × {context:,} "
+             f"tokens, {weights} weights\n{verdict}", va="top", weight="bold",
+             fontsize=10, color=red if broken else plots.TEXT)
+    plots.show(fig, f"{shape.name} on {card.name}, {users:,} users of {context:,} "
+                    f"tokens, {weights} weights, {si(promise, 's')} a token promised: "
+                    f"{verdict}. Weights {si(found.weight_bytes, 'B')}, caches "
+                    f"{si(found.kv_bytes, 'B')}.")
+
+
+SERVED = ["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "qwen3-4b", "llama-2-7b",
+          "llama-3-8b", "qwen2.5-32b", "llama-2-70b"]
+ON = [name for name in catalog.machine_names()
+      if "bf16" in catalog.machine(name).peak_flops]
+PROMISES = [(si(x, "s"), x) for x in (0.005, 0.01, 0.02, 0.05, 0.1)]
+widgets.play(draw_service, model=widgets.choose("model", SERVED, "llama-3-8b"),
+             on=widgets.choose("card", ON, "h100-sxm"),
+             users=widgets.powers_of_two("users", 1, 8192, 128),
+             context=widgets.powers_of_two("context", 64, 131_072, 4096),
+             weights=widgets.choose("weights", ["bf16", "int8", "int4"]),
+             promise=widgets.choose("promise", PROMISES, 0.02))
+
+# %% tags=["core", "fragment", "hide-input"]
+draw_service("llama-3-8b", "h100-sxm", 128, 4096, "bf16", 0.02)
+
+# %% [markdown] tags=["notes"]
+# **3 min.** Question 1 live, the others are homework. Let the room bet before anybody touches a
+# control. Usual wrong answer: 4-bit weights; at this batch the weights are a fifth of what is read.
+# For question 2 ask first what such a step waits for: arithmetic, and 4-bit weights are computed with
+# in bf16 all the same. Solutions computes all three.
+
+# %% [markdown] tags=["core"]
+# ## Check yourself
+#
+# Numbers in the unit behind each line, or text with a unit (`"16 GB"`). The third exercise is under
+# Further.
+#
+# **1 · Two timings.** A server runs Qwen3-8B in bf16 (15.1 GB of weights are streamed in a step;
+# 147,456 bytes of cache a token) on a card you do not know. All its sequences are equally long. A
+# step of *one* takes 8.1 ms, a step of *32* takes 17.4 ms, and both are memory-bound. How many
+# seconds does *each* further sequence add? How many are *shared* by all? At which batch is the
+# *knee*, a step twice as long as for one? What is the *bandwidth*, and how long is the *context*?
+#
+# **2 · A full card.** Mistral-7B in bf16 labels texts of 100 tokens on an H200: 151.4 GB, 4.8 TB/s,
+# 989.4 TFLOP/s. 14.48 GB of weights are stored; each token meets 7.11·10⁹ of their numbers; a token
+# leaves 131,072 bytes. Which *batch* fills the card? How many seconds does its decode step take by
+# *reading* all memory, how many by *computing* (matrices alone), so how many does the *step* take?
+# *From* which *context* on does a full card take memory over bandwidth? How many sequences may share a
+# step if 50 ms are *promised*?
+
+# %% tags=["core", "exercise", "exercise:two_timings"]
+each = ...                  # seconds
+shared = ...                # seconds
+knee_at = ...               # sequences
+bandwidth = ...             # bytes per second
+context = ...               # tokens
+
+lesson.steps("two_timings", each=each, shared=shared, knee=knee_at,
+             bandwidth=bandwidth, context=context)
+
+# %% tags=["core", "exercise", "exercise:full_card"]
+batch = ...                 # sequences
+reading = ...               # seconds
+computing = ...             # seconds
+step = ...                  # seconds
+from_context = ...          # tokens
+promised = ...              # sequences
+
+lesson.steps("full_card", batch=batch, reading=reading, computing=computing, step=step,
+             from_context=from_context, promised=promised)
+
+# %% [markdown] tags=["further", "slide"]
+# ### Take with you
+#
+# 1. A batch shares the reading of the weights, and nothing else.
+# 2. It stops being free at R·e/2 sequences (arithmetic) or W/c (caches), whichever comes first.
+# 3. A full card takes memory over bandwidth per step, where bytes bind; short contexts compute.
+# 4. Sequences need not be alike: rows together, attention apart.
+#
+# **Next:** users come and go. **Homework:** two timings, a full card, four bits (Further).
+
+# %% [markdown] tags=["notes"]
+# **1 min.** Slide closed: three people, one sentence each. Then the question of the next lesson: "who
+# fills a batch, if users come one by one?"
+
+# %% [markdown] tags=["further"]
+# ## Further
+#
+# ### Exercise 3 · Four bits in a batch
+#
+# Llama-3-8B on an H100 (R = 295 FLOPs per byte in bf16), short contexts, so weights and arithmetic
+# alone. Weights take 15 GB in 16 bits; in 4 bits a quarter, and are still computed with in bf16. How
+# many times faster is a step of 1 sequence, of 128, of 256? Up to which batch do 4-bit weights leave
+# the step memory-bound (`last_4`)? And how many *more* caches of 4,000 tokens (131,072 bytes each
+# token) have *room* in the bytes that they free?
+
+# %% tags=["further", "exercise", "exercise:four_bits"]
+at_1 = ...                  # times
+at_128 = ...                # times
+at_256 = ...                # times
+last_4 = ...                # sequences
+more_room = ...             # sequences
+
+lesson.steps("four_bits", at_1=at_1, at_128=at_128, at_256=at_256, last_4=last_4,
+             room=more_room)
+
+# %% [markdown] tags=["further"]
+# ### The library's step
+# The decoder packs all rows. The step of the cache (here a paged one, lesson 06) attends to all
+# sequences that bring equally many tokens in one call.
+
+# %% tags=["further", "hide-input"]
+lesson.show("selective_batching")
+
+# %% [markdown] tags=["further"]
+# ### The same batch at 64 tokens
+# Another knee, another account.
+
+# %% tags=["further", "nbval-ignore-output"]
+lesson.explain("step, batch 64, context 64")
+print(how_to_read(lesson, "step, batch 64, context 64"))
+
+# %% [markdown] tags=["further"]
+# ### Latency against throughput
+# The measured steps as those who pay see them: what a user waits for a token, against what all users
+# get. Each batch is another bargain. Dotted: ten tokens a second promised to each, faster than one
+# reads. The best batch is the largest that keeps the promise, not the one with the most tokens/s. A
+# dot with another above *and* to the left of it is never worth choosing.
+
+# %% tags=["further", "hide-input", "nbval-ignore-output"]
+fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
+for ax, S in zip(axes, (SHORT, LONG), strict=True):
+    for said, colour, style, label in (
+            (napkins[S], plots.NAPKIN, "--", "napkin"),
+            ({B: each.seconds for B, each in predicted[S].items()}, plots.ROOFLINE, "-",
+             "calibrated roofline")):
+        ax.plot([said[B] for B in BATCHES], [B / said[B] for B in BATCHES], style,
+                color=colour, label=label)
+    pareto(ax, [{"batch": B, "fits": True, "seconds": t, "tokens_per_s": B / t}
+                for B, t in took[S].items()], label="measured", colour=plots.MEASURED)
+    ax.axvline(PROMISE, color=plots.TEXT, linestyle=":", label="promised")
+    at = kept(took[S])
+    all_or_none = "all" if took[S][64] <= PROMISE else "none"
+    how_many = f"{math.floor(at)}" if at else all_or_none
+    ax.set(title=f"{S} tokens: the promise holds for {how_many}")
+    ax.locator_params(axis="x", nbins=4)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.minorticks_off()
+axes[1].set_ylabel("")
+axes[1].legend(loc="lower right", fontsize=8)
+plots.show(fig, "Time per token of each user against tokens/s of all, a dot for each "
+           "batch. " + " ".join(
+               f"At {S} tokens from {number(1 / took[S][1])} tokens/s at "
+               f"{si(took[S][1], 's')} to {number(64 / took[S][64])} at "
+               f"{si(took[S][64], 's')}." for S in (SHORT, LONG)))
+
+# %% [markdown] tags=["further"]
+# ### Prompts bring their own batch
+# Four prompts of 128 tokens in one prefill: how many times as long as one?
+
+# %% tags=["further", "guess"]
+lesson.guess("four prompts of 128, over one", ...)
+
+# %% tags=["further", "hide-input", "measured", "nbval-ignore-output"]
+FOUR = "four prompts of 128, over one"
+prefills = {B: StepOf(decoder, "prefill", B, 128) for B in (1, 4)}
+
+
+def four_over_one(seconds: dict[int, float]) -> float:
+    return seconds[4] / seconds[1]
+
+
+predict(FOUR, four_over_one, {B: each.napkin(machine) for B, each in prefills.items()},
+        {B: each.predict(machine) for B, each in prefills.items()}, "×")
+display(lesson.reveal(FOUR))
+times_of = bracketed(machine)({B: each.run for B, each in prefills.items()}, 3)
+lesson.measure(FOUR, four_over_one({B: each.median for B, each in times_of.items()}))
+print(f"Prefill: {lesson.rows[FOUR].measured:.2f} times. A decode step of four against "
+      f"one: {took[SHORT][4] / took[SHORT][1]:.2f} times.")
+
+# %% [markdown] tags=["further"]
+# ### Machines and formats
+# R·e/2 from data sheets. Weights that are stored in fewer bits and computed with in 16 make e
+# smaller and leave R: the knee comes *earlier*. What they save had been shared already.
+
+# %% tags=["further", "hide-input"]
+rows = []
+for key in ("b200", "h100-sxm", "a100-80gb-sxm", "mi300x", "l4", "rtx-4090",
+            "apple-m4-max-40c", "epyc-9654"):
+    on = catalog.machine(key)
+    ridge = on.ridge("bf16" if "bf16" in on.peak_flops else "fp16")
+    rows.append([on.name, *(f"{ridge * each / 2:,.0f}" for each in (2, 1, 0.5))])
+columns = ["arithmetic catches up at batch", "16-bit weights", "8-bit", "4-bit"]
+Table(columns, rows, columns[1:])
+
+# %% [markdown] tags=["further"]
+# ### What a full card reaches
+# B sequences get B/(W + B·c) tokens for each byte that is read, at most 1/c: bandwidth over one
+# cache. Where bytes bind, a full card, B = (M - W)/c, reaches 1 - W/M of it.
+
+# %% tags=["further", "hide-input"]
+rows = []
+for key in ("h100-sxm", "h200-sxm", "a100-80gb-sxm", "mi300x", "l4", "rtx-4090",
+            "rtx-5090"):
+    on = catalog.machine(key)
+    W, c, M = llama.stored_bytes("bf16"), 4096 * k_8b, on.memory
+    filled = llama.fits(M, 1, 4096).max_batch
+    full_s = M / on.bandwidth_at()
+    assert llama.decode(filled, 4096).flops / on.peak("bf16") < full_s      # bytes bind
+    exact = (M - W) / c
+    assert math.isclose(exact / (W + exact * c) * c, 1 - W / M)
+    rows.append([on.name, f"{filled:,}", si(full_s, "s"), f"{filled / full_s:,.0f}",
+                 f"{1 - W / M:.0%}"])
+columns = [f"{llama.name}, 4,096 tokens", "sequences", "a step", "tokens/s",
+           "of the limit"]
+Table(columns, rows, columns[1:])
+
+# %% [markdown] tags=["further"]
+# ### Experts
+# A mixture of experts reads what its tokens choose. If they choose evenly, a step reads:
+
+# %% tags=["further", "hide-input"]
+mixtral, some = catalog.model("mixtral-8x7b"), (1, 2, 4, 8, 16)
+assert mixtral.streamed_bytes(tokens=64) > 0.99 * mixtral.streamed_bytes(tokens=10_000)
+Table([f"{mixtral.name}, bf16; batch", *map(str, some)],
+      [["weights", *(si(mixtral.streamed_bytes(tokens=B), "B") for B in some)]],
+      list(map(str, some)))
+
+# %% [markdown] tags=["further"]
+# ### Predicted beside measured
+
+# %% tags=["further", "nbval-ignore-output"]
 lesson.table()
 
-# %% [markdown]
-# ### Other people's batches
-# Does the formula hold on machines that we have never touched? TensorRT-LLM 0.5 and 0.6 published tokens per second for two models without grouped heads, on three cards, at batches from 16 to 120, with 2,048 tokens of output: many
-# steps and little prefill. The napkin for each is weights and caches at data-sheet bandwidth, and no fit.
-
-# %%
-CARDS = {"A100-80GB SXM": "a100-80gb-sxm", "H100-80GB SXM": "h100-sxm", "L40S-48GB": "l40s"}
-MODELS = {"LLaMA-7B": "llama-2-7b", "GPT-J-6B": "gpt-j-6b"}     # Llama 2 has the shape of its elder
-
-
-def tokens_per_s(run, batch: int) -> float:
-    """By napkin: a prefill at peak, then a step at the mean context for each token but the first."""
-    s, m = catalog.model(MODELS[run.model]), catalog.machine(CARDS[run.hardware])
-    prompt, generated = run.whole("prompt_len"), run.whole("gen_len")
-    formats = {"weights": run.weight_dtype, "kv": run.kv_dtype}
-    steps = (generated - 1) * m.napkin(s.decode(batch, prompt + generated // 2, **formats))
-    return batch * generated / (m.napkin(s.prefill(batch, prompt, **formats)) + steps)
-
-
-runs = [run for run in published_runs() if run.category == "serving_throughput" and run.model in MODELS and run.hardware in CARDS
-        and run.tp == 1 and run.gen_len == 2048]
-runs.sort(key=lambda run: (run.batch, run.value))
-reach = {run.id: run.value / tokens_per_s(run, run.whole("batch")) for run in runs}
-columns = ["batch", "model", "card", "weights", "in", "out", "tokens/s, published", "by napkin", "published ÷ napkin"]
-Table(columns, [[f"{run.batch:.0f}", run.model, run.hardware, run.weight_dtype, f"{run.prompt_len:.0f}", f"{run.gen_len:,.0f}", f"{run.value:,.0f}",
-                 f"{run.value / reach[run.id]:,.0f}", f"{reach[run.id]:.2f}"] for run in runs],
-      numeric=["batch", *columns[4:]])
-
-# %%
-many = reach.values()
-[few] = [run for run in runs if run.batch == 32 and run.model == "LLaMA-7B" and run.hardware == "A100-80GB SXM"]
-[most] = [run for run in runs if run.batch == 60 and run.model == "LLaMA-7B"]
-more, said = most.value / few.value, tokens_per_s(most, 60) / tokens_per_s(few, 32)
-assert max(many) / min(many) < 1.3 and abs(more / said - 1) < 0.05
-Markdown(f"The napkin promises more than there is, always, and nearly always by the same factor: what was published is {min(many):.2f} to {max(many):.2f} of it, from batches of 16 to 120. "
-         f"So of *what a batch brings* it is a good judge. On the A100, {most.batch:.0f} sequences of LLaMA-7B instead of {few.batch:.0f} gave **{more:.2f} times** the throughput, "
-         f"for {most.batch / few.batch:.2f} times the users; the napkin says {said:.2f}.")
-
-# %% [markdown]
-# ### When a batch loses
-# - **Long contexts.** Past W/c sequences, twice the batch brings at most a third more tokens a second. A batch shares weights; nobody shares a past (unless it is the same one: lesson 06).
-# - **Prefill.** A prompt of several hundred tokens fills the arithmetic alone. Then four prompts together take four times as long, and all four users wait for the fourth.
-# - **A promise.** Beyond the knee one buys throughput with everybody's latency. The best batch is the largest that keeps the promise, and not the one with the most tokens a second.
-# - **Between two programs.** A few rows may cost as much as one, or twice as much, by the program that the library picks for them. Ask the stopwatch before you pay for a batch of two.
-# - **Experts.** In a mixture of experts every sequence chooses its own, so at first the batch shares *little*, and reads more with every user:
-
-# %%
-mixtral = catalog.model("mixtral-8x7b")
-assert mixtral.streamed_bytes("bf16", tokens=64) > 0.99 * mixtral.streamed_bytes("bf16", tokens=10_000)
-Table(["batch", *(str(B) for B in (1, 2, 4, 8, 16))],
-      [["weights read in a step", *(si(mixtral.streamed_bytes("bf16", tokens=B), "B") for B in (1, 2, 4, 8, 16))]],
-      numeric=[str(B) for B in (1, 2, 4, 8, 16)], title=f"{mixtral.name}, bf16, if tokens choose evenly (lesson 11)")
-
-# %% [markdown]
-# - **Nobody there.** A batch must be *filled*, and real users come and go one by one. To wait for the eighth costs the first seven; and if a batch lasts until its longest answer is
-#   done, most of its slots are empty in the end. That is the next lesson.
-#
-# ## Play and exercises
-# Any model, any machine: what does a step wait for, how much room is there, and what would one more user cost? Try to find: a setting in which room ends before anything else does; one in which the arithmetic
-# binds at a context of 4,096 (does it fit?); and what 4-bit weights change at a batch of 1 and at 256.
-
-# %%
-def draw_step(model: str, on: str, batch: int, context: int, weights: str) -> None:
-    """The parts of a step against the batch, up to the room that there is; the chosen batch marked."""
-    s, m = catalog.model(model), catalog.machine(on)
-    capacity = s.fits(m.memory, batch, context, weights)
-    most = capacity.max_batch
-    end = max(4 * most, 2 * batch)
-
-    def seconds(B: int) -> dict[str, float]:
-        step = s.decode(B, context, weights=weights)
-        read, kept = s.streamed_bytes(weights, tokens=B), s.kv_bytes(B, context)
-        parts = {"weights": read, "caches": kept, "between operations": max(0, step.bytes - read - kept)}
-        return {name: count / m.bandwidth_at() for name, count in parts.items()} | {"arithmetic": step.flops / m.peak("bf16")}
-
-    def together(parts: dict[str, float]) -> float:
-        return max(parts["weights"] + parts["caches"] + parts["between operations"], parts["arithmetic"])
-
-    fig, ax = plt.subplots(figsize=(7.4, 3.8))
-    if capacity:
-        parts = seconds(batch)
-        step = together(parts)
-        binds = "arithmetic" if parts["arithmetic"] == step else max(list(parts)[:3], key=parts.get)
-        line = f"{si(step, 's')} a step, {batch / step:,.0f} tokens/s; it waits for: {binds}; room for {most:,}"
-        ax.plot([batch], [step], "o", color=plots.MEASURED, markersize=9, zorder=5)
-    elif most:
-        line = f"does not fit: room for {most:,}"
-    else:
-        line = "does not fit: " + ("the weights alone are too much" if capacity.weight_bytes > m.memory else "no room for a single sequence")
-    if most:                                        # what does not fit has no time
-        x = np.unique(np.geomspace(1, most, 30).round().astype(int))
-        curves = [seconds(int(B)) for B in x]
-        for name, colour in zip(curves[0], [*plots.COLOURS[:2], plots.COLOURS[5], plots.COLOURS[2]], strict=True):
-            ax.plot(x, [parts[name] for parts in curves], "--", color=colour, linewidth=1.5, label=name)
-        ax.plot(x, [together(parts) for parts in curves], color="black", label="the step")
-        ax.set_ylim(bottom=together(curves[0]) / 300)
-        ax.legend(loc="lower right")
-    ax.axvspan(max(most, 1), end, color="#eeeeee")
-    ax.axvline(batch, color=plots.MEASURED, linewidth=1)
-    ax.set_title(f"{s.name} on {m.name}, {batch:,} × {context:,} tokens, weights in {weights}\n{line}", fontsize=10)
-    ax.set(xscale="log", yscale="log", xlabel="batch (grey: no room)", xlim=(1, end))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    plots.units(ax.yaxis, "s")
-    ax.minorticks_off()
-    plots.show(fig, f"A step of {s.name} on {m.name} against the batch, by its parts, at {context:,} tokens with weights in {weights}. At a batch of {batch:,}: {line}.")
-
-
-# %% tags=["widget", "nbval-ignore-output"]
-BF16 = [name for name in catalog.machine_names() if "bf16" in catalog.machine(name).peak_flops]
-widgets.play(draw_step,
-             model=widgets.choose("model", ["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-2-7b", "llama-3-8b", "qwen2.5-32b", "mixtral-8x7b"], "llama-3-8b"),
-             on=widgets.choose("machine", BF16, "h100-sxm"),
-             batch=widgets.powers_of_two("batch", 1, 1024, 32),
-             context=widgets.powers_of_two("context", 64, 131072, 4096),
-             weights=widgets.choose("weights", ["bf16", "int8", "int4"]))
-
-# %%
-draw_step("llama-3-8b", "h100-sxm", 32, 4096, "bf16")
-
-# %% [markdown]
-# And the bargain on machines that you may not own: the frontier for one model, by napkin, each line up to the last batch that fits. The dotted line promises 20 tokens a second.
-
-# %%
-fig, ax = plt.subplots(figsize=(7.4, 4.0))
-for key, colour in zip(("h100-sxm", "a100-80gb-sxm", "rtx-4090", "l4"), plots.COLOURS, strict=False):
-    rows = [row for row in sweep(llama, catalog.machine(key), "batch", context=4096) if row["fits"]]
-    rows = [row for row, after in zip(rows, [*rows[1:], None], strict=True) if after is None or after["batch"] > 1.5 * row["batch"]]
-    pareto(ax, rows, label=catalog.machine(key).name, colour=colour)
-ax.axvline(0.05, color="black", linestyle=":", linewidth=1.2)
-ax.set(title=f"{llama.name}, bf16, 4,096 tokens: each batch is a bargain")
-ax.legend(loc="upper right")
-plots.show(fig, f"Time per token against tokens per second of {llama.name} on an H100, an A100, an RTX 4090 and an L4, from a batch of one to the last that fits. "
-                "Each card's line rises steeply, then flattens; the larger cards reach higher.")
-
-# %% [markdown]
-# ### 1 · The knee from two numbers
-# You have measured a step of one sequence, `t1` seconds, and one of 64, `t64`. Take it that between them every further sequence adds the same. At which batch does a step take
-# twice as long as for one?
-
-# %% tags=["exercise", "exercise:knee_from_two"]
-def knee_from_two(t1, t64):
-    return ...
-
-
-lesson.exercise(
-    "knee_from_two", knee_from_two,
-    cases={
-        (0.064, 0.127): 65.0,           # each adds 1 ms to 64 ms
-        (0.070, 0.280): 22.0,           # a CPU, say
-        (0.010, 0.640): 2.0,            # nothing is shared: the second costs as much as the first
-        (0.005, 0.00563): 501.0,        # a small model on a large GPU
-    },
-    nudge="What does one more sequence add? How many of those make another t1?",
-    means="two measurements tell what all sweeps tell, if the machine has no bumps. Try it on the table above.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# From 1 to 64 there are 63 steps: one more sequence adds (t64 − t1) / 63.
-#
-# </details>
+# %% [markdown] tags=["further"]
+# Further reading: Yu et al. 2022 (Orca, selective batching); Williams et al. 2009 (roofline); Pope
+# et al. 2022, *Efficiently scaling transformer inference* (latency against throughput); Austin et al.
+# 2025, *How to scale your model*.
 
 # %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
+# ## Solutions
+
+# %% [markdown] tags=["solution", "solution:selective_batching"]
+# <details><summary>selective batching</summary>
 #
 # ```python
-# def knee_from_two(t1, t64):
-#     return 1 + t1 / ((t64 - t1) / 63)
+# def my_step(model, new, caches):
+#     counts = [len(tokens) for tokens in new]
+#     x = model.embed([token for tokens in new for token in tokens])
+#     positions = [cache.length + t for cache, T in zip(caches, counts) for t in range(T)]
+#     for layer in range(model.L):
+#         q, k, v = model.qkv(layer, x, positions)            # all rows together
+#         own = zip(caches, q.split(counts), k.split(counts), v.split(counts))
+#         parts = [cache.attend(layer, *rows) for cache, *rows in own]
+#         x = model.mlp(layer, x, torch.cat(parts))
+#     last = torch.tensor(counts).cumsum(0) - 1               # the last row of each
+#     return model.head(x[last])
 # ```
 #
 # </details>
 
-# %% [markdown]
-# ### 2 · A promise is a capacity
-# You promise `promise` seconds a token. In that time the machine reads promise · bandwidth bytes, and what it cannot read in time it might as well not hold. How many whole users can you
-# serve, each with `kv` bytes of cache beside `weights` bytes of weights, on a machine with `memory`?
-
-# %% tags=["exercise", "exercise:users_within"]
-def users_within(promise, weights, kv, memory, bandwidth):
-    return ...
+# %% tags=["solution", "hide-input"]
+def holding(models=("llama-3-8b",), cards=("h100-sxm",), users=(128,), contexts=(4096,),
+            formats=("bf16",)):
+    """All of these services that break no limit at 20 ms."""
+    return [(m, on, u, S, f) for m in models for on in cards for u in users
+            for S in contexts for f in formats if not serve(m, on, u, S, f, 0.02)[3]]
 
 
-lesson.exercise(
-    "users_within", users_within,
-    cases={
-        (0.020, 16_060_522_496, 536_870_912, 85_899_345_920, 3.35e12): 94,      # Llama-3-8B at 4,096 on an H100: the promise binds
-        (0.050, 16_060_522_496, 536_870_912, 85_899_345_920, 3.35e12): 130,     # here the memory does, and a laxer promise earns nothing
-        (0.004, 16_060_522_496, 536_870_912, 85_899_345_920, 3.35e12): 0,       # not even the weights come past in time
-        (0.050, 16_060_522_496, 536_870_912, 25_769_803_776, 1.008e12): 18,     # an RTX 4090
-        (0.050, 16_060_522_496, 2_147_483_648, 85_899_345_920, 3.35e12): 32,    # with 32 KV heads instead of 8
-    },
-    nudge="There are two limits in bytes. The smaller one holds weights and caches.",
-    means="at 4,096 tokens a full H100 takes 26 ms, so a laxer promise lets nobody else in. Both limits are of bytes: at short contexts the arithmetic sets a third.",
-)
+def called(cards):
+    return ", ".join(sorted({catalog.machine(on).name for on in cards}))
 
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# min(memory, promise · bandwidth), less the weights, over kv; whole users, and never less than none.
-#
-# </details>
 
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
+halves = [2**i for i in range(6, 18)]
+shorter = max(S for *_, S, _ in holding(contexts=halves) if S)
+fewer_bits = holding(formats=("int8", "int4"))
+bits = " or ".join(each[4] for each in fewer_bits) or "no format"
+others = holding(models=SERVED)
+brief = {f: max(u for _, _, u, _, _ in holding(users=[2**i for i in range(14)],
+                                               contexts=(64,), formats=(f,)))
+         for f in ("bf16", "int4")}
+waits = serve("llama-3-8b", "h100-sxm", brief["bf16"], 64, "bf16", 0.02)
+large = [on for on in ON if catalog.machine(on).name.startswith("NVIDIA")
+         and catalog.machine(on).memory >= 48e9]
+too_slow = [on for on in large if serve("llama-3-8b", on, 1, 4096, "bf16", 0.02)[3]]
+assert waits[2] > waits[1] and brief["bf16"] == brief["int4"]
+Markdown(f"""<details><summary>Play</summary>
+
+1. At most {shorter:,} tokens of context; a card with more bandwidth
+   ({called(on for _, on, *_ in holding(cards=ON))}); a model that keeps less per token
+   ({", ".join(catalog.model(m).name for m, *_ in others)}). Of the weights' formats,
+   {bits}: the caches are {si(llama.kv_bytes(128, 4096), "B")}.
+2. {brief["bf16"]:,} users. Such a step waits for arithmetic, so 4-bit weights do not
+   help.
+3. {called(too_slow)}: reading the weights takes longer. Memory does not
+   make a card fast; bandwidth does.
+
+</details>""")
+
+# %% [markdown] tags=["solution", "solution:two_timings"]
+# <details><summary>Two timings</summary>
 #
 # ```python
-# def users_within(promise, weights, kv, memory, bandwidth):
-#     readable = min(memory, promise * bandwidth)
-#     return max(0, int((readable - weights) // kv))
+# each = (17.4e-3 - 8.1e-3) / 31                      # from 1 to 32 it is 31 more
+# shared = 8.1e-3 - each                              # one has a cache, too
+# knee_at = 1 + 8.1e-3 / each
+# bandwidth = 15.14e9 / shared
+# context = each * bandwidth / 147_456
 # ```
 #
 # </details>
 
-# %% [markdown]
-# ### 3 · Against intuition: four times fewer bytes
-# Weights in 4 bits instead of 16, computed with in bf16 on a machine with ridge point `R`. How many times faster is a step of `batch` sequences with short contexts? Write down your guess for a batch of 256 on an H100 (R = 295) first.
-
-# %% tags=["exercise", "exercise:int4_speedup"]
-def int4_speedup(batch, R):
-    return ...
-
-
-lesson.exercise(
-    "int4_speedup", int4_speedup,
-    cases={
-        (1, 295): 4.0,
-        (64, 295): 4.0,                 # still reading
-        (128, 295): 295 / 128,          # computing, where 16 bits were still reading
-        (256, 295): 295 / 256,          # a quarter of the bytes, and a seventh less time
-        (512, 295): 1.0,                # both compute
-        (16, 40): 2.5,                  # a machine with few FLOPs per byte
-    },
-    nudge="Take the larger of reading and computing, for each format; a 16-bit weight is 2 bytes and 2·batch FLOPs.",
-    means="fewer bytes help whoever waits for bytes. At large batches quantize the caches, or compute in fewer bits.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
+# %% [markdown] tags=["solution", "solution:full_card"]
+# <details><summary>A full card</summary>
 #
-# In units of reading a 16-bit weight: reading takes 1 or 1/4, computing takes batch / R for both.
+# ```python
+# batch = (151.4e9 - 14.48e9) // (100 * 131_072)
+# reading = 151.4e9 / 4.8e12                          # memory over bandwidth
+# computing = 2 * 7.11e9 * batch / 989.4e12
+# step = max(reading, computing)
+# from_context = 100 * computing / reading            # the batch falls as 1/S
+# promised = 0.05 * 989.4e12 // (2 * 7.11e9)          # arithmetic allows fewer than bytes
+# ```
 #
 # </details>
 
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
+# %% [markdown] tags=["solution", "solution:four_bits"]
+# <details><summary>Four bits in a batch</summary>
 #
 # ```python
-# def int4_speedup(batch, R):
+# R = 295
+# def times(batch):           # in units of reading the 16-bit weights
 #     return max(1, batch / R) / max(1 / 4, batch / R)
+#
+# at_1, at_128, at_256 = times(1), times(128), times(256)
+# last_4 = R / 4                                      # R·e/2 with e = 1/2
+# more_room = 0.75 * 15.01e9 // (4_000 * 131_072)
 # ```
 #
 # </details>
-
-# %% [markdown]
-# ### 4 · How many for 90 %?
-# By bytes alone, B sequences reach B/(W + B·c) · c of the ceiling. Which batch reaches `share` of it? Then ask yourself whether there is room for it.
-
-# %% tags=["exercise", "exercise:batch_for"]
-def batch_for(share, weights, kv):
-    return ...
-
-
-lesson.exercise(
-    "batch_for", batch_for,
-    cases={
-        (0.5, 16e9, 0.5e9): 32.0,       # weights and caches weigh the same
-        (0.9, 16e9, 0.5e9): 288.0,      # nine times as many: 144 GB of caches
-        (0.75, 16e9, 2e9): 24.0,
-    },
-    nudge="Solve share · (W + B·c) = B·c for B.",
-    means="half of the ceiling is cheap, the next 40 % cost nine times the memory, and the latency with it.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# B·c · (1 − share) = share · W.
-#
-# </details>
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def batch_for(share, weights, kv):
-#     return weights / kv * share / (1 - share)
-# ```
-#
-# </details>
-
-# %% [markdown]
-# ### 5 · Harder: one model twice, or halved?
-# You have two equal cards and `batch` users. Either each card holds the whole model and serves half of the users; or each holds half of every weight and half of every cache, and both work on all users at once. Everything waits
-# for bytes, and let the cards talk for free. How many times the throughput of the first does the second have?
-
-# %% tags=["exercise", "exercise:halved_over_twice"]
-def halved_over_twice(batch, weights, kv):
-    return ...
-
-
-lesson.exercise(
-    "halved_over_twice", halved_over_twice,
-    cases={
-        (2, 16e9, 0.0): 2.0,            # no caches to speak of: each weight is read by one card only
-        (32, 16e9, 0.5e9): 1.5,
-        (320, 16e9, 0.5e9): 192 / 176,  # a large batch: nearly the same
-    },
-    nudge="Both serve `batch` tokens a step. How many bytes does one card read in each case?",
-    means="the second copy of the weights is read for nothing. It costs room, too; what it saves is talk.",
-)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# Twice: weights + batch/2 · kv. Halved: weights/2 + batch · kv/2.
-#
-# </details>
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def halved_over_twice(batch, weights, kv):
-#     return (weights + batch / 2 * kv) / (weights / 2 + batch * kv / 2)
-# ```
-#
-# </details>
-
-# %% [markdown]
-# **To take away.** A batch shares the read of the weights and nothing else. It stops being free when the arithmetic has caught up, at R·e/2 sequences, or when the caches have, at W/c of them, whichever is first; at
-# today's contexts it is the caches. Behind the knee, throughput is bought with everybody's latency, and the last to say no is the room. Where bytes bind, a full machine takes memory over bandwidth for a step. All that supposed
-# that the users were there, at the same time, with answers of the same length. They are not: lesson 05.
-#
-# Further reading: Williams et al. 2009 (roofline); Pope et al. 2022, *Efficiently scaling transformer inference* (the frontier of latency and throughput); Yu et al. 2022 (Orca); Austin et al. 2025, *How to scale your model*.
