@@ -150,6 +150,13 @@ def test_pages_beyond_the_2_31st_number_are_found():
                                **KERNEL[torch.bfloat16])
 
 
+def test_heads_whose_block_has_no_room_on_the_stack_are_refused_by_the_compiler():
+    """128 query heads of 256 to a KV head would take 5 MiB of the 8 that a thread has."""
+    q, pool = torch.zeros(1, 128, 256), torch.zeros(1, 1, 4, 256)
+    with pytest.raises(cpp.CompilerFailed, match="refused: .*the stack has no room for a block"):
+        attend_pages(q, pool, pool, torch.zeros(1, 1, dtype=torch.int32), [0], [1])
+
+
 def test_a_gpu_is_told_that_it_is_for_a_cpu():
     with pytest.raises(ValueError, match="backend='cpp': it is for a CPU, and this is cuda"):
         choose("cuda", "cpp")

@@ -214,8 +214,9 @@ static void tile(const Operand* x, const char* w, const char* next, Result* y,
     }
     for (int p = 0; p < panels; p++)
         for (int v = 0; v < VECS; v++) {
-            const bool scaled = FORMAT == INT8;
-            const vec scale = scaled ? read<vec>(w + p * panel_bytes + v * 4 * WIDTH) : vec{};
+            const bool scaled = FRONT > 0;
+            const vec scale = scaled ? read<vec>(w + p * panel_bytes + v * 4 * WIDTH)
+                                     : broadcast(1);
             for (int r = 0; r < rows; r++)
                 put(scaled ? sum[r][p][v] * scale : sum[r][p][v],
                     y + r * shape.O + p * 16 + v * WIDTH);
