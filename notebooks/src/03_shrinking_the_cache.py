@@ -175,12 +175,12 @@ for name in ("deepseek-v2-lite", "deepseek-v2"):
     mha, per_kv_head = 2 * deep.N * 128, 2 * 128
     assert deep.kv_bytes(1, AT) == deep.L * latent * AT * 2
     lines.append(f"* **{deep.N} heads** ({deep.name}): MHA {mha:,}, GQA with 2 KV "
-                 f"heads {2 * per_kv_head}, latent {latent}: 1/{mha / latent:.0f} of "
-                 f"MHA, {intensity:.0f} FLOPs per byte.")
-Markdown("### A latent at 16 and at 128 heads\n\nNumbers a token and layer:\n\n"
+                 f"heads {2 * per_kv_head}, latent {latent} (1/{mha / latent:.0f}); "
+                 f"{intensity:.0f} FLOPs per byte.")
+Markdown("### A latent at 16 and at 128 heads\n\nNumbers per token and layer:\n\n"
          + "\n".join(lines) + f"\n\nA latent takes the bytes of "
-         f"{latent / per_kv_head:g} KV heads, however many share it. Ridge of an "
-         f"H100: {h100.ridge('bf16'):.0f}.")
+         f"{latent / per_kv_head:g} KV heads, however many share it. An H100's ridge: "
+         f"{h100.ridge('bf16'):.0f}.")
 
 # %% [markdown] tags=["notes"]
 # **2 min.** MLA never stores keys: q·(c·W) = (q·Wᵀ)·c, so the one new query is multiplied instead
@@ -324,10 +324,10 @@ attention = lesson.build("grouped_query_attention", my_gqa)
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 # 1. The same text. More KV heads by copies are the same model.
 story, Cache = "Once upon a time, in a small town by the sea,", attending_by(attention)
-told = [generate(decoder, story, max_tokens=16, cache=kind.for_model(decoder, 1, 64))
+told = [generate(decoder, story, max_tokens=12, cache=kind.for_model(decoder, 1, 64))
         for kind in (Cache, ContiguousCache)]
 assert told[0].tokens == told[1].tokens
-as_mha = generate(models[N], story, max_tokens=16,
+as_mha = generate(models[N], story, max_tokens=12,
                   cache=Cache.for_model(models[N], 1, 64))
 assert as_mha.tokens == told[0].tokens
 display(Markdown(f"> {story} {told[0].text.strip()} …"))
@@ -353,7 +353,7 @@ def step(which, context: int) -> None:
 
 
 times = bracketed(machine)({(which, context): partial(step, which, context)
-                            for which in caches for context in CONTEXTS}, repeats=7)
+                            for which in caches for context in CONTEXTS}, repeats=5)
 seconds = {case: timing.median for case, timing in times.items()}
 
 # 3. Attention alone, layer after layer, so that keys come from memory as in a step.
@@ -372,7 +372,7 @@ def all_layers(way) -> None:
 
 
 alone = bracketed(machine)({name: partial(all_layers, way)
-                            for name, way in WAYS.items()}, repeats=9)
+                            for name, way in WAYS.items()}, repeats=7)
 for name in ("each KV head read once", "copied first"):
     lesson.measure(f"attention, {name}", alone[name])
 lesson.measure("copied first over read once",
@@ -391,7 +391,7 @@ lesson.measure("a token with an int8 cache, at 4,096", times["int8", S],
                parts=parts("int8", INT8))
 
 # 4. Draw.
-fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), width_ratios=[1.25, 1])
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.0), width_ratios=[1.25, 1])
 NAMES = {N: "MHA, 9 KV heads", K: "GQA, 3", 1: "MQA, 1", "int8": "GQA in int8"}
 for (which, label), marker, colour in zip(NAMES.items(), "osD^", plots.COLOURS,
                                           strict=False):
@@ -468,7 +468,7 @@ lesson.cause("a token with GQA, at 4,096", ...)
 # %% tags=["core", "slide", "hide-input", "measured", "nbval-ignore-output"]
 lesson.explain("a token with GQA, at 4,096")
 print(how_to_read(lesson, "a token with GQA, at 4,096"))
-library = bracketed(machine)(partial(all_layers, grouped), repeats=9)
+library = bracketed(machine)(partial(all_layers, grouped), repeats=7)
 if attention is grouped:
     print("Your function is still open, so the library's ran twice: attention alone in "
           f"{si(alone['each KV head read once'].median, 's')} and "
