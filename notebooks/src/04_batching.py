@@ -429,20 +429,26 @@ for text, tokens in zip(texts, told, strict=True):
 # 1. One cache of 64 sequences; a batch uses the first of them, and nothing is copied.
 capacity = s.fits(4 * 2**30, 64, LONG, "fp32", "fp32")
 assert capacity                                 # 4 GiB: what a lesson allows itself
-EXPLAINED = {(64, SHORT): 1, (64, LONG): 2}      # turns of their parts
 
 
-def time_batches(rounds: int) -> tuple[dict, dict]:
-    """Timings of a step by (batch, context), by turns; and the parts of some."""
-    everybody = ContiguousCache.for_model(decoder, batch=64, capacity=LONG)
-    assert everybody.allocated_bytes == capacity.kv_bytes       # to the byte
-    one = filled_cache(decoder, batch=1, tokens=LONG - 1)
-    for all_of_it, real in zip(everybody.tensors, one.tensors, strict=True):
-        all_of_it[:] = real             # a step costs the same, whatever its keys say
+def everybody(batch: int, S: int) -> ContiguousCache:
+    """Room for S tokens of each; all have the same past: a step costs the same."""
+    cache = ContiguousCache.for_model(decoder, batch, S)
+    one = filled_cache(decoder, batch=1, tokens=S - 1)
+    for whole, real in zip(cache.tensors, one.tensors, strict=True):
+        whole[:] = real
+    cache.length = S - 1
+    return cache
+
+
+def time_batches(rounds: int) -> tuple[dict, list[dict]]:
+    """Timings of a step by (batch, context), by turns; and the parts of the largest."""
+    large = everybody(64, LONG)
+    assert large.allocated_bytes == capacity.kv_bytes           # to the byte
 
     def first(B: int, S: int) -> ContiguousCache:
         cache = ContiguousCache.for_model(decoder, B, 1)
-        cache.keys, cache.values = everybody.keys[:, :B], everybody.values[:, :B]
+        cache.keys, cache.values = large.keys[:, :B], large.values[:, :B]
         cache.capacity, cache.length = LONG, S
         return cache
 
@@ -451,8 +457,7 @@ def time_batches(rounds: int) -> tuple[dict, dict]:
     if Batched is not as_it_is:
         steps["library"] = StepOf(decoder, "decode", 64, LONG, first(64, LONG))
     times = bracketed(machine)({case: step.run for case, step in steps.items()}, rounds)
-    return times, {
-        case: steps[case].parts(machine, turns) for case, turns in EXPLAINED.items()}
+    return times, list(steps[64, LONG].parts(machine, 2))
 
 
 times, parts = time_batches(rounds=3)
@@ -460,7 +465,7 @@ took = {S: {B: times[B, S].median for B in BATCHES} for S in (SHORT, LONG)}
 for S in (SHORT, LONG):
     for B in (1, 4, 16, 64):
         lesson.measure(f"step, batch {B}, context {S}", times[B, S],
-                       parts=parts.get((B, S), ()))
+                       parts=parts if (B, S) == (64, LONG) else ())
     lesson.measure(f"throughput of 64 over 1, context {S}", gain(took[S]))
     for quantity, found in ((f"knee, context {S}", knee(took[S])),
                             (f"batch at {si(PROMISE, 's')} a token, context {S}",
@@ -537,10 +542,15 @@ lesson.cause("step, batch 64, context 512", ...)
 LARGE = "step, batch 64, context 512"
 lesson.explain(LARGE)
 print(how_to_read(lesson, LARGE))
-shares = {case: found.measured["attention"] / found.whole_s
-          for case, found in parts.items()}
-print(f"Attention: {shares[64, LONG]:.0%} of a step of 64 at {LONG} tokens, "
-      f"{shares[64, SHORT]:.0%} at {SHORT}.")
+
+
+def of_attention(parts: list[dict]) -> str:
+    """Its share of what the parts take together."""
+    seconds = {part["name"]: part["measured_s"] for part in parts}
+    return f"{seconds['attention'] / sum(seconds.values()):.0%}"
+
+
+print(f"Attention is {of_attention(parts)} of this step.")
 if "library" in times:
     print(f"Your step: {si(took[LONG][64], 's')}; the library's, which attends to "
           "equally long sequences in one call: "
@@ -807,11 +817,17 @@ lesson.show("selective_batching")
 
 # %% [markdown] tags=["further"]
 # ### The same batch at 64 tokens
-# Another knee, another account.
+# Less to look back at, another account.
 
-# %% tags=["further", "nbval-ignore-output"]
-lesson.explain("step, batch 64, context 64")
-print(how_to_read(lesson, "step, batch 64, context 64"))
+# %% tags=["further", "hide-input", "measured", "nbval-ignore-output"]
+BRIEF = "step, batch 64, context 64"
+brief_parts = list(StepOf(batched, "decode", 64, SHORT, everybody(64, SHORT)).parts(
+    machine, 2))
+lesson.measure(BRIEF, times[64, SHORT], parts=brief_parts)
+lesson.explain(BRIEF)
+print(how_to_read(lesson, BRIEF))
+print(f"Attention is {of_attention(brief_parts)} of this step; at {LONG} tokens it is "
+      f"{of_attention(parts)}.")
 
 # %% [markdown] tags=["further"]
 # ### Latency against throughput
