@@ -608,7 +608,8 @@ def draw_service(technique: str, on: str, users: int, context: int, back: int,
              weight="bold",
              color=red if limits else plots.TEXT)
     plots.show(fig, f"{technique}, {training}, on {card.name}, {users:,} users of "
-                    f"{context:,} tokens, answers up to {back:,} back: {verdict}. Weights "
+                    f"{context:,} tokens, answers up to {back:,} back: {verdict}. "
+                    "Weights "
                     f"{si(found.weight_bytes, 'B')}, cache {si(found.kv_bytes, 'B')}, "
                     f"a token in {si(took, 's')}, {promise} promised.")
 
