@@ -603,11 +603,13 @@ def draw_service(technique: str, on: str, users: int, context: int, back: int,
         each.grid(visible=False, axis="y")
     training = "needs training" if made.retrained else "takes a finished checkpoint"
     verdict = "FAILS. " + "; ".join(limits) if limits else "green"
-    fig.text(0.01, 0.97, f"{technique} ({training}), {card.name}: {users:,} × "
-             f"{context:,} tokens\n{verdict}", va="top", weight="bold",
+    fig.text(0.01, 0.97, f"{technique} ({training}) on {card.name}\n{users:,} × "
+             f"{context:,} tokens, answers up to {back:,} back\n{verdict}", va="top",
+             weight="bold",
              color=red if limits else plots.TEXT)
     plots.show(fig, f"{technique}, {training}, on {card.name}, {users:,} users of "
-                    f"{context:,} tokens: {verdict}. Weights "
+                    f"{context:,} tokens, answers up to {back:,} back: {verdict}. "
+                    "Weights "
                     f"{si(found.weight_bytes, 'B')}, cache {si(found.kv_bytes, 'B')}, "
                     f"a token in {si(took, 's')}, {promise} promised.")
 
