@@ -1038,10 +1038,10 @@ Markdown(f"""<details><summary>Play</summary>
 #
 # ```python
 # R = 295
-# def times(batch):           # in units of reading the 16-bit weights
+# def gained(batch):          # in units of reading the 16-bit weights
 #     return max(1, batch / R) / max(1 / 4, batch / R)
 #
-# at_1, at_128, at_256 = times(1), times(128), times(256)
+# at_1, at_128, at_256 = gained(1), gained(128), gained(256)
 # last_4 = R / 4                                      # R·e/2 with e = 1/2
 # more_room = 0.75 * 15.01e9 // (4_000 * 131_072)
 # ```
