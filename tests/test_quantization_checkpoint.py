@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tolerances import LOGITS
@@ -525,6 +525,7 @@ def test_what_fp16_cannot_hold_is_refused_before_anything_is_written(name, value
     | st.sampled_from(["gptq", "awq", "gptq_v2", "gemm", 2, 3, 4, 8, 16, 32, 64, -1])
     | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=2), st.integers()),
     min_size=1))
+@example({"bits": {"": 2**63}})
 @settings(max_examples=60, deadline=None)
 def test_any_quantization_config_gives_a_model_or_one_line(tmp_path_factory, keys):
     directory = tmp_path_factory.getbasetemp() / "any-config"

@@ -76,7 +76,7 @@ def check_values(value: Any, source: str, key: str = "", depth: int = 0) -> None
         if depth >= MAX_DEPTH:
             raise Refused(source, key, why=f"is more than {MAX_DEPTH} levels deep")
         for inner in value.items() if isinstance(value, dict) else ((key, one) for one in value):
-            check_values(inner[1], source, inner[0], depth + 1)
+            check_values(inner[1], source, inner[0] or "''", depth + 1)
     elif isinstance(value, float):
         if not isfinite(value) and not (value == inf and key in _MAY_BE_INFINITE):
             raise Refused(source, key, value, "a finite number")
