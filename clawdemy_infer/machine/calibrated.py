@@ -2,6 +2,7 @@
 format and number of rows, the price of launching an operation, and how far each may be off."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
@@ -43,6 +44,12 @@ def decode_attention(probe: str, keys: int) -> str:
     return f"attention of {probe} heads over {keys} keys"
 
 
+def between(points: Sequence[tuple[float, float | None]], x: float) -> float | None:
+    """The rate at `x` between those of `points` that were measured; None where none was."""
+    known = tuple(point for point in points if point[1])
+    return interpolate(known, x) if known else None
+
+
 @dataclass(frozen=True)
 class Calibrated(Machine):
     """What was measured beyond the data sheet's figures.
@@ -79,10 +86,9 @@ class Calibrated(Machine):
             op = op._replace(kernel="attention")
         if op.keys and (rate := self._decode_attention(op)):
             return rate
-        if op.numbers:
-            by_size = ((numbers, self._rate(name, op)) for name, numbers in PRODUCT_NUMBERS.items())
-            if points := tuple(point for point in by_size if point[1]):
-                return interpolate(points, op.numbers)
+        if op.numbers and (rate := between([(numbers, self._rate(name, op)) for name, numbers
+                                            in PRODUCT_NUMBERS.items()], op.numbers)):
+            return rate
         return self._rate(op.kernel, op) or self.peak(op.dtype)
 
     def _rate(self, name: str, op: Work) -> float | None:
@@ -96,13 +102,11 @@ class Calibrated(Machine):
         were measured."""
         by_heads = []
         for probe, heads in PROBE_KV_HEADS.items():
-            rates = ((keys, self._rate(decode_attention(probe, keys), op))
-                     for keys in ATTENTION_KEYS)
-            if points := tuple(point for point in rates if point[1]):
-                busy = interpolate(points, op.keys) / self._thread_utilisation(heads)
-                by_heads.append((heads, busy))
-        return (interpolate(by_heads, op.heads) * self._thread_utilisation(op.heads) if by_heads
-                else None)
+            rate = between([(keys, self._rate(decode_attention(probe, keys), op))
+                            for keys in ATTENTION_KEYS], op.keys)
+            by_heads.append((heads, rate and rate / self._thread_utilisation(heads)))
+        rate = between(by_heads, op.heads)
+        return rate and rate * self._thread_utilisation(op.heads)
 
     def _thread_utilisation(self, heads: float) -> float:
         """Share of the threads at work when heads are dealt whole: 3 heads on 2 threads -> 0.75."""

@@ -28,6 +28,7 @@ class Parts:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.L = decoder, decoder.config.shape.L
+        self.places = self.turn = None      # RoPE's tables are the same for all layers of a step
 
     def embed(self, tokens: list[int]) -> torch.Tensor:
         """The rows [M, D] of M tokens."""
@@ -40,13 +41,15 @@ class Parts:
         if places.shape != x.shape[:1]:
             raise ValueError(f"positions: {list(places.shape)}, and x has {len(x)} rows; one "
                              "position for each row is accepted")
-        decoder.frequencies = decoder.frequencies.to(x.device)
-        turn = rope_tables(decoder.frequencies, places, decoder.dtype, decoder.config.rope_gain)
+        if self.places is None or not torch.equal(places, self.places):
+            decoder.frequencies = decoder.frequencies.to(x.device)
+            self.places, self.turn = places.clone(), rope_tables(
+                decoder.frequencies, places, decoder.dtype, decoder.config.rope_gain)
         heads = part.qkv(part.attention_norm(x)).view(len(x), -1, shape.H)
         q, k, v = heads.split((shape.N, shape.K, shape.K), dim=1)
         if part.q_norm is not None:
             q, k = part.q_norm(q), part.k_norm(k)
-        return rotate(q, *turn), rotate(k, *turn), v
+        return rotate(q, *self.turn), rotate(k, *self.turn), v
 
     def mlp(self, layer: int, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output matrix and MLP, each added to x [M, D]; attended [M, N*H]."""

@@ -1,11 +1,32 @@
 """The diagrams of lesson 03: query heads and what they read under MHA, GQA, MQA and MLA; grouped
 queries as rows of one product; and the tokens that layers remember through windows."""
 
+from collections.abc import Iterator
+
 from clawdemy_course.drawing import ACTIVATIONS, COMPUTE, KV, LAUNCH, Diagram
 from clawdemy_infer.arithmetic.work import at_least_1
 
 PANEL = 196
 """Units from one of four panels to the next."""
+
+
+def _panels(d: Diagram, said: dict[str, str], pitch: float = PANEL, top: float = 18,
+            size: float = 16) -> Iterator[tuple[float, str]]:
+    """The left end and the name of each panel of `said`, one step of the picture after the other,
+    with its name and what is said of it on top."""
+    for place, (name, what) in enumerate(said.items()):
+        if place:
+            d.step()
+        left = 14 + pitch * place
+        d.text(left, top, name, size, bold=True)
+        d.text(left, top + 24, what, 13)
+        yield left, name
+
+
+def _equal_groups(query_heads: int, kv_heads: int, most: int) -> None:
+    if not 1 < kv_heads < query_heads <= most or query_heads % kv_heads:
+        raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: up to {most} query "
+                         "heads in equal groups, more than one of them, are drawn")
 
 
 def heads(query_heads: int = 8, kv_heads: int = 2, head_dim: int = 128, latent: int = 512,
@@ -15,9 +36,7 @@ def heads(query_heads: int = 8, kv_heads: int = 2, head_dim: int = 128, latent: 
     ValueError unless 1 < `kv_heads` < `query_heads` <= 8, and the second is divided by the first.
     """
     at_least_1(head_dim=head_dim, latent=latent, rope=rope)
-    if not 1 < kv_heads < query_heads <= 8 or query_heads % kv_heads:
-        raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: up to 8 query heads in "
-                         "equal groups, more than one of them, are drawn")
+    _equal_groups(query_heads, kv_heads, most=8)
     kinds = {"MHA": query_heads, "GQA": kv_heads, "MQA": 1}
     kept = {name: 2 * count * head_dim for name, count in kinds.items()} | {"MLA": latent + rope}
     d = Diagram(800, 356, f"What {query_heads} query heads read in a layer. MHA keeps a key and a "
@@ -28,19 +47,13 @@ def heads(query_heads: int = 8, kv_heads: int = 2, head_dim: int = 128, latent: 
     said = {"MHA": "a KV head for\neach query head",
             "GQA": f"a KV head for each\ngroup of {query_heads // kv_heads}",
             "MQA": "one KV head\nfor all", "MLA": "one latent\nfor all"}
-    for place, (name, numbers) in enumerate(kept.items()):
-        if place:
-            d.step()
-        left = 14 + PANEL * place
-        d.text(left, 18, name, 16, bold=True)
-        d.text(left, 42, said[name], 13)
+    for left, name in _panels(d, said):
         if name == "MLA":
             _latent(d, left, query_heads)
         else:
             _kv_heads(d, left, query_heads, kinds[name])
-        width = 168 * numbers / max(kept.values())
-        d.text(left, 292, f"{numbers:,} numbers", 14, bold=True)
-        d.bar(left, 304, width, 12, KV)
+        d.text(left, 292, f"{kept[name]:,} numbers", 14, bold=True)
+        d.bar(left, 304, 168 * kept[name] / max(kept.values()), 12, KV)
     d.step()
     d.text(14, 338, f"kept for a token in a layer; each head has {head_dim} numbers, keys and "
            f"values alike; the latent {latent} + {rope} for positions", 13)
@@ -83,25 +96,20 @@ def _latent(d: Diagram, left: float, queries: int) -> None:
 def grouped(query_heads: int = 9, kv_heads: int = 3) -> Diagram:
     """How often keys are read for one new token: query head by query head, after copies were made,
     and with the query heads of a group as rows of one product. ValueError as `heads`, up to 9."""
-    if not 1 < kv_heads < query_heads <= 9 or query_heads % kv_heads:
-        raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: up to 9 query heads in "
-                         "equal groups, more than one of them, are drawn")
+    _equal_groups(query_heads, kv_heads, most=9)
     G = query_heads // kv_heads
     d = Diagram(800, 330, f"Three ways to let {query_heads} query heads read {kv_heads} KV heads. "
                 f"Head by head, each KV head is read {G} times. Copied first, it is read once, "
                 f"written {G} times and read {G} times. Grouped, the {G} query heads of a group "
                 "are rows of one product, and each KV head is read once.")
     each = 184 / query_heads
-    ways = {"head by head": (f"each KV head is read {G} times", f"{query_heads} heads read"),
-            "copied first": (f"read once, written {G} times,\nread {G} times",
-                             f"{kv_heads} + {query_heads} heads read, {query_heads} written"),
-            "grouped": (f"{G} rows of one product,\nread once", f"{kv_heads} heads read")}
-    for place, (name, (what, total)) in enumerate(ways.items()):
-        if place:
-            d.step()
-        left = 14 + 264 * place
-        d.text(left, 20, name, 16, bold=True)
-        d.text(left, 44, what, 13)
+    said = {"head by head": f"each KV head is read {G} times",
+            "copied first": f"read once, written {G} times,\nread {G} times",
+            "grouped": f"{G} rows of one product,\nread once"}
+    totals = {"head by head": f"{query_heads} heads read",
+              "copied first": f"{kv_heads} + {query_heads} heads read, {query_heads} written",
+              "grouped": f"{kv_heads} heads read"}
+    for left, name in _panels(d, said, pitch=264, top=20):
         for head in range(kv_heads):
             top = 84 + head * (G * each + 10)
             middle = top + G * each / 2 - 1.5
@@ -111,7 +119,7 @@ def grouped(query_heads: int = 9, kv_heads: int = 3) -> Diagram:
                 d.box(left - 5, top - 4, 40, G * each + 5, edge=COMPUTE)
                 d.arrow((left + 136, middle), (left + 38, middle), colour=KV, width=3)
             d.box(left + 136, middle - 16, 90, 32, f"KV head {head}", KV, size=13)
-        d.text(left, 312, total, 14, bold=True)
+        d.text(left, 312, totals[name], 14, bold=True)
     return d
 
 
@@ -151,13 +159,8 @@ def windows(layers: int = 6, tokens: int = 12, window: int = 4, sinks: int = 1) 
             "window and sinks": f"and {begin},\nan attention sink",
             "local and global": "one layer keeps all,\nthe others a window"}
     each = 168 / tokens
-    for place, (name, kept) in enumerate(kinds.items()):
-        if place:
-            d.step()
-        left = 14 + PANEL * place
-        d.text(left, 18, name, 15, bold=True)
-        d.text(left, 42, said[name], 13)
-        for layer, seen in enumerate(reversed(kept)):       # the last layer on top
+    for left, name in _panels(d, said, size=15):
+        for layer, seen in enumerate(reversed(kinds[name])):       # the last layer on top
             d.box(left, 77 + 26 * layer, 168, 24, edge=KV)
             for token in sorted(seen):
                 d.box(left + each * token + 1, 78 + 26 * layer, each - 2, 22, fill=KV)
